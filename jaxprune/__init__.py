@@ -1,0 +1,88 @@
+"""Neural-network pruning research in JAX: many seeds, sparsities and methods in one program.
+
+A mask is data, a method is a pure function, a run is a row of an array.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxprune.errors import DataError, JaxpruneError, PruneError, SpecError, StoreError
+from jaxprune.method import METHODS, build, pruner
+from jaxprune.plan import Plan, at_init, keep_counts
+from jaxprune.problem import cross_entropy, linen, plain, view
+from jaxprune.quota import erdos_renyi, uniform
+from jaxprune.schedule import exponential, linear
+from jaxprune.score import grasp, magnitude, random, snip, synflow
+from jaxprune.select import global_top_k, kept, layerwise_top_k, top_k_mask
+from jaxprune.tree import apply_masks, kernels, pick, put, rules, shapes
+from jaxprune.types import Batch, Problem, PruneInfo, Pruner, RunState, View
+
+if TYPE_CHECKING:
+    from jaxprune.optim import mask_opt_state, sparse
+    from jaxprune.sweep import SweepSpec, load_spec, make_spec, run_sweep
+
+#: Loaded on first use: they need optax, flax or polars, which a mask alone does not.
+_LAZY = {
+    'mask_opt_state': 'jaxprune.optim',
+    'sparse': 'jaxprune.optim',
+    'SweepSpec': 'jaxprune.sweep',
+    'load_spec': 'jaxprune.sweep',
+    'make_spec': 'jaxprune.sweep',
+    'run_sweep': 'jaxprune.sweep',
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'jaxprune' has no attribute '{name}'")
+
+
+__all__ = [
+    # a mask: scores, selections, pruners, counts
+    'grasp',
+    'magnitude',
+    'random',
+    'snip',
+    'synflow',
+    'global_top_k',
+    'layerwise_top_k',
+    'top_k_mask',
+    'pruner',
+    'build',
+    'METHODS',
+    'at_init',
+    'keep_counts',
+    'erdos_renyi',
+    'uniform',
+    'exponential',
+    'linear',
+    # trees and problems
+    'pick',
+    'put',
+    'apply_masks',
+    'kernels',
+    'rules',
+    'shapes',
+    'kept',
+    'linen',
+    'plain',
+    'view',
+    'cross_entropy',
+    # training and sweeps
+    'sparse',
+    'mask_opt_state',
+    'SweepSpec',
+    'load_spec',
+    'make_spec',
+    'run_sweep',
+    # types and errors
+    'Batch',
+    'Plan',
+    'Problem',
+    'Pruner',
+    'PruneInfo',
+    'RunState',
+    'View',
+    'JaxpruneError',
+]

@@ -1,0 +1,138 @@
+"""Optimizers: any optax transformation made to respect masks, and optax by name."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune.errors import JaxpruneError, nearest
+from jaxprune.tree import mask_tree
+from jaxprune.types import Hyper, Masks, PyTree
+
+
+class Optimizer(NamedTuple):
+    """An optimizer whose numbers are traced, one set per run.
+
+    Attributes:
+      make: `(hyper, learning_rate) -> transformation`, to be called inside the compiled step.
+      coupled_decay: weight decay is added to the gradient (L2, as torch's SGD and Adam do);
+        False if the optimizer takes weight decay itself (decoupled, as AdamW).
+      rate: `clock -> factor` of the learning rate; the clock is a step count.
+    """
+
+    make: Callable[[Hyper, jax.Array], optax.GradientTransformation]
+    coupled_decay: bool
+    rate: Callable[[jax.Array], jax.Array]
+
+
+def sparse(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that pruned weights get neither gradients nor updates.
+
+    Pass the masks at each update: `tx.update(grads, opt_state, params, masks=masks)`. With
+    pruned weights and moments at zero before (see `mask_opt_state`), both stay exactly zero, and
+    the forward pass needs no multiplication by the mask.
+    """
+    inner = optax.with_extra_args_support(tx)
+
+    def update(updates, state, params=None, *, masks: Masks, **extra):
+        keep = mask_tree(updates, masks)
+        updates, state = inner.update(_where(keep, updates), state, params, **extra)
+        return _where(keep, updates), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def mask_opt_state(
+    tx: optax.GradientTransformation, opt_state: PyTree, params: PyTree, masks: Masks
+) -> PyTree:
+    """The optimizer state with all moments of pruned weights set to zero."""
+    keep = mask_tree(params, masks)
+    return optax.tree_utils.tree_map_params(
+        tx, lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf)), opt_state, keep
+    )
+
+
+def _where(keep: PyTree, values: PyTree) -> PyTree:
+    # A selection, not a product: 0 * nan would let a broken gradient through.
+    return jax.tree.map(lambda k, v: jnp.where(k, v, jnp.zeros_like(v)), keep, values)
+
+
+def optimizer(
+    name: str, static: Mapping[str, Any], rate: Callable[[jax.Array], jax.Array]
+) -> Optimizer:
+    """An optax optimizer by name, as a function of traced hyperparameters.
+
+    Args:
+      name: a function of `optax` that takes `learning_rate`: 'sgd', 'adam', 'adamw', ...
+      static: its arguments that are not numbers (`nesterov`, ...); numbers come with `Hyper`.
+      rate: see `rate_schedule`.
+    """
+    build = _function(name)
+    decoupled = decays(name)
+
+    def make(hyper: Hyper, learning_rate: jax.Array) -> optax.GradientTransformation:
+        numbers = dict(hyper.optimizer)
+        if decoupled:
+            numbers['weight_decay'] = hyper.weight_decay
+        return build(learning_rate=learning_rate, **static, **numbers)
+
+    return Optimizer(make, not decoupled, rate)
+
+
+#: Names of learning-rate schedules.
+RATE_SCHEDULES = ('constant', 'cosine', 'step')
+
+
+def rate_schedule(
+    name: str, steps: int, *, warmup: int = 0, milestones: Sequence[int] = (), factor: float = 0.1
+) -> Callable[[jax.Array], jax.Array]:
+    """The factor of the learning rate as a function of the step.
+
+    Args:
+      name: 'constant', 'cosine' (to zero at `steps`) or 'step' (times `factor` at each milestone).
+      steps: length of training.
+      warmup: steps of linear increase from zero before the schedule begins.
+      milestones: steps counted from the start of training, for 'step'.
+    """
+    if name == 'constant':
+        main = optax.constant_schedule(1.0)
+    elif name == 'cosine':
+        main = optax.cosine_decay_schedule(1.0, max(steps - warmup, 1))
+    elif name == 'step':
+        main = optax.piecewise_constant_schedule(1.0, {m - warmup: factor for m in milestones})
+    else:
+        raise JaxpruneError(f"unknown schedule '{name}': {nearest(name, RATE_SCHEDULES)}")
+    if not warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), main], [warmup])
+
+
+def decays(name: str) -> bool:
+    """Does this optimizer take a weight decay of its own (decoupled, as AdamW)?"""
+    return 'weight_decay' in inspect.signature(_function(name)).parameters
+
+
+def arguments(name: str) -> dict[str, Any]:
+    """Arguments a specification may set, with optax's defaults."""
+    parameters = inspect.signature(_function(name)).parameters.values()
+    own = {'learning_rate', 'weight_decay'}
+    return {p.name: p.default for p in parameters if p.name not in own}
+
+
+def _function(name: str) -> Callable:
+    names = [n for n in dir(optax) if _is_optimizer(getattr(optax, n)) and 'scale' not in n]
+    if name not in names:
+        raise JaxpruneError(f"unknown optimizer '{name}': {nearest(name, names)}")
+    return getattr(optax, name)
+
+
+def _is_optimizer(value: object) -> bool:
+    """An alias such as `optax.sgd`: a function whose one required argument is the rate."""
+    if not inspect.isfunction(value) or not value.__module__.startswith('optax.'):
+        return False
+    parameters = inspect.signature(value).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty]
+    return required == ['learning_rate']

@@ -1,0 +1,29 @@
+"""Tidy tables, statistics, figures and one offline page from a sweep directory.
+
+tables   frames of a sweep -> summary frames
+text     numbers and sentences as a reader sees them
+style    colours, ticks, PNG bytes
+curves   accuracy and learning curves
+heatmap  density of every layer
+page     everything together as HTML
+"""
+
+from pathlib import Path
+
+
+def write(out: Path) -> Path:
+    """Writes `report.html` and `figures/*.png` of a sweep, finished or not.
+
+    Args:
+      out: the sweep directory, see `jaxprune.sweep.store`.
+
+    Returns:
+      The path of `report.html`.
+
+    Raises:
+      StoreError: not a sweep directory, or no run has finished yet.
+    """
+    # The drawing libraries load with the first report, not with the command line.
+    from jaxprune.report import page
+
+    return page.write(Path(out))

@@ -1,0 +1,191 @@
+"""Accuracy against compression, and learning curves."""
+
+import math
+
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
+
+from jaxprune.report import style, tables, text
+
+MOST_PANELS = 12
+"""Compressions a figure of learning curves shows."""
+
+_DENSE = {'color': style.INK, 'linestyle': (0, (6, 2)), 'linewidth': 1.1}
+
+
+def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels that share both axes; none is left empty."""
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    drawing = style.figure(style.WIDTH, rows * height + 0.35)
+    grid = drawing.add_gridspec(rows, columns)
+    panels = []
+    for i in range(count):
+        share = panels[0] if panels else None
+        panels.append(drawing.add_subplot(grid[divmod(i, columns)], sharex=share, sharey=share))
+    for i, axes in enumerate(panels):
+        axes.tick_params(labelleft=i % columns == 0)
+    return drawing, panels
+
+
+def _line(axes: Axes, rows: pl.DataFrame, look: dict, start: tuple | None) -> None:
+    """One method: its band, its line from the dense point on, and a marker per compression."""
+    rows = rows.filter(pl.col('accuracy').is_not_null())
+    if rows.is_empty():
+        return
+    x = rows['target_compression'].to_list()
+    y = (100 * rows['accuracy']).to_list()
+    low, high = (
+        (100 * rows[end].fill_null(rows['accuracy'])).to_list()
+        for end in ('accuracy_low', 'accuracy_high')
+    )
+    if start is not None and x[0] > 1:
+        centre, bottom, top = start
+        x, y, low, high = [1.0, *x], [centre, *y], [bottom, *low], [top, *high]
+    axes.fill_between(x, low, high, color=look['color'], alpha=0.16, linewidth=0)
+    axes.plot(x, y, color=look['color'], linestyle=look['linestyle'])
+    for row in rows.iter_rows(named=True):
+        point = (row['target_compression'], 100 * row['accuracy'])
+        axes.plot(
+            *point,
+            linestyle='none',
+            marker=look['marker'],
+            color=look['color'],
+            markerfacecolor='white' if row['collapsed'] else look['color'],
+            markeredgewidth=1.3,
+            zorder=3,
+        )
+        if row['diverged']:
+            axes.plot(*point, marker='x', color=style.INK, markersize=8, zorder=4)
+
+
+def _dense(axes: Axes, rows: pl.DataFrame) -> tuple | None:
+    """The control: a band, a line across and a point at 1; returns `(mean, low, high)`."""
+    rows = rows.filter(pl.col('accuracy').is_not_null())
+    if rows.is_empty():
+        return None
+    row = rows.row(0, named=True)
+    mean = 100 * row['accuracy']
+    low, high = (
+        mean if row[end] is None else 100 * row[end] for end in ('accuracy_low', 'accuracy_high')
+    )
+    axes.axhspan(low, high, color=style.INK, alpha=0.10, linewidth=0)
+    # On top: where methods are as good as dense their lines would hide it.
+    axes.axhline(mean, **_DENSE, zorder=2.5)
+    axes.plot(1, mean, linestyle='none', marker='o', color=style.INK, zorder=5)
+    return mean, low, high
+
+
+def _legend(drawing: Figure, looks: dict, *, dense: bool, flags: tuple = (), markers=True) -> None:
+    handles, names = [], []
+    if dense:
+        handles.append(Line2D([], [], **_DENSE, marker='o' if markers else None))
+        names.append('dense')
+    for label, look in looks.items():
+        handles.append(Line2D([], [], **(look if markers else look | {'marker': None})))
+        names.append(style.wrapped(label))
+    for marker, face, name in flags:
+        look = {'marker': marker, 'color': style.INK, 'markerfacecolor': face}
+        handles.append(Line2D([], [], linestyle='none', **look))
+        names.append(style.wrapped(name))
+    drawing.legend(handles, names, loc='outside right upper', handlelength=2.8, labelspacing=0.55)
+
+
+def accuracy(summary: pl.DataFrame, settings: list[dict]) -> Figure:
+    """Test accuracy after training against compression, one panel per setting.
+
+    Args:
+      summary: a frame made by `tables.summary`.
+      settings: those to draw.
+    """
+    labels = tables.labels(summary)
+    looks = style.lines(labels)
+    parts = [tables.at(summary, setting) for setting in settings]
+    shown = pl.concat(parts)
+    dense = not shown.filter(pl.col('method') == tables.DENSE).is_empty()
+    flags = []
+    if shown['collapsed'].sum():
+        flags.append(('o', 'white', 'hollow: a seed lost a whole layer'))
+    if shown['diverged'].sum():
+        flags.append(('x', style.INK, 'cross: a seed diverged'))
+    with style.context():
+        many = len(settings) > 1
+        drawing, panels = _panels(len(settings), 2, 3.6 if many else 5.0)
+        for axes, setting, part in zip(panels, settings, parts, strict=True):
+            start = _dense(axes, part.filter(pl.col('method') == tables.DENSE))
+            for label in labels:
+                rows = part.filter(pl.col('label') == label, pl.col('method') != tables.DENSE)
+                _line(axes, rows, looks[label], start)
+            if many:
+                axes.set_title(style.wrapped(text.setting_name(setting), 44))
+        low, high = panels[0].get_ylim()
+        if high - low < 2:
+            # Seeds differ by a fraction of a point; an axis of that height would show only them.
+            panels[0].set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
+        drawing.supxlabel('compression (weights before / weights after)', fontsize=10)
+        drawing.supylabel('test accuracy (%)', fontsize=10)
+        # Far above the ticks of every panel, and once: it is the same axis read differently.
+        _legend(drawing, looks, dense=dense, flags=tuple(flags))
+        values = shown['target_compression'].unique().sort().to_list()
+        for axes in panels:
+            style.compression_axis(axes, values, top=text.sparsity)
+            axes.child_axes[0].set_xlabel('sparsity (%)', color=style.QUIET, fontsize=9)
+    return drawing
+
+
+def panel_compressions(learning: pl.DataFrame) -> tuple[list[float], int]:
+    """Which compressions get a panel of learning curves, and among how many they were chosen."""
+    rows = learning.filter(pl.col('method') != tables.DENSE)
+    values = (learning if rows.is_empty() else rows)['target_compression'].unique().sort()
+    return tables.evenly(values.to_list(), MOST_PANELS), len(values)
+
+
+def learning(frame: pl.DataFrame, column: str, unit: str, looks: dict) -> Figure:
+    """Small multiples over training time, one panel per compression.
+
+    Args:
+      frame: the rows of `tables.learning` for one setting.
+      column: `'train_loss'` or `'test_accuracy'`.
+      unit: what the column `time` counts.
+      looks: `style.lines` of the labels of the sweep.
+    """
+    chosen, _ = panel_compressions(frame)
+    scale = 100 if column == 'test_accuracy' else 1
+    control = frame.filter(pl.col('method') == tables.DENSE).drop_nulls(column)
+    present = set(frame['label'])
+    with style.context():
+        columns = 2 if len(chosen) == 4 else 3 if len(chosen) < 10 else 4
+        drawing, panels = _panels(len(chosen), columns, 2.1 if len(chosen) > columns else 3.0)
+        for axes, compression in zip(panels, chosen, strict=True):
+            axes.set_title(text.times(compression))
+            if not control.is_empty():
+                axes.plot(control['time'], scale * control[column], **_DENSE, zorder=2.5)
+            for label, look in looks.items():
+                rows = frame.filter(
+                    pl.col('label') == label,
+                    pl.col('method') != tables.DENSE,
+                    pl.col('target_compression') == compression,
+                ).drop_nulls(column)
+                axes.plot(
+                    rows['time'],
+                    scale * rows[column],
+                    color=look['color'],
+                    linestyle=look['linestyle'],
+                    linewidth=1.4,
+                )
+        values = frame[column].drop_nulls()
+        # Training losses fall by orders of magnitude; a loss of exactly zero has no logarithm.
+        wide = len(values) > 0 and 0 < 10 * values.min() < values.max()
+        if column == 'train_loss' and wide:
+            panels[0].set_yscale('log')
+            panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+        panels[0].xaxis.get_major_locator().set_params(integer=True, nbins=5)
+        names = {'train_loss': 'training loss', 'test_accuracy': 'test accuracy (%)'}
+        drawing.supylabel(names[column], fontsize=10)
+        drawing.supxlabel(unit, fontsize=10)
+        shown = {label: look for label, look in looks.items() if label in present}
+        _legend(drawing, shown, dense=not control.is_empty(), markers=False)
+    return drawing

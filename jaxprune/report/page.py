@@ -1,0 +1,241 @@
+"""The report of a sweep: one offline HTML file, and its figures as PNG."""
+
+import base64
+import importlib.resources
+import re
+from pathlib import Path
+
+import jinja2
+import polars as pl
+from matplotlib.figure import Figure
+
+from jaxprune.errors import StoreError
+from jaxprune.report import curves, heatmap, style, tables, text
+from jaxprune.sweep import store
+
+MOST_SETTINGS = 6
+"""Settings that get figures; tables and sentences always hold all of them."""
+
+_OURS = re.compile(r'(accuracy|learning_accuracy|learning_loss|layers)(_\d+)?\.png')
+
+
+def write(out: Path) -> Path:
+    """Writes the report of the sweep directory `out`; see `jaxprune.report.write`."""
+    plan = store.read_json(out / 'plan.json')
+    provenance = store.read_json(out / 'provenance.json')
+    try:
+        spec = (out / 'spec.toml').read_text(encoding='utf-8')
+    except FileNotFoundError:
+        raise StoreError(f'{out} is not a sweep directory: it has no spec.toml') from None
+    results, layers = store.read_results(out), store.read_layers(out)
+    if results.is_empty():
+        raise StoreError(f'{out}: no run has finished yet, so there is nothing to report')
+
+    drawn = figures(results, layers)
+    images = {name: style.png(drawing) for name, (drawing, _) in drawn.items()}
+    for name, content in images.items():
+        store.write_bytes(out / 'figures' / f'{name}.png', content)
+    for path in (out / 'figures').glob('*.png'):
+        # Left by an earlier report on fewer runs or settings; files of the reader's own stay.
+        if _OURS.fullmatch(path.name) and path.stem not in images:
+            path.unlink()
+    # A hundred pixels of the page per inch; the PNG itself is finer, for print and sharp screens.
+    pictures = {
+        name: {
+            'source': base64.b64encode(images[name]).decode('ascii'),
+            'width': round(drawing.get_figwidth() * 100),
+            'height': round(drawing.get_figheight() * 100),
+        }
+        | words
+        for name, (drawing, words) in drawn.items()
+    }
+    page = html(
+        title=str(plan.get('name') or out.resolve().name),
+        total=len(plan['runs']),
+        results=results,
+        layers=layers,
+        pictures=pictures,
+        provenance=provenance,
+        spec=spec,
+    )
+    store.write_bytes(out / 'report.html', page.encode())
+    return out / 'report.html'
+
+
+def figures(results: pl.DataFrame, layers: pl.DataFrame) -> dict[str, tuple[Figure, dict]]:
+    """Draws everything.
+
+    Returns:
+      `{name: (figure, words)}` in the order of the page; `words` holds `section`, `alt`, `caption`.
+    """
+    summary = tables.summary(results, layers)
+    keys = tables.settings(results)
+    every = [setting for setting, _ in tables.split(summary, keys)]
+    settings = tables.evenly(every, MOST_SETTINGS)
+    looks = style.lines(tables.labels(summary))
+    some = (
+        f' Of {len(every)} settings {len(settings)} are drawn, evenly chosen; the table has all.'
+        if len(settings) < len(every)
+        else ''
+    )
+
+    drawn = {'accuracy': (curves.accuracy(summary, settings), _accuracy_words(summary, some))}
+    learning = tables.learning(results)
+    densities = tables.densities(results, layers)
+    unit = tables.time_unit(results)
+    for i, setting in enumerate(settings, start=1):
+        suffix = f'_{i}' if keys else ''
+        where = f' Setting: {text.setting_name(setting)}.' if keys else ''
+        part = tables.at(learning, setting)
+        if part['time'].n_unique() > 1:
+            for column, name in (('test_accuracy', 'accuracy'), ('train_loss', 'loss')):
+                if part[column].is_not_null().any():
+                    drawing = curves.learning(part, column, unit, looks)
+                    words = _learning_words(part, column, unit, where)
+                    drawn[f'learning_{name}{suffix}'] = drawing, words
+        part = tables.at(densities, setting)
+        if part.filter(pl.col('method') != tables.DENSE).height:
+            drawing, complete = heatmap.layers(part)
+            drawn[f'layers{suffix}'] = drawing, _layers_words(part, complete, where)
+    return drawn
+
+
+def _accuracy_words(summary: pl.DataFrame, some: str) -> dict:
+    seeds = summary['seeds']
+    parts = ['Mean test accuracy after training.']
+    if seeds.max() == 1:
+        parts.append('One seed per point, so no band.')
+    else:
+        parts.append('Band: 95 % bootstrap interval of the mean over seeds.')
+    if tables.DENSE in summary['method']:
+        parts.append(
+            'Dashed: the dense control, which is also where every curve starts, at compression 1.'
+        )
+    else:
+        parts.append('No run of the dense control has finished.')
+    if summary['collapsed'].sum():
+        parts.append('Hollow markers: at least one seed lost every weight of a whole layer.')
+    if summary['diverged'].sum():
+        parts.append('Crosses: the loss of at least one seed is no longer a finite number.')
+    count = len(tables.labels(summary))
+    return {
+        'section': 'accuracy',
+        'alt': f'Line chart of test accuracy against compression on a logarithmic axis, '
+        f'{text.plural(count, "method")}; the numbers are in the table below.',
+        'caption': ' '.join(parts) + some,
+    }
+
+
+def _learning_words(part: pl.DataFrame, column: str, unit: str, where: str) -> dict:
+    chosen, among = curves.panel_compressions(part)
+    what = {'test_accuracy': 'Test accuracy', 'train_loss': 'Training loss'}[column]
+    some = f', {len(chosen)} of {among} evenly chosen' if len(chosen) < among else ''
+    dense = ' Dashed: dense.' if tables.DENSE in part['method'] else ''
+    return {
+        'section': 'learning',
+        'alt': f'Small line charts of {what.lower()} against the {unit}, one per compression.',
+        'caption': f'{what} against the {unit}, mean over seeds; '
+        f'one panel per compression{some}.{dense} Values that are not finite are left out.{where}',
+    }
+
+
+def _layers_words(part: pl.DataFrame, complete: bool, where: str) -> dict:
+    some = '' if complete else ' Of many layers an even choice is drawn.'
+    cross = ' A cross marks layers without any weight left in at least one seed.'
+    return {
+        'section': 'layers',
+        'alt': 'Heat maps of the share of weights kept, layers by compressions, one per method.',
+        'caption': 'Weights kept, in percent of each layer (its size in brackets), mean over '
+        f'seeds.{cross if part["empty"].sum() else ""}{some}{where}',
+    }
+
+
+def _row(row: dict, keys: list[str]) -> dict:
+    """A row of the table as text."""
+    deficit = row['deficit'] is not None
+    return {
+        'setting': text.setting_name({key: row[key] for key in keys}),
+        'label': row['label'],
+        'target': text.number(row['target_compression']),
+        'achieved': text.number(row['compression']),
+        'seeds': row['seeds'],
+        'accuracy': text.percent(row['accuracy']),
+        'interval': text.interval(row['accuracy_low'], row['accuracy_high']),
+        'deficit': text.percent(row['deficit']) if deficit else text.NONE,
+        'deficit_interval': text.interval(row['deficit_low'], row['deficit_high']),
+        # Said only where it is not all of them.
+        'pairs': row['pairs'] if deficit and row['pairs'] < row['seeds'] else None,
+        'collapsed': row['collapsed'],
+        'diverged': row['diverged'],
+    }
+
+
+def _failed(results: pl.DataFrame, layers: pl.DataFrame, keys: list[str]) -> tuple[list, list]:
+    """Collapsed and diverged runs, as text."""
+
+    def show(row):
+        return {
+            'run_id': row['run_id'],
+            'setting': text.setting_name({key: row[key] for key in keys}),
+            'label': row['label'],
+            'compression': text.number(row['target_compression']),
+            'seed': row['seed'],
+            'layers': row.get('layers', []),
+        }
+
+    collapsed = tables.collapsed(results, layers)
+    diverged = tables.final(results).filter('diverged')
+    return (
+        [show(row) for row in collapsed.iter_rows(named=True)],
+        [show(row) for row in diverged.iter_rows(named=True)],
+    )
+
+
+def html(
+    *,
+    title: str,
+    total: int,
+    results: pl.DataFrame,
+    layers: pl.DataFrame,
+    pictures: dict[str, dict],
+    provenance: dict,
+    spec: str,
+) -> str:
+    """Fills the template.
+
+    Args:
+      title: name of the sweep.
+      total: number of planned runs.
+      results: rows of `store.read_results`.
+      layers: rows of `store.read_layers`.
+      pictures: `{name: {section, alt, caption, source, width, height}}`, sources in base64.
+      provenance: printed whole, whatever is in it.
+      spec: text of the specification.
+    """
+    summary = tables.summary(results, layers)
+    keys = tables.settings(results)
+    points = tables.breaking_points(summary)
+    collapsed, diverged = _failed(results, layers, keys)
+    template = importlib.resources.files('jaxprune.report').joinpath('page.html')
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string(template.read_text(encoding='utf-8')).render(
+        title=title,
+        total=total,
+        done=results['run_id'].n_unique(),
+        models=results['model'].unique(maintain_order=True).to_list(),
+        datasets=results['dataset'].unique(maintain_order=True).to_list(),
+        seeds=results['seed'].n_unique(),
+        settings=keys,
+        rows=[_row(row, keys) for row in summary.iter_rows(named=True)],
+        verdicts=[
+            (text.setting_name(setting), text.breaking_sentences(part))
+            for setting, part in tables.split(points, keys)
+        ],
+        collapsed=collapsed,
+        diverged=diverged,
+        pictures=pictures,
+        provenance=provenance,
+        spec=spec,
+    )

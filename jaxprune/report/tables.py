@@ -1,0 +1,285 @@
+"""Summary frames of a sweep, from the rows that `jaxprune.sweep.store` reads.
+
+A *setting* is a combination of everything that is trained differently: model, data set, learning
+rate, weight decay and any further column of a grid. Nothing here averages over settings: whichever
+of these columns varies becomes a leading key of every frame.
+"""
+
+import math
+
+import polars as pl
+
+from jaxprune.stats import bootstrap_interval
+from jaxprune.sweep import store
+
+DENSE = 'dense'
+"""The method of the control runs."""
+
+LIMITS = (1, 5)
+"""How many points below dense still count as working."""
+
+_SETTINGS = ('model', 'dataset', 'learning_rate', 'weight_decay')
+_DENSE_ROW = pl.col('method') == DENSE
+
+
+def settings(results: pl.DataFrame) -> list[str]:
+    """Names of the columns that tell settings apart, i.e. those that vary."""
+    candidates = [c for c in results.columns if c in _SETTINGS or c not in store.RESULTS]
+    return [column for column in candidates if results[column].n_unique() > 1]
+
+
+def labels(frame: pl.DataFrame) -> list[str]:
+    """Method labels in order of appearance, the dense control left out."""
+    return frame.filter(~_DENSE_ROW)['label'].unique(maintain_order=True).to_list()
+
+
+def final(results: pl.DataFrame) -> pl.DataFrame:
+    """The last evaluation of every run, one row per run, in the order of `results`.
+
+    Adds `diverged`: a loss or the accuracy that was measured last is not a finite number.
+    """
+    diverged = pl.any_horizontal(
+        pl.col('train_loss', 'test_loss', 'test_accuracy').is_finite().not_().fill_null(False)
+    )
+    return (
+        results.group_by('run_id', maintain_order=True)
+        .agg(pl.exclude('run_id').sort_by('step').last())
+        .with_columns(
+            diverged=diverged,
+            target_compression=pl.when(_DENSE_ROW).then(1.0).otherwise('target_compression'),
+        )
+    )
+
+
+def collapsed(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
+    """Runs that lost a whole layer.
+
+    Returns:
+      `run_id`, settings, `label`, `target_compression`, `compression`, `seed`, and `layers`, the
+      list of paths with no weight left.
+    """
+    empty = (
+        layers.filter((pl.col('kept') == 0) & (pl.col('size') > 0))
+        .group_by('run_id', maintain_order=True)
+        .agg(layers='path')
+    )
+    return (
+        final(results)
+        .select(
+            'run_id',
+            *settings(results),
+            'label',
+            'target_compression',
+            'compression',
+            'seed',
+        )
+        .join(empty, on='run_id', how='inner', maintain_order='left')
+    )
+
+
+def _with_interval(frame: pl.DataFrame, column: str) -> pl.DataFrame:
+    """Replaces a list column by its mean and the ends of the mean's 95 % interval."""
+
+    def ends(values):
+        if len(values) < 2:
+            return (None, None)
+        return tuple(map(float, bootstrap_interval(values)))
+
+    low, high = zip(*map(ends, frame[column].to_list()), strict=True)
+    return frame.with_columns(
+        pl.col(column).list.mean(),
+        pl.Series(f'{column}_low', low, pl.Float64),
+        pl.Series(f'{column}_high', high, pl.Float64),
+    )
+
+
+def summary(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
+    """One row per setting, label and target compression; accuracies are fractions of one.
+
+    Columns after the settings:
+
+        label, method, target_compression
+        compression             achieved, mean over runs
+        seeds                   finished runs
+        accuracy, _low, _high   mean test accuracy after training and its 95 % bootstrap interval
+        pairs                   runs compared with a dense run of the same seed
+        deficit, _low, _high    mean of dense minus accuracy over these pairs, and its interval
+        collapsed               runs that lost a whole layer
+        diverged                runs whose loss or accuracy is not finite
+
+    An accuracy that is itself not finite is in no mean. An accuracy that is finite counts even if
+    the run diverged or collapsed: leaving failures out would flatter the method. Intervals of one
+    run are null, and so is the deficit of the dense control, or without one.
+
+    Args:
+      results: rows of `store.read_results`, at least one.
+      layers: rows of `store.read_layers`.
+
+    Returns:
+      Rows sorted by setting; in each, dense first, then labels in order of appearance with rising
+      compression.
+    """
+    keys = settings(results)
+    runs = final(results).join(
+        collapsed(results, layers).select('run_id', collapsed=pl.lit(True)),
+        on='run_id',
+        how='left',
+        maintain_order='left',
+    )
+    control = (
+        runs.filter(_DENSE_ROW).group_by(*keys, 'seed').agg(control=pl.col('test_accuracy').mean())
+    )
+    deficit = (pl.col('control') - pl.col('test_accuracy')).filter(~_DENSE_ROW)
+    order = {label: place for place, label in enumerate(labels(runs))}
+    frame = (
+        runs.join(control, on=[*keys, 'seed'], how='left', nulls_equal=True)
+        .sort('seed')
+        .group_by(*keys, 'label', 'method', 'target_compression')
+        .agg(
+            pl.col('compression').mean(),
+            seeds=pl.len(),
+            accuracy=pl.col('test_accuracy').filter(pl.col('test_accuracy').is_finite()),
+            deficit=deficit.filter(deficit.is_finite()),
+            collapsed=pl.col('collapsed').fill_null(False).sum(),
+            diverged=pl.col('diverged').sum(),
+        )
+        .with_columns(pairs=pl.col('deficit').list.len())
+        .sort(
+            *keys,
+            pl.col('label').replace_strict(order, default=-1, return_dtype=pl.Int64),
+            'target_compression',
+        )
+    )
+    frame = _with_interval(_with_interval(frame, 'accuracy'), 'deficit')
+    return frame.select(
+        *keys,
+        'label',
+        'method',
+        'target_compression',
+        'compression',
+        'seeds',
+        'accuracy',
+        'accuracy_low',
+        'accuracy_high',
+        'pairs',
+        'deficit',
+        'deficit_low',
+        'deficit_high',
+        'collapsed',
+        'diverged',
+    )
+
+
+def setting_columns(frame: pl.DataFrame) -> list[str]:
+    """The settings of a frame made by `summary`, `learning`, `densities` or `breaking_points`."""
+    return frame.columns[: frame.columns.index('label')]
+
+
+def breaking_points(summary: pl.DataFrame) -> pl.DataFrame:
+    """At which compression each method stops working; one row per setting and label.
+
+    Columns after the settings, for each limit `p` of 1 and 5 points:
+
+        label
+        tested          largest target compression with a finished run
+        compared        whether any row could be compared with dense
+        within_p        largest target compression whose mean deficit is at most p points, or null
+        missed_p        smaller ones where it is more (a curve need not fall steadily)
+        collapsed       smallest target compression where a run lost a whole layer, or null
+
+    Args:
+      summary: a frame made by `summary`.
+    """
+    target = pl.col('target_compression')
+    columns = {}
+    for limit in LIMITS:
+        # The tolerance admits a deficit of exactly one point, which floats miss either way.
+        works = (pl.col('deficit') <= limit / 100 + 1e-9).fill_null(False)
+        known = pl.col('deficit').is_not_null() | (pl.col('diverged') > 0)
+        best = target.filter(works).max()
+        columns[f'within_{limit}'] = best
+        columns[f'missed_{limit}'] = target.filter(~works & known & (target < best)).sort()
+    return (
+        summary.filter(~_DENSE_ROW)
+        .group_by(*setting_columns(summary), 'label', maintain_order=True)
+        .agg(
+            tested=target.max(),
+            compared=pl.col('deficit').is_not_null().any(),
+            **columns,
+            collapsed=target.filter(pl.col('collapsed') > 0).min(),
+        )
+    )
+
+
+def learning(results: pl.DataFrame) -> pl.DataFrame:
+    """Mean curves over training.
+
+    Returns:
+      Settings, `label`, `method`, `target_compression`, `time`, and the means over seeds of
+      `train_loss` and `test_accuracy`, numbers that are not finite left out (null if none is).
+      `time` is the epoch, or the step where one epoch holds several evaluations.
+    """
+    keys = [*settings(results), 'label', 'method', 'target_compression', 'time']
+    return (
+        results.with_columns(
+            time=time_unit(results),
+            target_compression=pl.when(_DENSE_ROW).then(1.0).otherwise('target_compression'),
+        )
+        .group_by(keys, maintain_order=True)
+        .agg(
+            pl.col(column).filter(pl.col(column).is_finite()).mean()
+            for column in ('train_loss', 'test_accuracy')
+        )
+        .sort('time', maintain_order=True)
+    )
+
+
+def time_unit(results: pl.DataFrame) -> str:
+    """`'epoch'`, or `'step'` where one epoch of a run holds several evaluations."""
+    return 'step' if results.select('run_id', 'epoch').is_duplicated().any() else 'epoch'
+
+
+def densities(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
+    """Share of weights kept in every layer.
+
+    Returns:
+      Settings, `label`, `method`, `target_compression`, `path`, `size`, `density` (mean over
+      seeds), `seeds` and `empty`, the number of them that kept nothing of the layer.
+    """
+    keys = settings(results)
+    runs = final(results).select('run_id', *keys, 'label', 'method', 'target_compression')
+    return (
+        runs.join(layers, on='run_id', how='inner', maintain_order='left_right')
+        .filter(pl.col('size') > 0)
+        .group_by(
+            *keys, 'label', 'method', 'target_compression', 'path', 'size', maintain_order=True
+        )
+        .agg(
+            density=(pl.col('kept') / pl.col('size')).mean(),
+            seeds=pl.len(),
+            empty=(pl.col('kept') == 0).sum(),
+        )
+    )
+
+
+def split(frame: pl.DataFrame, keys: list[str]) -> list[tuple[dict, pl.DataFrame]]:
+    """The frame cut by setting: `[(setting, rows), ...]`, in order of appearance."""
+    if not keys:
+        return [({}, frame)]
+    parts = frame.partition_by(keys, maintain_order=True)
+    return [(part.select(keys).row(0, named=True), part) for part in parts]
+
+
+def at(frame: pl.DataFrame, setting: dict) -> pl.DataFrame:
+    """The rows of one setting."""
+    same = [pl.col(column).eq_missing(value) for column, value in setting.items()]
+    return frame.filter(*same) if same else frame
+
+
+def evenly(items: list, most: int) -> list:
+    """At most `most` of the items, evenly spread over their places, both ends kept."""
+    if len(items) <= most:
+        return list(items)
+    if most == 1:
+        return [items[-1]]
+    return [items[math.floor(i * (len(items) - 1) / (most - 1) + 0.5)] for i in range(most)]

@@ -1,0 +1,27 @@
+"""SNIP: connection sensitivity (Lee, Ajanthan & Torr, ICLR 2019, arXiv:1810.02340)."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.score.loss import batch_loss, mean_over_batches
+from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View
+
+
+def snip(problem: Problem, *, train: bool) -> ScoreFn:
+    """`|w * dL/dw|`, the effect of each mask entry on the loss (eq. 6).
+
+    The gradient is averaged over all scoring data before the absolute value is taken, as in
+    every published implementation; the common normaliser is left out, it changes no ranking.
+
+    Args:
+      train: batch normalisation by the batch (True) or by running statistics (False: the
+        original, which at initialisation means no normalisation).
+    """
+
+    def score(key: Key, view: View, batches: Batch | None) -> Scores:
+        del key
+        gradient = jax.grad(batch_loss(problem, view, train=train))
+        mean = mean_over_batches(lambda batch: gradient(view.weights, batch), batches)
+        return {path: jnp.abs(w * mean[path]) for path, w in view.weights.items()}
+
+    return score

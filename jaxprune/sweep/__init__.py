@@ -1,0 +1,18 @@
+"""Sweeps: specification -> plan -> run -> store."""
+
+from jaxprune.sweep.load import load_spec, make_spec, to_toml
+from jaxprune.sweep.plan import make_plan
+from jaxprune.sweep.run import default_out, run_sweep
+from jaxprune.sweep.spec import SweepSpec
+from jaxprune.sweep.status import status
+
+__all__ = [
+    'SweepSpec',
+    'default_out',
+    'load_spec',
+    'make_plan',
+    'make_spec',
+    'run_sweep',
+    'status',
+    'to_toml',
+]

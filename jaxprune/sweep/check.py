@@ -1,0 +1,190 @@
+"""Checks across keys and against the registries, and the defaults that depend on a name."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from jaxprune import data, method, nn, optim
+from jaxprune.data.augment import AUGMENTATIONS
+from jaxprune.errors import JaxpruneError, SpecError, nearest
+from jaxprune.sweep.parse import section
+from jaxprune.sweep.spec import MethodSpec, SweepSpec, TrainSpec
+
+_TRAIN_KEYS = tuple(f.name for f in dataclasses.fields(TrainSpec) if f.name != 'options')
+
+
+def check(spec: SweepSpec, source: str) -> SweepSpec:
+    """The specification with names resolved to their published defaults.
+
+    Raises:
+      SpecError: an unknown name or option, or values that cannot go together.
+    """
+
+    def fail(at: str, message: str):
+        raise SpecError(f'{source}: {at}: {message}')
+
+    def known(at: str, name: str, valid) -> None:
+        if name not in valid:
+            fail(at, f"'{name}' is unknown, {nearest(name, valid)}")
+
+    if not spec.name or any(c in spec.name for c in '/\\') or spec.name.startswith('.'):
+        fail('name', f'expected a plain file name, not {spec.name!r}')
+    known('model.name', spec.model.name, nn.MODELS)
+    known('data.name', spec.data.name, data.FACTS)
+    for i, name in enumerate(spec.data.augment):
+        known(f'data.augment[{i}]', name, AUGMENTATIONS)
+    model = dataclasses.replace(
+        spec.model,
+        options=_options(
+            spec.model.options, nn.model(spec.model.name).options, spec.model.name, 'model', fail
+        ),
+    )
+    facts = data.facts(spec.data.name)
+    if min(facts.shape[:2]) < nn.model(model.name).min_side:
+        fail('model.name', f"'{model.name}' needs larger images than {facts.shape} of {facts.name}")
+    train = _train(spec.train, 'train', fail)
+    methods = tuple(_method(m, f'grid.method[{i}]', fail) for i, m in enumerate(spec.grid.method))
+    for key in ('method', 'compression', 'seed'):
+        if not getattr(spec.grid, key):
+            fail(f'grid.{key}', 'expected at least one value')
+    labels = [m.label for m in methods]
+    for kind, values in (
+        ('label', labels),
+        ('compression', spec.grid.compression),
+        ('seed', spec.grid.seed),
+    ):
+        twice = [v for i, v in enumerate(values) if v in values[:i]]
+        if twice and kind == 'label':
+            fail('grid.method', f"two entries are called '{twice[0]}': give one another label")
+        if twice:
+            fail(f'grid.{kind}', f'{twice[0]} is listed twice')
+    for i, seed in enumerate(spec.grid.seed):
+        if seed >= 2**31:
+            fail(f'grid.seed[{i}]', f'expected less than 2**31, not {seed}')
+    grid_train = _grid_train(train, spec.grid.train, source, fail)
+    grid = dataclasses.replace(spec.grid, method=methods, train=grid_train)
+    examples = spec.data.train_examples or facts.train_size
+    for key, size in (('train_examples', facts.train_size), ('test_examples', facts.test_size)):
+        if getattr(spec.data, key) > size:
+            fail(f'data.{key}', f'{facts.name} has only {size}')
+    for variant in variants(train, grid_train):
+        _train(variant, 'train', fail)
+        if variant.batch_size > examples:
+            fail('train.batch_size', f'{variant.batch_size} is more than {examples} examples')
+    return dataclasses.replace(spec, model=model, train=train, grid=grid)
+
+
+def variants(train: TrainSpec, grid: Mapping[str, tuple]) -> list[TrainSpec]:
+    """The training settings of every combination of [grid.train]."""
+    return [
+        with_values(train, dict(zip(grid, values, strict=True)))
+        for values in itertools.product(*grid.values())
+    ]
+
+
+def with_values(train: TrainSpec, values: Mapping[str, Any]) -> TrainSpec:
+    """The training settings with some keys or optimizer arguments replaced."""
+    options = {k: v for k, v in values.items() if k not in _TRAIN_KEYS}
+    return dataclasses.replace(
+        train,
+        options={**train.options, **options},
+        **{k: v for k, v in values.items() if k in _TRAIN_KEYS},
+    )
+
+
+def _options(given: Mapping, valid: Mapping, owner: str, at: str, fail) -> dict[str, Any]:
+    """Options with defaults filled in; types follow the default's."""
+    options = dict(valid)
+    for key, value in given.items():
+        if key not in valid:
+            tail = nearest(key, valid) if valid else 'it has none'
+            fail(f'{at}.{key}', f"unknown key or option of '{owner}', {tail}")
+        options[key] = _like(value, valid[key], f'{at}.{key}', fail)
+    return options
+
+
+def _like(value: Any, default: Any, at: str, fail) -> Any:
+    """The value, if it has the type of the default."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            fail(at, f'expected true or false, not {value!r}')
+    elif isinstance(default, float):
+        if not number:
+            fail(at, f'expected a number, not {value!r}')
+        return float(value)
+    elif isinstance(default, list):
+        whole = isinstance(value, (list, tuple)) and all(
+            isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value
+        )
+        if not whole:
+            fail(at, f'expected a list of positive whole numbers, not {value!r}')
+        return list(value)
+    return value
+
+
+def _train(train: TrainSpec, at: str, fail) -> TrainSpec:
+    try:
+        arguments = optim.arguments(train.optimizer)
+    except JaxpruneError as error:
+        fail(f'{at}.optimizer', str(error))
+    options = {}
+    for key, value in train.options.items():
+        if key not in arguments:
+            tail = nearest(key, [*_TRAIN_KEYS, *arguments])
+            fail(f'{at}.{key}', f"unknown key, and no argument of '{train.optimizer}', {tail}")
+        options[key] = _argument(value, arguments[key], f'{at}.{key}', fail)
+    if train.schedule == 'step' and not train.milestones:
+        fail(f'{at}.milestones', "expected the epochs of schedule 'step'")
+    for i, milestone in enumerate(train.milestones):
+        if not 0 < milestone:
+            fail(f'{at}.milestones[{i}]', f'expected a positive epoch, not {milestone}')
+    if train.warmup_epochs >= train.epochs:
+        fail(f'{at}.warmup_epochs', f'expected fewer than the {train.epochs} epochs')
+    return dataclasses.replace(train, options=options)
+
+
+def _argument(value: Any, default: Any, at: str, fail) -> Any:
+    """An optimizer argument: true or false where optax has a truth value, else a number."""
+    if isinstance(default, bool):
+        return _like(value, default, at, fail)
+    return _like(value, 0.0, at, fail)
+
+
+def _grid_train(train: TrainSpec, grid: Mapping[str, Any], source: str, fail) -> dict[str, tuple]:
+    """[grid.train] with every value checked as its [train] key would be."""
+    checked = {}
+    for key, values in grid.items():
+        at = f'grid.train.{key}'
+        if not isinstance(values, tuple) or not values:
+            fail(at, f'expected a list of values, not {values!r}')
+        # Each value is read as if it stood in [train] beside the optimizer named there.
+        tables = [{'optimizer': train.optimizer, key: value} for value in values]
+        read = [section(TrainSpec, table, source, 'grid.train') for table in tables]
+        if key in _TRAIN_KEYS:
+            checked[key] = tuple(getattr(t, key) for t in read)
+        else:
+            checked[key] = tuple(_train(t, 'grid.train', fail).options[key] for t in read)
+        if len(set(map(repr, checked[key]))) < len(values):
+            fail(at, 'a value is listed twice')
+    return checked
+
+
+def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
+    """A method entry with the published values of its card written out."""
+    if spec.name not in method.METHODS:
+        fail(f'{at}.name', f"'{spec.name}' is unknown, {nearest(spec.name, method.METHODS)}")
+    card = method.method(spec.name)
+    where = {'global': '', 'erk': ' (ERK)'}.get(spec.allocation, f' ({spec.allocation})')
+    label = spec.label or card.title + where
+    if label == 'dense':
+        fail(f'{at}.label', "'dense' is the name of the control: choose another")
+    return dataclasses.replace(
+        spec,
+        label=label,
+        rounds=spec.rounds or card.rounds,
+        over=spec.over or card.over,
+        batch_norm=spec.batch_norm or ('train' if card.train else 'eval'),
+        options=_options(spec.options, card.options, spec.name, at, fail),
+    )

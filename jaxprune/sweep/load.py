@@ -1,0 +1,79 @@
+"""A TOML file or a table -> a checked `SweepSpec`, and back to TOML."""
+
+import hashlib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from jaxprune.errors import SpecError
+from jaxprune.sweep.check import check
+from jaxprune.sweep.parse import plain, section
+from jaxprune.sweep.spec import SweepSpec
+
+
+def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
+    """Reads a specification.
+
+    Args:
+      path: a TOML file.
+      overrides: `section.key=value` strings, the value in TOML syntax (a bare word is a string).
+
+    Raises:
+      SpecError: one line that says where and what.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise SpecError(f'{path}: no such file') from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f'{path}: cannot be read ({error})') from None
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f'{path}: not valid TOML: {error}') from None
+    for override in overrides:
+        _override(table, override)
+    return make_spec(table, source=str(path))
+
+
+def make_spec(table: Mapping[str, Any], source: str = 'spec') -> SweepSpec:
+    """A specification from nested dicts with the keys of the TOML file.
+
+    Args:
+      table: what the file would hold.
+      source: what error messages call it.
+    """
+    spec = section(SweepSpec, table, source, '')
+    return check(spec, source)
+
+
+def resolved(spec: SweepSpec) -> dict[str, Any]:
+    """The specification as nested dicts, every default written out; `make_spec` reads it back."""
+    return plain(spec)
+
+
+def to_toml(spec: SweepSpec) -> str:
+    """The resolved specification as TOML."""
+    return tomli_w.dumps(resolved(spec))
+
+
+def spec_hash(spec: SweepSpec) -> str:
+    """Ten hexadecimal digits of the resolved specification."""
+    return hashlib.sha256(to_toml(spec).encode()).hexdigest()[:10]
+
+
+def _override(table: dict, override: str) -> None:
+    key, equals, text = override.partition('=')
+    if not equals or not key.strip():
+        raise SpecError(f"--set {override}: expected key=value, as in 'train.epochs=2'")
+    try:
+        value = tomllib.loads(f'value = {text}')['value']
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word: --set data.name=mnist
+    *sections, last = key.strip().split('.')
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise SpecError(f"--set {override}: '{section}' is not a section")
+    table[last] = value

@@ -1,0 +1,85 @@
+"""Tables -> specification classes: keys, types and ranges, every mistake told in one line.
+
+A message names the file, the key, what was expected and the nearest valid name.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from jaxprune.errors import SpecError, nearest
+from jaxprune.sweep.spec import MethodSpec
+
+_WORDS = {str: 'a string', int: 'a whole number', float: 'a number', bool: 'true or false'}
+
+
+def section(cls: type, table: Any, source: str, where: str) -> Any:
+    """An instance of a specification class from a table; unknown keys are options if it is open."""
+    if not isinstance(table, Mapping):
+        raise SpecError(f'{source}: {where}: expected a table, not {table!r}')
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name != 'options'}
+    is_open = 'options' in hints
+    values, options = {}, {}
+    for key, value in table.items():
+        at = f'{where}.{key}' if where else key
+        if key in fields:
+            values[key] = _value(hints[key], fields[key], value, source, at)
+        elif is_open:
+            options[key] = value  # whether it is a valid option is checked with its owner
+        else:
+            raise SpecError(f'{source}: {at}: unknown key, {nearest(key, fields)}')
+    for name, f in fields.items():
+        absent = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if absent and name not in values:
+            at = f'{where}.{name}' if where else name
+            raise SpecError(f'{source}: {at}: missing; expected {f.metadata["doc"]}')
+    return cls(**values, **({'options': options} if is_open else {}))
+
+
+def _value(hint: Any, f: dataclasses.Field, value: Any, source: str, at: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if hint is MethodSpec and isinstance(value, str):
+            value = {'name': value}
+        return section(hint, value, source, at)
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        if not isinstance(value, (list, tuple)):
+            raise SpecError(f'{source}: {at}: expected a list, not {value!r}')
+        return tuple(_value(item, f, v, source, f'{at}[{i}]') for i, v in enumerate(value))
+    if origin is not None:  # grid.train: key -> list of values, checked with [train]
+        if not isinstance(value, Mapping):
+            raise SpecError(f'{source}: {at}: expected a table of lists, not {value!r}')
+        return {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in value.items()}
+    return _scalar(hint, f.metadata, value, source, at)
+
+
+def _scalar(hint: type, metadata: Mapping, value: Any, source: str, at: str) -> Any:
+    """The value as `hint`, or a SpecError; a whole number passes as a float, True as neither."""
+    fits = isinstance(value, (int, float) if hint is float else hint)
+    if not fits or (isinstance(value, bool) and hint is not bool):
+        raise SpecError(f'{source}: {at}: expected {_WORDS[hint]}, not {value!r}')
+    value = hint(value)
+    choices, low, above = (metadata.get(k) for k in ('choices', 'low', 'above'))
+    if choices is not None and value not in choices:
+        raise SpecError(f"{source}: {at}: '{value}' is unknown, {nearest(value, choices)}")
+    if hint is float and not abs(value) < float('inf'):
+        raise SpecError(f'{source}: {at}: expected a finite number, not {value}')
+    if low is not None and value < low:
+        raise SpecError(f'{source}: {at}: expected at least {low}, not {value}')
+    if above is not None and value <= above:
+        raise SpecError(f'{source}: {at}: expected more than {above}, not {value}')
+    return value
+
+
+def plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        table = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {**table, **table.pop('options', {})}
+    if isinstance(value, Mapping):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(v) for v in value]
+    return value

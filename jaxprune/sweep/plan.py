@@ -1,0 +1,263 @@
+"""What a sweep will do, before it does it: runs -> programs -> chunks, memory and time."""
+
+import math
+import os
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import data, plan
+from jaxprune.errors import JaxpruneError, SpecError
+from jaxprune.sweep.engine import choose_strategy
+from jaxprune.sweep.grid import Run, digest, event_program, runs, static_settings
+from jaxprune.sweep.load import resolved, spec_hash
+from jaxprune.sweep.program import DeviceData, Program, hyper_of, make_program
+from jaxprune.sweep.spec import FORMAT, SweepSpec
+
+#: Most runs in a chunk, by strategy. A chunk is what an interruption loses, so none is long;
+#: 'host' gains nothing from more runs at a time.
+_MOST = {'map': 32, 'vmap': 128, 'host': 4}
+#: The part of a device's memory that the runs of a chunk may take.
+_MEMORY_SHARE = 0.5
+
+
+class Group(NamedTuple):
+    """Runs that share one training program.
+
+    Attributes:
+      id: hash of what makes the program.
+      settings: static training settings.
+      strategy: how its runs are batched.
+      runs: its runs, sorted so that chunks hold few methods.
+    """
+
+    id: str
+    settings: dict[str, Any]
+    strategy: str
+    runs: list[Run]
+
+
+def groups(spec: SweepSpec) -> list[Group]:
+    """The runs of a specification by training program, in order of first appearance."""
+    by_key: dict[str, list[Run]] = {}
+    for run in runs(spec):
+        key = digest([resolved(spec)['model'], resolved(spec)['data'], static_settings(run.train)])
+        by_key.setdefault(key, []).append(run)
+    made = []
+    for key, members in by_key.items():
+        strategy = spec.engine.strategy
+        if strategy == 'auto':
+            program = make_program(spec, members[0].train)
+            shape = data.facts(spec.data.name).shape
+            strategy = choose_strategy(program, shape, jax.default_backend())
+        made.append(Group(key, static_settings(members[0].train), strategy, members))
+    return made
+
+
+def counts_of(program: Program, run: Run) -> plan.Plan:
+    """A pruned run's table of keep counts."""
+    return plan.at_init(
+        program.shapes,
+        1 / run.compression,
+        allocation=run.method.allocation,
+        rounds=run.method.rounds,
+        over=run.method.over,
+    )
+
+
+def make_plan(spec: SweepSpec, source: str = 'spec') -> dict[str, Any]:
+    """The whole plan as a JSON-ready table; the contents of plan.json.
+
+    Nothing is trained and no training program is compiled.
+
+    Raises:
+      SpecError: a run that cannot be, such as one that keeps no weight.
+    """
+    table: dict[str, Any] = {
+        'format': FORMAT,
+        'name': spec.name,
+        'spec': spec_hash(spec),
+        'programs': [],
+        'chunks': [],
+        'runs': [],
+    }
+    settings = [group.settings for group in groups(spec)]
+    differing = {k for s in settings for k in s if any(t.get(k) != s[k] for t in settings)}
+    for group in groups(spec):
+        program = _abstractly(spec, group, source)
+        _check_runs(spec, program, group, source)
+        cost = costs(spec, program, group)
+        chunk_runs = _chunk_size(spec, group, cost['bytes_per_run'])
+        for first in range(0, len(group.runs), chunk_runs):
+            members = [run.run_id for run in group.runs[first : first + chunk_runs]]
+            # The strategy is no part of the name: it changes no result.
+            table['chunks'].append(
+                {'id': digest([FORMAT, group.id, members]), 'program': group.id, 'runs': members}
+            )
+        methods = {event_program(r.method): None for r in group.runs if r.method.name != 'dense'}
+        table['programs'].append(
+            {
+                'id': group.id,
+                'differs': {k: group.settings.get(k) for k in sorted(differing)},
+                'strategy': group.strategy,
+                'runs': len(group.runs),
+                'chunk': chunk_runs,
+                'steps': program.steps * group.settings['epochs'],
+                'events': list(methods),
+                'parameters': cost['parameters'],
+                'prunable': {path: math.prod(shape) for path, shape in program.shapes.items()},
+                'bytes_per_run': cost['bytes_per_run'],
+                'flops_per_step': cost['flops_per_step'],
+            }
+        )
+        for run in group.runs:
+            table['runs'].append(
+                {
+                    'run_id': run.run_id,
+                    'label': run.method.label,
+                    'method': run.method.name,
+                    'allocation': run.method.allocation,
+                    'compression': run.compression,
+                    'seed': run.seed,
+                    'learning_rate': run.train.learning_rate,
+                    'weight_decay': run.train.weight_decay,
+                }
+            )
+    return table
+
+
+def _abstractly(spec: SweepSpec, group: Group, source: str) -> Program:
+    """The group's program, having checked on abstract values that its parts fit together."""
+    run = group.runs[0]
+    try:
+        program = make_program(spec, run.train)
+        jax.eval_shape(program.init, jax.random.key(0), hyper_of(run))
+    except JaxpruneError as error:
+        raise SpecError(f'{source}: {error}') from None
+    except Exception as error:
+        # An argument that optax or flax refuses; its own message says which.
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SpecError(f'{source}: model or train: refused by the library: {text}') from error
+    return program
+
+
+def _check_runs(spec: SweepSpec, program: Program, group: Group, source: str) -> None:
+    """Raises SpecError where a run would keep no weight or its scores have too little data."""
+    for run in group.runs:
+        if run.method.name == 'dense':
+            continue
+        try:
+            counts_of(program, run)
+        except JaxpruneError as error:
+            raise SpecError(
+                f'{source}: grid.compression: {run.compression:g} with {run.method.label}: {error}'
+            ) from None
+    facts = data.facts(spec.data.name)
+    examples = spec.data.train_examples or facts.train_size
+    wanted = spec.prune.samples_per_class * spec.prune.batches
+    if wanted * facts.classes > examples:
+        raise SpecError(
+            f'{source}: prune.samples_per_class: {wanted} of each of {facts.classes} classes are'
+            f' more than the {examples} training examples'
+        )
+
+
+def costs(spec: SweepSpec, program: Program, group: Group) -> dict[str, Any]:
+    """Parameters, bytes and floating-point operations of one run, from abstract values.
+
+    Bytes: the state, one gradient, and every intermediate of one forward pass held for the
+    backward pass; an estimate, as the compiler fuses and reuses.
+    """
+    run = group.runs[0]
+    facts = data.facts(spec.data.name)
+    key = jax.random.key(0)
+    state = jax.eval_shape(program.init, key, hyper_of(run))
+    batch = run.train.batch_size
+    x = jax.ShapeDtypeStruct((batch, *facts.shape), jnp.float32)
+    y = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def loss(params, x, y):
+        logits, _ = program.problem.apply(params, state_.model_state, x, train=True, key=key)
+        return program.problem.loss(logits, y).mean()
+
+    state_ = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
+    forward = jax.make_jaxpr(loss)(state.params, x, y)
+    activations = sum(
+        math.prod(var.aval.shape) * var.aval.dtype.itemsize
+        for equation in forward.eqns
+        for var in equation.outvars
+    )
+    lowered = jax.jit(jax.grad(loss)).lower(state.params, x, y)
+    analysis = lowered.cost_analysis() or {}
+    return {
+        'parameters': sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
+        'bytes_per_run': _bytes(state) + _bytes(state.params) + int(activations),
+        'flops_per_step': float(analysis.get('flops', math.nan)),
+    }
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def data_bytes(spec: SweepSpec) -> int:
+    """Bytes of the data set on the device, uint8 pixels and int32 labels."""
+    facts = data.facts(spec.data.name)
+    return (facts.train_size + facts.test_size) * (math.prod(facts.shape) + 4)
+
+
+def _chunk_size(spec: SweepSpec, group: Group, bytes_per_run: int) -> int:
+    """Runs per chunk: as many as are sensible and fit, shared out evenly."""
+    devices = 1 if group.strategy == 'host' else jax.local_device_count()
+    most = spec.engine.chunk
+    if not most:
+        fits = int(_MEMORY_SHARE * memory_limit() / bytes_per_run)
+        if group.strategy == 'vmap':
+            fits *= devices
+        most = max(min(_MOST[group.strategy], fits), 1)
+    chunks = math.ceil(len(group.runs) / most)
+    even = math.ceil(len(group.runs) / chunks)
+    return min(math.ceil(even / devices) * devices, most) if most >= devices else most
+
+
+def memory_limit() -> int:
+    """Bytes that one device may use; on CPU all devices share the machine's memory."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if 'bytes_limit' in stats:
+        return stats['bytes_limit']
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+
+
+def estimate(plan_table: dict[str, Any], spec: SweepSpec) -> dict[str, float]:
+    """Peak memory of a chunk in bytes and training time in seconds, both rough.
+
+    Time is the arithmetic of all steps at the speed of one short matrix product on this
+    machine; convolutions and small layers reach less of it.
+    """
+    speed = matmul_speed()
+    seconds, peak = 0.0, 0
+    for program in plan_table['programs']:
+        seconds += program['runs'] * program['steps'] * program['flops_per_step'] / speed
+        peak = max(peak, program['chunk'] * program['bytes_per_run'])
+    return {'seconds': seconds, 'bytes': peak + data_bytes(spec), 'flops_per_second': speed}
+
+
+def matmul_speed(seconds: float = 0.3) -> float:
+    """Floating-point operations per second of float32 matrix products, measured briefly."""
+    side = 512
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(side, side)), jnp.float32)
+    product = jax.jit(lambda a: a @ a / side)
+    product(a).block_until_ready()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        product(a).block_until_ready()
+        count += 1
+    return count * 2 * side**3 / (time.perf_counter() - start)
+
+
+def device_data_shape(data_: DeviceData) -> tuple[int, int]:
+    """Numbers of training and test examples."""
+    return data_.train.labels.shape[0], data_.test.labels.shape[0]

@@ -1,0 +1,160 @@
+"""The pure functions of one program: everything its runs do, written for one run, not jitted."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxprune import data, method, nn, optim, problem, train, tree
+from jaxprune.data import Dataset, DeviceSplit
+from jaxprune.rng import stream
+from jaxprune.sweep.grid import Run, split_options
+from jaxprune.sweep.spec import MethodSpec, SweepSpec, TrainSpec
+from jaxprune.types import Batch, Counts, Hyper, Key, Problem, PruneInfo, RunState
+
+#: Examples per evaluation batch; any number gives the same sums up to rounding.
+EVAL_BATCH = 500
+
+
+class DeviceData(NamedTuple):
+    """What lives on the device once, shared by all runs.
+
+    Attributes:
+      train: the training split.
+      test: the test split.
+      by_class: int32 `(classes, n)`, indices of training examples of each class.
+    """
+
+    train: DeviceSplit
+    test: DeviceSplit
+    by_class: jax.Array
+
+
+class Program(NamedTuple):
+    """One-run functions of one group of runs.
+
+    Attributes:
+      problem: network and loss.
+      shapes: path -> shape of each prunable leaf.
+      steps: training steps per epoch.
+      init: `(key, hyper) -> state`.
+      order: `(key, epoch) -> indices (steps, batch)`.
+      step: `(clock, data, key, hyper, indices, state) -> (state, loss)`.
+      evaluate: `(data, state, indices, valid) -> (sum of losses, number correct)` on the test set.
+      prune: method -> `(round, data, key, hyper, counts, state) -> (state, info)`.
+    """
+
+    problem: Problem
+    shapes: dict[str, tuple[int, ...]]
+    steps: int
+    init: Callable[[Key, Hyper], RunState]
+    order: Callable[[Key, jax.Array], jax.Array]
+    step: Callable
+    evaluate: Callable
+    prune: Callable[[MethodSpec], Callable[..., tuple[RunState, PruneInfo]]]
+
+
+def make_problem(spec: SweepSpec) -> Problem:
+    """The network of a specification."""
+    facts = data.facts(spec.data.name)
+    module = nn.build(spec.model.name, facts.classes, **spec.model.options)
+    return problem.linen(module, facts.shape)
+
+
+def make_program(spec: SweepSpec, settings: TrainSpec) -> Program:
+    """The functions that all runs with these static settings share.
+
+    Args:
+      settings: any one run's training settings; numbers in it that are traced are not used.
+    """
+    facts = data.facts(spec.data.name)
+    examples = spec.data.train_examples or facts.train_size
+    steps = examples // settings.batch_size
+    net = make_problem(spec)
+    optimizer = optim.optimizer(
+        settings.optimizer,
+        split_options(settings)[1],
+        optim.rate_schedule(
+            settings.schedule,
+            steps * settings.epochs,
+            warmup=round(settings.warmup_epochs * steps),
+            milestones=[round(m * steps) for m in settings.milestones],
+            factor=settings.factor,
+        ),
+    )
+    fetch = data.fetcher(facts.mean, facts.std, spec.data.augment)
+    plain_fetch = data.fetcher(facts.mean, facts.std, ())
+    step = train.fetch_step(train.train_step(net, optimizer), fetch)
+    evaluate = train.evaluate_batch(net, plain_fetch)
+
+    def order(key: Key, epoch: jax.Array) -> jax.Array:
+        return data.epoch_order(stream(key, 'data'), epoch, examples, settings.batch_size)
+
+    def score_batches(data_: DeviceData, key: Key, at: jax.Array) -> Batch:
+        # Fresh data in every round, the same for all methods of a seed.
+        indices = data.balanced_indices(
+            jax.random.fold_in(stream(key, 'score'), at),
+            data_.by_class,
+            spec.prune.samples_per_class,
+            spec.prune.batches,
+        )
+        rows = [plain_fetch(data_.train, None, indices[i]) for i in range(spec.prune.batches)]
+        return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *rows)
+
+    def prune(spec_: MethodSpec):
+        pruner = method.build(
+            net,
+            spec_.name,
+            allocation=spec_.allocation,
+            train=spec_.batch_norm == 'train',
+            **spec_.options,
+        )
+        event = train.event(net, optimizer, pruner)
+        begin = train.first_event(net, pruner)
+
+        def once(
+            at, data_: DeviceData, key: Key, hyper: Hyper, counts: Counts, state: RunState
+        ) -> tuple[RunState, PruneInfo]:
+            draw = jax.random.fold_in(stream(key, 'prune'), at)
+            batches = score_batches(data_, key, at) if pruner.needs else None
+            return event(draw, hyper, state, counts, batches)
+
+        return begin, once
+
+    return Program(
+        problem=net,
+        shapes=tree.shapes(tree.pick(jax.eval_shape(net.init, jax.random.key(0))[0], net.prunable)),
+        steps=steps,
+        init=train.init_run(net, optimizer),
+        order=order,
+        step=lambda clock, data_, *rest: step(clock, data_.train, *rest),
+        evaluate=lambda data_, *rest: evaluate(data_.test, *rest),
+        prune=prune,
+    )
+
+
+def hyper_of(run: Run) -> Hyper:
+    """A run's traced numbers."""
+    numbers, _ = split_options(run.train)
+    return Hyper(
+        np.float32(run.train.learning_rate),
+        np.float32(run.train.weight_decay),
+        {name: np.float32(value) for name, value in sorted(numbers.items())},
+    )
+
+
+def device_data(spec: SweepSpec, dataset: Dataset) -> DeviceData:
+    """The data set as device arrays, cut to the sizes the specification asks for."""
+
+    def first(split, count):
+        return split._replace(
+            images=split.images[: count or None], labels=split.labels[: count or None]
+        )
+
+    training = first(dataset.train, spec.data.train_examples)
+    return DeviceData(
+        train=data.to_device(training),
+        test=data.to_device(first(dataset.test, spec.data.test_examples)),
+        by_class=jax.numpy.asarray(data.class_balanced(training.labels, dataset.classes)),
+    )

@@ -1,0 +1,244 @@
+"""The driver: plan -> chunks -> store, resumable at any moment."""
+
+import datetime
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import polars as pl
+
+from jaxprune import data
+from jaxprune.errors import PruneError, StoreError
+from jaxprune.rng import run_key
+from jaxprune.sweep import store
+from jaxprune.sweep.engine import Engine, Rows, make_engine
+from jaxprune.sweep.grid import Run, event_program, runs, split_options
+from jaxprune.sweep.load import load_spec, make_spec, spec_hash, to_toml
+from jaxprune.sweep.parse import plain
+from jaxprune.sweep.plan import counts_of, make_plan
+from jaxprune.sweep.program import Program, device_data, hyper_of, make_program
+from jaxprune.sweep.progress import Progress, silent
+from jaxprune.sweep.provenance import provenance
+from jaxprune.sweep.spec import SweepSpec
+from jaxprune.types import GLOBAL
+
+
+def default_out(spec: SweepSpec) -> Path:
+    """`runs/<name>-<hash of the resolved specification>`."""
+    return Path('runs') / f'{spec.name}-{spec_hash(spec)}'
+
+
+def run_sweep(
+    spec: SweepSpec | Mapping[str, Any] | str | Path,
+    out: str | Path | None = None,
+    *,
+    data_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> pl.DataFrame:
+    """Trains every run of a sweep that is not yet finished, and returns all results.
+
+    Args:
+      spec: a TOML file, a table with its keys, or a specification.
+      out: directory of the results; by default named after the specification. If it holds an
+        unfinished sweep of the same specification, that is continued.
+      data_dir: where prepared TFDS data lie, see `jaxprune.data.load`.
+      progress: what to show, see `jaxprune.sweep.progress`; None for nothing.
+
+    Returns:
+      One row per run and evaluation, the columns of `store.RESULTS`.
+
+    Raises:
+      SpecError, DataError: before anything is written.
+      StoreError: `out` holds another sweep, or another process is at work there.
+    """
+    if isinstance(spec, (str, Path)):
+        spec = load_spec(spec)
+    elif not isinstance(spec, SweepSpec):
+        spec = make_spec(spec)
+    out = default_out(spec) if out is None else Path(out)
+    plan_table = make_plan(spec)
+    dataset = data.load(spec.data.name, data_dir)
+    on_device = device_data(spec, dataset)
+    out.mkdir(parents=True, exist_ok=True)
+    with store.locked(out):
+        chunks = _open(spec, out, plan_table)
+        with (progress or silent)(plan_table, out) as shown:
+            _run_chunks(spec, out, chunks, on_device, shown)
+        return store.read_results(out)
+
+
+def _open(spec: SweepSpec, out: Path, plan_table: dict[str, Any]) -> list[dict[str, Any]]:
+    """Makes or re-opens the directory; the chunks to run, in order.
+
+    The plan in the directory wins over a new one: another machine might cut other chunks.
+    """
+    text = to_toml(spec)
+    spec_file, plan_file = out / 'spec.toml', out / 'plan.json'
+    if spec_file.exists() and spec_file.read_text() != text:
+        raise StoreError(f'{out} holds another sweep (see its spec.toml): choose another --out')
+    store.remove_leftovers(out)
+    if not spec_file.exists():
+        store.write_bytes(spec_file, text.encode())
+    if not plan_file.exists():
+        store.write_json(plan_file, plan_table)
+    session = provenance(spec, datetime.datetime.now(datetime.UTC))
+    record = out / 'provenance.json'
+    sessions = store.read_json(record)['sessions'] if record.exists() else []
+    store.write_json(record, {**session, 'sessions': [*sessions, session['session']]})
+    return store.read_json(plan_file)['chunks']
+
+
+def _run_chunks(spec, out: Path, chunks: Sequence[dict], on_device, shown) -> None:
+    by_id = {run.run_id: run for run in runs(spec)}
+    programs = {p['id']: p for p in store.read_json(out / 'plan.json')['programs']}
+    current: tuple[str, Program, Engine] | None = None
+    for chunk in chunks:
+        members = [by_id[run_id] for run_id in chunk['runs']]
+        if store.finished(out, chunk['id']):
+            shown.skip(len(members))
+            continue
+        if current is None or current[0] != chunk['program']:
+            # One program at a time: its compiled functions are freed with it.
+            program = make_program(spec, members[0].train)
+            strategy = programs[chunk['program']]['strategy']
+            engine = make_engine(strategy, program, on_device, jax.local_devices())
+            current = chunk['program'], program, engine
+        size = programs[chunk['program']]['chunk']
+        results, layers = run_chunk(spec, current[1], current[2], members, size, shown.steps)
+        store.write_chunk(out, chunk['id'], results, layers)
+        shown.finish(len(members))
+
+
+def run_chunk(
+    spec: SweepSpec,
+    program: Program,
+    engine: Engine,
+    members: Sequence[Run],
+    size: int,
+    on_steps=lambda steps: None,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Trains the runs of one chunk.
+
+    Args:
+      members: runs of one program.
+      size: rows to compile for; short chunks are padded by repeating the last run, and padding
+        is dropped again.
+      on_steps: told the number of run-steps after every epoch.
+
+    Returns:
+      The chunk's results and layers.
+    """
+    wanted = -(-max(size, len(members)) // engine.multiple) * engine.multiple
+    padded = [*members, *[members[-1]] * (wanted - len(members))]
+    rows = Rows(
+        jax.numpy.stack([run_key(run.seed) for run in padded]),
+        jax.tree.map(lambda *leaves: np.stack(leaves), *map(hyper_of, padded)),
+    )
+    states = _prune(program, engine, rows, padded, engine.init(rows))
+    kept = engine.kept(states)
+    epochs = members[0].train.epochs
+    records, losses = [], []
+    for epoch in range(1, epochs + 1):
+        states, loss = engine.epoch(epoch - 1, rows, states)
+        losses.append(loss)
+        if epoch % spec.record.every_epochs == 0 or epoch == epochs:
+            test_loss, accuracy = engine.evaluate(states)
+            train_loss = np.mean(losses, axis=0)
+            losses = []
+            for i, run in enumerate(members):
+                records.append(
+                    {
+                        **_identity(spec, program, run, {p: k[i] for p, k in kept.items()}),
+                        'step': epoch * program.steps,
+                        'epoch': epoch,
+                        'train_loss': float(train_loss[i]),
+                        'test_loss': float(test_loss[i]),
+                        'test_accuracy': float(accuracy[i]),
+                    }
+                )
+        on_steps(program.steps * len(members))
+    results = pl.DataFrame(records, schema={**store.RESULTS, **_grid_columns(spec)})
+    return results, _layers(program, members, kept)
+
+
+def _prune(program: Program, engine: Engine, rows: Rows, padded: Sequence[Run], states: Any) -> Any:
+    """Prunes the rows of a chunk, method by method, and checks every count against the plan."""
+    by_event: dict[tuple, list[int]] = {}
+    for i, run in enumerate(padded):
+        if run.method.name != 'dense':
+            # One call per event program; the numbers of rounds and of layers are its shapes.
+            by_event.setdefault((event_program(run.method), run.method.rounds), []).append(i)
+    for at in by_event.values():
+        plans = [counts_of(program, padded[i]).counts for i in at]
+        counts = {path: np.stack([p[path] for p in plans]) for path in plans[0]}
+        states, info = engine.prune(padded[at[0]].method, rows, at, counts, states)
+        _check_counts([padded[i] for i in at], counts, info)
+    return states
+
+
+def _check_counts(members: Sequence[Run], counts: Mapping[str, np.ndarray], info) -> None:
+    """Raises PruneError where a mask keeps another number of weights than planned."""
+    for place, run in enumerate(members):
+        got = {path: int(leaf[place]) for path, leaf in info.kept.items()}
+        wanted = {path: int(leaf[place][-1]) for path, leaf in counts.items()}
+        if GLOBAL in wanted:
+            got = {GLOBAL: sum(got.values())}
+        if got != wanted:
+            raise PruneError(
+                f'run {run.run_id} ({run.method.label}, compression {run.compression:g}, seed '
+                f'{run.seed}) would keep {got} weights, not {wanted}: '
+                f'{int(info.nonfinite[place])} scores are NaN or infinite'
+            )
+
+
+def _identity(
+    spec: SweepSpec, program: Program, run: Run, kept: Mapping[str, int]
+) -> dict[str, Any]:
+    """The columns of a results row that say which run it is."""
+    size = sum(math.prod(shape) for shape in program.shapes.values())
+    left = sum(int(k) for k in kept.values())
+    numbers, flags = split_options(run.train)
+    settings = {**plain(run.train), **numbers, **flags}
+    return {
+        'run_id': run.run_id,
+        'model': spec.model.name,
+        'dataset': spec.data.name,
+        'label': run.method.label,
+        'method': run.method.name,
+        'allocation': run.method.allocation,
+        'seed': run.seed,
+        'target_compression': run.compression,
+        'density': left / size,
+        'compression': size / left,
+        'learning_rate': run.train.learning_rate,
+        'weight_decay': run.train.weight_decay,
+        **{key: _cell(settings[key]) for key in _grid_columns(spec)},
+    }
+
+
+def _grid_columns(spec: SweepSpec) -> dict[str, Any]:
+    """Column -> type of the swept training settings that have no column of their own."""
+    types = {bool: pl.Boolean, int: pl.Int64, float: pl.Float64}
+    return {
+        key: types.get(type(values[0]), pl.String)
+        for key, values in spec.grid.train.items()
+        if key not in store.RESULTS
+    }
+
+
+def _cell(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def _layers(
+    program: Program, members: Sequence[Run], kept: Mapping[str, np.ndarray]
+) -> pl.DataFrame:
+    rows = [
+        (run.run_id, path, math.prod(shape), int(kept[path][i]))
+        for i, run in enumerate(members)
+        for path, shape in program.shapes.items()
+    ]
+    return pl.DataFrame(rows, schema=store.LAYERS, orient='row')

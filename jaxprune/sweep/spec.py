@@ -1,0 +1,138 @@
+"""What a sweep is: frozen dataclasses, read from TOML, checked before anything is written.
+
+Each section of the file is one class below; each key is one field. Sections marked open take
+further keys, the options of the model, method or optimizer they name.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxprune.quota import ALLOCATIONS
+from jaxprune.schedule import SCHEDULES
+
+#: Bumped when the meaning of a stored result changes.
+FORMAT = 1
+
+
+def _key(doc: str, *, default=dataclasses.MISSING, choices=None, low=None, above=None):
+    """A field with its explanation and the values it takes."""
+    metadata = {'doc': doc, 'choices': choices, 'low': low, 'above': above}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """[model]: open for the model's own options (`widths` of an mlp)."""
+
+    name: str = _key('a registered model: lenet300100, mlp, lenet5, small_vgg')
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """[data]"""
+
+    name: str = _key('mnist_small (shipped), mnist, fashion_mnist, cifar10, cifar100')
+    augment: tuple[str, ...] = _key("augmentations in order: 'crop', 'flip'", default=())
+    train_examples: int = _key('use only the first so many; 0 for all', default=0, low=0)
+    test_examples: int = _key('use only the first so many; 0 for all', default=0, low=0)
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """[train]: open for the optimizer's own arguments (`momentum`, `nesterov`, `b1`)."""
+
+    optimizer: str = _key('an optax optimizer by name', default='sgd')
+    learning_rate: float = _key('peak learning rate', default=0.1, above=0)
+    schedule: str = _key(
+        'constant, cosine or step', default='cosine', choices=('constant', 'cosine', 'step')
+    )
+    milestones: tuple[float, ...] = _key('epochs at which step multiplies the rate', default=())
+    factor: float = _key('by what step multiplies the rate', default=0.1, above=0)
+    warmup_epochs: float = _key('epochs of linear increase from zero', default=0.0, low=0)
+    epochs: int = _key('passes over the training set', default=10, low=1)
+    batch_size: int = _key('examples per step', default=128, low=1)
+    weight_decay: float = _key(
+        'L2 added to the gradient; decoupled for optimizers that decay themselves',
+        default=0.0,
+        low=0,
+    )
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PruneSpec:
+    """[prune]: the data that scores look at, drawn class-balanced from the training set."""
+
+    samples_per_class: int = _key('examples of each class in a batch', default=10, low=1)
+    batches: int = _key('batches per scoring round', default=1, low=1)
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """An entry of grid.method: a name, or a table; open for the method's options."""
+
+    name: str = _key('a registered method: random, magnitude, snip, grasp, synflow')
+    allocation: str = _key(
+        "'global', or a layerwise quota: 'uniform', 'erk'", default='global', choices=ALLOCATIONS
+    )
+    label: str = _key('how figures and tables call it', default='')
+    rounds: int = _key('pruning rounds; 0 for the published number', default=0, low=0)
+    over: str = _key(
+        "density over the rounds: 'exponential', 'linear'; '' for the published one",
+        default='',
+        choices=('', *SCHEDULES),
+    )
+    batch_norm: str = _key(
+        "while scoring: 'train' (batch statistics), 'eval' (running); '' for the published mode",
+        default='',
+        choices=('', 'train', 'eval'),
+    )
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """[grid]: every method x compression x seed x combination of [grid.train]."""
+
+    method: tuple[MethodSpec, ...] = _key('pruning methods')
+    compression: tuple[float, ...] = _key('1 / density; 1 is the dense control', low=1)
+    seed: tuple[int, ...] = _key('one run each; the seed fixes initialisation and data', low=0)
+    train: Mapping[str, tuple] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RecordSpec:
+    """[record]"""
+
+    every_epochs: int = _key('evaluate after so many epochs, and at the end', default=1, low=1)
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """[engine]: how the machine is used; no result depends on it."""
+
+    chunk: int = _key('runs per chunk; 0 for automatic', default=0, low=0)
+    strategy: str = _key(
+        'how runs are batched', default='auto', choices=('auto', 'vmap', 'map', 'host')
+    )
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """A whole sweep.
+
+    Attributes:
+      name: names the default output directory.
+    """
+
+    name: str = _key('names the output directory')
+    model: ModelSpec = _key('what is trained')
+    data: DataSpec = _key('on what')
+    grid: GridSpec = _key('the runs')
+    train: TrainSpec = field(default_factory=TrainSpec)
+    prune: PruneSpec = field(default_factory=PruneSpec)
+    record: RecordSpec = field(default_factory=RecordSpec)
+    engine: EngineSpec = field(default_factory=EngineSpec)

@@ -1,0 +1,151 @@
+"""The files of one sweep directory: written whole or not at all, read back as frames.
+
+    DIR/spec.toml               the resolved specification
+    DIR/plan.json               runs, programs and chunks
+    DIR/provenance.json         versions, git state, device, seeds, one entry per session
+    DIR/results/<chunk>.parquet one row per run and evaluation
+    DIR/layers/<chunk>.parquet  one row per run and prunable leaf
+
+A chunk is finished when its results file exists; it is written last.
+"""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import polars as pl
+
+from jaxprune.errors import StoreError
+
+RESULTS = {
+    'run_id': pl.String,
+    'model': pl.String,
+    'dataset': pl.String,
+    'label': pl.String,
+    'method': pl.String,
+    'allocation': pl.String,
+    'seed': pl.Int64,
+    'target_compression': pl.Float64,
+    'density': pl.Float64,
+    'compression': pl.Float64,
+    'learning_rate': pl.Float64,
+    'weight_decay': pl.Float64,
+    'step': pl.Int64,
+    'epoch': pl.Int64,
+    'train_loss': pl.Float64,
+    'test_loss': pl.Float64,
+    'test_accuracy': pl.Float64,
+}
+"""Columns of a results row. A grid over further train keys adds one column each."""
+
+LAYERS = {'run_id': pl.String, 'path': pl.String, 'size': pl.Int64, 'kept': pl.Int64}
+"""Columns of a layers row: how many of a leaf's `size` weights the run keeps."""
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader, or a crash at any moment, sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process id keeps two writers apart; readers glob on the final suffix and never see it.
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the rename itself must survive a power cut
+    finally:
+        os.close(directory)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Deletes temporary files of a killed writer; call it with the directory locked."""
+    for leftover in [*out.glob('.*.tmp'), *out.glob('*/.*.tmp')]:
+        leftover.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + '\n').encode())
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise StoreError(f'{path.parent} is not a sweep directory: it has no {path.name}') from None
+    except json.JSONDecodeError as error:
+        raise StoreError(f'{path}: not valid JSON ({error})') from None
+
+
+def write_frame(path: Path, frame: pl.DataFrame) -> None:
+    buffer = io.BytesIO()
+    frame.write_parquet(buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def results_path(out: Path, chunk: str) -> Path:
+    return out / 'results' / f'{chunk}.parquet'
+
+
+def layers_path(out: Path, chunk: str) -> Path:
+    return out / 'layers' / f'{chunk}.parquet'
+
+
+def finished(out: Path, chunk: str) -> bool:
+    return results_path(out, chunk).exists()
+
+
+def write_chunk(out: Path, chunk: str, results: pl.DataFrame, layers: pl.DataFrame) -> None:
+    """Commits a finished chunk. Layers first: the results file is what says 'finished'."""
+    write_frame(layers_path(out, chunk), layers)
+    write_frame(results_path(out, chunk), results)
+
+
+def chunk_ids(out: Path) -> list[str]:
+    """Chunks of the plan, in plan order."""
+    return [chunk['id'] for chunk in read_json(out / 'plan.json')['chunks']]
+
+
+def _read(out: Path, where, schema: dict) -> pl.DataFrame:
+    frames = [
+        pl.read_parquet(where(out, chunk)) for chunk in chunk_ids(out) if finished(out, chunk)
+    ]
+    return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
+
+
+def read_results(out: Path) -> pl.DataFrame:
+    """All finished rows, in plan order; an empty frame if no chunk is finished."""
+    return _read(out, results_path, RESULTS)
+
+
+def read_layers(out: Path) -> pl.DataFrame:
+    """Kept weights per run and leaf of all finished chunks."""
+    return _read(out, layers_path, LAYERS)
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds the directory for one process; the lock dies with it, however it dies."""
+    with open(out / '.lock', 'w') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f'{out} is in use by another jaxprune process') from None
+        yield
+
+
+def is_locked(out: Path) -> bool:
+    """Is a process at work in the directory?"""
+    try:
+        with locked(out):
+            return False
+    except StoreError:
+        return True

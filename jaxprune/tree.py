@@ -1,0 +1,137 @@
+"""Pick prunable leaves out of a parameter tree by path, and put them back.
+
+A path is the tree's keys joined by '/': `block1/conv/kernel`, `0/w`. Works on any pytree of
+arrays: nested dicts (flax, haiku), lists and tuples, registered dataclasses (equinox).
+"""
+
+import re
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.errors import PruneError, nearest
+from jaxprune.types import Masks, PyTree, Rule, Weights
+
+#: Names under which the common libraries keep the weights of a linear or convolution layer.
+KERNEL_NAMES = frozenset({'kernel', 'weight', 'w'})
+
+
+def paths(params: PyTree) -> list[tuple[str, jax.Array]]:
+    """All leaves with their paths, in tree order."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [(_join(path), leaf) for path, leaf in leaves]
+
+
+def _join(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def kernels(path: str, leaf) -> bool:
+    """The default rule: kernels of dense and convolution layers, classifier included.
+
+    Biases, normalisation scales and embeddings are left alone: a leaf counts if its name is in
+    `KERNEL_NAMES` and it has at least two axes. (A leaf's rank alone would not do: attention
+    biases have two axes.)
+    """
+    return path.rsplit('/', 1)[-1] in KERNEL_NAMES and len(leaf.shape) >= 2
+
+
+def rules(*pairs: tuple[str, bool]) -> Rule:
+    """A rule from `(regular expression, prunable)` pairs; the first that matches a path wins.
+
+    A path that no pattern matches falls back to `kernels`. Patterns are searched anywhere in the
+    path. A misspelt pattern, one that matches no path, is caught by `pick`.
+    """
+    compiled = [(re.compile(pattern), prunable) for pattern, prunable in pairs]
+
+    def rule(path, leaf):
+        for pattern, prunable in compiled:
+            if pattern.search(path):
+                return prunable
+        return kernels(path, leaf)
+
+    rule.patterns = compiled
+    return rule
+
+
+def pick(params: PyTree, rule: Rule = kernels) -> Weights:
+    """The prunable leaves of a tree, by path, in sorted order.
+
+    Raises:
+      PruneError: nothing matches, or a pattern of `rules` matches no leaf.
+    """
+    leaves = paths(params)
+    names = [path for path, _ in leaves]
+    for pattern, _ in getattr(rule, 'patterns', ()):
+        if not any(pattern.search(name) for name in names):
+            raise PruneError(
+                f"pattern '{pattern.pattern}' matches no parameter; there are: {', '.join(names)}"
+            )
+    chosen = {path: leaf for path, leaf in leaves if rule(path, leaf)}
+    if not chosen:
+        raise PruneError(
+            f'no parameter is prunable under this rule; there are: {", ".join(names) or "none"}'
+        )
+    return dict(sorted(chosen.items()))
+
+
+def put(params: PyTree, flat: Weights) -> PyTree:
+    """The tree with the leaves named in `flat` replaced.
+
+    Raises:
+      PruneError: a path that the tree lacks, or a shape that differs.
+    """
+    check_fits(params, flat)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: flat.get(_join(path), leaf), params)
+
+
+def apply_masks(params: PyTree, masks: Masks) -> PyTree:
+    """The tree with pruned weights set to exactly zero."""
+    check_fits(params, masks)
+
+    def keep(path, leaf):
+        mask = masks.get(_join(path))
+        return leaf if mask is None else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree_util.tree_map_with_path(keep, params)
+
+
+def mask_tree(params: PyTree, masks: Masks) -> PyTree:
+    """A tree shaped like `params` that holds the masks, and True for leaves without one."""
+    check_fits(params, masks)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: masks.get(_join(path), jnp.ones((), bool)), params
+    )
+
+
+def ones(weights: Weights) -> Masks:
+    """The masks that keep everything."""
+    return {path: jnp.ones(leaf.shape, bool) for path, leaf in weights.items()}
+
+
+def shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
+    """Path -> shape, in sorted path order."""
+    return {path: tuple(leaf.shape) for path, leaf in sorted(weights.items())}
+
+
+def check_fits(params: PyTree, flat: Weights) -> None:
+    """Raises PruneError where a path of `flat` is not in the tree or its shape differs."""
+    found = dict(paths(params))
+    for path, leaf in flat.items():
+        if path not in found:
+            raise PruneError(f"no parameter '{path}': {nearest(path, found)}")
+        if tuple(found[path].shape) != tuple(leaf.shape):
+            raise PruneError(
+                f"'{path}' has shape {tuple(found[path].shape)}, not {tuple(leaf.shape)}"
+            )
+
+
+def check_same_paths(kind: str, flat: Iterable[str], expected: Iterable[str]) -> None:
+    """Raises PruneError unless two path sets are equal; `kind` names the first in the message."""
+    flat, expected = set(flat), set(expected)
+    if flat != expected:
+        missing, surplus = sorted(expected - flat), sorted(flat - expected)
+        parts = [f'lack {", ".join(missing)}'] if missing else []
+        parts += [f'have unknown {", ".join(surplus)}'] if surplus else []
+        raise PruneError(f'{kind} {" and ".join(parts)}')
