@@ -6,12 +6,11 @@ A mask is data, a method is a pure function, a run is a row of an array.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxprune.errors import DataError, JaxpruneError, PruneError, SpecError, StoreError
+from jaxprune.errors import JaxpruneError
 from jaxprune.method import METHODS, build, pruner
 from jaxprune.plan import Plan, at_init, keep_counts
 from jaxprune.problem import cross_entropy, linen, plain, view
 from jaxprune.quota import erdos_renyi, uniform
-from jaxprune.schedule import exponential, linear
 from jaxprune.score import grasp, magnitude, random, snip, synflow
 from jaxprune.select import global_top_k, kept, layerwise_top_k, top_k_mask
 from jaxprune.tree import apply_masks, kernels, pick, put, rules, shapes
@@ -38,7 +37,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'jaxprune' has no attribute '{name}'")
 
 
-__all__ = [
+__all__ = [  # noqa: RUF022 (grouped by purpose)
     # a mask: scores, selections, pruners, counts
     'grasp',
     'magnitude',
@@ -55,8 +54,6 @@ __all__ = [
     'keep_counts',
     'erdos_renyi',
     'uniform',
-    'exponential',
-    'linear',
     # trees and problems
     'pick',
     'put',

@@ -116,10 +116,17 @@ def decays(name: str) -> bool:
 
 
 def arguments(name: str) -> dict[str, Any]:
-    """Arguments a specification may set, with optax's defaults."""
+    """The numbers and flags of an optimizer that a specification may set, with their defaults."""
     parameters = inspect.signature(_function(name)).parameters.values()
-    own = {'learning_rate', 'weight_decay'}
-    return {p.name: p.default for p in parameters if p.name not in own}
+    other = {'learning_rate', 'weight_decay'}
+    return {
+        p.name: p.default
+        for p in parameters
+        # None stands for "off" in `momentum`; types and masks are no hyperparameters.
+        if isinstance(p.default, (bool, int, float, type(None)))
+        and p.name not in other
+        and not p.name.endswith(('dtype', 'mask'))
+    }
 
 
 def _function(name: str) -> Callable:

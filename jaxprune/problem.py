@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import tree
-from jaxprune.types import Key, LossFn, Problem, PyTree, RunState, Rule, View
+from jaxprune.types import Key, LossFn, Problem, PyTree, Rule, RunState, View
 
 if TYPE_CHECKING:
     import flax.linen as nn

@@ -14,7 +14,7 @@ from jaxprune import tree
 from jaxprune.optim import Optimizer, mask_opt_state, sparse
 from jaxprune.problem import view_of
 from jaxprune.rng import stream
-from jaxprune.types import Batch, Counts, Hyper, Key, Problem, PruneInfo, Pruner, RunState
+from jaxprune.types import Batch, Counts, Hyper, Key, Problem, Pruner, RunState
 
 #: (data, key, indices) -> batch; the key is for augmentation, None for none.
 FetchFn = Callable[[Any, Key | None, jax.Array], Batch]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from jaxprune.select import global_top_k, kept
 from jaxprune.tree import check_same_paths
-from jaxprune.types import Batch, Counts, Key, Pruner, PruneInfo, ScoreFn, SelectFn, View
+from jaxprune.types import Batch, Counts, Key, PruneInfo, Pruner, ScoreFn, SelectFn, View
 
 
 def pruner(

@@ -138,7 +138,7 @@ def _train(train: TrainSpec, at: str, fail) -> TrainSpec:
     if train.schedule == 'step' and not train.milestones:
         fail(f'{at}.milestones', "expected the epochs of schedule 'step'")
     for i, milestone in enumerate(train.milestones):
-        if not 0 < milestone:
+        if not milestone > 0:
             fail(f'{at}.milestones[{i}]', f'expected a positive epoch, not {milestone}')
     if train.warmup_epochs >= train.epochs:
         fail(f'{at}.warmup_epochs', f'expected fewer than the {train.epochs} epochs')

@@ -172,13 +172,14 @@ def array_engine(strategy: str, program: Program, data: DeviceData, mesh: Mesh) 
         size = devices * (2 if strategy == 'map' else 16)
         infos = []
         for first in range(0, len(at), size):
-            some = np.arange(first, first + size).clip(max=len(at) - 1)  # the last one repeated
+            some = np.arange(first, first + size).clip(max=len(at) - 1)
             chosen = np.asarray(at)[some]
             few = {path: np.asarray(c)[some] for path, c in counts.items()}
             keys, hyper = take(rows, chosen)
             new, info = pruners[name](data, keys, hyper, few, take(states, chosen))
             states = place(states, chosen, new)
-            infos.append(jax.tree.map(lambda leaf, n=len(at) - first: np.asarray(leaf)[:n], info))
+            real = len(at) - first  # the rest repeats the last
+            infos.append(jax.tree.map(lambda leaf, real=real: np.asarray(leaf)[:real], info))
         return states, jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
 
     def epoch(number, rows, states):

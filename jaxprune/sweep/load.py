@@ -71,9 +71,9 @@ def _override(table: dict, override: str) -> None:
         value = tomllib.loads(f'value = {text}')['value']
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word: --set data.name=mnist
-    *sections, last = key.strip().split('.')
-    for section in sections:
-        table = table.setdefault(section, {})
+    *outer, last = key.strip().split('.')
+    for name in outer:
+        table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise SpecError(f"--set {override}: '{section}' is not a section")
+            raise SpecError(f"--set {override}: '{name}' is not a section")
     table[last] = value

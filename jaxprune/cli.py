@@ -1,0 +1,144 @@
+"""The command line: plan, sweep, status, report. Thin; all work is done by the rooms below."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jaxprune.errors import JaxpruneError
+
+Spec = Annotated[Path, tyro.conf.Positional]
+Directory = Annotated[Path, tyro.conf.Positional]
+Set = Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar='KEY=VALUE')]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Show what a sweep would do: runs, programs, chunks, memory and time. Trains nothing.
+
+    Example: jaxprune plan experiments/quickstart.toml --set train.epochs=2
+    """
+
+    spec: Spec
+    """The sweep's TOML file."""
+    set: Set
+    """Replace a value of the file, TOML syntax; may be repeated."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Train every run of a sweep, store the results and draw the report.
+
+    Run the same command again to continue after an interruption: finished chunks are kept.
+
+    Example: jaxprune sweep experiments/quickstart.toml --set grid.seed=[0,1]
+    """
+
+    spec: Spec
+    """The sweep's TOML file."""
+    set: Set
+    """Replace a value of the file, TOML syntax; may be repeated."""
+    out: Path | None = None
+    """Directory of the results; by default runs/<name>-<hash of the resolved file>."""
+    data_dir: Path | None = None
+    """Where prepared TFDS data lie; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Show how far a sweep directory is."""
+
+    directory: Directory
+    """A directory that `jaxprune sweep` wrote."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw report.html and its figures from whatever a sweep directory holds by now."""
+
+    directory: Directory
+    """A directory that `jaxprune sweep` wrote."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The entry point; returns the exit code: 0, 2 for a mistake in what was asked."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        {'plan': Plan, 'sweep': Sweep, 'status': Status, 'report': Report},
+        args=argv,
+        prog='jaxprune',
+        description='Pruning research at accelerator scale: many runs in one compiled program.',
+    )
+    try:
+        {Plan: _plan, Sweep: _sweep, Status: _status, Report: _report}[type(command)](command)
+    except JaxpruneError as error:
+        print(f'jaxprune: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('jaxprune: interrupted; the same command continues', file=sys.stderr)
+        return 130
+    return 0
+
+
+def _use_all_cores() -> None:
+    """One CPU device per core, so that the run axis is split over them; before JAX wakes up."""
+    import jax
+
+    if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+        jax.config.update('jax_num_cpu_devices', len(os.sched_getaffinity(0)))
+
+
+def _plan(command: Plan) -> None:
+    _use_all_cores()
+    from jaxprune.sweep import load_spec, make_plan
+    from jaxprune.sweep.plan import estimate
+    from jaxprune.sweep.tables import plan_tables
+
+    spec = load_spec(command.spec, command.set)
+    plan = make_plan(spec, str(command.spec))
+    _print(*plan_tables(plan, estimate(plan, spec)))
+
+
+def _sweep(command: Sweep) -> None:
+    _use_all_cores()
+    from jaxprune import report
+    from jaxprune.report.tables import summary
+    from jaxprune.report.terminal import summary_table
+    from jaxprune.sweep import default_out, load_spec, run_sweep, store
+    from jaxprune.sweep.progress import shown_on
+
+    spec = load_spec(command.spec, command.set)
+    out = command.out or default_out(spec)
+    results = run_sweep(spec, out, data_dir=command.data_dir, progress=shown_on(sys.stderr))
+    _print(summary_table(summary(results, store.read_layers(out))))
+    print(f'report: {report.write(out)}')
+
+
+def _status(command: Status) -> None:
+    from jaxprune.sweep import status
+
+    found = status(command.directory)
+    state = 'running' if found['running'] else 'not running'
+    print(f'{found["name"]}: {found["runs_finished"]}/{found["runs"]} runs, {state}')
+    print(f'chunks: {found["chunks_finished"]}/{found["chunks"]} finished')
+    print(f'sessions: {found["sessions"]}, last started {found["last_started"]}')
+    if found['runs_finished'] < found['runs'] and not found['running']:
+        print('to continue, give the same `jaxprune sweep` command again')
+    if found['report']:
+        print(f'report: {command.directory / "report.html"}')
+
+
+def _report(command: Report) -> None:
+    from jaxprune import report
+
+    print(f'report: {report.write(command.directory)}')
+
+
+def _print(*tables) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for table in tables:
+        console.print(table)

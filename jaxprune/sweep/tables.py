@@ -1,0 +1,59 @@
+"""A plan as tables for a terminal."""
+
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from jaxprune.sweep.progress import clock
+
+
+def plan_tables(plan: dict[str, Any], estimate: dict[str, float]) -> list[Any]:
+    """Runs, programs and why they differ, chunks, parameters, memory and time."""
+    head = Table(box=box.SIMPLE, show_header=False, title=f'plan of {plan["name"]}')
+    per_label: dict[str, int] = {}
+    for run in plan['runs']:
+        per_label[run['label']] = per_label.get(run['label'], 0) + 1
+    head.add_row('runs', f'{len(plan["runs"])}')
+    head.add_row('', ', '.join(f'{count} {label}' for label, count in per_label.items()))
+    head.add_row('training programs', f'{len(plan["programs"])}')
+    head.add_row('chunks', f'{len(plan["chunks"])}')
+    head.add_row('memory', f'about {human_bytes(estimate["bytes"])} for the largest chunk and data')
+    head.add_row(
+        'training time',
+        f'roughly {clock(estimate["seconds"])} if all of it ran at the '
+        f'{estimate["flops_per_second"] / 1e9:,.0f} GFLOP/s of a matrix product here; '
+        'small layers and convolutions take longer',
+    )
+    programs = Table(box=box.SIMPLE, title='programs')
+    for column in ('program', 'differs in', 'batching', 'runs', 'per chunk', 'steps', 'events'):
+        programs.add_column(column)
+    for program in plan['programs']:
+        differs = ', '.join(f'{k}={v}' for k, v in program['differs'].items()) or 'the only one'
+        programs.add_row(
+            program['id'],
+            differs,
+            program['strategy'],
+            str(program['runs']),
+            str(program['chunk']),
+            str(program['steps']),
+            '\n'.join(program['events']) or 'none',
+        )
+    layers = Table(box=box.SIMPLE, title='parameters')
+    for column, justify in (('prunable leaf', 'left'), ('weights', 'right')):
+        layers.add_column(column, justify=justify)
+    first = plan['programs'][0]
+    for path, size in first['prunable'].items():
+        layers.add_row(path, f'{size:,}')
+    layers.add_row('all prunable', f'{sum(first["prunable"].values()):,}')
+    layers.add_row('all parameters', f'{first["parameters"]:,}')
+    return [head, programs, layers]
+
+
+def human_bytes(count: float) -> str:
+    """`12.3 MB`, in powers of 1000."""
+    for unit in ('B', 'kB', 'MB', 'GB'):
+        if count < 1000:
+            return f'{count:.3g} {unit}'
+        count /= 1000
+    return f'{count:.3g} TB'
