@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         {Plan: _plan, Sweep: _sweep, Status: _status, Report: _report}[type(command)](command)
     except JaxpruneError as error:
-        print(f'jaxprune: {error}', file=sys.stderr)
+        # One line, even where it quotes a name that has line breaks in it.
+        print('jaxprune:', ' '.join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('jaxprune: interrupted; the same command continues', file=sys.stderr)
@@ -87,7 +88,9 @@ def _use_all_cores() -> None:
     import jax
 
     if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-        jax.config.update('jax_num_cpu_devices', len(os.sched_getaffinity(0)))
+        # What this process may use, where the system can say so.
+        ours = getattr(os, 'sched_getaffinity', None)
+        jax.config.update('jax_num_cpu_devices', len(ours(0)) if ours else os.cpu_count() or 1)
 
 
 def _plan(command: Plan) -> None:
@@ -111,7 +114,13 @@ def _sweep(command: Sweep) -> None:
 
     spec = load_spec(command.spec, command.set)
     out = command.out or default_out(spec)
-    results = run_sweep(spec, out, data_dir=command.data_dir, progress=shown_on(sys.stderr))
+    results = run_sweep(
+        spec,
+        out,
+        data_dir=command.data_dir,
+        progress=shown_on(sys.stderr),
+        source=str(command.spec),
+    )
     _print(summary_table(summary(results, store.read_layers(out))))
     print(f'report: {report.write(out)}')
 

@@ -26,6 +26,10 @@ def top_k_mask(scores: jax.Array, k: ArrayLike) -> jax.Array:
       entries are above -inf (NaN and -inf are never kept).
     """
     shape = scores.shape
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise PruneError(f'scores must be floating point, not {scores.dtype}')
+    if scores.dtype.itemsize < 4:
+        scores = scores.astype(jnp.float32)  # exact
     flat = scores.reshape(-1)
     keepable = flat > -jnp.inf  # False for NaN as well
     bits = jnp.where(keepable, _ordered_bits(flat), 0)  # 0 is below the bits of any float
@@ -42,16 +46,13 @@ def top_k_mask(scores: jax.Array, k: ArrayLike) -> jax.Array:
 
 
 def _ordered_bits(flat: jax.Array) -> jax.Array:
-    """Unsigned integers in the order of the floats; -0.0 equals +0.0."""
-    if not jnp.issubdtype(flat.dtype, jnp.floating):
-        raise PruneError(f'scores must be floating point, not {flat.dtype}')
-    if flat.dtype.itemsize < 4:
-        flat = flat.astype(jnp.float32)  # exact
+    """Unsigned integers in the order of the floats, single or double; -0.0 equals +0.0."""
     width = flat.dtype.itemsize * 8
     unsigned = jnp.uint64 if width == 64 else jnp.uint32
-    flat = jnp.where(flat == 0, jnp.zeros_like(flat), flat)
     bits = jax.lax.bitcast_convert_type(flat, unsigned)
     sign = unsigned(1 << (width - 1))
+    # Not `flat == 0`: on the CPU that is true for subnormal numbers too.
+    bits = jnp.where(bits == sign, unsigned(0), bits)
     return jnp.where(bits & sign, ~bits, bits | sign)
 
 

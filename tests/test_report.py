@@ -404,9 +404,9 @@ def test_equal_sweeps_give_equal_bytes(tmp_path):
 
 
 def test_an_unfinished_sweep_says_so_first(tmp_path):
-    made = check_page(Sweep().write(tmp_path, unfinished=10))
+    made = check_page(Sweep(['SNIP', 'GraSP']).write(tmp_path, unfinished=2))
     words = made.text
-    assert f'{22 * 7} of 220 runs finished.' in words
+    assert '63 of 76 runs finished.' in words
     assert words.index('runs finished') < words.index('Accuracy against compression')
 
 
@@ -448,8 +448,9 @@ def test_odd_sweeps(tmp_path, sweep):
 
 def test_settings_get_a_panel_each_and_say_when_there_are_too_many(tmp_path):
     extra = [{'learning_rate': rate, 'momentum': m} for rate in (0.1, 0.01) for m in (0.0, 0.9)]
-    made = check_page(Sweep(['SNIP'], [10, 20], seeds=2, extra=extra).write(tmp_path / 'four'))
-    assert made.text.count('learning rate 0.01, momentum 0.9') >= 4
+    sweep = Sweep(['SNIP'], [10, 20], seeds=2, extra=extra, epochs=1)
+    made = check_page(sweep.write(tmp_path / 'four'))
+    assert made.text.count('learning rate 0.01, momentum 0.9') >= 3
     assert (tmp_path / 'four' / 'figures' / 'layers_4.png').exists()
 
     extra = [{'learning_rate': 0.01 * i} for i in range(1, 9)]
@@ -480,10 +481,14 @@ from pathlib import Path
 from jaxprune.report import tables
 assert 'matplotlib' not in sys.modules
 import matplotlib
-before = dict(matplotlib.rcParams)
+# Merely reading the entry 'backend' imports pyplot.
+def current():
+    return {{k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != 'backend'}}
+matplotlib.rcParams['lines.linewidth'] = 7
+before = current()
 from jaxprune import report
 report.write(Path({str(tmp_path)!r}))
-assert dict(matplotlib.rcParams) == before
+assert current() == before
 assert 'matplotlib.pyplot' not in sys.modules
 """
     Sweep(['SNIP'], [10], seeds=1).write(tmp_path)
@@ -559,7 +564,7 @@ def test_texts_of_any_grid_do_not_touch(count):
         )
 
 
-@pytest.mark.parametrize('count', [1, 3, 6, 12])
+@pytest.mark.parametrize('count', [1, 6, 12])
 def test_texts_of_learning_curves_and_layers_do_not_touch(count):
     sweep = Sweep(names(count), seeds=2, epochs=12)
     for drawing, _ in page.figures(sweep.results, sweep.layers).values():
@@ -567,16 +572,16 @@ def test_texts_of_learning_curves_and_layers_do_not_touch(count):
 
 
 def test_texts_of_many_settings_do_not_touch():
-    extra = [{'learning_rate': 0.1 / i, 'weight_decay': 1e-4, 'momentum': 0.9} for i in range(1, 8)]
-    sweep = Sweep(LABELS[:2], seeds=2, epochs=2, extra=extra)
+    extra = [{'learning_rate': 0.1 / i, 'weight_decay': 1e-4, 'momentum': 0.9} for i in range(1, 4)]
+    sweep = Sweep(LABELS[:2], [10, 500, 1000], seeds=2, epochs=2, extra=extra)
     for drawing, _ in page.figures(sweep.results, sweep.layers).values():
         check_no_overlap(drawing)
 
 
-@pytest.mark.parametrize('count', [13, 53, 161])
+@pytest.mark.parametrize('count', [13, 161])
 def test_texts_of_deep_networks_do_not_touch(count):
     paths = {f'stage_{i // 9}/block_{i % 9}/conv/kernel': 1000 * (i + 1) for i in range(count)}
-    sweep = Sweep(LABELS[:3], seeds=1, paths=paths)
+    sweep = Sweep(LABELS[:2], GRID[::2], seeds=1, paths=paths)
     densities = tables.densities(sweep.results, sweep.layers)
     drawing, complete = heatmap.layers(densities)
     assert complete == (count <= 80)

@@ -1,12 +1,12 @@
 """How much of every layer each method keeps."""
 
 import math
-import os.path
 
 import numpy as np
 import polars as pl
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -24,7 +24,7 @@ def short_paths(paths: list[str]) -> list[str]:
     """Paths without the last name where all share it: `dense_0/kernel` -> `dense_0`."""
     tails = {path.rpartition('/')[2] for path in paths}
     if len(tails) == 1 and all('/' in path for path in paths):
-        return [os.path.dirname(path) for path in paths]
+        return [path.rpartition('/')[0] for path in paths]
     return paths
 
 
@@ -167,8 +167,6 @@ def _finish(axes, density, empty, compressions, norm, colours) -> None:
 
 def _key(drawing: Figure, panels: list[Axes], norm, colours, grids) -> None:
     """Colour bar of densities, and what the special cells mean, as far as they occur."""
-    from matplotlib.cm import ScalarMappable
-
     length = min(2.6, 0.75 * drawing.get_figheight())  # inches
     bar = drawing.colorbar(
         ScalarMappable(norm, colours),

@@ -8,7 +8,7 @@ from typing import Any
 from jaxprune import data, method, nn, optim
 from jaxprune.data.augment import AUGMENTATIONS
 from jaxprune.errors import JaxpruneError, SpecError, nearest
-from jaxprune.sweep.parse import section
+from jaxprune.sweep.parse import fits_device, limits, section
 from jaxprune.sweep.spec import MethodSpec, SweepSpec, TrainSpec
 
 _TRAIN_KEYS = tuple(f.name for f in dataclasses.fields(TrainSpec) if f.name != 'options')
@@ -28,7 +28,7 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
         if name not in valid:
             fail(at, f"'{name}' is unknown, {nearest(name, valid)}")
 
-    if not spec.name or any(c in spec.name for c in '/\\') or spec.name.startswith('.'):
+    if not _is_file_name(spec.name):
         fail('name', f'expected a plain file name, not {spec.name!r}')
     known('model.name', spec.model.name, nn.MODELS)
     known('data.name', spec.data.name, data.FACTS)
@@ -42,7 +42,8 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
     )
     facts = data.facts(spec.data.name)
     if min(facts.shape[:2]) < nn.model(model.name).min_side:
-        fail('model.name', f"'{model.name}' needs larger images than {facts.shape} of {facts.name}")
+        small = f'{facts.shape} of {spec.data.name}'
+        fail('model.name', f"'{model.name}' needs larger images than {small}")
     train = _train(spec.train, 'train', fail)
     methods = tuple(_method(m, f'grid.method[{i}]', fail) for i, m in enumerate(spec.grid.method))
     for key in ('method', 'compression', 'seed'):
@@ -59,20 +60,25 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
             fail('grid.method', f"two entries are called '{twice[0]}': give one another label")
         if twice:
             fail(f'grid.{kind}', f'{twice[0]} is listed twice')
-    for i, seed in enumerate(spec.grid.seed):
-        if seed >= 2**31:
-            fail(f'grid.seed[{i}]', f'expected less than 2**31, not {seed}')
     grid_train = _grid_train(train, spec.grid.train, source, fail)
     grid = dataclasses.replace(spec.grid, method=methods, train=grid_train)
     examples = spec.data.train_examples or facts.train_size
     for key, size in (('train_examples', facts.train_size), ('test_examples', facts.test_size)):
         if getattr(spec.data, key) > size:
-            fail(f'data.{key}', f'{facts.name} has only {size}')
+            fail(f'data.{key}', f'{spec.data.name} has only {size}')
     for variant in variants(train, grid_train):
         _train(variant, 'train', fail)
         if variant.batch_size > examples:
             fail('train.batch_size', f'{variant.batch_size} is more than {examples} examples')
+        if not fits_device(examples // variant.batch_size * variant.epochs, int):
+            fail('train.epochs', f'{variant.epochs} are more than 2**31 steps')
     return dataclasses.replace(spec, model=model, train=train, grid=grid)
+
+
+def _is_file_name(name: str) -> bool:
+    plain_text = name.isprintable() and name == name.strip() and not set(name) & set('/\\')
+    # File systems take 255 bytes; the hash follows the name.
+    return plain_text and 0 < len(name.encode()) <= 200 and not name.startswith('.')
 
 
 def variants(train: TrainSpec, grid: Mapping[str, tuple]) -> list[TrainSpec]:
@@ -113,6 +119,8 @@ def _like(value: Any, default: Any, at: str, fail) -> Any:
     elif isinstance(default, float):
         if not number:
             fail(at, f'expected a number, not {value!r}')
+        if not fits_device(value, float):
+            fail(at, f'expected {limits(float)}, not {value!r}')
         return float(value)
     elif isinstance(default, list):
         whole = isinstance(value, (list, tuple)) and all(
@@ -120,6 +128,9 @@ def _like(value: Any, default: Any, at: str, fail) -> Any:
         )
         if not whole:
             fail(at, f'expected a list of positive whole numbers, not {value!r}')
+        for i, v in enumerate(value):
+            if not fits_device(v, int):
+                fail(f'{at}[{i}]', f'expected {limits(int)}, not {v}')
         return list(value)
     return value
 
@@ -155,12 +166,14 @@ def _argument(value: Any, default: Any, at: str, fail) -> Any:
 def _grid_train(train: TrainSpec, grid: Mapping[str, Any], source: str, fail) -> dict[str, tuple]:
     """[grid.train] with every value checked as its [train] key would be."""
     checked = {}
+    swept = grid.get('optimizer')
+    optimizer = swept[0] if isinstance(swept, tuple) and swept else train.optimizer
     for key, values in grid.items():
         at = f'grid.train.{key}'
         if not isinstance(values, tuple) or not values:
             fail(at, f'expected a list of values, not {values!r}')
-        # Each value is read as if it stood in [train] beside the optimizer named there.
-        tables = [{'optimizer': train.optimizer, key: value} for value in values]
+        # Each value is read as if it stood in [train]; whether all go together is seen later.
+        tables = [{'optimizer': optimizer, key: value} for value in values]
         read = [section(TrainSpec, table, source, 'grid.train') for table in tables]
         if key in _TRAIN_KEYS:
             checked[key] = tuple(getattr(t, key) for t in read)

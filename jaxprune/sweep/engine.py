@@ -75,7 +75,7 @@ def make_engine(
 ) -> Engine:
     """The engine of a strategy; 'host' uses the first device only."""
     if strategy == 'host':
-        return host_engine(program, jax.device_put(data, devices[0]))
+        return host_engine(program, data, devices[0])
     mesh = Mesh(np.array(devices), ('run',), axis_types=(AxisType.Auto,))
     return array_engine(strategy, program, jax.device_put(data, NamedSharding(mesh, P())), mesh)
 
@@ -127,7 +127,9 @@ def array_engine(strategy: str, program: Program, data: DeviceData, mesh: Mesh) 
     by_run = NamedSharding(mesh, P('run'))
 
     def program_of(fn, axes, **kwargs):
-        return jax.jit(over_runs(fn, axes, strategy, mesh), **kwargs)
+        # The layout is always spelled out: on one device XLA would return another name for the
+        # same layout, and the next call would compile again.
+        return jax.jit(over_runs(fn, axes, strategy, mesh), out_shardings=by_run, **kwargs)
 
     def evaluate_all(data, state):
         def body(total, at):
@@ -209,8 +211,9 @@ def array_engine(strategy: str, program: Program, data: DeviceData, mesh: Mesh) 
     )
 
 
-def host_engine(program: Program, data: DeviceData) -> Engine:
+def host_engine(program: Program, data: DeviceData, device: jax.Device) -> Engine:
     """Runs one after another, each step its own call; see the module's head."""
+    data = jax.device_put(data, device)
     indices, valid = eval_indices(data.test.labels.shape[0])
     init, order = jax.jit(program.init), jax.jit(program.order)
     step = jax.jit(program.step, donate_argnums=5)
@@ -219,7 +222,8 @@ def host_engine(program: Program, data: DeviceData) -> Engine:
     pruners: dict = {}
 
     def row(rows: Rows, i: int):
-        return jax.tree.map(lambda leaf: leaf[i], rows)
+        # On the data's device from the start: a later move would compile the step again.
+        return jax.device_put(jax.tree.map(lambda leaf: leaf[i], rows), device)
 
     def prune(method, rows, at, counts, states):
         name = event_program(method)

@@ -30,7 +30,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
         raise SpecError(f'{path}: no such file') from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f'{path}: cannot be read ({error})') from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
         raise SpecError(f'{path}: not valid TOML: {error}') from None
     for override in overrides:
         _override(table, override)
@@ -68,12 +68,14 @@ def _override(table: dict, override: str) -> None:
     if not equals or not key.strip():
         raise SpecError(f"--set {override}: expected key=value, as in 'train.epochs=2'")
     try:
-        value = tomllib.loads(f'value = {text}')['value']
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word: --set data.name=mnist
+        parsed = tomllib.loads(f'value = {text}')
+    except (ValueError, RecursionError):
+        parsed = {'value': text.strip()}  # a bare word: --set data.name=mnist
+    if set(parsed) != {'value'}:
+        raise SpecError(f'--set {override}: expected one value')
     *outer, last = key.strip().split('.')
     for name in outer:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
             raise SpecError(f"--set {override}: '{name}' is not a section")
-    table[last] = value
+    table[last] = parsed['value']

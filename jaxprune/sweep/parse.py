@@ -12,6 +12,8 @@ from jaxprune.errors import SpecError, nearest
 from jaxprune.sweep.spec import MethodSpec
 
 _WORDS = {str: 'a string', int: 'a whole number', float: 'a number', bool: 'true or false'}
+#: Programs count in int32 and compute in float32.
+_LIMITS = {int: 2**31 - 1, float: 3.4e38}
 
 
 def section(cls: type, table: Any, source: str, where: str) -> Any:
@@ -61,12 +63,12 @@ def _scalar(hint: type, metadata: Mapping, value: Any, source: str, at: str) -> 
     fits = isinstance(value, (int, float) if hint is float else hint)
     if not fits or (isinstance(value, bool) and hint is not bool):
         raise SpecError(f'{source}: {at}: expected {_WORDS[hint]}, not {value!r}')
+    if not fits_device(value, hint):
+        raise SpecError(f'{source}: {at}: expected {limits(hint)}, not {value!r}')
     value = hint(value)
     choices, low, above = (metadata.get(k) for k in ('choices', 'low', 'above'))
     if choices is not None and value not in choices:
         raise SpecError(f"{source}: {at}: '{value}' is unknown, {nearest(value, choices)}")
-    if hint is float and not abs(value) < float('inf'):
-        raise SpecError(f'{source}: {at}: expected a finite number, not {value}')
     if low is not None and value < low:
         raise SpecError(f'{source}: {at}: expected at least {low}, not {value}')
     if above is not None and value <= above:
@@ -74,10 +76,22 @@ def _scalar(hint: type, metadata: Mapping, value: Any, source: str, at: str) -> 
     return value
 
 
+def fits_device(value: Any, hint: type) -> bool:
+    """Is it finite and within int32 or float32? Always true of strings and truth values."""
+    return hint not in _LIMITS or abs(value) <= _LIMITS[hint]
+
+
+def limits(hint: type) -> str:
+    """What `fits_device` wants, in words."""
+    return f'a finite number up to {_LIMITS[hint]:g}' if hint is float else 'less than 2**31'
+
+
 def plain(value: Any) -> Any:
+    """A specification, or a part of one, as nested dicts and lists; options beside the keys."""
     if dataclasses.is_dataclass(value):
         table = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {**table, **table.pop('options', {})}
+        options = table.pop('options', {})
+        return {**table, **options}
     if isinstance(value, Mapping):
         return {key: plain(v) for key, v in value.items()}
     if isinstance(value, (tuple, list)):

@@ -1,8 +1,10 @@
 """What a sweep will do, before it does it: runs -> programs -> chunks, memory and time."""
 
+import contextlib
 import math
 import os
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +16,9 @@ from jaxprune.errors import JaxpruneError, SpecError
 from jaxprune.sweep.engine import choose_strategy
 from jaxprune.sweep.grid import Run, digest, event_program, runs, static_settings
 from jaxprune.sweep.load import resolved, spec_hash
-from jaxprune.sweep.program import DeviceData, Program, hyper_of, make_program
+from jaxprune.sweep.program import DeviceData, Program, hyper_of, make_program, scores_need_data
 from jaxprune.sweep.spec import FORMAT, SweepSpec
+from jaxprune.types import GLOBAL
 
 #: Most runs in a chunk, by strategy. A chunk is what an interruption loses, so none is long;
 #: 'host' gains nothing from more runs at a time.
@@ -40,7 +43,7 @@ class Group(NamedTuple):
     runs: list[Run]
 
 
-def groups(spec: SweepSpec) -> list[Group]:
+def groups(spec: SweepSpec, source: str = 'spec') -> list[Group]:
     """The runs of a specification by training program, in order of first appearance."""
     by_key: dict[str, list[Run]] = {}
     for run in runs(spec):
@@ -50,9 +53,10 @@ def groups(spec: SweepSpec) -> list[Group]:
     for key, members in by_key.items():
         strategy = spec.engine.strategy
         if strategy == 'auto':
-            program = make_program(spec, members[0].train)
-            shape = data.facts(spec.data.name).shape
-            strategy = choose_strategy(program, shape, jax.default_backend())
+            with _library_errors(source):
+                program = make_program(spec, members[0].train)
+                shape = data.facts(spec.data.name).shape
+                strategy = choose_strategy(program, shape, jax.default_backend())
         made.append(Group(key, static_settings(members[0].train), strategy, members))
     return made
 
@@ -84,9 +88,10 @@ def make_plan(spec: SweepSpec, source: str = 'spec') -> dict[str, Any]:
         'chunks': [],
         'runs': [],
     }
-    settings = [group.settings for group in groups(spec)]
+    all_groups = groups(spec, source)
+    settings = [group.settings for group in all_groups]
     differing = {k for s in settings for k in s if any(t.get(k) != s[k] for t in settings)}
-    for group in groups(spec):
+    for group in all_groups:
         program = _abstractly(spec, group, source)
         _check_runs(spec, program, group, source)
         cost = costs(spec, program, group)
@@ -132,16 +137,53 @@ def make_plan(spec: SweepSpec, source: str = 'spec') -> dict[str, Any]:
 def _abstractly(spec: SweepSpec, group: Group, source: str) -> Program:
     """The group's program, having checked on abstract values that its parts fit together."""
     run = group.runs[0]
-    try:
+    key, clock, hyper = jax.random.key(0), np.int32(0), hyper_of(run)
+    with _library_errors(source):
         program = make_program(spec, run.train)
-        jax.eval_shape(program.init, jax.random.key(0), hyper_of(run))
+        total = sum(math.prod(shape) for shape in program.shapes.values())
+        if total >= 2**31:
+            raise SpecError(f'model: {total} prunable weights are more than 2**31')
+        state = jax.eval_shape(program.init, key, hyper)
+        indices = jax.ShapeDtypeStruct((run.train.batch_size,), jnp.int32)
+        on_device = _abstract_data(spec)
+        jax.eval_shape(program.step, clock, on_device, key, hyper, indices, state)
+        for pruned in [r for r in group.runs if r.method.name != 'dense'][:1]:
+            whole = pruned.method.allocation == 'global'
+            counts = dict.fromkeys([GLOBAL] if whole else program.shapes, np.int32(1))
+            prune = program.prune(pruned.method)[1]
+            jax.eval_shape(prune, clock, on_device, key, hyper, counts, state)
+    return program
+
+
+def _abstract_data(spec: SweepSpec) -> DeviceData:
+    """Shapes of the data on the device."""
+    facts = data.facts(spec.data.name)
+
+    def split(examples):
+        return data.DeviceSplit(
+            jax.ShapeDtypeStruct((examples, *facts.shape), jnp.uint8),
+            jax.ShapeDtypeStruct((examples,), jnp.int32),
+        )
+
+    wanted = spec.prune.samples_per_class * spec.prune.batches
+    return DeviceData(
+        split(spec.data.train_examples or facts.train_size),
+        split(spec.data.test_examples or facts.test_size),
+        jax.ShapeDtypeStruct((facts.classes, wanted), jnp.int32),
+    )
+
+
+@contextlib.contextmanager
+def _library_errors(source: str) -> Iterator[None]:
+    """Whatever a model or an optimizer refuses, as a SpecError."""
+    try:
+        yield
     except JaxpruneError as error:
         raise SpecError(f'{source}: {error}') from None
     except Exception as error:
         # An argument that optax or flax refuses; its own message says which.
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SpecError(f'{source}: model or train: refused by the library: {text}') from error
-    return program
 
 
 def _check_runs(spec: SweepSpec, program: Program, group: Group, source: str) -> None:
@@ -155,6 +197,8 @@ def _check_runs(spec: SweepSpec, program: Program, group: Group, source: str) ->
             raise SpecError(
                 f'{source}: grid.compression: {run.compression:g} with {run.method.label}: {error}'
             ) from None
+    if not scores_need_data(spec):
+        return
     facts = data.facts(spec.data.name)
     examples = spec.data.train_examples or facts.train_size
     wanted = spec.prune.samples_per_class * spec.prune.batches
@@ -179,18 +223,17 @@ def costs(spec: SweepSpec, program: Program, group: Group) -> dict[str, Any]:
     x = jax.ShapeDtypeStruct((batch, *facts.shape), jnp.float32)
     y = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
-    def loss(params, x, y):
-        logits, _ = program.problem.apply(params, state_.model_state, x, train=True, key=key)
+    def loss(params, model_state, x, y):
+        logits, _ = program.problem.apply(params, model_state, x, train=True, key=key)
         return program.problem.loss(logits, y).mean()
 
-    state_ = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), state)
-    forward = jax.make_jaxpr(loss)(state.params, x, y)
+    forward = jax.make_jaxpr(loss)(state.params, state.model_state, x, y)
     activations = sum(
         math.prod(var.aval.shape) * var.aval.dtype.itemsize
         for equation in forward.eqns
         for var in equation.outvars
     )
-    lowered = jax.jit(jax.grad(loss)).lower(state.params, x, y)
+    lowered = jax.jit(jax.grad(loss)).lower(state.params, state.model_state, x, y)
     analysis = lowered.cost_analysis() or {}
     return {
         'parameters': sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),

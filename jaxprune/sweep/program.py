@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxprune import data, method, nn, optim, problem, train, tree
 from jaxprune.data import Dataset, DeviceSplit
+from jaxprune.errors import SpecError
 from jaxprune.rng import stream
 from jaxprune.sweep.grid import Run, split_options
 from jaxprune.sweep.spec import MethodSpec, SweepSpec, TrainSpec
@@ -145,7 +146,11 @@ def hyper_of(run: Run) -> Hyper:
 
 
 def device_data(spec: SweepSpec, dataset: Dataset) -> DeviceData:
-    """The data set as device arrays, cut to the sizes the specification asks for."""
+    """The data set as device arrays, cut to the sizes the specification asks for.
+
+    Raises:
+      SpecError: a class has too few examples to score on.
+    """
 
     def first(split, count):
         return split._replace(
@@ -153,8 +158,23 @@ def device_data(spec: SweepSpec, dataset: Dataset) -> DeviceData:
         )
 
     training = first(dataset.train, spec.data.train_examples)
+    by_class = np.zeros((dataset.classes, 0), np.int32)
+    if scores_need_data(spec):
+        smallest = np.bincount(training.labels, minlength=dataset.classes).min()
+        wanted = spec.prune.samples_per_class * spec.prune.batches
+        if wanted > smallest:
+            raise SpecError(
+                f'prune.samples_per_class: {wanted} of each class are more than the {smallest} '
+                f'that the smallest class has among {len(training.labels)} training examples'
+            )
+        by_class = data.class_balanced(training.labels, dataset.classes)
     return DeviceData(
         train=data.to_device(training),
         test=data.to_device(first(dataset.test, spec.data.test_examples)),
-        by_class=jax.numpy.asarray(data.class_balanced(training.labels, dataset.classes)),
+        by_class=jax.numpy.asarray(by_class),
     )
+
+
+def scores_need_data(spec: SweepSpec) -> bool:
+    """Does a method of the sweep look at training examples before pruning?"""
+    return any(method.method(m.name).needs for m in spec.grid.method)

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from jaxprune import data
-from jaxprune.errors import PruneError, StoreError
+from jaxprune.errors import PruneError, SpecError, StoreError
 from jaxprune.rng import run_key
 from jaxprune.sweep import store
 from jaxprune.sweep.engine import Engine, Rows, make_engine
@@ -37,6 +37,7 @@ def run_sweep(
     *,
     data_dir: str | Path | None = None,
     progress: Progress | None = None,
+    source: str = 'spec',
 ) -> pl.DataFrame:
     """Trains every run of a sweep that is not yet finished, and returns all results.
 
@@ -46,23 +47,29 @@ def run_sweep(
         unfinished sweep of the same specification, that is continued.
       data_dir: where prepared TFDS data lie, see `jaxprune.data.load`.
       progress: what to show, see `jaxprune.sweep.progress`; None for nothing.
+      source: what error messages call a specification that is no file.
 
     Returns:
       One row per run and evaluation, the columns of `store.RESULTS`.
 
     Raises:
       SpecError, DataError: before anything is written.
-      StoreError: `out` holds another sweep, or another process is at work there.
+      StoreError: `out` holds another sweep or broken files, cannot be written, or another process
+        is at work there.
     """
     if isinstance(spec, (str, Path)):
+        source = str(spec)
         spec = load_spec(spec)
     elif not isinstance(spec, SweepSpec):
-        spec = make_spec(spec)
+        spec = make_spec(spec, source)
     out = default_out(spec) if out is None else Path(out)
-    plan_table = make_plan(spec)
+    plan_table = make_plan(spec, source)
     dataset = data.load(spec.data.name, data_dir)
-    on_device = device_data(spec, dataset)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        on_device = device_data(spec, dataset)
+    except SpecError as error:
+        raise SpecError(f'{source}: {error}') from None
+    store.make_directory(out)
     with store.locked(out):
         chunks = _open(spec, out, plan_table)
         with (progress or silent)(plan_table, out) as shown:
@@ -77,23 +84,26 @@ def _open(spec: SweepSpec, out: Path, plan_table: dict[str, Any]) -> list[dict[s
     """
     text = to_toml(spec)
     spec_file, plan_file = out / 'spec.toml', out / 'plan.json'
-    if spec_file.exists() and spec_file.read_text() != text:
+    if spec_file.exists() and spec_file.read_bytes() != text.encode():
         raise StoreError(f'{out} holds another sweep (see its spec.toml): choose another --out')
     store.remove_leftovers(out)
     if not spec_file.exists():
         store.write_bytes(spec_file, text.encode())
     if not plan_file.exists():
         store.write_json(plan_file, plan_table)
+    stored = store.read_plan(out)
+    if [stored['format'], stored['spec']] != [plan_table['format'], plan_table['spec']]:
+        raise StoreError(f'{out} was written by another version of jaxprune: choose another --out')
     session = provenance(spec, datetime.datetime.now(datetime.UTC))
     record = out / 'provenance.json'
-    sessions = store.read_json(record)['sessions'] if record.exists() else []
+    sessions = store.read_json(record, {'sessions'})['sessions'] if record.exists() else []
     store.write_json(record, {**session, 'sessions': [*sessions, session['session']]})
-    return store.read_json(plan_file)['chunks']
+    return stored['chunks']
 
 
 def _run_chunks(spec, out: Path, chunks: Sequence[dict], on_device, shown) -> None:
     by_id = {run.run_id: run for run in runs(spec)}
-    programs = {p['id']: p for p in store.read_json(out / 'plan.json')['programs']}
+    programs = {p['id']: p for p in store.read_plan(out)['programs']}
     current: tuple[str, Program, Engine] | None = None
     for chunk in chunks:
         members = [by_id[run_id] for run_id in chunk['runs']]

@@ -16,8 +16,8 @@ def status(out: Path) -> dict[str, Any]:
     Raises:
       StoreError: not a sweep directory.
     """
-    plan = store.read_json(out / 'plan.json')
-    sessions = store.read_json(out / 'provenance.json')['sessions']
+    plan = store.read_plan(out)
+    sessions = store.read_json(out / 'provenance.json', {'sessions'})['sessions']
     finished = [chunk for chunk in plan['chunks'] if store.finished(out, chunk['id'])]
     return {
         'name': plan['name'],

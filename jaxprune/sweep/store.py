@@ -6,7 +6,7 @@
     DIR/results/<chunk>.parquet one row per run and evaluation
     DIR/layers/<chunk>.parquet  one row per run and prunable leaf
 
-A chunk is finished when its results file exists; it is written last.
+A chunk is finished when both its files exist; results are written last.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import polars as pl
@@ -69,20 +69,39 @@ def write_bytes(path: Path, content: bytes) -> None:
 def remove_leftovers(out: Path) -> None:
     """Deletes temporary files of a killed writer; call it with the directory locked."""
     for leftover in [*out.glob('.*.tmp'), *out.glob('*/.*.tmp')]:
-        leftover.unlink(missing_ok=True)
+        # The directory may hold files of other makers; ours end in a process id.
+        if leftover.suffixes[-2:-1] and leftover.suffixes[-2][1:].isdigit():
+            leftover.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + '\n').encode())
 
 
-def read_json(path: Path) -> dict:
+def make_directory(out: Path) -> None:
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f'{out}: cannot be made a directory ({error})') from None
+
+
+def read_json(path: Path, keys: Set[str] = frozenset()) -> dict:
+    """The table in a JSON file; without these keys it is no file of ours."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f'{path.parent} is not a sweep directory: it has no {path.name}') from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise StoreError(f'{path}: cannot be read ({error})') from None
+    except ValueError as error:
         raise StoreError(f'{path}: not valid JSON ({error})') from None
+    if not isinstance(value, dict) or not keys <= value.keys():
+        raise StoreError(f'{path}: not what jaxprune wrote, it lacks {", ".join(sorted(keys))}')
+    return value
+
+
+def read_plan(out: Path) -> dict:
+    return read_json(out / 'plan.json', {'format', 'name', 'spec', 'programs', 'chunks', 'runs'})
 
 
 def write_frame(path: Path, frame: pl.DataFrame) -> None:
@@ -100,7 +119,7 @@ def layers_path(out: Path, chunk: str) -> Path:
 
 
 def finished(out: Path, chunk: str) -> bool:
-    return results_path(out, chunk).exists()
+    return results_path(out, chunk).exists() and layers_path(out, chunk).exists()
 
 
 def write_chunk(out: Path, chunk: str, results: pl.DataFrame, layers: pl.DataFrame) -> None:
@@ -111,14 +130,26 @@ def write_chunk(out: Path, chunk: str, results: pl.DataFrame, layers: pl.DataFra
 
 def chunk_ids(out: Path) -> list[str]:
     """Chunks of the plan, in plan order."""
-    return [chunk['id'] for chunk in read_json(out / 'plan.json')['chunks']]
+    return [chunk['id'] for chunk in read_plan(out)['chunks']]
 
 
 def _read(out: Path, where, schema: dict) -> pl.DataFrame:
     frames = [
-        pl.read_parquet(where(out, chunk)) for chunk in chunk_ids(out) if finished(out, chunk)
+        _read_frame(where(out, chunk), schema) for chunk in chunk_ids(out) if finished(out, chunk)
     ]
     return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
+
+
+def _read_frame(path: Path, schema: dict) -> pl.DataFrame:
+    broken = 'delete it and give the same `jaxprune sweep` command again'
+    try:
+        frame = pl.read_parquet(path, glob=False)  # a directory may be called 'lr[0.1]'
+    except (OSError, pl.exceptions.PolarsError) as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise StoreError(f'{path}: cannot be read ({reason}); {broken}') from None
+    if not schema.keys() <= set(frame.columns):
+        raise StoreError(f'{path}: not what jaxprune wrote; {broken}')
+    return frame
 
 
 def read_results(out: Path) -> pl.DataFrame:

@@ -1,0 +1,397 @@
+"""The laws every method is held to, in one file: a new registry line is tested without a new line.
+
+The laws are those of the README ("Laws"); none of the expectations below is a recorded number.
+"""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxprune import data, method, plan, tree
+from jaxprune.problem import view_of
+from jaxprune.rng import run_key
+from jaxprune.sweep import make_spec
+from jaxprune.sweep.engine import Rows, make_engine, over_runs, segment_of
+from jaxprune.sweep.grid import DENSE, runs
+from jaxprune.sweep.plan import counts_of
+from jaxprune.sweep.program import device_data, hyper_of, make_program
+from jaxprune.sweep.run import run_chunk
+
+METHODS = sorted(method.METHODS)
+#: A published number of rounds costs minutes here and proves nothing more than three do.
+ROUNDS = {name: min(card.rounds, 3) for name, card in method.METHODS.items()}
+
+
+def table(model, methods, **grid):
+    # One step per epoch for the conv net: batch norm amplifies rounding from step to step.
+    examples = 256 if model is DENSE_NET else 64
+    return {
+        'name': 'contract',
+        'model': model,
+        'data': {'name': 'mnist_small', 'train_examples': examples, 'test_examples': 100},
+        'train': {'epochs': 2, 'batch_size': 64, 'momentum': 0.9, 'weight_decay': 1e-3},
+        'prune': {'samples_per_class': 2},
+        'grid': {
+            'method': [{'name': m, 'rounds': ROUNDS[m]} for m in methods],
+            'compression': [1, 4],
+            'seed': [0, 1, 2],
+            **grid,
+        },
+    }
+
+
+DENSE_NET = {'name': 'mlp', 'widths': [16, 12]}
+CONV_NET = {'name': 'small_vgg', 'widths': [3]}
+NETS = {'dense': DENSE_NET, 'conv': CONV_NET}
+
+
+@pytest.fixture(scope='module')
+def dataset():
+    return data.load('mnist_small')
+
+
+class Bench:
+    """A specification with all that is needed to run parts of it."""
+
+    def __init__(self, spec, dataset):
+        self.spec = make_spec(spec)
+        self.runs = runs(self.spec)
+        self.program = make_program(self.spec, self.runs[0].train)
+        self.data = device_data(self.spec, dataset)
+
+    def engine(self, strategy, devices=1):
+        return make_engine(strategy, self.program, self.data, jax.local_devices()[:devices])
+
+    def rows(self, members):
+        return Rows(
+            jnp.stack([run_key(r.seed) for r in members]),
+            jax.tree.map(lambda *leaves: np.stack(leaves), *map(hyper_of, members)),
+        )
+
+    def pruned(self, engine, members):
+        """States of runs of one method after all its events."""
+        rows = self.rows(members)
+        states = engine.init(rows)
+        if members[0].method.name == 'dense':
+            return rows, states
+        tables = [counts_of(self.program, r).counts for r in members]
+        counts = {path: np.stack([t[path] for t in tables]) for path in tables[0]}
+        states, info = engine.prune(members[0].method, rows, range(len(members)), counts, states)
+        return rows, states, info, counts
+
+
+@pytest.fixture(scope='module')
+def benches(dataset):
+    return {net: Bench(table(model, METHODS), dataset) for net, model in NETS.items()}
+
+
+@pytest.fixture(scope='module')
+def engines(benches):
+    """One engine per net and strategy, shared: compiled functions are what tests wait for."""
+    return {
+        (net, strategy): benches[net].engine(strategy)
+        for net in NETS
+        for strategy in ('map', 'vmap', 'host')
+    }
+
+
+def of(bench, name, compression=4.0):
+    return [r for r in bench.runs if r.method.name == name and r.compression == compression]
+
+
+def rows_of(states, i):
+    if isinstance(states, list):
+        return jax.device_get(states[i])
+    return jax.device_get(jax.tree.map(lambda leaf: leaf[i], states))
+
+
+@pytest.mark.parametrize('net', NETS)
+@pytest.mark.parametrize('name', METHODS)
+def test_many_runs_equal_single_runs(benches, net, name):
+    """Law: N vmapped runs = the same N runs one by one, from initialisation to trained weights.
+
+    In float64, where another order of summation cannot move a weight across a threshold.
+    """
+    bench = benches[net]
+    members = of(bench, name)[:2]
+    begin, once = bench.program.prune(members[0].method)
+    rounds = members[0].method.rounds
+
+    def whole_run(key, hyper, counts):
+        state = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf,
+            bench.program.init(key, hyper),
+        )
+        state = begin(key, state)
+        for number in range(rounds):
+            now = {path: count[number] for path, count in counts.items()}
+            state, _ = once(number, bench.data, key, hyper, now, state)
+        order = bench.program.order(key, 0)[:2]
+        return segment_of(bench.program)(np.int32(0), bench.data, key, hyper, order, state)
+
+    with jax.enable_x64(True):
+        keys, hypers = bench.rows(members)
+        tables = [counts_of(bench.program, r).counts for r in members]
+        counts = {path: np.stack([t[path] for t in tables]) for path in tables[0]}
+        together, losses = jax.jit(jax.vmap(whole_run))(keys, hypers, counts)
+        alone = jax.jit(whole_run)
+        for i in range(len(members)):
+            one = jax.tree.map(lambda leaf, i=i: leaf[i], (keys, hypers, counts))
+            apart, loss = alone(*one)
+            row = rows_of(together, i)
+            chex.assert_trees_all_equal(row.masks, apart.masks)
+            assert tree.pick(row.params)[next(iter(row.masks))].dtype == np.float64
+            chex.assert_trees_all_close(row, apart, rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(losses[i], loss, rtol=1e-9)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_strategies_agree(benches, engines, name):
+    """Law: the numbers do not depend on how runs are batched; float32, so up to rounding."""
+    bench = benches['dense']
+    members = of(bench, name)
+    trained = {}
+    for strategy in ('map', 'vmap', 'host'):
+        engine = engines['dense', strategy]
+        rows, states, *_ = bench.pruned(engine, members)
+        trained[strategy], _ = engine.epoch(0, rows, states)
+    for i in range(len(members)):
+        first = rows_of(trained['host'], i)
+        for strategy in ('map', 'vmap'):
+            other = rows_of(trained[strategy], i)
+            for path, mask in first.masks.items():
+                swapped = (mask & ~other.masks[path]).sum()
+                assert swapped <= 0.002 * mask.sum() and mask.sum() == other.masks[path].sum()
+            if all(np.array_equal(first.masks[p], other.masks[p]) for p in first.masks):
+                chex.assert_trees_all_close(first.params, other.params, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_chunk_size_position_and_padding_change_nothing(benches, engines, name):
+    """Law: a run's rows are the same in any chunk, at any place, with or without padding."""
+    bench = benches['dense']
+    engine = engines['dense', 'map']
+    members = of(bench, name)
+    other = of(bench, 'dense', 1.0)
+    together, layers = run_chunk(bench.spec, bench.program, engine, members, 3)
+    for arrangement, size in (
+        ([members[2], *other, members[0]], 5),
+        ([members[0]], 1),
+        ([members[1]], 4),
+    ):
+        results, kept = run_chunk(bench.spec, bench.program, engine, arrangement, size)
+        for run in arrangement:
+            if run in members:
+                mine = {'run_id': run.run_id}
+                for first, second in ((together, results), (layers, kept)):
+                    a, b = (f.filter(**mine).to_dicts() for f in (first, second))
+                    assert a == b and a
+
+
+@pytest.mark.parametrize('strategy', ['map', 'vmap'])
+def test_device_count_changes_nothing(benches, engines, strategy):
+    """Law: two devices give the rows that one gives; an odd run is padded and dropped."""
+    bench = benches['dense']
+    members = [*of(bench, 'snip'), *of(bench, 'dense', 1.0)[:2]]
+    one, _ = run_chunk(bench.spec, bench.program, engines['dense', strategy], members, 5)
+    two, _ = run_chunk(bench.spec, bench.program, bench.engine(strategy, 2), members, 5)
+    if strategy == 'map':
+        assert one.equals(two)
+    else:  # a batched product over 3 runs may sum in another order than one over 5
+        assert one.select('run_id', 'density').equals(two.select('run_id', 'density'))
+        np.testing.assert_allclose(one['train_loss'], two['train_loss'], rtol=1e-4)
+
+
+@pytest.mark.parametrize('net', NETS)
+@pytest.mark.parametrize('name', METHODS)
+def test_exact_counts_and_zeros_after_every_segment(benches, engines, net, name):
+    """Laws: counts are exact; pruned weights and their moments are zero after every segment."""
+    bench = benches[net]
+    engine = engines[net, 'map' if net == 'dense' else 'host']
+    members = of(bench, name)
+    rows, states, info, counts = bench.pruned(engine, members)
+    for epoch in range(2):
+        for i in range(len(members)):
+            state = rows_of(states, i)
+            masks = state.masks
+            assert sum(int(m.sum()) for m in masks.values()) == counts['*'][i, -1]
+            assert {p: int(m.sum()) for p, m in masks.items()} == {
+                p: int(k[i]) for p, k in info.kept.items()
+            }
+            assert int(info.nonfinite[i]) == 0
+            assert_zero_where_pruned(bench.program.problem, state)
+        states, _ = engine.epoch(epoch, rows, states)
+
+
+def assert_zero_where_pruned(problem, state):
+    weights = tree.pick(state.params, problem.prunable)
+    for path, mask in state.masks.items():
+        assert not np.any(weights[path][~mask]), path
+        assert np.any(weights[path]) or not mask.any(), path
+    moments = [
+        (jax.tree_util.keystr(path, simple=True, separator='/'), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    ]
+    touched = 0
+    for path, mask in state.masks.items():
+        for name, leaf in moments:
+            if name.endswith(path):
+                touched += 1
+                assert not np.any(leaf[~mask]), name
+    assert touched == len(state.masks), 'momentum keeps one moment per weight'
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_density_one_is_the_dense_control(benches, engines, name):
+    """Law: pruning to density 1 leaves every later number as it is without pruning, bit for bit."""
+    bench = benches['dense']
+    engine = engines['dense', 'map']
+    control = of(bench, 'dense', 1.0)
+    all_kept = [r._replace(method=of(bench, name)[0].method) for r in control]
+    a, _ = run_chunk(bench.spec, bench.program, engine, control, 3)
+    b, _ = run_chunk(bench.spec, bench.program, engine, all_kept, 3)
+    numbers = ['step', 'density', 'train_loss', 'test_loss', 'test_accuracy', 'seed']
+    assert a.select(numbers).equals(b.select(numbers))
+    assert set(b['density']) == {1.0} and DENSE.label == 'dense'
+
+
+@pytest.mark.parametrize('strategy', ['map', 'vmap', 'host'])
+def test_two_traces_at_most(dataset, strategy):
+    """Law: methods, seeds, densities, learning rates share one trace of every compiled function."""
+    spec = table(DENSE_NET, METHODS, train={'learning_rate': [0.1, 0.01], 'momentum': [0.0, 0.9]})
+    bench = Bench(spec, dataset)
+    engine = bench.engine(strategy)
+    for first in range(0, len(bench.runs), 24):
+        members = bench.runs[first : first + 24]
+        run_chunk(bench.spec, bench.program, engine, members, 24)
+    traces = engine.traces()
+    assert traces.pop('segment' if strategy != 'host' else 'step') == 1
+    assert all(1 <= count <= 2 for count in traces.values()), traces
+    assert len([name for name in traces if name.startswith('prune')]) == len(METHODS)
+
+
+@pytest.mark.parametrize('net', NETS)
+def test_segment_holds_no_sort_no_score_and_no_cond(benches, net):
+    """Law: masks are data. The segment trains, and does nothing else.
+
+    A network of n layers takes n products forward and 2 n - 1 backward (none for the input);
+    a score inside would add its own.
+    """
+    bench = benches[net]
+    members = of(bench, METHODS[0])[:1]
+    rows = bench.rows(members)
+    key, hyper = jax.tree.map(lambda leaf: leaf[0], rows)
+    state = jax.jit(bench.program.init)(key, hyper)
+    order = bench.program.order(key, 0)
+    jaxpr = jax.make_jaxpr(segment_of(bench.program))(
+        np.int32(0), bench.data, key, hyper, order, state
+    )
+    text = str(jaxpr)
+    for word in ('sort', 'top_k', 'cond', 'while'):
+        assert not re.search(rf'\b{word}\b', text), word
+    layers = len(bench.program.shapes)
+    products = len(re.findall(r'\b(dot_general|conv_general_dilated)\b\[', text))
+    assert products == 3 * layers - 1
+
+
+@pytest.mark.parametrize('net', NETS)
+@pytest.mark.parametrize('strategy', ['map', 'vmap'])
+def test_segment_on_two_devices_has_no_collective(benches, net, strategy):
+    """Law: runs are independent, so devices never talk while training."""
+    if net == 'conv' and strategy == 'map':
+        pytest.skip('a convolution is never put in a loop on CPU')
+    bench = benches[net]
+    engine = bench.engine(strategy, 2)
+    rows = bench.rows(of(bench, METHODS[0])[:2])
+    states = engine.init(rows)
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:2]), ('run',))
+    segment = over_runs(segment_of(bench.program), (None, None, 0, 0, 0, 0), strategy, mesh)
+    order = jax.vmap(bench.program.order, in_axes=(0, None))(rows.keys, 0)
+    data_everywhere = jax.device_put(
+        bench.data, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    )
+    compiled = jax.jit(segment).lower(
+        np.int32(0), data_everywhere, rows.keys, rows.hyper, order, states
+    )
+    hlo = compiled.compile().as_text()
+    assert 'num_partitions=2' in hlo
+    for word in ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute', 'reduce-scatter'):
+        assert word not in hlo
+
+
+@pytest.mark.parametrize('how', ['plain', 'jit', 'vmap'])
+@pytest.mark.parametrize('allocation', ['global', 'erk'])
+@pytest.mark.parametrize('name', METHODS)
+def test_any_density_is_met_exactly_and_nested(benches, how, allocation, name):
+    """Laws: exact counts for any traced k; pruned stays pruned; the state keeps its structure."""
+    bench = benches['dense']
+    problem = bench.program.problem
+    pruner = method.build(problem, name, allocation=allocation)
+    key = run_key(7)
+    state = bench.program.init(key, hyper_of(bench.runs[0]))
+    view = view_of(problem, state)
+    x = np.random.default_rng(0).normal(size=(1, 20, 28, 28, 1)).astype(np.float32)
+    batches = data_batch(x, np.arange(20)[None] % 10)
+
+    def two_events(key, first, second):
+        begun = pruner.init(key, view)
+        begun, masks, _ = pruner.update(key, begun, view, first, batches)
+        pruned = view._replace(
+            masks=masks, weights={p: jnp.where(masks[p], w, 0) for p, w in view.weights.items()}
+        )
+        done, again, info = pruner.update(key, begun, pruned, second, batches)
+        chex.assert_trees_all_equal_shapes_and_dtypes(begun, done)
+        return masks, again, info
+
+    transform = {
+        'plain': lambda f: f,
+        'jit': jax.jit,
+        'vmap': lambda f: (
+            lambda *args: jax.tree.map(
+                lambda leaf: leaf[1],
+                jax.jit(jax.vmap(f))(*jax.tree.map(lambda a: jnp.stack([a, a]), args)),
+            )
+        ),
+    }[how](two_events)
+
+    @settings(max_examples=1 if how == 'plain' else 20, deadline=None, database=None)
+    @given(st.floats(0.01, 1.0), st.floats(0.05, 1.0))
+    def check(density, fraction):
+        first = plan.keep_counts(bench.program.shapes, density, allocation)
+        second = {path: int(k * fraction) for path, k in first.items()}
+        masks, again, info = transform(
+            key, jax.tree.map(jnp.int32, first), jax.tree.map(jnp.int32, second)
+        )
+        for got, wanted in ((masks, first), (again, second)):
+            kept = {p: int(m.sum()) for p, m in got.items()}
+            assert ({'*': sum(kept.values())} if allocation == 'global' else kept) == wanted
+        assert all(bool((masks[p] | ~again[p]).all()) for p in masks)
+        assert {p: m.shape for p, m in masks.items()} == bench.program.shapes
+        assert {p: int(k) for p, k in info.kept.items()} == {
+            p: int(m.sum()) for p, m in again.items()
+        }
+
+    check()
+
+
+def data_batch(x, y):
+    from jaxprune.types import Batch
+
+    return Batch(jnp.asarray(x), jnp.asarray(y, jnp.int32))
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_mask_depends_on_the_seed_alone(benches, engines, name):
+    """Same seed, same mask; another seed, another one. (SynFlow and magnitude see the weights.)"""
+    bench = benches['dense']
+    _, states, *_ = bench.pruned(engines['dense', 'map'], of(bench, name))
+    _, again, *_ = bench.pruned(engines['dense', 'map'], of(bench, name))
+    chex.assert_trees_all_equal(states.masks, again.masks)
+    first, second = rows_of(states, 0).masks, rows_of(states, 1).masks
+    assert any(np.any(first[p] != second[p]) for p in first)

@@ -1,0 +1,270 @@
+"""Exact selection against a sort on the host."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from jax.extend.core import jaxprs_in_params
+
+import jaxprune as jp
+from jaxprune.errors import PruneError
+
+SIZE = 33
+DTYPES = {
+    'float16': jnp.float16,
+    'bfloat16': jnp.bfloat16,
+    'float32': jnp.float32,
+    'float64': jnp.float64,
+}
+
+
+batched = jax.jit(jax.vmap(jp.top_k_mask))
+
+
+def by_vmap(scores, k):
+    """One of three runs, in the middle; the others have other scores and counts."""
+    return batched(jnp.stack([scores[::-1], scores, scores * 0]), jnp.stack([k + 1, k, k * 0]))[1]
+
+
+jitted = jax.jit(jp.top_k_mask)
+HOW = {'plain': jp.top_k_mask, 'jit': jitted, 'vmap': by_vmap}
+
+
+def by_sorting(scores: np.ndarray, k: int) -> np.ndarray:
+    """The definition: sort by falling score, then by rising index; NaN and -inf are left out."""
+    flat = np.asarray(scores).reshape(-1).astype(np.float64)
+    order = np.lexsort((np.arange(flat.size), -flat))
+    order = [i for i in order if flat[i] > -np.inf]
+    mask = np.zeros(flat.size, bool)
+    mask[order[:k]] = True
+    return mask.reshape(scores.shape)
+
+
+#: Many ties, both zeros, what is not finite, subnormal numbers; and any other number.
+special = st.sampled_from(
+    [0.0, -0.0, 1.0, -1.0, 0.5, 2.0**-20, np.inf, -np.inf, np.nan, -np.nan, 1e-40, 2e-40, -1e-40]
+)
+numbers = st.one_of(special, st.floats(width=32))
+lists = st.one_of(
+    arrays(np.float32, SIZE, elements=special), arrays(np.float32, SIZE, elements=numbers)
+)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('how', HOW)
+def test_top_k_is_exact_and_ties_prefer_the_low_index(how, dtype):
+    """Expectation: `by_sorting` above; -0.0 ties with +0.0; k from 0 to the size."""
+
+    @settings(max_examples=15 if how == 'plain' else 60, deadline=None)
+    @given(values=lists, k=st.integers(0, SIZE))
+    def check(values, k):
+        with np.errstate(over='ignore'), jax.enable_x64(dtype == 'float64'):
+            scores = values.astype(DTYPES[dtype])
+            mask = HOW[how](jnp.asarray(scores), jnp.int32(k))
+        np.testing.assert_array_equal(mask, by_sorting(scores, k))
+
+    check()
+
+
+def test_float64_is_ranked_in_float64():
+    """Expectation: the sort; the values differ from the 40th bit on, subnormals included."""
+    draw = np.random.default_rng(0)
+    values = np.concatenate([1 + draw.permutation(100) * 2.0**-40, [5e-324, 1e-323, 0.0, -5e-324]])
+    with jax.enable_x64(True):
+        for k in (0, 1, 50, 101, 102, 103, 104):
+            np.testing.assert_array_equal(
+                jitted(jnp.asarray(values), k), by_sorting(values, k), err_msg=str(k)
+            )
+
+
+@pytest.mark.parametrize('how', ['jit', 'vmap'])
+@pytest.mark.parametrize('size', [1, 2, 3, 4, 7, 8, 9])
+def test_all_ties(how, size):
+    """Expectation: the first k; sizes on both sides of powers of two, where bit counts change."""
+    for k in range(size + 1):
+        mask = HOW[how](jnp.full(size, 0.25), jnp.int32(k))
+        np.testing.assert_array_equal(mask, np.arange(size) < k)
+
+
+def test_neither_nan_nor_minus_infinity_is_ever_kept():
+    """Expectation: the docstring; with fewer keepable entries than k, all of them and no more."""
+    scores = jnp.array([jnp.nan, 1.0, -jnp.inf, jnp.inf, -3.0, -jnp.nan])
+    for k in (3, 4, 6):
+        assert jitted(scores, k).tolist() == [False, True, False, True, True, False]
+    nothing = jnp.array([jnp.nan, -jnp.inf])
+    assert not jitted(nothing, 2).any()
+    assert not jitted(nothing, 0).any()
+
+
+def test_counts_outside_the_range_are_clipped():
+    """Expectation: the docstring."""
+    assert not jitted(jnp.arange(7.0), -3).any()
+    assert jitted(jnp.arange(7.0), 99).all()
+    assert jitted(jnp.zeros((0,)), 0).shape == (0,)
+
+
+def test_any_shape():
+    """Expectation: the flat mask in the shape of the scores; flat = C order."""
+    values = np.random.default_rng(1).integers(0, 4, (3, 3, 2, 5)).astype(np.float32)
+    np.testing.assert_array_equal(jitted(values, 37), by_sorting(values, 37))
+    assert bool(jp.top_k_mask(jnp.array(3.0), 1)) is True
+
+
+def test_small_floats_without_infinity():
+    """Expectation: the sort; float8_e4m3fn has no infinity to compare with."""
+    for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2):
+        mask = jp.top_k_mask(jnp.array([1, 3, -2, 3, 0.5], dtype), 2)
+        assert mask.tolist() == [False, True, False, True, False]
+
+
+def test_integers_are_refused():
+    """Expectation: an error; scores of a fixed width would need another order of bits."""
+    with pytest.raises(PruneError, match='floating point, not int32'):
+        jp.top_k_mask(jnp.arange(3), 1)
+
+
+@pytest.mark.parametrize('ties', [False, True])
+def test_large(ties):
+    """Expectation: a host sort of 2 M scores, where float32 counts by rounding would still pass."""
+    draw = np.random.default_rng(2)
+    size = 2_000_003
+    scores = draw.integers(0, 9, size) if ties else draw.standard_normal(size)
+    scores = scores.astype(np.float32)
+    k = 20_001
+    order = np.argsort(-scores, kind='stable')[:k]
+    mask = np.asarray(jitted(scores, k))
+    assert mask.sum() == k
+    assert mask[order].all()
+
+
+def test_many_more_entries_than_float32_counts():
+    """Expectation: the first k of 2**24 + 3 equal scores; a float32 sum of ones stops at 2**24."""
+    size = 2**24 + 3
+    for k in (2**24 + 1, size):
+        mask = np.asarray(jitted(jnp.ones(size, jnp.float32), k))
+        assert mask.sum() == k
+        assert mask[:k].all()
+
+
+def primitives(jaxpr) -> set[str]:
+    found = set()
+    for eqn in jaxpr.eqns:
+        found.add(eqn.primitive.name)
+        for inner in jaxprs_in_params(eqn.params):
+            found |= primitives(inner)
+    return found
+
+
+@pytest.mark.parametrize('runs', [None, 2])
+def test_no_sort(runs):
+    """Expectation: the module's promise; bisection needs neither sort nor cumulative sum."""
+    fn, scores, k = jp.top_k_mask, jnp.zeros(9), jnp.int32(2)
+    if runs:
+        fn, scores, k = jax.vmap(fn), jnp.zeros((2, 9)), jnp.zeros(2, jnp.int32)
+    names = primitives(jax.make_jaxpr(fn)(scores, k).jaxpr)
+    assert 'reduce_sum' in names  # the walk does see inside
+    assert not {n for n in names if 'sort' in n or 'top_k' in n or 'cumsum' in n}
+
+
+def test_one_trace_for_all_counts():
+    """Expectation: k is traced, so no count compiles anew."""
+    traces = 0
+
+    def counted(scores, k):
+        nonlocal traces
+        traces += 1
+        return jp.top_k_mask(scores, k)
+
+    fn = jax.jit(counted)
+    for k in range(9):
+        assert fn(jnp.arange(9.0), jnp.int32(k)).sum() == k
+    assert traces == 1
+
+
+# --- over leaves ------------------------------------------------------------------------------
+
+LEAVES = {'b/kernel': (4, 5), 'a/kernel': (7,), 'c/0/w': (2, 3, 1, 2)}  # not in sorted order
+
+
+def leaves(seed: int = 0) -> dict[str, jax.Array]:
+    draw = np.random.default_rng(seed)
+    return {p: jnp.asarray(draw.integers(0, 5, s), jnp.float32) for p, s in LEAVES.items()}
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), k=st.integers(0, 39))
+def test_global_is_one_ranking_in_path_order(seed, k):
+    """Expectation: `by_sorting` of the concatenation in sorted path order, cut again."""
+    scores = leaves(seed)
+    flat = by_sorting(np.concatenate([np.ravel(scores[p]) for p in sorted(scores)]), k)
+    masks = jax.jit(jp.global_top_k)(scores, {'*': k})
+    assert sorted(masks) == sorted(LEAVES)
+    joined = np.concatenate([np.ravel(masks[p]) for p in sorted(masks)])
+    np.testing.assert_array_equal(joined, flat)
+    assert all(masks[p].shape == shape for p, shape in LEAVES.items())
+    assert sum(int(v) for v in jp.kept(masks).values()) == k
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), counts=st.tuples(*(st.integers(0, n) for n in (20, 7, 12))))
+def test_layerwise_is_one_ranking_per_leaf(seed, counts):
+    """Expectation: `by_sorting` of each leaf."""
+    scores, counts = leaves(seed), dict(zip(LEAVES, counts, strict=True))
+    masks = jax.jit(jp.layerwise_top_k)(scores, counts)
+    for path, mask in masks.items():
+        np.testing.assert_array_equal(mask, by_sorting(np.asarray(scores[path]), counts[path]))
+    assert {path: int(n) for path, n in jp.kept(masks).items()} == counts
+
+
+def test_counts_batched_over_runs():
+    """Expectation: N vmapped runs are N single runs, global and layerwise."""
+    scores = jax.tree.map(lambda *a: jnp.stack(a), *(leaves(seed) for seed in range(3)))
+    per_leaf = {path: jnp.array([0, 3, 7]) for path in LEAVES}
+    for select, counts in (
+        (jp.global_top_k, {'*': jnp.array([0, 13, 39])}),
+        (jp.layerwise_top_k, per_leaf),
+    ):
+        together = jax.jit(jax.vmap(select))(scores, counts)
+        for run in range(3):
+            own = {path: count[run] for path, count in counts.items()}
+            alone = jax.jit(select)(leaves(run), own)
+            for path, mask in alone.items():
+                np.testing.assert_array_equal(together[path][run], mask)
+
+
+def test_counts_with_the_wrong_paths():
+    """Expectation: errors that name the paths."""
+    scores = leaves()
+    with pytest.raises(PruneError, match=r'global.*lack \*.*unknown a/kernel'):
+        jp.global_top_k(scores, {'a/kernel': 1})
+    with pytest.raises(PruneError, match=r'layerwise.*lack a/kernel, b/kernel, c/0/w.*unknown \*'):
+        jp.layerwise_top_k(scores, {'*': 1})
+    with pytest.raises(PruneError, match='lack c/0/w'):
+        jp.layerwise_top_k(scores, {'a/kernel': 1, 'b/kernel': 1})
+    with pytest.raises(PruneError, match='unknown d'):
+        jp.layerwise_top_k(scores, {**dict.fromkeys(LEAVES, 1), 'd': 1})
+
+
+def test_a_pruner_never_revives_and_counts_what_is_not_finite():
+    """Expectation: scores of pruned weights are -inf whatever they were; `monotone=False` revives.
+
+    `nonfinite` counts weights still in play only.
+    """
+    problem = jp.plain(lambda key: None, lambda params, x: x)
+    params = {'kernel': jnp.ones((1, 6))}
+    masks = {'kernel': jnp.array([[True, False, True, True, True, False]])}
+    scores = {'kernel': jnp.array([[1.0, 9.0, jnp.nan, jnp.inf, 2.0, jnp.nan]])}
+    view = jp.view(problem, params, masks=masks)
+    key = jax.random.key(0)
+    for monotone, expected in ((True, [1, 0, 0, 1, 1, 0]), (False, [0, 1, 0, 1, 1, 0])):
+        pruner = jp.pruner(lambda key, view, batches: scores, monotone=monotone)
+        _, new, info = pruner.update(key, pruner.init(key, view), view, {'*': 3}, None)
+        assert new['kernel'].tolist() == [[bool(e) for e in expected]]
+        assert info.nonfinite == 2
+        assert info.kept == {'kernel': 3}
+    wrong = jp.pruner(lambda key, view, batches: {'k': scores['kernel']})
+    with pytest.raises(PruneError, match='scores lack kernel and have unknown k'):
+        wrong.update(key, (), view, {'*': 3}, None)
