@@ -18,7 +18,7 @@ from jaxprune.types import Batch, Problem, PruneInfo, Pruner, RunState, View
 
 if TYPE_CHECKING:
     from jaxprune.optim import mask_opt_state, sparse
-    from jaxprune.sweep import SweepSpec, load_spec, make_spec, run_sweep
+    from jaxprune.sweep import SweepSpec, load_spec, make_spec, run_sweep, use_all_cores
 
 #: Loaded on first use: they need optax, flax or polars, which a mask alone does not.
 _LAZY = {
@@ -28,6 +28,7 @@ _LAZY = {
     'load_spec': 'jaxprune.sweep',
     'make_spec': 'jaxprune.sweep',
     'run_sweep': 'jaxprune.sweep',
+    'use_all_cores': 'jaxprune.sweep',
 }
 
 
@@ -73,6 +74,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     'load_spec',
     'make_spec',
     'run_sweep',
+    'use_all_cores',
     # types and errors
     'Batch',
     'Plan',

@@ -1,6 +1,5 @@
 """The command line: plan, sweep, status, report. Thin; all work is done by the rooms below."""
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,35 +82,25 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _use_all_cores() -> None:
-    """One CPU device per core, so that the run axis is split over them; before JAX wakes up."""
-    import jax
-
-    if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-        # What this process may use, where the system can say so.
-        ours = getattr(os, 'sched_getaffinity', None)
-        jax.config.update('jax_num_cpu_devices', len(ours(0)) if ours else os.cpu_count() or 1)
-
-
 def _plan(command: Plan) -> None:
-    _use_all_cores()
-    from jaxprune.sweep import load_spec, make_plan
+    from jaxprune.sweep import load_spec, make_plan, use_all_cores
     from jaxprune.sweep.plan import estimate
     from jaxprune.sweep.tables import plan_tables
 
+    use_all_cores()
     spec = load_spec(command.spec, command.set)
     plan = make_plan(spec, str(command.spec))
     _print(*plan_tables(plan, estimate(plan, spec)))
 
 
 def _sweep(command: Sweep) -> None:
-    _use_all_cores()
     from jaxprune import report
     from jaxprune.report.tables import summary
     from jaxprune.report.terminal import summary_table
-    from jaxprune.sweep import default_out, load_spec, run_sweep, store
+    from jaxprune.sweep import default_out, load_spec, run_sweep, store, use_all_cores
     from jaxprune.sweep.progress import shown_on
 
+    use_all_cores()
     spec = load_spec(command.spec, command.set)
     out = command.out or default_out(spec)
     results = run_sweep(

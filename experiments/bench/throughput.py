@@ -14,14 +14,13 @@ same mean training loss, or the comparison would be void; the script checks that
 """
 
 import argparse
-import os
 import platform
 import statistics
 import time
 
 import jax
 
-CORES = len(os.sched_getaffinity(0))
+from jaxprune.sweep.devices import cores, use_all_cores
 
 
 def main() -> None:
@@ -32,8 +31,7 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=5, help='timed epochs of each (default 5)')
     parser.add_argument('--strategy', default='auto', help='auto, map, vmap or host')
     arguments = parser.parse_args()
-    if jax.config.jax_num_cpu_devices < 1:
-        jax.config.update('jax_num_cpu_devices', CORES)
+    use_all_cores()
 
     contenders = {}
     start = prepare(arguments.runs, arguments.strategy)
@@ -66,8 +64,8 @@ def main() -> None:
     device = jax.local_devices()[0]
     print(
         f'{arguments.runs} runs of LeNet-300-100, batch 128, {start["program"].steps} steps each; '
-        f'{start["strategy"]} on {jax.local_device_count()} x {device.device_kind}, {CORES} cores, '
-        f'{platform.machine()}; jax {jax.__version__}, torch {torch_version}'
+        f'{start["strategy"]} on {jax.local_device_count()} x {device.device_kind}, '
+        f'{cores()} cores, {platform.machine()}; jax {jax.__version__}, torch {torch_version}'
     )
     speed = {name: [work / s for s in times] for name, times in seconds.items()}
     for name, values in speed.items():
@@ -182,7 +180,7 @@ def pytorch(start: dict):
     import torch
     from torch.nn import functional
 
-    torch.set_num_threads(CORES)
+    torch.set_num_threads(cores())
     program = start['program']
     split = jax.device_get(start['data'].train)
     images = (torch.tensor(np.array(split.images)).float() / 255 - 0.1307) / 0.3081

@@ -36,6 +36,11 @@ def _percent(density: float) -> str:
     return value.rstrip('0').rstrip('.') if '.' in value else value
 
 
+def _cell(density: float) -> str:
+    """The number in a cell; one very long one would cost its whole panel the numbers."""
+    return _percent(density) if 100 * density >= 0.001 else '<.001'
+
+
 def _tables(rows: pl.DataFrame, paths: list[str], compressions: list[float]):
     """Mean density and share of seeds with an empty layer, `(layers, compressions)`."""
     density = np.full((len(paths), len(compressions)), np.nan)
@@ -76,7 +81,7 @@ def _cells(axes: Axes, density, empty, norm, colours, *, annotate: bool) -> None
         axes.text(
             x,
             y,
-            _percent(density[y, x]),
+            _cell(density[y, x]),
             ha='center',
             va='center_baseline',
             fontsize=_SIZE,
@@ -151,7 +156,7 @@ def _finish(axes, density, empty, compressions, norm, colours) -> None:
     box = axes.get_window_extent()
     wide, tall = (72 * side / axes.figure.dpi for side in (box.width, box.height))
     wide, tall = wide / len(compressions), tall / len(density)
-    texts = [_percent(value) for value in density[density > 0]]
+    texts = [_cell(value) for value in density[(density > 0) & (empty == 0)]]
     widest = max((style.text_width(value, _SIZE) for value in texts), default=0)
     annotate = widest + 3 <= wide and tall >= 1.5 * _SIZE
     _cells(axes, density, empty, norm, colours, annotate=annotate)

@@ -1,5 +1,6 @@
 """Sweeps: specification -> plan -> run -> store."""
 
+from jaxprune.sweep.devices import use_all_cores
 from jaxprune.sweep.load import load_spec, make_spec, to_toml
 from jaxprune.sweep.plan import make_plan
 from jaxprune.sweep.run import default_out, run_sweep
@@ -15,4 +16,5 @@ __all__ = [
     'run_sweep',
     'status',
     'to_toml',
+    'use_all_cores',
 ]

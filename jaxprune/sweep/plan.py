@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,9 +12,11 @@ import numpy as np
 
 from jaxprune import data, plan
 from jaxprune.errors import JaxpruneError, SpecError
+from jaxprune.sweep.devices import memory_limit
 from jaxprune.sweep.engine import choose_strategy
 from jaxprune.sweep.grid import Run, digest, event_program, runs, static_settings
-from jaxprune.sweep.load import resolved, spec_hash
+from jaxprune.sweep.load import spec_hash
+from jaxprune.sweep.parse import plain
 from jaxprune.sweep.program import DeviceData, Program, hyper_of, make_program, scores_need_data
 from jaxprune.sweep.spec import FORMAT, SweepSpec
 from jaxprune.types import GLOBAL
@@ -46,9 +47,9 @@ class Group(NamedTuple):
 def groups(spec: SweepSpec, source: str = 'spec') -> list[Group]:
     """The runs of a specification by training program, in order of first appearance."""
     by_key: dict[str, list[Run]] = {}
+    network = [plain(spec.model), plain(spec.data)]
     for run in runs(spec):
-        key = digest([resolved(spec)['model'], resolved(spec)['data'], static_settings(run.train)])
-        by_key.setdefault(key, []).append(run)
+        by_key.setdefault(digest([*network, static_settings(run.train)]), []).append(run)
     made = []
     for key, members in by_key.items():
         strategy = spec.engine.strategy
@@ -249,7 +250,10 @@ def _bytes(tree: Any) -> int:
 def data_bytes(spec: SweepSpec) -> int:
     """Bytes of the data set on the device, uint8 pixels and int32 labels."""
     facts = data.facts(spec.data.name)
-    return (facts.train_size + facts.test_size) * (math.prod(facts.shape) + 4)
+    examples = (spec.data.train_examples or facts.train_size) + (
+        spec.data.test_examples or facts.test_size
+    )
+    return examples * (math.prod(facts.shape) + 4)
 
 
 def _chunk_size(spec: SweepSpec, group: Group, bytes_per_run: int) -> int:
@@ -264,14 +268,6 @@ def _chunk_size(spec: SweepSpec, group: Group, bytes_per_run: int) -> int:
     chunks = math.ceil(len(group.runs) / most)
     even = math.ceil(len(group.runs) / chunks)
     return min(math.ceil(even / devices) * devices, most) if most >= devices else most
-
-
-def memory_limit() -> int:
-    """Bytes that one device may use; on CPU all devices share the machine's memory."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if 'bytes_limit' in stats:
-        return stats['bytes_limit']
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 def estimate(plan_table: dict[str, Any], spec: SweepSpec) -> dict[str, float]:
@@ -299,8 +295,3 @@ def matmul_speed(seconds: float = 0.3) -> float:
         product(a).block_until_ready()
         count += 1
     return count * 2 * side**3 / (time.perf_counter() - start)
-
-
-def device_data_shape(data_: DeviceData) -> tuple[int, int]:
-    """Numbers of training and test examples."""
-    return data_.train.labels.shape[0], data_.test.labels.shape[0]

@@ -92,7 +92,7 @@ def _open(spec: SweepSpec, out: Path, plan_table: dict[str, Any]) -> list[dict[s
     if not plan_file.exists():
         store.write_json(plan_file, plan_table)
     stored = store.read_plan(out)
-    if [stored['format'], stored['spec']] != [plan_table['format'], plan_table['spec']]:
+    if any(stored.get(key) != plan_table[key] for key in ('format', 'spec')):
         raise StoreError(f'{out} was written by another version of jaxprune: choose another --out')
     session = provenance(spec, datetime.datetime.now(datetime.UTC))
     record = out / 'provenance.json'

@@ -96,12 +96,12 @@ def read_json(path: Path, keys: Set[str] = frozenset()) -> dict:
     except ValueError as error:
         raise StoreError(f'{path}: not valid JSON ({error})') from None
     if not isinstance(value, dict) or not keys <= value.keys():
-        raise StoreError(f'{path}: not what jaxprune wrote, it lacks {", ".join(sorted(keys))}')
+        raise StoreError(f'{path}: not what jaxprune wrote, a table with {", ".join(sorted(keys))}')
     return value
 
 
 def read_plan(out: Path) -> dict:
-    return read_json(out / 'plan.json', {'format', 'name', 'spec', 'programs', 'chunks', 'runs'})
+    return read_json(out / 'plan.json', {'name', 'programs', 'chunks', 'runs'})
 
 
 def write_frame(path: Path, frame: pl.DataFrame) -> None:

@@ -1,0 +1,31 @@
+"""The machine: how many devices, how much memory."""
+
+import os
+
+import jax
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    if hasattr(os, 'sched_getaffinity'):  # Linux; respects containers' and schedulers' limits
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def use_all_cores() -> None:
+    """Makes one CPU device per core, so that a sweep splits its runs over them.
+
+    Call it before JAX computes anything. A number of devices that the environment or the user
+    has set already is left alone; accelerators are not touched.
+    """
+    forced = 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+    if not forced and jax.config.jax_num_cpu_devices < 1:
+        jax.config.update('jax_num_cpu_devices', cores())
+
+
+def memory_limit() -> int:
+    """Bytes that one device may use; on CPU all devices share the machine's memory."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if 'bytes_limit' in stats:
+        return stats['bytes_limit']
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
