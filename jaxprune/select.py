@@ -7,6 +7,7 @@ index. NaN and -inf are never kept, so pruned entries stay pruned when their sco
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxprune.errors import PruneError
@@ -33,7 +34,7 @@ def top_k_mask(scores: jax.Array, k: ArrayLike) -> jax.Array:
     flat = scores.reshape(-1)
     keepable = flat > -jnp.inf  # False for NaN as well
     bits = jnp.where(keepable, _ordered_bits(flat), 0)  # 0 is below the bits of any float
-    k = jnp.minimum(jnp.asarray(k, jnp.int32), keepable.sum(dtype=jnp.int32))
+    k = jnp.minimum(_count(k, flat.size), keepable.sum(dtype=jnp.int32))
     threshold = _largest_with_count(bits, k, bits.dtype.itemsize * 8)
     above = bits > threshold
     ties = bits == threshold
@@ -43,6 +44,15 @@ def top_k_mask(scores: jax.Array, k: ArrayLike) -> jax.Array:
     rank = jnp.where(ties, jnp.uint32(flat.size) - position, 0)  # low index = high rank, > 0
     first = rank >= _largest_with_count(rank, wanted, flat.size.bit_length())
     return (above | (ties & first)).reshape(shape)
+
+
+def _count(k: ArrayLike, size: int) -> jax.Array:
+    """k as int32, clipped to [0, size] before it could overflow; a fraction is an error."""
+    if not isinstance(k, jax.Array):
+        k = np.asarray(k)  # exact, where a device array would wrap a large host integer
+    if not jnp.issubdtype(k.dtype, jnp.integer):
+        raise PruneError(f'a keep count must be an integer, not {k.dtype}')
+    return jnp.asarray(k.clip(0, size), jnp.int32)
 
 
 def _ordered_bits(flat: jax.Array) -> jax.Array:

@@ -18,9 +18,17 @@ KERNEL_NAMES = frozenset({'kernel', 'weight', 'w'})
 
 
 def paths(params: PyTree) -> list[tuple[str, jax.Array]]:
-    """All leaves with their paths, in tree order."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [(_join(path), leaf) for path, leaf in leaves]
+    """All leaves with their paths, in tree order.
+
+    Raises:
+      PruneError: two leaves would share a path, as `{'a/b': x, 'a': {'b': y}}` would.
+    """
+    leaves = [(_join(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    names = [path for path, _ in leaves]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise PruneError(f"two parameters have the path '{twice}': rename a key that holds a '/'")
+    return leaves
 
 
 def _join(path) -> str:

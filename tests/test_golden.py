@@ -189,7 +189,7 @@ SCORES = {
 @functools.cache
 def scores(name: str, score: str, precision: str = 'f64') -> Scores:
     c = case(name) if precision == 'f64' else single(name)
-    return scorer(c.name, score)(KEY, c.view, c.batches(SCORES[score][1]))
+    return jax.device_get(scorer(c.name, score)(KEY, c.view, c.batches(SCORES[score][1])))
 
 
 @functools.cache
@@ -545,7 +545,7 @@ def authors_grasp(name: str, temperature: float):
     half = int(file['meta/half'])
     x, y = jnp.asarray(file['inputs/x'], jnp.float64), jnp.asarray(file['inputs/y'])
     batches = jp.Batch(*(jnp.stack([a[:half], a[half:]]) for a in (x, y)))
-    return authors_scorer(name)(temperature, c.view, batches)
+    return jax.device_get(authors_scorer(name)(temperature, c.view, batches))
 
 
 @functools.cache

@@ -238,7 +238,7 @@ def test_arguments_of_a_swept_optimizer():
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
     """Runs the command line in an empty directory; returns code, stdout, stderr."""
-    monkeypatch.setattr(cli, '_use_all_cores', lambda: None)  # only before JAX wakes up
+    monkeypatch.setattr('jaxprune.sweep.use_all_cores', lambda: None)  # only before JAX wakes up
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

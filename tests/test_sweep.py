@@ -97,7 +97,7 @@ def copied(finished, tmp_path):
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs the command line in this process; returns code, stdout, stderr."""
-    monkeypatch.setattr(cli, '_use_all_cores', lambda: None)  # only before JAX wakes up
+    monkeypatch.setattr('jaxprune.sweep.use_all_cores', lambda: None)  # only before JAX wakes up
 
     def run(*arguments):
         code = cli.main(list(map(str, arguments)))

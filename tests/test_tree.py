@@ -40,7 +40,8 @@ class Net(nn.Module):
 
 
 def flax_params():
-    return Net().init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))['params']
+    abstract = jax.eval_shape(Net().init, jax.random.key(0), jnp.zeros((1, 4, 4, 1)))['params']
+    return jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), abstract)  # cheaper than to draw
 
 
 def plain_params():
@@ -224,3 +225,10 @@ def test_a_view_needs_all_masks():
     problem = jp.plain(lambda key: plain_params(), lambda params, x: x)
     with pytest.raises(PruneError, match='masks lack deep/very/0/kernel, layers/1/w'):
         jp.view(problem, plain_params(), masks={'layers/0/w': jnp.ones((2, 3), bool)})
+
+
+def test_two_leaves_with_one_path_are_refused():
+    """`pick` would otherwise drop one of them silently."""
+    clash = {'a/b': {'kernel': jnp.ones((2, 2))}, 'a': {'b': {'kernel': jnp.ones((2, 2))}}}
+    with pytest.raises(PruneError, match="'a/b/kernel'"):
+        tree.pick(clash)

@@ -20,8 +20,7 @@ def grasp(problem: Problem, *, train: bool, temperature: float = 200.0) -> Score
     """
 
     def score(key: Key, view: View, batches: Batch | None) -> Scores:
-        del key
-        loss = batch_loss(problem, view, train=train, temperature=temperature)
+        loss = batch_loss(problem, view, key, train=train, temperature=temperature)
 
         def gradient(weights, batch):
             return jax.grad(loss)(weights, batch)

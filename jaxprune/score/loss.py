@@ -7,22 +7,28 @@ import jax.numpy as jnp
 
 from jaxprune.errors import PruneError
 from jaxprune.tree import put
-from jaxprune.types import Batch, Problem, PyTree, View, Weights
+from jaxprune.types import Batch, Key, Problem, PyTree, View, Weights
 
 
 def batch_loss(
-    problem: Problem, view: View, *, train: bool, temperature: float = 1.0
+    problem: Problem, view: View, key: Key, *, train: bool, temperature: float = 1.0
 ) -> Callable[[Weights, Batch], jax.Array]:
     """`(weights, batch) -> mean loss`; the logits are divided by `temperature`.
 
     Args:
+      key: for dropout, which a train-mode forward pass may need; the same for every batch, so
+        that a gradient and a Hessian speak of one function.
       train: True scores with the batch's own statistics, False with the running ones. The
         running statistics are never changed by a score.
     """
 
     def loss(weights: Weights, batch: Batch) -> jax.Array:
         logits, _ = problem.apply(
-            put(view.frozen, weights), view.model_state, batch.x, train=train, key=None
+            put(view.frozen, weights),
+            view.model_state,
+            batch.x,
+            train=train,
+            key=key if train else None,
         )
         return problem.loss(logits / temperature, batch.y).mean()
 

@@ -19,8 +19,7 @@ def snip(problem: Problem, *, train: bool) -> ScoreFn:
     """
 
     def score(key: Key, view: View, batches: Batch | None) -> Scores:
-        del key
-        gradient = jax.grad(batch_loss(problem, view, train=train))
+        gradient = jax.grad(batch_loss(problem, view, key, train=train))
         mean = mean_over_batches(lambda batch: gradient(view.weights, batch), batches)
         return {path: jnp.abs(w * mean[path]) for path, w in view.weights.items()}
 

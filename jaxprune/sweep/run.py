@@ -89,16 +89,19 @@ def _open(spec: SweepSpec, out: Path, plan_table: dict[str, Any]) -> list[dict[s
     store.remove_leftovers(out)
     if not spec_file.exists():
         store.write_bytes(spec_file, text.encode())
-    if not plan_file.exists():
-        store.write_json(plan_file, plan_table)
-    stored = store.read_plan(out)
-    if any(stored.get(key) != plan_table[key] for key in ('format', 'spec')):
-        raise StoreError(f'{out} was written by another version of jaxprune: choose another --out')
+    if plan_file.exists():
+        stored = store.read_plan(out)
+        if any(stored.get(key) != plan_table[key] for key in ('format', 'spec')):
+            raise StoreError(
+                f'{out} was written by another version of jaxprune: choose another --out'
+            )
     session = provenance(spec, datetime.datetime.now(datetime.UTC))
     record = out / 'provenance.json'
     sessions = store.read_json(record, {'sessions'})['sessions'] if record.exists() else []
     store.write_json(record, {**session, 'sessions': [*sessions, session['session']]})
-    return stored['chunks']
+    if not plan_file.exists():  # last: with it, the directory is one that `status` can read
+        store.write_json(plan_file, plan_table)
+    return store.read_plan(out)['chunks']
 
 
 def _run_chunks(spec, out: Path, chunks: Sequence[dict], on_device, shown) -> None:
