@@ -21,7 +21,7 @@ from jaxprune.select import kept
 from jaxprune.sweep.grid import event_program
 from jaxprune.sweep.program import EVAL_BATCH, DeviceData, Program
 from jaxprune.sweep.spec import MethodSpec
-from jaxprune.types import Counts, Hyper, PruneInfo
+from jaxprune.types import Counts, Hyper, PruneInfo, PyTree
 
 
 class Rows(NamedTuple):
@@ -48,6 +48,8 @@ class Engine(NamedTuple):
       epoch: `(epoch, rows, states) -> (states, mean training losses (runs,))`.
       evaluate: `states -> (test losses (runs,), test accuracies (runs,))`.
       kept: `states -> path -> weights kept (runs,)`.
+      pack: `states -> ` host arrays with a leading run axis, for a checkpoint.
+      unpack: the way back.
       traces: how often each compiled function was traced, by name.
     """
 
@@ -57,6 +59,8 @@ class Engine(NamedTuple):
     epoch: Callable[[int, Rows, Any], tuple[Any, np.ndarray]]
     evaluate: Callable[[Any], tuple[np.ndarray, np.ndarray]]
     kept: Callable[[Any], dict[str, np.ndarray]]
+    pack: Callable[[Any], PyTree]
+    unpack: Callable[[PyTree], Any]
     traces: Callable[[], dict[str, int]]
 
 
@@ -207,6 +211,8 @@ def array_engine(strategy: str, program: Program, data: DeviceData, mesh: Mesh) 
         epoch=epoch,
         evaluate=evaluate,
         kept=lambda states: jax.device_get(counting(states)),
+        pack=jax.device_get,
+        unpack=lambda stacked: jax.device_put(stacked, by_run),
         traces=traces,
     )
 
@@ -221,7 +227,10 @@ def host_engine(program: Program, data: DeviceData, device: jax.Device) -> Engin
     counting = jax.jit(lambda state: kept(state.masks))
     pruners: dict = {}
 
-    def row(rows: Rows, i: int):
+    def stack(each):
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(each))
+
+    def row(rows, i: int):
         # On the data's device from the start: a later move would compile the step again.
         return jax.device_put(jax.tree.map(lambda leaf: leaf[i], rows), device)
 
@@ -238,8 +247,8 @@ def host_engine(program: Program, data: DeviceData, device: jax.Device) -> Engin
                 now = {path: np.int32(c[place][number]) for path, c in counts.items()}
                 state, info = once(np.int32(number), data, key, hyper, now, state)
             states[i] = state._replace(method_state=())
-            infos.append(jax.device_get(info))
-        return states, jax.tree.map(lambda *leaves: np.stack(leaves), *infos)
+            infos.append(info)
+        return states, stack(infos)
 
     def epoch(number, rows, states):
         states, means = list(states), []
@@ -273,8 +282,8 @@ def host_engine(program: Program, data: DeviceData, device: jax.Device) -> Engin
         prune=prune,
         epoch=epoch,
         evaluate=evaluate,
-        kept=lambda states: jax.tree.map(
-            lambda *leaves: np.stack(leaves), *jax.device_get([counting(s) for s in states])
-        ),
+        kept=lambda states: stack([counting(state) for state in states]),
+        pack=stack,
+        unpack=lambda stacked: [row(stacked, i) for i in range(len(jax.tree.leaves(stacked)[0]))],
         traces=traces,
     )

@@ -14,11 +14,13 @@ class Shown(NamedTuple):
 
     Attributes:
       skip: so many runs were finished before.
+      resume: so many run-steps were taken before, in an earlier session.
       steps: so many run-steps were just taken.
       finish: so many runs are now stored.
     """
 
     skip: Callable[[int], None]
+    resume: Callable[[int], None]
     steps: Callable[[int], None]
     finish: Callable[[int], None]
 
@@ -30,15 +32,20 @@ Progress = Callable[[dict[str, Any], Path], AbstractContextManager[Shown]]
 _INTERVAL = 5.0
 
 
-@contextlib.contextmanager
-def silent(plan: dict[str, Any], out: Path) -> Iterator[Shown]:
-    """Shows nothing."""
-    del plan, out
+def ignored() -> Shown:
+    """Tells nobody."""
 
     def ignore(count: int) -> None:
         del count
 
-    yield Shown(ignore, ignore, ignore)
+    return Shown(ignore, ignore, ignore, ignore)
+
+
+@contextlib.contextmanager
+def silent(plan: dict[str, Any], out: Path) -> Iterator[Shown]:
+    """Shows nothing."""
+    del plan, out
+    yield ignored()
 
 
 def shown_on(stream=None) -> Progress:
@@ -53,18 +60,22 @@ def shown_on(stream=None) -> Progress:
 
             def skip(runs: int) -> None:
                 meter.done += runs
-                meter.skipped += runs
+                meter.before += meter.total * runs / meter.runs
+                refresh()
+
+            def resume(count: int) -> None:
+                meter.before += count
                 refresh()
 
             def steps(count: int) -> None:
-                meter.steps += count
+                meter.advance(count)
                 refresh()
 
             def finish(runs: int) -> None:
                 meter.done += runs
                 refresh()
 
-            yield Shown(skip, steps, finish)
+            yield Shown(skip, resume, steps, finish)
 
     return show
 
@@ -75,25 +86,31 @@ class _Meter:
     def __init__(self, plan: dict[str, Any]):
         self.runs = sum(p['runs'] for p in plan['programs'])
         self.total = sum(p['runs'] * p['steps'] for p in plan['programs'])
-        self.done = self.skipped = self.steps = 0
+        self.done = self.before = self.steps = 0  # runs; steps of earlier sessions, of this one
+        self.first = 0
         self.start = time.monotonic()
 
+    def advance(self, steps: int) -> None:
+        if not self.steps:  # the first steps waited for the compiler: count from their end
+            self.first, self.start = steps, time.monotonic()
+        self.steps += steps
+
     @property
-    def speed(self) -> float:
-        """Run-steps per second since the start, compilation included."""
-        return self.steps / max(time.monotonic() - self.start, 1e-9)
+    def speed(self) -> float | None:
+        """Run-steps per second since the first ones were taken, None while unknown."""
+        counted = self.steps - self.first
+        return counted / max(time.monotonic() - self.start, 1e-9) if counted else None
 
     @property
     def eta(self) -> float | None:
         """Seconds left, None while unknown."""
-        if not self.steps:
-            return None
-        left = self.total * (1 - self.skipped / self.runs) - self.steps
-        return max(left, 0) / self.speed
+        left = max(self.total - self.before - self.steps, 0)
+        return left / self.speed if self.speed else None
 
     def text(self) -> str:
         left = '-:--' if self.eta is None else clock(self.eta)
-        return f'{self.done}/{self.runs} runs  {self.speed:,.0f} steps/s x runs  ETA {left}'
+        speed = '-' if self.speed is None else f'{self.speed:,.0f}'
+        return f'{self.done}/{self.runs} runs  {speed} steps/s x runs  ETA {left}'
 
 
 def clock(seconds: float) -> str:
@@ -127,7 +144,6 @@ def _bar(meter: _Meter, stream) -> Iterator[Callable[[], None]]:
         task = bar.add_task('compiling', total=max(meter.total, 1))
 
         def refresh() -> None:
-            before = meter.total * meter.skipped / meter.runs
-            bar.update(task, completed=before + meter.steps, description=meter.text())
+            bar.update(task, completed=meter.before + meter.steps, description=meter.text())
 
         yield refresh

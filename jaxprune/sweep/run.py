@@ -14,16 +14,17 @@ from jaxprune import data
 from jaxprune.errors import PruneError, SpecError, StoreError
 from jaxprune.rng import run_key
 from jaxprune.sweep import store
+from jaxprune.sweep.checkpoint import Checkpoint, Saved, checkpoint, nowhere
 from jaxprune.sweep.engine import Engine, Rows, make_engine
 from jaxprune.sweep.grid import Run, event_program, runs, split_options
 from jaxprune.sweep.load import load_spec, make_spec, spec_hash, to_toml
 from jaxprune.sweep.parse import plain
 from jaxprune.sweep.plan import counts_of, make_plan
 from jaxprune.sweep.program import Program, device_data, hyper_of, make_program
-from jaxprune.sweep.progress import Progress, silent
+from jaxprune.sweep.progress import Progress, Shown, ignored, silent
 from jaxprune.sweep.provenance import provenance
 from jaxprune.sweep.spec import SweepSpec
-from jaxprune.types import GLOBAL
+from jaxprune.types import GLOBAL, RunState
 
 
 def default_out(spec: SweepSpec) -> Path:
@@ -120,8 +121,12 @@ def _run_chunks(spec, out: Path, chunks: Sequence[dict], on_device, shown) -> No
             engine = make_engine(strategy, program, on_device, jax.local_devices())
             current = chunk['program'], program, engine
         size = programs[chunk['program']]['chunk']
-        results, layers = run_chunk(spec, current[1], current[2], members, size, shown.steps)
+        saved = checkpoint(out / 'checkpoints' / chunk['id'], spec.engine.checkpoint_minutes)
+        results, layers = run_chunk(
+            spec, current[1], current[2], members, size, shown=shown, saved=saved
+        )
         store.write_chunk(out, chunk['id'], results, layers)
+        saved.remove()
         shown.finish(len(members))
 
 
@@ -131,7 +136,9 @@ def run_chunk(
     engine: Engine,
     members: Sequence[Run],
     size: int,
-    on_steps=lambda steps: None,
+    *,
+    shown: Shown | None = None,
+    saved: Checkpoint | None = None,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Trains the runs of one chunk.
 
@@ -139,24 +146,33 @@ def run_chunk(
       members: runs of one program.
       size: rows to compile for; short chunks are padded by repeating the last run, and padding
         is dropped again.
-      on_steps: told the number of run-steps after every epoch.
+      shown: told of the steps after every epoch; None for nobody.
+      saved: where an unfinished chunk is saved, and found again; None for nowhere.
 
     Returns:
       The chunk's results and layers.
     """
+    saved, shown = saved or nowhere(), shown or ignored()
     wanted = -(-max(size, len(members)) // engine.multiple) * engine.multiple
     padded = [*members, *[members[-1]] * (wanted - len(members))]
     rows = Rows(
         jax.numpy.stack([run_key(run.seed) for run in padded]),
         jax.tree.map(lambda *leaves: np.stack(leaves), *map(hyper_of, padded)),
     )
-    states = _prune(program, engine, rows, padded, engine.init(rows))
-    kept = engine.kept(states)
+    before = saved.load(_abstract_states(program, members))
+    if before is None:
+        states = _prune(program, engine, rows, padded, engine.init(rows))
+        kept = {path: k[: len(members)] for path, k in engine.kept(states).items()}
+        done, records, losses = 0, [], []
+    else:
+        done, stacked, kept, losses, records = before
+        repeat = np.arange(wanted).clip(max=len(members) - 1)
+        states = engine.unpack(jax.tree.map(lambda leaf: leaf[repeat], stacked))
+        shown.resume(done * program.steps * len(members))
     epochs = members[0].train.epochs
-    records, losses = [], []
-    for epoch in range(1, epochs + 1):
+    for epoch in range(done + 1, epochs + 1):
         states, loss = engine.epoch(epoch - 1, rows, states)
-        losses.append(loss)
+        losses.append(loss[: len(members)])
         if epoch % spec.record.every_epochs == 0 or epoch == epochs:
             test_loss, accuracy = engine.evaluate(states)
             train_loss = np.mean(losses, axis=0)
@@ -172,9 +188,20 @@ def run_chunk(
                         'test_accuracy': float(accuracy[i]),
                     }
                 )
-        on_steps(program.steps * len(members))
+        if epoch < epochs and saved.due():
+            stacked = jax.tree.map(lambda leaf: leaf[: len(members)], engine.pack(states))
+            saved.save(Saved(epoch, stacked, kept, losses, records))
+        shown.steps(program.steps * len(members))
     results = pl.DataFrame(records, schema={**store.RESULTS, **_grid_columns(spec)})
     return results, _layers(program, members, kept)
+
+
+def _abstract_states(program: Program, members: Sequence[Run]) -> RunState:
+    """Shapes of the members' states, stacked."""
+    one = jax.eval_shape(program.init, jax.random.key(0), hyper_of(members[0]))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((len(members), *leaf.shape), leaf.dtype), one
+    )
 
 
 def _prune(program: Program, engine: Engine, rows: Rows, padded: Sequence[Run], states: Any) -> Any:

@@ -115,6 +115,9 @@ class EngineSpec:
     """[engine]: how the machine is used; no result depends on it."""
 
     chunk: int = _key('runs per chunk; 0 for automatic', default=0, low=0)
+    checkpoint_minutes: float = _key(
+        'save an unfinished chunk after so many minutes; 0 for never', default=10.0, low=0
+    )
     strategy: str = _key(
         'how runs are batched', default='auto', choices=('auto', 'vmap', 'map', 'host')
     )

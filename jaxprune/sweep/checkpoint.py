@@ -1,0 +1,134 @@
+"""Unfinished chunks, saved between epochs, so that an interruption costs minutes and not a chunk.
+
+Orbax writes them: a checkpoint appears whole or not at all. Only the runs themselves are saved, no
+padding, so another number of devices may go on where these stopped.
+"""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxprune.errors import StoreError
+from jaxprune.types import PyTree
+
+
+class Saved(NamedTuple):
+    """A chunk after some of its epochs.
+
+    Attributes:
+      epoch: how many epochs are done.
+      states: the runs' states, host arrays with a leading run axis.
+      kept: path -> weights kept by each run.
+      losses: per epoch since the last evaluation, each run's mean training loss.
+      records: the result rows so far.
+    """
+
+    epoch: int
+    states: PyTree
+    kept: dict[str, np.ndarray]
+    losses: list[np.ndarray]
+    records: list[dict[str, Any]]
+
+
+class Checkpoint(NamedTuple):
+    """Where a chunk is saved.
+
+    Attributes:
+      load: `abstract states -> Saved`, or None where nothing is saved.
+      due: is it time to save again?
+      save: saves, replacing what was saved before.
+      remove: deletes what is saved, once the chunk's results are stored.
+    """
+
+    load: Callable[[PyTree], Saved | None]
+    due: Callable[[], bool]
+    save: Callable[[Saved], None]
+    remove: Callable[[], None]
+
+
+def nowhere() -> Checkpoint:
+    """Saves nothing."""
+    return Checkpoint(lambda abstract: None, lambda: False, lambda saved: None, lambda: None)
+
+
+def checkpoint(directory: Path, minutes: float) -> Checkpoint:
+    """Saves in a directory every so many minutes; 0 saves nothing new.
+
+    Orbax loads only when there is something to save or to restore: short chunks never wait for it.
+    """
+    directory = directory.absolute()  # orbax insists
+    last = time.monotonic()
+
+    def load(abstract: PyTree) -> Saved | None:
+        if not directory.exists():
+            return None
+        leaves, structure = jax.tree.flatten(abstract)
+        try:
+            with _manager(directory) as manager:
+                if manager.latest_step() is None:
+                    return None
+                args = _args('Restore', [np.zeros(leaf.shape, leaf.dtype) for leaf in leaves], None)
+                found = manager.restore(manager.latest_step(), args=args)
+        except Exception as error:
+            raise StoreError(
+                f'{directory}: cannot be restored ({str(error).splitlines()[0]}); delete it to '
+                'start its chunk again'
+            ) from error
+        numbers = found['progress']
+        return Saved(
+            epoch=numbers['epoch'],
+            states=structure.unflatten([found['states'][name] for name in _names(leaves)]),
+            kept={path: np.array(k, np.int32) for path, k in numbers['kept'].items()},
+            losses=[np.array(loss, np.float32) for loss in numbers['losses']],
+            records=numbers['records'],
+        )
+
+    def due() -> bool:
+        return minutes > 0 and time.monotonic() - last >= 60 * minutes
+
+    def save(saved: Saved) -> None:
+        nonlocal last
+        numbers = {
+            'epoch': saved.epoch,
+            'kept': {path: np.asarray(k).tolist() for path, k in saved.kept.items()},
+            'losses': [np.asarray(loss).tolist() for loss in saved.losses],
+            'records': saved.records,
+        }
+        with _manager(directory) as manager:
+            manager.save(saved.epoch, args=_args('Save', jax.tree.leaves(saved.states), numbers))
+        last = time.monotonic()
+
+    def remove() -> None:
+        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):  # absent, or another chunk's checkpoint is in it
+            directory.parent.rmdir()
+
+    return Checkpoint(load, due, save, remove)
+
+
+def _names(leaves: list) -> list[str]:
+    return [f'{i:05}' for i in range(len(leaves))]
+
+
+def _args(kind: str, leaves: list, numbers: dict | None):
+    """Orbax's arguments to save or restore: arrays by number, all else as JSON."""
+    import orbax.checkpoint as ocp
+
+    arrays = dict(zip(_names(leaves), map(np.asarray, leaves), strict=True))
+    return ocp.args.Composite(
+        states=getattr(ocp.args, f'Standard{kind}')(arrays),
+        progress=getattr(ocp.args, f'Json{kind}')(*([] if numbers is None else [numbers])),
+    )
+
+
+def _manager(directory: Path):
+    import orbax.checkpoint as ocp
+
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(directory, options=options)
