@@ -5,19 +5,16 @@ The clock, a step count, is an argument of its own and never batched.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune import tree
+from jaxprune.data import FetchFn
 from jaxprune.optim import Optimizer, mask_opt_state, sparse
 from jaxprune.problem import view_of
 from jaxprune.rng import stream
 from jaxprune.types import Batch, Counts, Hyper, Key, Problem, Pruner, RunState
-
-#: (data, key, indices) -> batch; the key is for augmentation, None for none.
-FetchFn = Callable[[Any, Key | None, jax.Array], Batch]
 
 
 def init_run(problem: Problem, optimizer: Optimizer) -> Callable[[Key, Hyper], RunState]:

@@ -6,6 +6,7 @@ A data set is a value (`Dataset`); what runs inside compiled programs are pure f
 from jaxprune.data.augment import AUGMENTATIONS, Augmentation, augmentation, flip, pad_crop
 from jaxprune.data.device import (
     DeviceSplit,
+    FetchFn,
     balanced_indices,
     class_balanced,
     epoch_order,
@@ -21,6 +22,7 @@ __all__ = [
     'Dataset',
     'DeviceSplit',
     'Facts',
+    'FetchFn',
     'Split',
     'augmentation',
     'balanced_indices',

@@ -28,8 +28,8 @@ class DeviceSplit(NamedTuple):
     labels: jax.Array
 
 
-#: `(split, key, indices (batch,)) -> Batch`.
-FetchFn = Callable[[DeviceSplit, Key, jax.Array], Batch]
+#: `(split, key, indices (batch,)) -> Batch`; the key is for augmentation, None without any.
+FetchFn = Callable[[DeviceSplit, Key | None, jax.Array], Batch]
 
 
 def to_device(split: Split) -> DeviceSplit:
