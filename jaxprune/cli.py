@@ -1,5 +1,6 @@
 """The command line: plan, sweep, status, report. Thin; all work is done by the rooms below."""
 
+import importlib.metadata
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,9 @@ class Sweep:
     """The sweep's TOML file."""
     set: Set
     """Replace a value of the file, TOML syntax; may be repeated."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
     """Directory of the results; by default runs/<name>-<hash of the resolved file>."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
     """Where prepared TFDS data lie; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
 
 
@@ -64,6 +65,9 @@ class Report:
 
 def main(argv: list[str] | None = None) -> int:
     """The entry point; returns the exit code: 0, 2 for a mistake in what was asked."""
+    if (sys.argv[1:] if argv is None else argv) == ['--version']:
+        print('jaxprune', importlib.metadata.version('jaxprune'))
+        return 0
     command = tyro.extras.subcommand_cli_from_dict(
         {'plan': Plan, 'sweep': Sweep, 'status': Status, 'report': Report},
         args=argv,
@@ -94,6 +98,8 @@ def _plan(command: Plan) -> None:
 
 
 def _sweep(command: Sweep) -> None:
+    import polars as pl
+
     from jaxprune import report
     from jaxprune.report.tables import summary
     from jaxprune.report.terminal import summary_table
@@ -111,6 +117,12 @@ def _sweep(command: Sweep) -> None:
         source=str(command.spec),
     )
     _print(summary_table(summary(results, store.read_layers(out))))
+    failed = results.filter(pl.col('error').is_not_null()).unique('run_id', maintain_order=True)
+    for run in failed.iter_rows(named=True):
+        print(
+            f'failed: {run["label"]}, compression {run["target_compression"]:g}, seed '
+            f'{run["seed"]} ({run["run_id"]}): {run["error"]}'
+        )
     print(f'report: {report.write(out)}')
 
 

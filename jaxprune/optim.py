@@ -33,7 +33,14 @@ def sparse(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
 
     Pass the masks at each update: `tx.update(grads, opt_state, params, masks=masks)`. With
     pruned weights and moments at zero before (see `mask_opt_state`), both stay exactly zero, and
-    the forward pass needs no multiplication by the mask.
+    the forward pass needs no multiplication by the mask: set the weights to zero once, with
+    `apply_masks`.
+
+    Args:
+      tx: any optax transformation.
+
+    Returns:
+      A transformation whose update takes `masks`: path -> bool; leaves without one stay dense.
     """
     inner = optax.with_extra_args_support(tx)
 
@@ -102,7 +109,11 @@ def rate_schedule(
     elif name == 'cosine':
         main = optax.cosine_decay_schedule(1.0, max(steps - warmup, 1))
     elif name == 'step':
-        main = optax.piecewise_constant_schedule(1.0, {m - warmup: factor for m in milestones})
+        scales: dict[int, float] = {}
+        for milestone in milestones:  # two that fall on one step both count
+            at = milestone - warmup
+            scales[at] = scales.get(at, 1.0) * factor
+        main = optax.piecewise_constant_schedule(1.0, scales)
     else:
         raise JaxpruneError(f"unknown schedule '{name}': {nearest(name, RATE_SCHEDULES)}")
     if not warmup:
@@ -129,8 +140,13 @@ def arguments(name: str) -> dict[str, Any]:
     }
 
 
+#: rprop reads its rate once, so schedules would do nothing; noisy_sgd draws from a seed of its own;
+#: moments of sm3 are not shaped like the weights, so they cannot be masked.
+_UNFIT = frozenset({'rprop', 'scale_by_rprop', 'noisy_sgd', 'sm3'})
+
+
 def _function(name: str) -> Callable:
-    names = [n for n in dir(optax) if _is_optimizer(getattr(optax, n)) and 'scale' not in n]
+    names = [n for n in dir(optax) if _is_optimizer(getattr(optax, n)) and n not in _UNFIT]
     if name not in names:
         raise JaxpruneError(f"unknown optimizer '{name}': {nearest(name, names)}")
     return getattr(optax, name)

@@ -25,26 +25,29 @@ def linen(
     loss: LossFn = cross_entropy,
     prunable: Rule = tree.kernels,
 ) -> Problem:
-    """A problem from a flax linen module called as `module(x, train=...)`.
+    """A problem from a flax linen module, called as `module(x, train=...)`.
 
     Args:
-      module: the network; a module without a `train` argument is called without.
+      module: the network. Its mode is set by the argument `train`, `training`, `is_training` or
+        `deterministic`, whichever it has; a module without any is called the same in both modes.
       input_shape: shape of one example, without the batch axis.
       loss: per-example loss of `(logits, labels)`.
       prunable: which leaves may be pruned, see `jaxprune.tree`.
     """
     import inspect
 
-    takes_train = 'train' in inspect.signature(type(module).__call__).parameters
+    flags = {'train': True, 'training': True, 'is_training': True, 'deterministic': False}
+    found = [f for f in inspect.signature(type(module).__call__).parameters if f in flags]
+
+    def mode(train: bool) -> dict[str, bool]:
+        return {flag: train == flags[flag] for flag in found}
 
     def call(variables, x, train, **kwargs):
-        if takes_train:
-            kwargs['train'] = train
-        return module.apply(variables, x, **kwargs)
+        return module.apply(variables, x, **mode(train), **kwargs)
 
     def init(key: Key) -> tuple[PyTree, PyTree]:
         example = jnp.zeros((1, *input_shape), jnp.float32)
-        variables = dict(module.init(key, example, **({'train': False} if takes_train else {})))
+        variables = dict(module.init(key, example, **mode(False)))
         return variables.pop('params'), variables
 
     def apply(params, model_state, x, *, train: bool, key: Key | None = None):

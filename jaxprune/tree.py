@@ -42,7 +42,10 @@ def kernels(path: str, leaf) -> bool:
     `KERNEL_NAMES` and it has at least two axes. (A leaf's rank alone would not do: attention
     biases have two axes.)
     """
-    return path.rsplit('/', 1)[-1] in KERNEL_NAMES and len(leaf.shape) >= 2
+    names = path.split('/')
+    if names[-1] == 'value':  # flax nnx: `conv/kernel/value`
+        names.pop()
+    return bool(names) and names[-1] in KERNEL_NAMES and len(leaf.shape) >= 2
 
 
 def rules(*pairs: tuple[str, bool]) -> Rule:
@@ -95,8 +98,16 @@ def put(params: PyTree, flat: Weights) -> PyTree:
 
 
 def apply_masks(params: PyTree, masks: Masks) -> PyTree:
-    """The tree with pruned weights set to exactly zero."""
-    check_fits(params, masks)
+    """The tree with pruned weights set to exactly zero.
+
+    Args:
+      params: any tree of arrays.
+      masks: path -> bool array, True = keep; leaves without one stay as they are.
+
+    Raises:
+      PruneError: a mask that is not boolean, or fits no leaf.
+    """
+    _check_masks(params, masks)
 
     def keep(path, leaf):
         mask = masks.get(_join(path))
@@ -107,7 +118,7 @@ def apply_masks(params: PyTree, masks: Masks) -> PyTree:
 
 def mask_tree(params: PyTree, masks: Masks) -> PyTree:
     """A tree shaped like `params` that holds the masks, and True for leaves without one."""
-    check_fits(params, masks)
+    _check_masks(params, masks)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: masks.get(_join(path), jnp.ones((), bool)), params
     )
@@ -133,6 +144,14 @@ def check_fits(params: PyTree, flat: Weights) -> None:
             raise PruneError(
                 f"'{path}' has shape {tuple(found[path].shape)}, not {tuple(leaf.shape)}"
             )
+
+
+def _check_masks(params: PyTree, masks: Masks) -> None:
+    """`check_fits`, and every mask is boolean: a soft mask would silently count as all True."""
+    check_fits(params, masks)
+    for path, mask in masks.items():
+        if mask.dtype != bool:
+            raise PruneError(f"the mask of '{path}' must be boolean, not {mask.dtype}")
 
 
 def check_same_paths(kind: str, flat: Iterable[str], expected: Iterable[str]) -> None:

@@ -151,7 +151,7 @@ class Pruner(NamedTuple):
     Attributes:
       init: `(key, view) -> method_state`.
       update: `(key, method_state, view, counts, batches) -> (method_state, masks, info)`.
-      needs: what an event must be given: any of 'data', 'labels', 'shape' (an input's shape only).
+      needs: what an event must be given: 'data', 'shape' (an input's shape only) or nothing.
     """
 
     init: Callable[[Key, View], PyTree]

@@ -93,7 +93,7 @@ def test_a_chunk_goes_on_where_it_stopped(parts, tmp_path, strategy, first, seco
     assert heard['resume'] == [epochs_before * program.steps * 3]
     assert len(heard['steps']) == 5 - epochs_before
     saved.remove()
-    assert not place.parent.exists()
+    assert not place.exists()
 
 
 def test_nothing_is_saved_before_its_time_or_at_zero_minutes(parts, tmp_path):

@@ -245,7 +245,7 @@ def test_missing_data_names_the_places_and_the_commands(tmp_path, monkeypatch):
         data.load('mnist')
     assert str(caught.value) == (
         f'no prepared mnist in {tmp_path}/env, {tmp_path}/home/tensorflow_datasets; prepare it'
-        f" with: pip install 'jaxprune[prepare]' && tfds build mnist --file_format=array_record"
+        f" with: pip install 'tensorflow>=2.18' && tfds build mnist --file_format=array_record"
         f' --data_dir={tmp_path}/env'
     )
 

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import jaxprune as jp
-from jaxprune.errors import JaxpruneError
+from jaxprune.errors import JaxpruneError, PruneError
 from jaxprune.optim import (
     RATE_SCHEDULES,
     arguments,
@@ -624,3 +624,47 @@ def test_dropout_draws_from_the_scores_key(name):
     path = 'dense_1/kernel'
     np.testing.assert_array_equal(first[path], again[path])
     assert np.any(first[path] != other[path])
+
+
+@pytest.mark.parametrize(
+    ('flag', 'in_training'),
+    [('train', True), ('training', True), ('is_training', True), ('deterministic', False)],
+)
+def test_linen_sets_whichever_mode_argument_a_module_has(flag, in_training):
+    """A module with `training=` silently run in eval mode would never update its statistics."""
+    namespace = {'nn': nn}
+    exec(
+        'class Net(nn.Module):\n'
+        '    @nn.compact\n'
+        f'    def __call__(self, x, {flag}={not in_training}):\n'
+        f'        x = nn.BatchNorm(use_running_average={flag} != {in_training})(x)\n'
+        '        return nn.Dense(3)(x)\n',
+        namespace,
+    )
+    net = jp.linen(namespace['Net'](), (4,))
+    params, state = net.init(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (8, 4)) + 2
+    _, trained = net.apply(params, state, x, train=True, key=None)
+    _, evaluated = net.apply(params, state, x, train=False, key=None)
+    mean = state['batch_stats']['BatchNorm_0']['mean']
+    assert np.any(trained['batch_stats']['BatchNorm_0']['mean'] != mean)
+    np.testing.assert_array_equal(evaluated['batch_stats']['BatchNorm_0']['mean'], mean)
+
+
+def test_milestones_on_one_step_both_count():
+    """torch's MultiStepLR multiplies once per milestone, also where two coincide."""
+    rate = rate_schedule('step', 10, milestones=[2, 2, 5], factor=0.1)
+    np.testing.assert_allclose([rate(1), rate(2), rate(5)], [1, 0.01, 0.001], rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['rprop', 'noisy_sgd', 'sm3'])
+def test_optimizers_that_break_a_promise_are_not_offered(name):
+    with pytest.raises(JaxpruneError, match='unknown optimizer'):
+        optimizer(name, {}, lambda clock: 1.0)
+
+
+def test_soft_masks_are_refused():
+    """0.5 would count as True: a silently dense leaf."""
+    params = {'kernel': jnp.ones((2, 2))}
+    with pytest.raises(PruneError, match='boolean'):
+        jp.apply_masks(params, {'kernel': jnp.full((2, 2), 0.5)})

@@ -117,18 +117,19 @@ def ordered(frame):
 def test_columns_and_rows(finished):
     out, results = finished
     assert_frame_equal(results, store.read_results(out), check_exact=True)
-    # The issue's columns, and between them a label and the two training numbers that always vary.
+    # The issue's columns, and between them a label, two training numbers and what went wrong.
     assert results.columns == [
         *('run_id', 'model', 'dataset', 'label', 'method', 'allocation', 'seed'),
         *('target_compression', 'density', 'compression', 'learning_rate', 'weight_decay'),
-        *('step', 'epoch', 'train_loss', 'test_loss', 'test_accuracy'),
+        *('step', 'epoch', 'train_loss', 'test_loss', 'test_accuracy', 'error'),
     ]
     assert dict(results.schema) == store.RESULTS
     pruned, dense, epochs = 4 * 2 * 2, 2, 2
     assert len(results) == (pruned + dense) * epochs
     assert results['run_id'].n_unique() == pruned + dense
     assert not results.select('run_id', 'epoch').is_duplicated().any()
-    assert not any(results.null_count().row(0))
+    assert results['error'].is_null().all()
+    assert not any(results.drop('error').null_count().row(0))
     assert set(results['epoch']) == {1, 2}
     assert (results['step'] == results['epoch'] * 6).all()
     for column in ('train_loss', 'test_loss'):
@@ -609,3 +610,63 @@ def test_plan_of_quickstart_takes_seconds(tmp_path):
         *('plan', 'experiments/quickstart.toml'),
     )
     assert light.stdout.rstrip().endswith('[]')
+
+
+def test_broken_scores_fail_their_run_and_no_other(tmp_path, capsys):
+    """A temperature of 1e-38 overflows GraSP's logits: NaN scores, a mask that means nothing."""
+    table = {
+        'name': 'broken',
+        'model': {'name': 'mlp', 'widths': [8]},
+        'data': {'name': 'mnist_small', 'train_examples': 200, 'test_examples': 100},
+        'train': {'epochs': 1, 'batch_size': 50},
+        'prune': {'samples_per_class': 2},
+        'grid': {
+            'method': ['magnitude', {'name': 'grasp', 'temperature': 1e-38}],
+            'compression': [4],
+            'seed': [0, 1],
+        },
+    }
+    frame = jp.run_sweep(table, tmp_path / 'out')
+    good, bad = (frame.filter(method=m) for m in ('magnitude', 'grasp'))
+    assert good['error'].to_list() == [None, None]
+    assert good['test_accuracy'].is_finite().all()
+    assert all('NaN or infinite' in error for error in bad['error'])
+    assert bad.select('train_loss', 'test_loss', 'test_accuracy').unpivot()['value'].is_nan().all()
+
+
+def test_engine_settings_may_change_between_sessions(tmp_path):
+    """[engine] is no part of a sweep's identity: finished chunks stay, the rest is cut anew."""
+    table = {
+        'name': 'recut',
+        'model': {'name': 'mlp', 'widths': [8]},
+        'data': {'name': 'mnist_small', 'train_examples': 200, 'test_examples': 100},
+        'train': {'epochs': 1, 'batch_size': 50},
+        'grid': {'method': ['magnitude'], 'compression': [1, 2, 4], 'seed': [0, 1]},
+        'engine': {'chunk': 4, 'strategy': 'map'},
+    }
+    out = tmp_path / 'out'
+    whole = jp.run_sweep(table, out)
+    first, second = store.chunk_ids(out)
+    store.results_path(out, second).unlink()
+    written = store.results_path(out, first).stat().st_mtime_ns
+    again = jp.run_sweep({**table, 'engine': {'chunk': 1, 'strategy': 'map'}}, out)
+    assert again.sort('run_id').equals(whole.sort('run_id'))
+    assert store.results_path(out, first).stat().st_mtime_ns == written
+    assert len(store.chunk_ids(out)) == 3  # four runs as they were, then one and one
+    assert store.read_layers(out)['run_id'].n_unique() == 6
+
+
+def test_a_sweep_that_looks_at_no_data_needs_none(tmp_path):
+    """SynFlow reads the shape of an input only: 60 examples are enough, whatever [prune] says."""
+    table = {
+        'name': 'few',
+        'model': {'name': 'mlp', 'widths': [8]},
+        'data': {'name': 'mnist_small', 'train_examples': 60, 'test_examples': 100},
+        'train': {'epochs': 1, 'batch_size': 20},
+        'grid': {
+            'method': [{'name': 'synflow', 'rounds': 2}],
+            'compression': [2],
+            'seed': [0],
+        },
+    }
+    assert jp.run_sweep(table, tmp_path / 'out')['test_accuracy'].is_finite().all()

@@ -232,3 +232,9 @@ def test_two_leaves_with_one_path_are_refused():
     clash = {'a/b': {'kernel': jnp.ones((2, 2))}, 'a': {'b': {'kernel': jnp.ones((2, 2))}}}
     with pytest.raises(PruneError, match="'a/b/kernel'"):
         tree.pick(clash)
+
+
+def test_nnx_paths_count_as_kernels():
+    """flax nnx keeps an array under `value`; the name before it is what says kernel."""
+    params = {'conv': {'kernel': {'value': jnp.ones((2, 2))}, 'bias': {'value': jnp.ones((2, 2))}}}
+    assert list(tree.pick(params)) == ['conv/kernel/value']

@@ -92,7 +92,7 @@ def find(name: str, data_dir: str | None = None) -> Path:
 
 def _how(name: str, place: Path) -> str:
     return (
-        "prepare it with: pip install 'jaxprune[prepare]' &&"
+        "prepare it with: pip install 'tensorflow>=2.18' &&"
         f' tfds build {name} --file_format=array_record --data_dir={place}'
     )
 

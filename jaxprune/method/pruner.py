@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import jax.numpy as jnp
 
+from jaxprune.errors import PruneError
 from jaxprune.select import global_top_k, kept
 from jaxprune.tree import check_same_paths
 from jaxprune.types import Batch, Counts, Key, PruneInfo, Pruner, ScoreFn, SelectFn, View
@@ -30,6 +31,10 @@ def pruner(
       falling counts (iterative).
     """
 
+    needs = frozenset(needs)
+    if not needs <= {'data', 'shape'}:
+        raise PruneError(f"needs may hold 'data' and 'shape', not {sorted(needs)}")
+
     def init(key: Key, view: View) -> tuple:
         del key, view
         return ()
@@ -48,4 +53,4 @@ def pruner(
         masks = select(scores, counts)
         return state, masks, PruneInfo(kept=kept(masks), nonfinite=nonfinite)
 
-    return Pruner(init, update, frozenset(needs))
+    return Pruner(init, update, needs)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jaxprune import score
 from jaxprune.errors import PruneError, nearest
 from jaxprune.method.pruner import pruner
+from jaxprune.quota import ALLOCATIONS
 from jaxprune.select import global_top_k, layerwise_top_k
 from jaxprune.types import Problem, Pruner, ScoreFn
 
@@ -81,6 +82,8 @@ def build(
             raise PruneError(
                 f"method '{name}' has no option '{option}': {nearest(option, card.options)}"
             )
+    if allocation not in ALLOCATIONS:
+        raise PruneError(f"unknown allocation '{allocation}': {nearest(allocation, ALLOCATIONS)}")
     mode = card.train if train is None else train
     scorer = card.score(problem, mode, **{**card.options, **options})
     select = global_top_k if allocation == 'global' else layerwise_top_k

@@ -144,7 +144,8 @@ def layers(frame: pl.DataFrame) -> tuple[Figure, bool]:
             axes.xaxis.set_major_locator(NullLocator())
             panels.append(axes)
         _key(drawing, panels, norm, colours, grids)
-        drawing.supxlabel('compression', fontsize=10)
+        # At the left: the middle of a narrow figure is where the legend begins.
+        drawing.supxlabel('compression', fontsize=10, x=0.01, ha='left')
         drawing.draw_without_rendering()
         for axes, (density, empty) in zip(panels, grids, strict=True):
             _finish(axes, density, empty, compressions, norm, colours)

@@ -180,7 +180,8 @@ def _failed(results: pl.DataFrame, layers: pl.DataFrame, keys: list[str]) -> tup
             'label': row['label'],
             'compression': text.number(row['target_compression']),
             'seed': row['seed'],
-            'layers': row.get('layers', []),
+            # What is wrong with the run: the layers it lost, or why it has no finite numbers.
+            'note': ', '.join(row.get('layers', [])) or row.get('error') or 'training diverged',
         }
 
     collapsed = tables.collapsed(results, layers)

@@ -76,10 +76,10 @@ def breaking_sentences(points: pl.DataFrame) -> list[tuple[str, str]]:
         if row['compared']:
             parts = [_within(row, limit) for limit in tables.LIMITS]
         else:
-            parts = ['not compared, as no dense run of the same seed has finished']
+            parts = ['not compared: no seed has both a dense run and a run with a finite accuracy']
         first = row['collapsed']
         parts.append(
-            'no run lost a whole layer'
+            'no run lost a whole layer (a net can be cut in two without that)'
             if first is None
             else f'first run with an empty layer at {times(first)}'
         )

@@ -23,7 +23,7 @@ def synflow(problem: Problem) -> ScoreFn:
         if batches is None:
             raise PruneError('synflow needs the shape of an input: pass batches (values unused)')
         ones = jnp.ones((1, *batches.x.shape[2:]), batches.x.dtype)
-        frozen, model_state = jax.tree.map(jnp.abs, (view.frozen, view.model_state))
+        frozen, model_state = jax.tree.map(_positive, (view.frozen, view.model_state))
 
         def flow(weights):
             logits, _ = problem.apply(
@@ -37,3 +37,8 @@ def synflow(problem: Problem) -> ScoreFn:
         return {path: jnp.abs(w * gradient[path]) for path, w in positive.items()}
 
     return score
+
+
+def _positive(leaf: jax.Array) -> jax.Array:
+    """The absolute value of numbers; keys and counters of a model's state are left alone."""
+    return jnp.abs(leaf) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

@@ -148,7 +148,10 @@ def _train(train: TrainSpec, at: str, fail) -> TrainSpec:
         options[key] = _argument(value, arguments[key], f'{at}.{key}', fail)
     if train.schedule == 'step' and not train.milestones:
         fail(f'{at}.milestones', "expected the epochs of schedule 'step'")
+    if train.milestones and train.schedule != 'step':
+        fail(f'{at}.milestones', f"schedule '{train.schedule}' has none; expected schedule 'step'")
     for i, milestone in enumerate(train.milestones):
+        # One past the end is no mistake: `--set train.epochs=2` tries out a long recipe.
         if not milestone > 0:
             fail(f'{at}.milestones[{i}]', f'expected a positive epoch, not {milestone}')
     if train.warmup_epochs >= train.epochs:
@@ -193,11 +196,14 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
     label = spec.label or card.title + where
     if label == 'dense':
         fail(f'{at}.label', "'dense' is the name of the control: choose another")
+    published = ('train' if card.train else 'eval') if 'data' in card.needs else ''
+    if spec.batch_norm and not published:
+        fail(f'{at}.batch_norm', f"'{spec.name}' looks at no data: there is no mode to choose")
     return dataclasses.replace(
         spec,
         label=label,
         rounds=spec.rounds or card.rounds,
         over=spec.over or card.over,
-        batch_norm=spec.batch_norm or ('train' if card.train else 'eval'),
+        batch_norm=spec.batch_norm or published,
         options=_options(spec.options, card.options, spec.name, at, fail),
     )

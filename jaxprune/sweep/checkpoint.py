@@ -4,7 +4,6 @@ Orbax writes them: a checkpoint appears whole or not at all. Only the runs thems
 padding, so another number of devices may go on where these stopped.
 """
 
-import contextlib
 import shutil
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ class Saved(NamedTuple):
       epoch: how many epochs are done.
       states: the runs' states, host arrays with a leading run axis.
       kept: path -> weights kept by each run.
+      errors: what was wrong with each run's scores, None if nothing.
       losses: per epoch since the last evaluation, each run's mean training loss.
       records: the result rows so far.
     """
@@ -32,6 +32,7 @@ class Saved(NamedTuple):
     epoch: int
     states: PyTree
     kept: dict[str, np.ndarray]
+    errors: list[str | None]
     losses: list[np.ndarray]
     records: list[dict[str, Any]]
 
@@ -85,6 +86,7 @@ def checkpoint(directory: Path, minutes: float) -> Checkpoint:
             epoch=numbers['epoch'],
             states=structure.unflatten([found['states'][name] for name in _names(leaves)]),
             kept={path: np.array(k, np.int32) for path, k in numbers['kept'].items()},
+            errors=numbers['errors'],
             losses=[np.array(loss, np.float32) for loss in numbers['losses']],
             records=numbers['records'],
         )
@@ -97,6 +99,7 @@ def checkpoint(directory: Path, minutes: float) -> Checkpoint:
         numbers = {
             'epoch': saved.epoch,
             'kept': {path: np.asarray(k).tolist() for path, k in saved.kept.items()},
+            'errors': saved.errors,
             'losses': [np.asarray(loss).tolist() for loss in saved.losses],
             'records': saved.records,
         }
@@ -104,12 +107,7 @@ def checkpoint(directory: Path, minutes: float) -> Checkpoint:
             manager.save(saved.epoch, args=_args('Save', jax.tree.leaves(saved.states), numbers))
         last = time.monotonic()
 
-    def remove() -> None:
-        shutil.rmtree(directory, ignore_errors=True)
-        with contextlib.suppress(OSError):  # absent, or another chunk's checkpoint is in it
-            directory.parent.rmdir()
-
-    return Checkpoint(load, due, save, remove)
+    return Checkpoint(load, due, save, lambda: shutil.rmtree(directory, ignore_errors=True))
 
 
 def _names(leaves: list) -> list[str]:

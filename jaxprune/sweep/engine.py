@@ -43,8 +43,8 @@ class Engine(NamedTuple):
       multiple: the number of rows must be a multiple of this.
       init: `rows -> states`.
       prune: `(method, rows, at, counts, states) -> (states, info)`: all rounds of a method for
-        the rows numbered `at`; counts `(len(at), rounds)`, info of the last round, host arrays
-        with leading axis `len(at)`.
+        the rows numbered `at`; counts `(len(at), rounds)`; info of the last round, but
+        `nonfinite` of all, host arrays with leading axis `len(at)`.
       epoch: `(epoch, rows, states) -> (states, mean training losses (runs,))`.
       evaluate: `states -> (test losses (runs,), test accuracies (runs,))`.
       kept: `states -> path -> weights kept (runs,)`.
@@ -152,8 +152,9 @@ def array_engine(strategy: str, program: Program, data: DeviceData, mesh: Mesh) 
 
             number = jnp.arange(len(next(iter(counts.values()))), dtype=jnp.int32)
             state, infos = jax.lax.scan(body, begin(key, state), (number, counts))
+            last = jax.tree.map(lambda leaf: leaf[-1], infos)
             # What later events carry is not part of a state that all methods share.
-            return state._replace(method_state=()), jax.tree.map(lambda leaf: leaf[-1], infos)
+            return state._replace(method_state=()), last._replace(nonfinite=infos.nonfinite.sum())
 
         return program_of(rounds, (None, 0, 0, 0, 0))
 
@@ -242,12 +243,13 @@ def host_engine(program: Program, data: DeviceData, device: jax.Device) -> Engin
         states, infos = list(states), []
         for place, i in enumerate(at):
             key, hyper = row(rows, i)
-            state = begin(key, states[i])
+            state, bad = begin(key, states[i]), 0
             for number in range(len(next(iter(counts.values()))[place])):
                 now = {path: np.int32(c[place][number]) for path, c in counts.items()}
                 state, info = once(np.int32(number), data, key, hyper, now, state)
+                bad = info.nonfinite + bad
             states[i] = state._replace(method_state=())
-            infos.append(info)
+            infos.append(info._replace(nonfinite=bad))
         return states, stack(infos)
 
     def epoch(number, rows, states):

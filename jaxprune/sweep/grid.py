@@ -91,5 +91,6 @@ def event_program(method: MethodSpec) -> str:
     parts = [method.name, 'global' if method.allocation == 'global' else 'layerwise']
     if method.rounds > 1:
         parts.append(f'{method.rounds} rounds')
-    parts.append(f'batch norm {method.batch_norm}')
+    if method.batch_norm:
+        parts.append(f'batch norm {method.batch_norm}')
     return ', '.join(parts + [f'{k} {v}' for k, v in sorted(method.options.items())])

@@ -58,9 +58,14 @@ def to_toml(spec: SweepSpec) -> str:
     return tomli_w.dumps(resolved(spec))
 
 
+def identity(spec: SweepSpec) -> dict[str, Any]:
+    """What makes two sweeps the same one: all but [engine], which a continuation may change."""
+    return {key: value for key, value in resolved(spec).items() if key != 'engine'}
+
+
 def spec_hash(spec: SweepSpec) -> str:
-    """Ten hexadecimal digits of the resolved specification."""
-    return hashlib.sha256(to_toml(spec).encode()).hexdigest()[:10]
+    """Ten hexadecimal digits of the specification's identity."""
+    return hashlib.sha256(tomli_w.dumps(identity(spec)).encode()).hexdigest()[:10]
 
 
 def _override(table: dict, override: str) -> None:

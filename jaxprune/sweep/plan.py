@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -97,12 +97,7 @@ def make_plan(spec: SweepSpec, source: str = 'spec') -> dict[str, Any]:
         _check_runs(spec, program, group, source)
         cost = costs(spec, program, group)
         chunk_runs = _chunk_size(spec, group, cost['bytes_per_run'])
-        for first in range(0, len(group.runs), chunk_runs):
-            members = [run.run_id for run in group.runs[first : first + chunk_runs]]
-            # The strategy is no part of the name: it changes no result.
-            table['chunks'].append(
-                {'id': digest([FORMAT, group.id, members]), 'program': group.id, 'runs': members}
-            )
+        table['chunks'] += cut(group.id, [run.run_id for run in group.runs], chunk_runs)
         methods = {event_program(r.method): None for r in group.runs if r.method.name != 'dense'}
         table['programs'].append(
             {
@@ -135,6 +130,16 @@ def make_plan(spec: SweepSpec, source: str = 'spec') -> dict[str, Any]:
     return table
 
 
+def cut(program: str, run_ids: Sequence[str], size: int) -> list[dict[str, Any]]:
+    """Chunks of so many runs of one program; a chunk's name is a hash of what it holds."""
+    pieces = [list(run_ids[first : first + size]) for first in range(0, len(run_ids), size)]
+    # The strategy is no part of the name: it changes results by rounding only.
+    return [
+        {'id': digest([FORMAT, program, piece]), 'program': program, 'runs': piece}
+        for piece in pieces
+    ]
+
+
 def _abstractly(spec: SweepSpec, group: Group, source: str) -> Program:
     """The group's program, having checked on abstract values that its parts fit together."""
     run = group.runs[0]
@@ -148,7 +153,8 @@ def _abstractly(spec: SweepSpec, group: Group, source: str) -> Program:
         indices = jax.ShapeDtypeStruct((run.train.batch_size,), jnp.int32)
         on_device = _abstract_data(spec)
         jax.eval_shape(program.step, clock, on_device, key, hyper, indices, state)
-        for pruned in [r for r in group.runs if r.method.name != 'dense'][:1]:
+        pruned_runs = [r for r in group.runs if r.method.name != 'dense']
+        for pruned in {event_program(r.method): r for r in pruned_runs}.values():
             whole = pruned.method.allocation == 'global'
             counts = dict.fromkeys([GLOBAL] if whole else program.shapes, np.int32(1))
             prune = program.prune(pruned.method)[1]

@@ -43,7 +43,8 @@ class Program(NamedTuple):
       order: `(key, epoch) -> indices (steps, batch)`.
       step: `(clock, data, key, hyper, indices, state) -> (state, loss)`.
       evaluate: `(data, state, indices, valid) -> (sum of losses, number correct)` on the test set.
-      prune: method -> `(round, data, key, hyper, counts, state) -> (state, info)`.
+      prune: method -> `begin`, `(key, state) -> state` before the first round, and `once`,
+        `(round, data, key, hyper, counts, state) -> (state, info)`.
     """
 
     problem: Problem
@@ -53,7 +54,7 @@ class Program(NamedTuple):
     order: Callable[[Key, jax.Array], jax.Array]
     step: Callable
     evaluate: Callable
-    prune: Callable[[MethodSpec], Callable[..., tuple[RunState, PruneInfo]]]
+    prune: Callable[[MethodSpec], tuple[Callable, Callable[..., tuple[RunState, PruneInfo]]]]
 
 
 def make_problem(spec: SweepSpec) -> Problem:
@@ -118,7 +119,13 @@ def make_program(spec: SweepSpec, settings: TrainSpec) -> Program:
             at, data_: DeviceData, key: Key, hyper: Hyper, counts: Counts, state: RunState
         ) -> tuple[RunState, PruneInfo]:
             draw = jax.random.fold_in(stream(key, 'prune'), at)
-            batches = score_batches(data_, key, at) if pruner.needs else None
+            if 'data' in pruner.needs:
+                batches = score_batches(data_, key, at)
+            elif 'shape' in pruner.needs:
+                shape = jax.numpy.zeros((1, 1, *facts.shape))
+                batches = Batch(shape, jax.numpy.zeros((1, 1), jax.numpy.int32))
+            else:
+                batches = None
             return event(draw, hyper, state, counts, batches)
 
         return begin, once
@@ -177,4 +184,4 @@ def device_data(spec: SweepSpec, dataset: Dataset) -> DeviceData:
 
 def scores_need_data(spec: SweepSpec) -> bool:
     """Does a method of the sweep look at training examples before pruning?"""
-    return any(method.method(m.name).needs for m in spec.grid.method)
+    return any('data' in method.method(m.name).needs for m in spec.grid.method)

@@ -71,6 +71,9 @@ def git_state(directory: Path) -> dict[str, Any] | None:
         # Installed into site-packages of a project's own environment, the checkout around it is
         # somebody else's: only a tracked package file makes it ours.
         git('ls-files', '--error-unmatch', str(Path(__file__)))
-        return {'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain'))}
+        return {
+            'commit': git('rev-parse', 'HEAD'),
+            'dirty': bool(git('status', '--porcelain', '--untracked-files=no')),
+        }
     except (OSError, subprocess.TimeoutExpired):
         return None

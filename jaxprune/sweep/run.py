@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from jaxprune.sweep import store
 from jaxprune.sweep.checkpoint import Checkpoint, Saved, checkpoint, nowhere
 from jaxprune.sweep.engine import Engine, Rows, make_engine
 from jaxprune.sweep.grid import Run, event_program, runs, split_options
-from jaxprune.sweep.load import load_spec, make_spec, spec_hash, to_toml
+from jaxprune.sweep.load import identity, load_spec, make_spec, spec_hash, to_toml
 from jaxprune.sweep.parse import plain
-from jaxprune.sweep.plan import counts_of, make_plan
+from jaxprune.sweep.plan import counts_of, cut, make_plan
 from jaxprune.sweep.program import Program, device_data, hyper_of, make_program
 from jaxprune.sweep.progress import Progress, Shown, ignored, silent
 from jaxprune.sweep.provenance import provenance
 from jaxprune.sweep.spec import SweepSpec
-from jaxprune.types import GLOBAL, RunState
+from jaxprune.types import GLOBAL, PruneInfo, RunState
 
 
 def default_out(spec: SweepSpec) -> Path:
@@ -81,28 +82,46 @@ def run_sweep(
 def _open(spec: SweepSpec, out: Path, plan_table: dict[str, Any]) -> list[dict[str, Any]]:
     """Makes or re-opens the directory; the chunks to run, in order.
 
-    The plan in the directory wins over a new one: another machine might cut other chunks.
+    The plan in the directory wins over a new one, as another machine might cut other chunks,
+    unless [engine] now asks for others.
     """
     text = to_toml(spec)
     spec_file, plan_file = out / 'spec.toml', out / 'plan.json'
-    if spec_file.exists() and spec_file.read_bytes() != text.encode():
+    if spec_file.exists() and identity(load_spec(spec_file)) != identity(spec):
         raise StoreError(f'{out} holds another sweep (see its spec.toml): choose another --out')
     store.remove_leftovers(out)
-    if not spec_file.exists():
-        store.write_bytes(spec_file, text.encode())
     if plan_file.exists():
         stored = store.read_plan(out)
         if any(stored.get(key) != plan_table[key] for key in ('format', 'spec')):
             raise StoreError(
                 f'{out} was written by another version of jaxprune: choose another --out'
             )
+        same_engine = spec_file.exists() and spec_file.read_bytes() == text.encode()
+        plan_table = stored if same_engine else recut(stored, plan_table, out)
     session = provenance(spec, datetime.datetime.now(datetime.UTC))
     record = out / 'provenance.json'
     sessions = store.read_json(record, {'sessions'})['sessions'] if record.exists() else []
     store.write_json(record, {**session, 'sessions': [*sessions, session['session']]})
-    if not plan_file.exists():  # last: with it, the directory is one that `status` can read
-        store.write_json(plan_file, plan_table)
+    # The plan last: with it, the directory is one that `status` can read.
+    store.write_bytes(spec_file, text.encode())
+    store.write_json(plan_file, plan_table)
     return store.read_plan(out)['chunks']
+
+
+def recut(stored: dict[str, Any], plan_table: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The plan for other [engine] settings: finished chunks stay, the runs left are cut anew."""
+    chunks = [chunk for chunk in stored['chunks'] if store.finished(out, chunk['id'])]
+    done = {run_id for chunk in chunks for run_id in chunk['runs']}
+    for program in plan_table['programs']:
+        left = [
+            run_id
+            for chunk in plan_table['chunks']
+            if chunk['program'] == program['id']
+            for run_id in chunk['runs']
+            if run_id not in done
+        ]
+        chunks = [*chunks, *cut(program['id'], left, program['chunk'])]
+    return {**plan_table, 'chunks': chunks}
 
 
 def _run_chunks(spec, out: Path, chunks: Sequence[dict], on_device, shown) -> None:
@@ -128,6 +147,8 @@ def _run_chunks(spec, out: Path, chunks: Sequence[dict], on_device, shown) -> No
         store.write_chunk(out, chunk['id'], results, layers)
         saved.remove()
         shown.finish(len(members))
+    # Whatever is left belongs to chunks that were cut anew.
+    shutil.rmtree(out / 'checkpoints', ignore_errors=True)
 
 
 def run_chunk(
@@ -161,11 +182,11 @@ def run_chunk(
     )
     before = saved.load(_abstract_states(program, members))
     if before is None:
-        states = _prune(program, engine, rows, padded, engine.init(rows))
+        states, errors = _prune(program, engine, rows, padded, engine.init(rows))
         kept = {path: k[: len(members)] for path, k in engine.kept(states).items()}
         done, records, losses = 0, [], []
     else:
-        done, stacked, kept, losses, records = before
+        done, stacked, kept, errors, losses, records = before
         repeat = np.arange(wanted).clip(max=len(members) - 1)
         states = engine.unpack(jax.tree.map(lambda leaf: leaf[repeat], stacked))
         shown.resume(done * program.steps * len(members))
@@ -183,14 +204,16 @@ def run_chunk(
                         **_identity(spec, program, run, {p: k[i] for p, k in kept.items()}),
                         'step': epoch * program.steps,
                         'epoch': epoch,
-                        'train_loss': float(train_loss[i]),
-                        'test_loss': float(test_loss[i]),
-                        'test_accuracy': float(accuracy[i]),
+                        # A mask from broken scores means nothing, and neither does its accuracy.
+                        'train_loss': math.nan if errors[i] else float(train_loss[i]),
+                        'test_loss': math.nan if errors[i] else float(test_loss[i]),
+                        'test_accuracy': math.nan if errors[i] else float(accuracy[i]),
+                        'error': errors[i],
                     }
                 )
         if epoch < epochs and saved.due():
             stacked = jax.tree.map(lambda leaf: leaf[: len(members)], engine.pack(states))
-            saved.save(Saved(epoch, stacked, kept, losses, records))
+            saved.save(Saved(epoch, stacked, kept, errors[: len(members)], losses, records))
         shown.steps(program.steps * len(members))
     results = pl.DataFrame(records, schema={**store.RESULTS, **_grid_columns(spec)})
     return results, _layers(program, members, kept)
@@ -204,8 +227,11 @@ def _abstract_states(program: Program, members: Sequence[Run]) -> RunState:
     )
 
 
-def _prune(program: Program, engine: Engine, rows: Rows, padded: Sequence[Run], states: Any) -> Any:
-    """Prunes the rows of a chunk, method by method, and checks every count against the plan."""
+def _prune(
+    program: Program, engine: Engine, rows: Rows, padded: Sequence[Run], states: Any
+) -> tuple[Any, list[str | None]]:
+    """Prunes the rows of a chunk, method by method; the states, and what went wrong with each."""
+    errors: dict[int, str | None] = {}
     by_event: dict[tuple, list[int]] = {}
     for i, run in enumerate(padded):
         if run.method.name != 'dense':
@@ -215,23 +241,33 @@ def _prune(program: Program, engine: Engine, rows: Rows, padded: Sequence[Run], 
         plans = [counts_of(program, padded[i]).counts for i in at]
         counts = {path: np.stack([p[path] for p in plans]) for path in plans[0]}
         states, info = engine.prune(padded[at[0]].method, rows, at, counts, states)
-        _check_counts([padded[i] for i in at], counts, info)
-    return states
+        found = _score_errors([padded[i] for i in at], counts, info)
+        errors.update(zip(at, found, strict=True))
+    return states, [errors.get(i) for i in range(len(padded))]
 
 
-def _check_counts(members: Sequence[Run], counts: Mapping[str, np.ndarray], info) -> None:
-    """Raises PruneError where a mask keeps another number of weights than planned."""
+def _score_errors(
+    members: Sequence[Run], counts: Mapping[str, np.ndarray], info: PruneInfo
+) -> list[str | None]:
+    """What is wrong with each run's scores, None if nothing is.
+
+    Raises:
+      PruneError: a mask keeps another number of weights than planned, from finite scores.
+    """
+    errors: list[str | None] = []
     for place, run in enumerate(members):
+        bad = int(info.nonfinite[place])
         got = {path: int(leaf[place]) for path, leaf in info.kept.items()}
         wanted = {path: int(leaf[place][-1]) for path, leaf in counts.items()}
         if GLOBAL in wanted:
             got = {GLOBAL: sum(got.values())}
-        if got != wanted:
+        if not bad and got != wanted:
             raise PruneError(
                 f'run {run.run_id} ({run.method.label}, compression {run.compression:g}, seed '
-                f'{run.seed}) would keep {got} weights, not {wanted}: '
-                f'{int(info.nonfinite[place])} scores are NaN or infinite'
+                f'{run.seed}) would keep {got} weights, not {wanted}'
             )
+        errors.append(f'{bad:,} scores were NaN or infinite' if bad else None)
+    return errors
 
 
 def _identity(
@@ -252,7 +288,7 @@ def _identity(
         'seed': run.seed,
         'target_compression': run.compression,
         'density': left / size,
-        'compression': size / left,
+        'compression': size / left if left else math.inf,
         'learning_rate': run.train.learning_rate,
         'weight_decay': run.train.weight_decay,
         **{key: _cell(settings[key]) for key in _grid_columns(spec)},

@@ -26,7 +26,7 @@ def _key(doc: str, *, default=dataclasses.MISSING, choices=None, low=None, above
 class ModelSpec:
     """[model]: open for the model's own options (`widths` of an mlp)."""
 
-    name: str = _key('a registered model: lenet300100, mlp, lenet5, small_vgg')
+    name: str = _key('the name of a model, such as lenet300100')
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -55,7 +55,7 @@ class TrainSpec:
     epochs: int = _key('passes over the training set', default=10, low=1)
     batch_size: int = _key('examples per step', default=128, low=1)
     weight_decay: float = _key(
-        'L2 added to the gradient; decoupled for optimizers that decay themselves',
+        'L2 added to the gradient; for optimizers that decay themselves (adamw) their own',
         default=0.0,
         low=0,
     )
@@ -74,7 +74,7 @@ class PruneSpec:
 class MethodSpec:
     """An entry of grid.method: a name, or a table; open for the method's options."""
 
-    name: str = _key('a registered method: random, magnitude, snip, grasp, synflow')
+    name: str = _key('the name of a method, such as snip')
     allocation: str = _key(
         "'global', or a layerwise quota: 'uniform', 'erk'", default='global', choices=ALLOCATIONS
     )
@@ -112,7 +112,7 @@ class RecordSpec:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """[engine]: how the machine is used; no result depends on it."""
+    """[engine]: how the machine is used; results depend on it by rounding only, if at all."""
 
     chunk: int = _key('runs per chunk; 0 for automatic', default=0, low=0)
     checkpoint_minutes: float = _key(

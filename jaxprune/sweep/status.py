@@ -26,7 +26,7 @@ def status(out: Path) -> dict[str, Any]:
         'chunks': len(plan['chunks']),
         'chunks_finished': len(finished),
         'sessions': len(sessions),
-        'last_started': sessions[-1]['started'],
+        'last_started': sessions[-1]['started'] if sessions else 'never',
         'running': store.is_locked(out),
         'report': (out / 'report.html').exists(),
     }

@@ -39,8 +39,12 @@ RESULTS = {
     'train_loss': pl.Float64,
     'test_loss': pl.Float64,
     'test_accuracy': pl.Float64,
+    'error': pl.String,
 }
-"""Columns of a results row. A grid over further train keys adds one column each."""
+"""Columns of a results row. A grid over further train keys adds one column each.
+
+`error` is null, or says why the run means nothing; its losses and accuracy are then NaN.
+"""
 
 LAYERS = {'run_id': pl.String, 'path': pl.String, 'size': pl.Int64, 'kept': pl.Int64}
 """Columns of a layers row: how many of a leaf's `size` weights the run keeps."""
