@@ -9,6 +9,7 @@ import pytest
 import tomli_w
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tables import changed
 
 from jaxprune import cli
 from jaxprune.errors import JaxpruneError, SpecError
@@ -26,18 +27,6 @@ BASE = {
     'grid': {'method': ['magnitude', 'snip'], 'compression': [1, 4], 'seed': [0, 1]},
 }
 NAN, INF, HUGE = float('nan'), float('inf'), 10**400
-
-
-def changed(table, **values):
-    """A copy with `section__key=value` replaced."""
-    table = copy.deepcopy(table)
-    for name, value in values.items():
-        *outer, last = name.split('__')
-        inner = table
-        for key in outer:
-            inner = inner.setdefault(key, {})
-        inner[last] = value
-    return table
 
 
 def without(table, name):

@@ -1,6 +1,6 @@
 """Sweeps from end to end on small data: tables, resuming, independence, refusals, the terminal."""
 
-import copy
+import functools
 import json
 import math
 import os
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import polars as pl
 import pytest
+import tables
 import tomli_w
 from jax.experimental.compilation_cache import compilation_cache
 from polars.testing import assert_frame_equal
@@ -50,16 +51,7 @@ SHAPES = {'dense_0/kernel': (784, 32), 'dense_1/kernel': (32, 10)}
 RUN_COMMAND = 'import sys; from jaxprune.cli import main; sys.exit(main())'
 
 
-def changed(**values):
-    """The table with `section__key=value` replaced."""
-    table = copy.deepcopy(TABLE)
-    for name, value in values.items():
-        *outer, last = name.split('__')
-        inner = table
-        for key in outer:
-            inner = inner.setdefault(key, {})
-        inner[last] = value
-    return table
+changed = functools.partial(tables.changed, TABLE)
 
 
 @pytest.fixture(scope='module', autouse=True)
