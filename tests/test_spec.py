@@ -129,7 +129,7 @@ BAD = [
     ),
     ('model.widths[0]', {'model__widths': [2**31]}, 'expected less than 2**31'),
     ('model', {'model__widths': [50_000, 50_000]}, 'more than 2**31'),
-    ('model or train', {'model': {'name': 'small_vgg', 'widths': [1] * 8}}, 'refused'),
+    ('model', {'model': {'name': 'small_vgg', 'widths': [1] * 5}}, 'images of 32 x 32'),
     ('data.train_examples', {'data__train_examples': 10_001}, 'only 10000'),
     ('data.test_examples', {'data__test_examples': 2_001}, 'only 2000'),
     ('prune.samples_per_class', {'prune__samples_per_class': 31}, '31 of each of 10 classes'),
@@ -511,3 +511,16 @@ def test_run_id_follows_the_method():
     ]
     found = [r.run_id for r in runs(make_spec(changed(BASE, grid__method=kinds)))]
     assert len(set(found)) == len(found) == 2 + len(kinds) * 2
+
+
+def test_what_a_library_refuses_is_told_in_one_line(monkeypatch):
+    """Whatever flax or optax raise while the program is traced is a mistake in the file."""
+
+    def build(*args, **kwargs):
+        raise ValueError('no such thing\nand a long story')
+
+    monkeypatch.setattr('jaxprune.sweep.program.nn.build', build)
+    with pytest.raises(SpecError) as caught:
+        make_plan(make_spec(BASE, 'my.toml'), 'my.toml')
+    expected = 'my.toml: model or train: refused by the library: no such thing'
+    assert str(caught.value) == expected

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 
+from jaxprune.errors import JaxpruneError
 from jaxprune.nn.dense import he_normal
 
 
@@ -36,6 +37,9 @@ class SmallVGG(nn.Module):
     Attributes:
       widths: maps of the stages; each stage halves height and width.
       classes: number of logits.
+
+    Raises:
+      JaxpruneError: when called on images too small for so many halvings.
     """
 
     widths: Sequence[int]
@@ -43,6 +47,11 @@ class SmallVGG(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        side, least = min(x.shape[1:3]), 2 ** len(self.widths)
+        if side < least:  # max pool would make empty maps, and a classifier without weights
+            raise JaxpruneError(
+                f'model: {len(self.widths)} stages need images of {least} x {least}, not {side}'
+            )
         layer = 0
         for width in self.widths:
             for _ in range(2):
