@@ -109,7 +109,7 @@ def ordered(frame):
 def test_columns_and_rows(finished):
     out, results = finished
     assert_frame_equal(results, store.read_results(out), check_exact=True)
-    # The columns, and between them a label, two training numbers and what went wrong.
+    # What a run is, what it was asked for and what it measured; null 'error' = nothing went wrong.
     assert results.columns == [
         *('run_id', 'model', 'dataset', 'label', 'method', 'allocation', 'seed'),
         *('target_compression', 'density', 'compression', 'learning_rate', 'weight_decay'),
