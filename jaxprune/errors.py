@@ -34,3 +34,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     listing = f'valid: {", ".join(valid)}'
     return f"did you mean '{close[0]}'? ({listing})" if close else listing
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune.errors import StoreError
+from jaxprune.errors import StoreError, first_line
 from jaxprune.types import PyTree
 
 
@@ -78,7 +78,7 @@ def checkpoint(directory: Path, minutes: float) -> Checkpoint:
                 found = manager.restore(manager.latest_step(), args=args)
         except Exception as error:
             raise StoreError(
-                f'{directory}: cannot be restored ({str(error).splitlines()[0]}); delete it to '
+                f'{directory}: cannot be restored ({first_line(error)}); delete it to '
                 'start its chunk again'
             ) from error
         numbers = found['progress']

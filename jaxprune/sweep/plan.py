@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import data, plan
-from jaxprune.errors import JaxpruneError, SpecError
+from jaxprune.errors import JaxpruneError, SpecError, first_line
 from jaxprune.sweep.devices import memory_limit
 from jaxprune.sweep.engine import choose_strategy
 from jaxprune.sweep.grid import Run, digest, event_program, runs, static_settings
@@ -189,8 +189,9 @@ def _library_errors(source: str) -> Iterator[None]:
         raise SpecError(f'{source}: {error}') from None
     except Exception as error:
         # An argument that optax or flax refuses; its own message says which.
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SpecError(f'{source}: model or train: refused by the library: {text}') from error
+        raise SpecError(
+            f'{source}: model or train: refused by the library: {first_line(error)}'
+        ) from error
 
 
 def _check_runs(spec: SweepSpec, program: Program, group: Group, source: str) -> None:
