@@ -10,11 +10,12 @@ from jaxprune.errors import JaxpruneError
 from jaxprune.method import METHODS, build, pruner
 from jaxprune.plan import Plan, at_init, keep_counts
 from jaxprune.problem import cross_entropy, linen, plain, view
-from jaxprune.quota import erdos_renyi, uniform
+from jaxprune.prune_model import prune
 from jaxprune.score import grasp, magnitude, random, snip, synflow
 from jaxprune.select import global_top_k, kept, layerwise_top_k, top_k_mask
+from jaxprune.structure import connectivity, effective_compression, effective_mask, fold_constants
 from jaxprune.tree import apply_masks, kernels, pick, put, rules, shapes
-from jaxprune.types import Batch, Problem, PruneInfo, Pruner, RunState, View
+from jaxprune.types import Batch, Problem, Pruner, View
 
 if TYPE_CHECKING:
     from jaxprune.optim import mask_opt_state, sparse
@@ -39,7 +40,8 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [  # noqa: RUF022 (grouped by purpose)
-    # a mask: scores, selections, pruners, counts
+    # one call; and what it is made of: scores, selections, pruners, counts
+    'prune',
     'grasp',
     'magnitude',
     'random',
@@ -53,8 +55,11 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     'METHODS',
     'at_init',
     'keep_counts',
-    'erdos_renyi',
-    'uniform',
+    # paths through a pruned network
+    'connectivity',
+    'effective_mask',
+    'effective_compression',
+    'fold_constants',
     # trees and problems
     'pick',
     'put',
@@ -80,8 +85,6 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     'Plan',
     'Problem',
     'Pruner',
-    'PruneInfo',
-    'RunState',
     'View',
     'JaxpruneError',
 ]

@@ -1,13 +1,22 @@
 """The host table of keep counts: quota x schedule x density -> exact integers per event."""
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.errors import PruneError
-from jaxprune.quota import Shape, check_density, quota, round_counts
+from jaxprune.errors import PruneError, nearest
+from jaxprune.quota import (
+    ALLOCATIONS,
+    SHARED,
+    Shape,
+    bounded_counts,
+    bounds,
+    check_density,
+    quota,
+    round_counts,
+    sizes,
+)
 from jaxprune.schedule import schedule
 from jaxprune.types import GLOBAL
 
@@ -25,30 +34,62 @@ class Plan(NamedTuple):
 
 
 def keep_counts(
-    shapes: Mapping[str, Shape], density: float, allocation: str = 'global'
+    shapes: Mapping[str, Shape],
+    density: float,
+    allocation: str = 'global',
+    *,
+    floor: int | Mapping[str, int] = 0,
+    cap: float | Mapping[str, float] = 1.0,
 ) -> dict[str, int]:
     """How many weights a density keeps.
 
     Args:
-      shapes: path -> shape of every prunable leaf.
+      shapes: path -> shape of every prunable leaf, in forward order where the quota asks for it.
       density: fraction kept, in (0, 1].
-      allocation: 'global' for one ranking over all leaves, or the name of a layerwise quota.
+      allocation: 'global' for one ranking over all leaves, 'lamp' for one number that the pruning
+        event shares out by the weights, or the name of a layerwise quota.
+      floor: fewest weights that a layer keeps, for all layers or by path.
+      cap: largest density of a layer, for all layers or by path.
 
     Returns:
-      `{'*': round(density * total)}`, or path -> round(layer density * size).
+      `{'*': round(density * total)}` for 'global' and 'lamp', which only checks that the bounds
+      can be met; whoever selects has to keep them (`quota.bounds`). Otherwise path ->
+      round(layer density * size), and where that crosses a bound, the same total within bounds.
 
     Raises:
-      PruneError: the density is out of range, or keeps no weight at all.
+      PruneError: an argument is out of range, the density keeps no weight at all, or it keeps
+        fewer weights than the floors or more than the caps together.
     """
     check_density(density)
-    if allocation == 'global':
-        counts = {GLOBAL: round(density * sum(math.prod(s) for s in shapes.values()))}
-    else:
-        counts = round_counts(shapes, quota(allocation)(shapes, density))
-    if not sum(counts.values()):
-        total = sum(math.prod(s) for s in shapes.values())
-        raise PruneError(f'density {density:.3g} keeps none of {total} prunable weights')
+    fewest, most = bounds(shapes, floor, cap)
+    counts, asked = _counts(shapes, density, allocation, fewest, most)
+    total, least, largest = (sum(c.values()) for c in (sizes(shapes), fewest, most))
+    keeps = f'density {density:.3g} keeps {asked or "none"} of {total} prunable weights'
+    if asked < least:
+        raise PruneError(f'{keeps}, but the floors together are {least}')
+    if asked > largest:
+        raise PruneError(f'{keeps}, but the caps together allow {largest}')
+    if not asked:
+        raise PruneError(keeps)
     return counts
+
+
+def _counts(
+    shapes: Mapping[str, Shape],
+    density: float,
+    allocation: str,
+    fewest: Mapping[str, int],
+    most: Mapping[str, int],
+) -> tuple[dict[str, int], int]:
+    """The counts of one event within bounds, and their sum had there been no bounds."""
+    if allocation not in ALLOCATIONS:
+        raise PruneError(f"unknown allocation '{allocation}': {nearest(allocation, ALLOCATIONS)}")
+    if allocation in SHARED:
+        asked = round(density * sum(sizes(shapes).values()))
+        return {GLOBAL: min(max(asked, sum(fewest.values())), sum(most.values()))}, asked
+    densities = quota(allocation)(shapes, density)
+    asked = sum(round_counts(shapes, densities).values())
+    return bounded_counts(shapes, densities, fewest, most), asked
 
 
 def at_init(
@@ -58,19 +99,35 @@ def at_init(
     allocation: str = 'global',
     rounds: int = 1,
     over: str = 'exponential',
+    floor: int | Mapping[str, int] = 0,
+    cap: float | Mapping[str, float] = 1.0,
 ) -> Plan:
     """Pruning at initialisation: all events before the first step.
 
     Args:
-      shapes: path -> shape of every prunable leaf.
+      shapes: see `keep_counts`.
       density: final density.
       allocation: see `keep_counts`.
       rounds: number of events; 1 is one-shot.
       over: name of the schedule of densities over the rounds.
+      floor: see `keep_counts`; it holds in every round.
+      cap: see `keep_counts`; it holds in every round, and a round whose density is more than the
+        caps allow keeps what they allow.
+
+    Returns:
+      The plan. No count rises from one event to the next.
     """
     if rounds < 1:
         raise PruneError(f'rounds must be at least 1, not {rounds}')
-    check_density(density)
-    per_round = [keep_counts(shapes, d, allocation) for d in schedule(over)(density, rounds)]
-    counts = {path: np.array([c[path] for c in per_round], np.int32) for path in per_round[0]}
+    last = keep_counts(shapes, density, allocation, floor=floor, cap=cap)
+    fewest, most = bounds(shapes, floor, cap)
+    per_round = [last]
+    for earlier in reversed(schedule(over)(density, rounds)[:-1]):
+        if allocation not in SHARED:
+            # What a bound takes from one layer others get, and they could end up with more
+            # than in the round before; no event brings weights back.
+            fewest = per_round[-1]
+        per_round.append(_counts(shapes, earlier, allocation, fewest, most)[0])
+    per_round.reverse()
+    counts = {path: np.array([c[path] for c in per_round], np.int32) for path in last}
     return Plan(np.zeros(rounds, np.int32), counts)

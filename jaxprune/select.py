@@ -27,11 +27,7 @@ def top_k_mask(scores: jax.Array, k: ArrayLike) -> jax.Array:
       entries are above -inf (NaN and -inf are never kept).
     """
     shape = scores.shape
-    if not jnp.issubdtype(scores.dtype, jnp.floating):
-        raise PruneError(f'scores must be floating point, not {scores.dtype}')
-    if scores.dtype.itemsize < 4:
-        scores = scores.astype(jnp.float32)  # exact
-    flat = scores.reshape(-1)
+    flat = as_floats(scores).reshape(-1)
     keepable = flat > -jnp.inf  # False for NaN as well
     bits = jnp.where(keepable, _ordered_bits(flat), 0)  # 0 is below the bits of any float
     k = jnp.minimum(_count(k, flat.size), keepable.sum(dtype=jnp.int32))
@@ -44,6 +40,17 @@ def top_k_mask(scores: jax.Array, k: ArrayLike) -> jax.Array:
     rank = jnp.where(ties, jnp.uint32(flat.size) - position, 0)  # low index = high rank, > 0
     first = rank >= _largest_with_count(rank, wanted, flat.size.bit_length())
     return (above | (ties & first)).reshape(shape)
+
+
+def as_floats(scores: jax.Array) -> jax.Array:
+    """Scores in single or double precision; smaller floats are widened, which is exact.
+
+    Raises:
+      PruneError: the scores are not floating point.
+    """
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise PruneError(f'scores must be floating point, not {scores.dtype}')
+    return scores.astype(jnp.float32) if scores.dtype.itemsize < 4 else scores
 
 
 def _count(k: ArrayLike, size: int) -> jax.Array:
@@ -87,19 +94,52 @@ def global_top_k(scores: Scores, counts: Counts) -> Masks:
     """One ranking over all leaves, concatenated in sorted path order.
 
     Args:
-      scores: path -> scores.
+      scores: path -> scores; `within_bounds` puts floors and caps on leaves.
       counts: `{'*': k}`.
     """
     check_same_paths('counts of a global selection', counts, {GLOBAL})
-    ordered = sorted(scores)
-    flat = jnp.concatenate([scores[path].reshape(-1) for path in ordered])
-    mask = top_k_mask(flat, counts[GLOBAL])
-    masks, start = {}, 0
-    for path in ordered:
-        size = scores[path].size
-        masks[path] = mask[start : start + size].reshape(scores[path].shape)
+    return unflatten(top_k_mask(flatten(scores), counts[GLOBAL]), scores)
+
+
+def within_bounds(scores: Scores, fewest: Counts | None, most: Counts | None) -> Scores:
+    """Scores under which one ranking over all leaves keeps to bounds per leaf.
+
+    Args:
+      scores: path -> scores.
+      fewest: path -> how many weights its leaf keeps at least, whatever the other leaves score:
+        its best are lifted to +inf. Their sum must not pass the number kept in all.
+      most: path -> how many it keeps at most: the others become -inf. Their sum must not be less
+        than the number kept in all.
+    """
+    for kind, bound in (('fewest', fewest), ('most', most)):
+        if bound is not None:
+            check_same_paths(f'bounds ({kind})', bound, scores)
+    if most is not None:
+        scores = {
+            path: jnp.where(top_k_mask(leaf, most[path]), leaf, -jnp.inf)
+            for path, leaf in scores.items()
+        }
+    if fewest is not None:
+        scores = {
+            path: jnp.where(top_k_mask(leaf, fewest[path]), jnp.inf, leaf)
+            for path, leaf in scores.items()
+        }
+    return scores
+
+
+def flatten(leaves: dict[str, jax.Array]) -> jax.Array:
+    """All entries in one row, leaves in sorted path order."""
+    return jnp.concatenate([leaves[path].reshape(-1) for path in sorted(leaves)])
+
+
+def unflatten(flat: jax.Array, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The way back from `flatten`."""
+    leaves, start = {}, 0
+    for path in sorted(like):
+        size = like[path].size
+        leaves[path] = flat[start : start + size].reshape(like[path].shape)
         start += size
-    return masks
+    return leaves
 
 
 def layerwise_top_k(scores: Scores, counts: Counts) -> Masks:
@@ -111,6 +151,35 @@ def layerwise_top_k(scores: Scores, counts: Counts) -> Masks:
     """
     check_same_paths('counts of a layerwise selection', counts, scores)
     return {path: top_k_mask(leaf, counts[path]) for path, leaf in sorted(scores.items())}
+
+
+def unit_norm(scores: Scores) -> Scores:
+    """Each leaf divided by its L2 norm plus 1e-8, so that no leaf wins by its scale alone.
+
+    A global ranking of raw magnitudes compares the layers' scales above all; jaxpruner divides
+    by the norm before its global rankings unless told otherwise (Lee et al., 2023,
+    arXiv:2304.14082). Within a leaf the order stays, but for rounding. As a selection:
+    `lambda scores, counts: global_top_k(unit_norm(scores), counts)`.
+
+    The norm is taken over the finite entries, where jaxpruner takes it over all: with pruned
+    entries at -inf every score of its leaf would become 0 or NaN. What is not finite stays as it
+    is: -inf and NaN are never kept, +inf ranks first.
+
+    Args:
+      scores: path -> float scores of any shape; half floats are widened first.
+
+    Returns:
+      The same paths and shapes. A leaf without a finite entry above 0 in size stays as it is.
+    """
+
+    def scaled(leaf):
+        finite = jnp.where(jnp.isfinite(leaf), leaf, 0)
+        # Squares of scores beyond 1e19 overflow; the scale 1 leaves ordinary scores untouched.
+        scale = jnp.max(jnp.abs(finite), initial=1)
+        norm = jnp.sqrt(jnp.square(finite / scale).sum())
+        return leaf / scale / (norm + 1e-8 / scale)
+
+    return {path: scaled(as_floats(leaf)) for path, leaf in sorted(scores.items())}
 
 
 def kept(masks: Masks) -> dict[str, jax.Array]:

@@ -14,7 +14,7 @@ from jaxprune.data import FetchFn
 from jaxprune.optim import Optimizer, mask_opt_state, sparse
 from jaxprune.problem import view_of
 from jaxprune.rng import stream
-from jaxprune.types import Batch, Counts, Hyper, Key, Problem, Pruner, RunState
+from jaxprune.types import Batch, Counts, Hyper, Key, Masks, Problem, Pruner, RunState, View
 
 
 def init_run(problem: Problem, optimizer: Optimizer) -> Callable[[Key, Hyper], RunState]:
@@ -92,7 +92,8 @@ def train_segment(fetched):
 def event(problem: Problem, optimizer: Optimizer, pruner: Pruner):
     """One pruning event, the same order for every method.
 
-    View -> score and select -> pruned weights to zero -> their optimizer moments to zero.
+    View -> score and select -> returning weights take their values -> pruned weights to zero ->
+    their optimizer moments to zero.
 
     Returns:
       `(key, hyper, state, counts, batches) -> (state, info)`.
@@ -101,15 +102,35 @@ def event(problem: Problem, optimizer: Optimizer, pruner: Pruner):
     def prune(key: Key, hyper: Hyper, state: RunState, counts: Counts, batches: Batch | None):
         view = view_of(problem, state)
         method_state, masks, info = pruner.update(key, state.method_state, view, counts, batches)
-        tx = optimizer.make(hyper, jnp.asarray(hyper.learning_rate))
-        opt_state = mask_opt_state(tx, state.opt_state, state.params, masks)
-        params = tree.apply_masks(state.params, masks)
-        new = state._replace(
-            params=params, opt_state=opt_state, masks=masks, method_state=method_state
-        )
-        return new, info
+        state = state._replace(method_state=method_state)
+        return _masked(optimizer, pruner, hyper, state, view, masks), info
 
     return prune
+
+
+def last_event(problem: Problem, optimizer: Optimizer, pruner: Pruner):
+    """`(hyper, state, active) -> (state, info)`: the masks of `pruner.finish`."""
+
+    def finish(hyper: Hyper, state: RunState, active: jax.Array):
+        masks, info = pruner.finish(state.method_state, active)
+        return _masked(optimizer, pruner, hyper, state, view_of(problem, state), masks), info
+
+    return finish
+
+
+def _masked(
+    optimizer: Optimizer, pruner: Pruner, hyper: Hyper, state: RunState, view: View, masks: Masks
+) -> RunState:
+    """The state under new masks."""
+    params = state.params
+    if pruner.restore is not None:
+        params = tree.put(params, pruner.restore(state.method_state, view))
+    tx = optimizer.make(hyper, jnp.asarray(hyper.learning_rate))
+    return state._replace(
+        params=tree.apply_masks(params, masks),
+        opt_state=mask_opt_state(tx, state.opt_state, params, masks),
+        masks=masks,
+    )
 
 
 def first_event(problem: Problem, pruner: Pruner):

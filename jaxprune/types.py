@@ -131,10 +131,12 @@ class PruneInfo(NamedTuple):
     Attributes:
       kept: path -> how many weights the new mask keeps, int32.
       nonfinite: how many scores of weights still in play were NaN or infinite, int32.
+      nonzero: how many of them were not zero, int32; without any there is nothing to rank by.
     """
 
     kept: dict[str, jax.Array]
     nonfinite: jax.Array
+    nonzero: jax.Array
 
 
 class ScoreFn(Protocol):
@@ -146,14 +148,20 @@ SelectFn = Callable[[Scores, Counts], Masks]
 
 
 class Pruner(NamedTuple):
-    """A pruning method: a pair of pure functions, called once per event.
+    """A pruning method: a few pure functions, called at pruning events.
 
     Attributes:
       init: `(key, view) -> method_state`.
       update: `(key, method_state, view, counts, batches) -> (method_state, masks, info)`.
       needs: what an event must be given: 'data', 'shape' (an input's shape only) or nothing.
+      restore: `(method_state, view) -> weights`: the values that weights take after an event,
+        before those the new masks prune are zeroed; None where no pruned weight ever returns.
+      finish: `(method_state, active) -> (masks, info)`: after the last round, masks with at least
+        that many weights on a path from input to output; None where the counts have the last word.
     """
 
     init: Callable[[Key, View], PyTree]
     update: Callable[[Key, PyTree, View, Counts, Batch | None], tuple[PyTree, Masks, PruneInfo]]
     needs: frozenset[str]
+    restore: Callable[[PyTree, View], Weights] | None = None
+    finish: Callable[[PyTree, ArrayLike], tuple[Masks, PruneInfo]] | None = None

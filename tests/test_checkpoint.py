@@ -24,6 +24,10 @@ from jaxprune.sweep.program import device_data, make_program
 from jaxprune.sweep.progress import ignored
 from jaxprune.sweep.run import run_chunk
 
+#: Numbers are compared bit for bit, also with those of other processes.
+pytestmark = pytest.mark.optimised
+
+
 TABLE = {
     'name': 'saved',
     'model': {'name': 'mlp', 'widths': [16]},

@@ -1,8 +1,9 @@
 """Scores and masks against numbers from the published code of the papers.
 
-The expectations are outputs of ganguli-lab/Synaptic-Flow (9dfa57a) and alecwangcq/GraSP (f17d87a)
-on small fixed networks, see `golden/README.md` for how to read the files. Scores agree in float64
-to 1e-9 of the largest of a layer, masks exactly; float32 may swap 0.2 % of the kept weights.
+The expectations are outputs of ganguli-lab/Synaptic-Flow (9dfa57a), alecwangcq/GraSP (f17d87a) and
+avysogorets/Effective-Sparsity (7924cfe) on small fixed networks, see `golden/README.md` for how to
+read the files. Scores agree in float64 to 1e-9 of the largest of a layer, masks exactly; float32
+may swap 0.2 % of the kept weights.
 
 Those codes sum over minibatches where we average, and they round counts differently: they remove
 `int((1 - density) * N)` weights, we keep `round(density * N)`. Where masks are compared the counts
@@ -582,7 +583,30 @@ def test_grasp_masks_of_its_authors(name, temperature, ratio):
     assert_same_masks(masks, layers(file, f'keepmask_T{temperature}_ratio{ratio}_f64'))
 
 
-# --- where we depart --------------------------------------------------------------------------
+# --- iterated SNIP ----------------------------------------------------------------------------
+
+
+def test_iterated_snip_of_synaptic_flow_is_force():
+    """Expectation: `mask_snip_iter10_c1e1` all bits, and how many weights each round revived.
+
+    Their SNIP is a derivative with respect to the mask, which is not zero where the mask is.
+    """
+    c, file = case('convbn'), golden('synflow_convbn_iter_snip_grasp')
+    force = jax.jit(jp.score.force(c.problem, train=False))
+    dense = c.view.weights
+    counts = their_rounds(c, 0.1, 10, 'exponential')['*']
+    masks, revived = c.view.masks, []
+    for count, remaining in zip(counts, file['out/remaining_snip_after_round'], strict=True):
+        scores = force(KEY, c.masked(masks)._replace(initial=dense), c.batches())
+        new = global_top_k(scores, {'*': count})
+        assert kept(new) == count == remaining
+        revived.append(kept({path: new[path] & ~masks[path] for path in new}))
+        masks = new
+    assert revived == file['out/revived_snip_per_round'].tolist()
+    assert_same_masks(masks, layers(file, 'mask_snip_iter10_c1e1_f64'))
+    order = [f'{layer}/kernel' for layer in c.file['meta/layer_order']]
+    remaining = file['out/remaining_snip_iter10_c1e1_f64'].tolist()
+    assert [int(masks[path].sum()) for path in order] == remaining
 
 
 def test_iterated_snip_differs_because_ours_never_revives():
@@ -601,3 +625,38 @@ def test_iterated_snip_differs_because_ours_never_revives():
         _, masks, _ = update(KEY, (), c.masked(masks), {'*': count}, c.batches())
         assert kept(masks) == count
         assert all(bool((before[path] | ~masks[path]).all()) for path in masks)
+
+
+# --- LAMP -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def lamp_scores():
+    file = golden('effsp_magnitude_masks')
+    weights = {
+        f'{name.split("/")[-1]}/kernel': jnp.asarray(w)
+        for name, w in file.items()
+        if name.startswith('in/weight/')
+    }
+    view = jp.View(dict(sorted(weights.items())), None, None, None)
+    return file, view.weights, jax.device_get(jax.jit(jp.score.lamp())(KEY, view, None))
+
+
+def test_lamp_scores():
+    """Expectation: `lamp_score`, which has 1e-8 added to the sum `w^2 / score` it divides by."""
+    file, weights, ours = lamp_scores()
+    squares = {path: np.asarray(w) ** 2 for path, w in weights.items()}
+    theirs = {path: squares[path] / (squares[path] / ours[path] + 1e-8) for path in ours}
+    reference = layers(file, 'lamp_score')
+    assert_close(theirs, reference)
+    # And without it: to 1e-8 over the smallest sum of squares of a layer.
+    assert_close(ours, reference, 1e-6)
+
+
+@pytest.mark.parametrize('sparsity', [0.5, 0.7, 0.8, 0.9, 0.95, 0.98])
+def test_lamp_masks(sparsity):
+    """Expectation: `lamp_mask`, all bits: `int(s N)` weights removed, the 1e-8 changes no rank."""
+    file, weights, ours = lamp_scores()
+    total = sum(w.size for w in weights.values())
+    masks = global_top_k(ours, {'*': total - int(sparsity * total)})
+    assert_same_masks(masks, layers(file, f'lamp_mask/s{sparsity}'))

@@ -2,16 +2,19 @@
 
 import html.parser
 import itertools
+import math
+import re
 import subprocess
 import sys
 
 import numpy as np
 import polars as pl
 import pytest
+from matplotlib.colors import to_rgb
 
 from jaxprune import report
 from jaxprune.errors import StoreError
-from jaxprune.report import curves, heatmap, page, style, tables, text
+from jaxprune.report import curves, effective, heatmap, page, style, tables, terminal, text
 from jaxprune.stats import bootstrap_interval
 from jaxprune.sweep import store
 
@@ -24,10 +27,20 @@ class Sweep:
     """A made-up sweep: frames, and the accuracies and counts they were made from."""
 
     def __init__(
-        self, labels=LABELS, grid=GRID, seeds=4, epochs=3, *, dense=True, extra=({},), paths=PATHS
+        self,
+        labels=LABELS,
+        grid=GRID,
+        seeds=4,
+        epochs=3,
+        *,
+        dense=True,
+        extra=({},),
+        paths=PATHS,
+        gap=lambda label, compression, seed: 1.0,
     ):
+        """`gap` is effective over direct compression; labels that end in 'effective' aim at it."""
         rng = np.random.default_rng(0)
-        self.accuracy, self.kept, rows, leaves = {}, {}, [], []
+        self.accuracy, self.kept, self.effective, rows, leaves = {}, {}, {}, [], []
         total = sum(paths.values())
         for extras in extra:
             jobs = [('dense', 1.0)] * dense
@@ -39,8 +52,22 @@ class Sweep:
                 kept = [max(1, round(size / compression)) for size in paths.values()]
                 if label == 'magnitude' and (compression, seed) in ((200, 1), (500, 0), (500, 1)):
                     kept[1] = 0
+                aimed = label.endswith('effective')
+                factor = gap(label, compression, seed) if label in labels else 1.0
+                factor = np.inf if 0 in kept else factor
+                if aimed and np.isfinite(factor):
+                    kept = [
+                        min(size, math.ceil(factor * size / compression)) for size in paths.values()
+                    ]
+                if np.isinf(factor):
+                    accuracy = 0.1
+                direct = total / sum(kept)
                 self.accuracy[run], self.kept[run] = accuracy, kept
-                leaves += [(run, *leaf) for leaf in zip(paths, paths.values(), kept, strict=True)]
+                self.effective[run] = effective = direct * factor
+                active = [round(k / factor) for k in kept]
+                leaves += [
+                    (run, *leaf) for leaf in zip(paths, paths.values(), kept, active, strict=True)
+                ]
                 row = {
                     'run_id': run,
                     'model': 'lenet_300_100',
@@ -49,9 +76,11 @@ class Sweep:
                     'method': label.partition(' ')[0].lower(),
                     'allocation': 'global',
                     'seed': seed,
+                    'target': 'effective' if aimed else 'direct',
                     'target_compression': compression,
-                    'density': 1 / compression,
-                    'compression': total / sum(kept),
+                    'density': sum(kept) / total,
+                    'compression': direct,
+                    'effective_compression': effective,
                     'learning_rate': 0.1,
                     'weight_decay': 5e-4,
                 }
@@ -105,6 +134,11 @@ class Sweep:
         store.write_json(out / 'provenance.json', provenance)
         store.write_bytes(out / 'spec.toml', b'name = "made up"\n[grid]\nseed = [0, 1, 2, 3]\n')
         return out
+
+
+def signs(words):
+    """`10x` with the sign for times."""
+    return re.sub(r'(?<=\d)x', '\N{MULTIPLICATION SIGN}', words)
 
 
 class Page(html.parser.HTMLParser):
@@ -164,7 +198,11 @@ def test_summary_against_numpy():
         assert row['accuracy'] == pytest.approx(accuracy.mean())
         bounds = row['accuracy_low'], row['accuracy_high']
         assert bounds == pytest.approx(bootstrap_interval(accuracy))
-        assert row['compression'] == pytest.approx((sum(PATHS.values()) / kept.sum(1)).mean())
+        direct = sum(PATHS.values()) / kept.sum(1)
+        assert row['compression'] == pytest.approx(np.exp(np.log(direct).mean()))
+        connected = direct[(kept > 0).all(1)]
+        assert row['disconnected'] == 4 - len(connected)
+        assert row['effective_compression'] == pytest.approx(np.exp(np.log(connected).mean()))
         assert row['collapsed'] == (kept == 0).any(1).sum()
         assert row['diverged'] == 0
         if row['method'] == 'dense':
@@ -224,16 +262,16 @@ def test_collapsed_lists_runs_and_layers():
 
 def test_breaking_points():
     rows = [
-        ('A', 2.0, 0.002, 0, 0),
-        ('A', 5.0, 0.013, 0, 0),
-        ('A', 10.0, 0.01, 0, 0),
-        ('A', 20.0, 0.05, 2, 0),
-        ('A', 50.0, 0.8, 4, 0),
-        ('B', 2.0, 0.3, 0, 0),
-        ('B', 5.0, None, 0, 4),
-        ('C', 2.0, -0.01, 0, 0),
+        ('A', 2.0, 0.002, 0, 0, 0),
+        ('A', 5.0, 0.013, 0, 0, 0),
+        ('A', 10.0, 0.01, 0, 0, 1),
+        ('A', 20.0, 0.05, 2, 0, 4),
+        ('A', 50.0, 0.8, 4, 0, 4),
+        ('B', 2.0, 0.3, 0, 0, 0),
+        ('B', 5.0, None, 0, 4, None),
+        ('C', 2.0, -0.01, 0, 0, 0),
     ]
-    columns = ['label', 'target_compression', 'deficit', 'collapsed', 'diverged']
+    columns = ['label', 'target_compression', 'deficit', 'collapsed', 'diverged', 'disconnected']
     summary = pl.DataFrame(rows, schema=columns, orient='row').with_columns(
         method=pl.col('label').str.to_lowercase()
     )
@@ -247,17 +285,47 @@ def test_breaking_points():
         'within_5': 20.0,
         'missed_5': [],
         'collapsed': 20.0,
+        'disconnected': 10.0,
+        'traced': True,
     }
+    assert (second['disconnected'], second['traced']) == (None, False)
     assert (second['within_1'], second['within_5'], second['collapsed']) == (None, None, None)
     assert (third['within_1'], third['tested']) == (2.0, 2.0)
     sentences = dict(text.breaking_sentences(tables.breaking_points(summary)))
     assert sentences['A'] == (
         'within 1 point of dense up to 10\N{MULTIPLICATION SIGN} (though not at '
         '5\N{MULTIPLICATION SIGN}); within 5 points of dense up to 20\N{MULTIPLICATION SIGN}; '
-        'first run with an empty layer at 20\N{MULTIPLICATION SIGN}.'
+        'first disconnected run at 10\N{MULTIPLICATION SIGN}, first run with an empty layer at '
+        '20\N{MULTIPLICATION SIGN}.'
     )
     assert sentences['B'].startswith('at no compression tested within 1 point of dense;')
     assert 'the largest tested' in sentences['C']
+
+
+@pytest.mark.parametrize(
+    ('collapsed', 'disconnected', 'traced', 'words'),
+    [
+        (None, None, True, 'no run lost a whole layer or was disconnected'),
+        (None, None, False, 'no run lost a whole layer (a net can be cut in two without that)'),
+        (None, 30.0, True, 'first disconnected run at 30x, though none lost a whole layer'),
+        (30.0, None, True, 'first run with an empty layer at 30x, but no run was disconnected'),
+        (30.0, None, False, 'first run with an empty layer at 30x'),
+        (30.0, 30.0, True, 'first run with an empty layer, and first disconnected one, at 30x'),
+        (
+            *(10.0, 30.0, True),
+            'first run with an empty layer at 10x, first disconnected run at 30x',
+        ),
+    ],
+)
+def test_what_is_said_of_lost_layers_and_lost_paths(collapsed, disconnected, traced, words):
+    """Expectation: a layer and every path are lost independently where there are skip connections;
+    only what was computed may be denied."""
+    points = {f'within_{limit}': [10.0] for limit in tables.LIMITS}
+    points |= {f'missed_{limit}': [[]] for limit in tables.LIMITS}
+    points |= {'label': ['A'], 'tested': [100.0], 'compared': [True], 'traced': [traced]}
+    points |= {'collapsed': [collapsed], 'disconnected': [disconnected]}
+    [(_, sentence)] = text.breaking_sentences(pl.DataFrame(points))
+    assert sentence.endswith(signs(f'; {words}.'))
 
 
 @pytest.mark.parametrize(
@@ -348,6 +416,263 @@ def test_percent_has_no_minus_zero():
     assert text.percent(None) == text.percent(float('nan')) == text.NONE
 
 
+# Effective compression
+
+# LeNet-300-100 pruned at random, median effective compression of 20 seeds, as computed with the
+# definition of arXiv:2107.02306.
+IGQ = {10: 10.0, 30: 30.0, 100: 102.2, 300: 436.0, 1000: 5300.0}
+UNIFORM = {10: 10.41, 30: 51.5, 100: 1036.0, 300: 2.5e4}
+RANDOM = ['random (uniform)', 'random (IGQ)', 'random (IGQ) to effective', 'SynFlow']
+
+
+def gap(label, compression, seed):
+    """Effective over direct compression; the last seed is cut in two before the others."""
+    if label == 'random (IGQ) to effective':
+        return 1 + compression / 1000
+    if label not in ('random (uniform)', 'random (IGQ)'):
+        return 1.0
+    table = UNIFORM if label == 'random (uniform)' else IGQ
+    if compression not in table or (compression == max(table) and seed == 3):
+        return np.inf
+    ratio = table[compression] / compression
+    return ratio ** (1 + 0.1 * (seed - 1.5))
+
+
+def test_disconnected_runs_are_counted_and_not_averaged():
+    """Expectation: the definition; the mean of logarithms over the connected runs, by NumPy."""
+    sweep = Sweep(RANDOM, [100, 300, 1000, 3000], gap=gap)
+    summary = tables.summary(sweep.results, sweep.layers)
+    seen = []
+    for row in summary.iter_rows(named=True):
+        runs = [f'{row["label"]}-{row["target_compression"]:g}-{seed}-' for seed in range(4)]
+        values = np.array([sweep.effective[run] for run in runs])
+        finite = values[np.isfinite(values)]
+        assert row['disconnected'] == 4 - len(finite)
+        assert row['target'] == ('effective' if row['label'].endswith('effective') else 'direct')
+        seen.append(row['disconnected'])
+        if len(finite):
+            expected = np.exp(np.log(finite).mean())
+            assert row['effective_compression'] == pytest.approx(expected)
+        else:
+            assert row['effective_compression'] is None
+    assert set(seen) == {0, 1, 4}
+    assert tables.settings(sweep.results) == []
+
+
+@pytest.mark.parametrize('value', [None, float('nan')])
+def test_what_was_not_computed_is_neither_connected_nor_disconnected(value):
+    """Expectation: no number, no point, no verdict; runs that have values keep theirs."""
+    sweep = Sweep(RANDOM[:2], [100, 300, 1000], seeds=2, gap=gap)
+    unknown = pl.col('label') == 'random (IGQ)'
+    column = pl.when(unknown).then(pl.lit(value, pl.Float64)).otherwise('effective_compression')
+    sweep.results = sweep.results.with_columns(effective_compression=column)
+    summary = tables.summary(sweep.results, sweep.layers)
+    assert summary.filter(unknown)['disconnected'].is_null().all()
+    assert summary.filter(~unknown)['disconnected'].is_not_null().all()
+    assert tables.connectivity(sweep.results).filter(unknown).is_empty()
+    assert [label for label, _ in text.effective_sentences(summary)] == ['random (uniform)']
+
+
+def test_no_figure_where_nothing_was_computed(tmp_path):
+    """Expectation: the page says so, and earlier figures of ours are gone."""
+    sweep = Sweep(['SNIP'], [10], seeds=1, epochs=1)
+    sweep.results = sweep.results.with_columns(effective_compression=pl.lit(None, pl.Float64))
+    for name in ('accuracy_effective', 'effective_compression'):
+        store.write_bytes(tmp_path / 'figures' / f'{name}.png', b'\x89PNG')
+    made = check_page(sweep.write(tmp_path))
+    assert 'Effective compression was not computed for these runs.' in made.text
+    assert not list((tmp_path / 'figures').glob('*effective*'))
+    assert 'disconnected run' not in made.text and 'No run was disconnected' not in made.text
+
+
+def test_points_are_split_into_connected_and_disconnected_runs():
+    """Expectation: NumPy over the runs of either kind; accuracy 0.1 is that of disconnected ones in
+    this made-up sweep; effective is never below direct compression, whatever is averaged."""
+    sweep = Sweep(RANDOM, [100, 300, 1000], gap=gap)
+    frame = tables.connectivity(sweep.results)
+    assert (frame['effective_compression'] >= frame['compression'] * (1 - 1e-12)).all()
+    for row in frame.iter_rows(named=True):
+        runs = [f'{row["label"]}-{row["target_compression"]:g}-{seed}-' for seed in range(4)]
+        runs = [run for run in runs if np.isinf(sweep.effective[run]) == row['disconnected']]
+        values = np.array([sweep.effective[run] for run in runs])
+        assert (row['runs'], row['seeds']) == (len(runs), 4)
+        assert (row['effective_low'], row['effective_high']) == (values.min(), values.max())
+        assert row['accuracy'] == pytest.approx(np.mean([sweep.accuracy[run] for run in runs]))
+        if row['disconnected']:
+            assert row['accuracy'] == pytest.approx(0.1)
+    split = frame.filter(pl.col('runs') < 4)
+    assert split['label'].to_list() == ['random (uniform)'] * 2 + ['random (IGQ)'] * 2
+    assert split['disconnected'].to_list() == [False, True] * 2 and split['runs'].to_list() == [
+        *(3, 1),
+        *(3, 1),
+    ]
+    assert tables.labels(frame) == RANDOM
+
+
+def test_a_run_without_any_weight_is_drawn_at_its_target():
+    """Expectation: an infinite direct compression has no place on an axis; its target has."""
+    sweep = Sweep(['SNIP'], [10, 20], seeds=1, gap=lambda *_: np.inf)
+    sweep.results = sweep.results.with_columns(
+        compression=pl.when(pl.col('label') == 'SNIP').then(np.inf).otherwise('compression')
+    )
+    row = tables.summary(sweep.results, sweep.layers).row(1, named=True)
+    assert row['compression'] == np.inf and text.number(row['compression']) == text.INFINITE
+    frame = tables.connectivity(sweep.results).filter(pl.col('label') == 'SNIP')
+    assert frame['compression'].to_list() == pytest.approx([10, 20])
+    for drawing, _ in page.figures(sweep.results, sweep.layers).values():
+        check_no_overlap(drawing)
+
+
+def test_sentences_about_effective_compression():
+    """Expectation: the two tables above. Over all four seeds the mean is the table's number; over
+    three, its ratio to direct has the exponent 0.95: 1000 * 5.3^0.95 = 4876, 300 * 83.3^0.95 =
+    20044. Aimed at c, direct is c / (1 + c / 1000), a little more where the last layer is full."""
+    sweep = Sweep([*RANDOM, 'GraSP'], [10, 30, 100, 300, 1000, 3000], gap=gap)
+    summary = tables.summary(sweep.results, sweep.layers)
+    sentences = dict(text.effective_sentences(summary))
+    assert list(sentences) == [*RANDOM, 'GraSP']
+    assert sentences['random (IGQ)'] == signs(
+        'effective equals direct within 5 % up to 100x; 436x at 300x; 4880x at 1000x where '
+        'connected; first disconnected run at 1000x (1 of 4).'
+    )
+    assert sentences['random (uniform)'] == signs(
+        'effective equals direct within 5 % up to 10x; 51.5x at 30x; 20000x at 300x where '
+        'connected; first disconnected run at 300x (1 of 4).'
+    )
+    assert sentences['SynFlow'] == signs(
+        'effective equals direct within 5 % up to 3000x, the largest tested.'
+    )
+    assert sentences['random (IGQ) to effective'] == signs(
+        'pruned to a given effective compression; effective equals direct within 5 % up to 30x; '
+        '100x effective at 90.9x direct; 2990x effective at 748x direct.'
+    )
+    for factor, words in (
+        (np.inf, 'first disconnected run at 10x (4 of 4).'),
+        (2.0, 'effective exceeds direct by more than 5 % already at 10x; 20x at 10x.'),
+    ):
+        one = Sweep(['SNIP'], [10], gap=lambda *_, factor=factor: factor)
+        [(_, sentence)] = text.effective_sentences(tables.summary(one.results, one.layers))
+        assert sentence == signs(words)
+
+
+def drawn_lines(axes, **look):
+    """Data of the lines with more than one point and this look, `[(x, y), ...]`."""
+    return [
+        line.get_xydata().T
+        for line in axes.lines
+        if len(line.get_xdata()) > 1
+        and all(getattr(line, f'get_{k}')() == v for k, v in look.items())
+    ]
+
+
+def test_accuracy_is_drawn_over_both_compressions():
+    """Expectation: the rows of the tables; the strip holds each disconnected point once."""
+    sweep = Sweep(RANDOM, [10, 100, 300, 1000], gap=gap)
+    summary = tables.summary(sweep.results, sweep.layers)
+    frame = tables.connectivity(sweep.results)
+    drawing = effective.accuracy(frame, summary, [{}], style.lines(RANDOM))
+    axes, strip = drawing.axes
+    for label, look in style.lines(RANDOM).items():
+        solid, dashed = (
+            drawn_lines(axes, color=look['color'], linestyle=kind) for kind in ('-', '--')
+        )
+        mine = pl.col('label') == label
+        rows = frame.filter(mine, ~pl.col('disconnected'))
+        [(x, y)] = solid
+        assert x == pytest.approx([1, *rows['effective_compression']])
+        assert y[1:] == pytest.approx(100 * rows['accuracy'].to_numpy())
+        [(x, y)] = dashed
+        assert x == pytest.approx([1, *summary.filter(mine)['compression']])
+        assert y[1:] == pytest.approx(100 * summary.filter(mine)['accuracy'].to_numpy())
+    points = [line for line in strip.lines if len(line.get_xdata()) == 1]
+    assert len(points) == frame['disconnected'].sum() == 3
+    half = [line.get_fillstyle() == 'left' for line in points]
+    assert half == [True, False, True]
+    words = check_no_overlap(drawing)
+    assert f'{text.INFINITE}\ndisconnected' in words
+
+    plain = Sweep(['SNIP', 'SynFlow'], [10, 100], seeds=1)
+    frame, summary = (
+        tables.connectivity(plain.results),
+        tables.summary(plain.results, plain.layers),
+    )
+    looks = style.lines(['SNIP', 'SynFlow'])
+    assert len(effective.accuracy(frame, summary, [{}], looks).axes) == 1
+
+
+def test_effective_is_drawn_over_direct_compression():
+    """Expectation: the rows of the table; what is disconnected is in the strip above."""
+    sweep = Sweep(RANDOM, [10, 100, 300, 1000], gap=gap)
+    frame = tables.connectivity(sweep.results)
+    # A label more in the sweep, of which nothing is known, takes no one's colour and no place.
+    looks = style.lines(['unknown', *RANDOM])
+    drawing = effective.compressions(frame, [{}], looks)
+    axes, strip = drawing.axes
+    for label in RANDOM:
+        rows = frame.filter(pl.col('label') == label, ~pl.col('disconnected'))
+        [(x, y)] = drawn_lines(axes, color=looks[label]['color'])
+        assert x == pytest.approx(rows['compression'].to_numpy())
+        assert y == pytest.approx(rows['effective_compression'].to_numpy())
+    cut = frame.filter('disconnected')
+    places = [line.get_xdata()[0] for line in strip.lines]
+    assert places == pytest.approx(cut['compression'].to_list())
+    # One line of the strip per label.
+    assert len({line.get_ydata()[0] for line in strip.lines}) == cut['label'].n_unique() == 2
+    assert 'unknown' not in check_no_overlap(drawing)
+
+
+def test_captions_say_what_differs():
+    """Expectation: the four situations the captions tell apart, one sweep each."""
+
+    def captions(**options):
+        sweep = Sweep(seeds=2, epochs=1, **options)
+        drawn = page.figures(sweep.results, sweep.layers.clear())
+        return [words['caption'] for _, words in drawn.values()], drawn
+
+    (first, second, third), drawn = captions(labels=['SNIP'], grid=[10, 20])
+    assert 'target' not in first and 'the dashed lines are covered' in second
+    assert 'No run is more than a percent off the diagonal.' in third
+    assert 'disconnected' not in second + third
+    assert drawn['accuracy'][0].get_supxlabel().startswith('compression (')
+
+    rates = [{'learning_rate': rate} for rate in (0.1, 0.01)]
+    (first, second, third), drawn = captions(labels=RANDOM, grid=[10, 100], gap=gap, extra=rates)
+    assert 'The target is effective compression for random (IGQ) to effective, direct' in first
+    assert drawn['accuracy'][0].get_supxlabel() == 'target compression (direct or effective)'
+    assert 'more than a percent' not in third and 'covered' not in second
+    assert third.endswith('The same in every setting, so it is drawn once.')
+    assert len(drawn['effective_compression'][0].axes) == 1
+    assert len(drawn['accuracy_effective'][0].axes) == 2
+
+    (first, _, _), drawn = captions(labels=RANDOM[2:3], grid=[10], gap=gap)
+    assert 'target' not in first
+    assert drawn['accuracy'][0].get_supxlabel().startswith('effective compression')
+
+
+def test_table_for_the_terminal():
+    """Expectation: the largest compression's effective one; `!` where a run failed."""
+    sweep = Sweep(RANDOM, [100, 300], gap=gap)
+    table = terminal.summary_table(tables.summary(sweep.results, sweep.layers))
+    assert [column.header for column in table.columns] == [
+        *('method', '1', '100', '300', 'effective at 300')
+    ]
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[4] == ['', '20048, ∞ in 1', '436', '300', '300']
+    assert [cell.endswith('!') for cell in cells[3]] == [False, True, False, False, False]
+    assert 'every path' in table.caption
+
+
+def test_round_values():
+    """Expectation: by hand."""
+    assert style.round_values(1, 100) == [1, 2, 5, 10, 20, 50, 100]
+    assert style.round_values(19.999, 250) == [20, 50, 100, 200]
+    assert style.round_values(13, 15) == [13, 15] and style.round_values(10, 10) == [10]
+    values = style.round_values(1, 1000)
+    wide, narrow = ([step * i for i in range(10)] for step in (30, 9))
+    assert style.regular(values, wide, [20] * 10) == list(range(10))
+    assert style.regular(values, narrow, [20] * 10) == [0, 3, 6, 9]
+
+
 # The page
 
 
@@ -377,11 +702,16 @@ def check_page(out):
 def test_a_finished_sweep(tmp_path):
     made = check_page(Sweep().spoil('GraSP-50-2-').write(tmp_path))
     names = [file.name for file in sorted((tmp_path / 'figures').iterdir())]
-    assert names == ['accuracy.png', 'layers.png', 'learning_accuracy.png', 'learning_loss.png']
+    assert names == [
+        *('accuracy.png', 'accuracy_effective.png', 'effective_compression.png'),
+        *('layers.png', 'learning_accuracy.png', 'learning_loss.png'),
+    ]
     assert f'{4 + 4 * 54} of {4 + 4 * 54} runs finished.' in made.text
     assert 'made <up> & odd' in made.text
     for words in (
         'Collapsed: 3 runs lost a whole layer',
+        'Disconnected: 3 runs have no path from input to output left',
+        'magnitude: 200x (1 of 4), 500x (2 of 4)',
         'Diverged: 1 run ended',
         'magnitude-500-1- magnitude 500 1 dense_1/kernel',
         f'commit c0ffee diff {text.NONE} dirty False',
@@ -390,7 +720,7 @@ def test_a_finished_sweep(tmp_path):
         'started tuesday',
         'seed = [0, 1, 2, 3]',
     ):
-        assert words in made.text
+        assert signs(words) in made.text
     summary = tables.summary(store.read_results(tmp_path), store.read_layers(tmp_path))
     for row in summary.iter_rows(named=True):
         assert f'{100 * row["accuracy"]:.2f}' in made.text
@@ -403,14 +733,20 @@ def test_equal_sweeps_give_equal_bytes(tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_an_unfinished_sweep_says_so_first(tmp_path):
+@pytest.fixture
+def words_only(monkeypatch):
+    """Leaves out the pixels, the slowest part, where a test is about words or files."""
+    monkeypatch.setattr(style, 'png', lambda drawing: b'\x89PNG')
+
+
+def test_an_unfinished_sweep_says_so_first(tmp_path, words_only):
     made = check_page(Sweep(['SNIP', 'GraSP']).write(tmp_path, unfinished=2))
     words = made.text
     assert '63 of 76 runs finished.' in words
     assert words.index('runs finished') < words.index('Accuracy against compression')
 
 
-def test_stale_figures_go_and_foreign_ones_stay(tmp_path):
+def test_stale_figures_go_and_foreign_ones_stay(tmp_path, words_only):
     Sweep(['SNIP'], [10]).write(tmp_path)
     for name in ('layers_3.png', 'mine.png'):
         store.write_bytes(tmp_path / 'figures' / name, b'\x89PNG')
@@ -446,7 +782,7 @@ def test_odd_sweeps(tmp_path, sweep):
     check_page(sweep.write(tmp_path))
 
 
-def test_settings_get_a_panel_each_and_say_when_there_are_too_many(tmp_path):
+def test_settings_get_a_panel_each_and_say_when_there_are_too_many(tmp_path, words_only):
     extra = [{'learning_rate': rate, 'momentum': m} for rate in (0.1, 0.01) for m in (0.0, 0.9)]
     sweep = Sweep(['SNIP'], [10, 20], seeds=2, extra=extra, epochs=1)
     made = check_page(sweep.write(tmp_path / 'four'))
@@ -556,7 +892,7 @@ def test_texts_of_any_grid_do_not_touch(count):
     grid = sorted({float(value) for value in np.geomspace(1.3, 12_345, count)})
     sweep = Sweep(LABELS[:3], grid, seeds=2, epochs=2)
     drawn = page.figures(sweep.results, sweep.layers)
-    assert len(drawn) == 4
+    assert len(drawn) == 6
     for drawing, words in drawn.values():
         check_no_overlap(drawing)
         assert ('12 of 40 evenly chosen' in words['caption']) == (
@@ -567,8 +903,10 @@ def test_texts_of_any_grid_do_not_touch(count):
 @pytest.mark.parametrize('count', [1, 6, 12])
 def test_texts_of_learning_curves_and_layers_do_not_touch(count):
     sweep = Sweep(names(count), seeds=2, epochs=12)
-    for drawing, _ in page.figures(sweep.results, sweep.layers).values():
-        check_no_overlap(drawing)
+    learning = tables.learning(sweep.results)
+    for column in ('test_accuracy', 'train_loss'):
+        check_no_overlap(curves.learning(learning, column, 'epoch', style.lines(names(count))))
+    check_no_overlap(heatmap.layers(tables.densities(sweep.results, sweep.layers))[0])
 
 
 def test_texts_of_many_settings_do_not_touch():
@@ -576,6 +914,28 @@ def test_texts_of_many_settings_do_not_touch():
     sweep = Sweep(LABELS[:2], [10, 500, 1000], seeds=2, epochs=2, extra=extra)
     for drawing, _ in page.figures(sweep.results, sweep.layers).values():
         check_no_overlap(drawing)
+
+
+def test_texts_of_effective_compression_do_not_touch():
+    """Expectation: figures with strips at their fullest, several settings with narrow panels."""
+
+    def cut(label, compression, seed):
+        return np.inf if compression > 100 else 1.0 + seed
+
+    labels = [*RANDOM, *names(12)[2:10]]
+    rates = [{'learning_rate': rate} for rate in (0.1, 0.01, 0.001)]
+    for sweep in (
+        Sweep(labels, [10, 100, 1000, 10_000], seeds=2, epochs=1, gap=cut),
+        Sweep(RANDOM, [10, 100, 300], seeds=4, epochs=1, gap=gap, extra=rates),
+    ):
+        frame, summary = (
+            tables.connectivity(sweep.results),
+            tables.summary(sweep.results, sweep.layers),
+        )
+        settings = [setting for setting, _ in tables.split(frame, tables.settings(sweep.results))]
+        looks = style.lines(tables.labels(summary))
+        check_no_overlap(effective.accuracy(frame, summary, settings, looks))
+        check_no_overlap(effective.compressions(frame, settings, looks))
 
 
 @pytest.mark.parametrize('count', [13, 161])
@@ -592,3 +952,33 @@ def test_colours_markers_and_dashes_tell_a_dozen_methods_apart():
     looks = style.lines(names(12))
     assert len({(look['color'], str(look['linestyle'])) for look in looks.values()}) == 12
     assert len({look['marker'] for look in looks.values()}) == 12
+
+
+def test_no_colour_deficiency_confuses_the_added_colours():
+    """Expectation: distances in CIELAB after the simulation of Machado et al. (2009) at full
+    severity; the first six colours of ten are Okabe's and Ito's own."""
+    deficiencies = np.reshape(
+        [
+            *(1, 0, 0, 0, 1, 0, 0, 0, 1),
+            *(0.152286, 1.052583, -0.204868, 0.114503, 0.786281, 0.099216),
+            *(-0.003882, -0.048116, 1.051998),
+            *(0.367322, 0.860646, -0.227968, 0.280085, 0.672501, 0.047413),
+            *(-0.011820, 0.042940, 0.968881),
+            *(1.255528, -0.076749, -0.178779, -0.078411, 0.930809, 0.147602),
+            *(0.004733, 0.691367, 0.303900),
+        ],
+        (4, 3, 3),
+    )
+    to_xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    )
+    looks = style.lines([str(i) for i in range(10)]).values()
+    colours = np.array([to_rgb(look['color']) for look in looks] + [to_rgb(style.INK)])
+    light = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    assert len(np.unique(colours, axis=0)) == 11
+    linear = np.clip(light @ deficiencies.swapaxes(1, 2), 0, 1)
+    scaled = linear @ to_xyz.T / [0.9505, 1, 1.089]
+    x, y, z = np.where(scaled > 0.008856, np.cbrt(scaled), 7.787 * scaled + 16 / 116).T
+    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)]).T
+    apart = np.linalg.norm(lab[:, :, None] - lab[:, None], axis=-1) + 1e9 * np.eye(11)
+    assert apart.min() == apart[:, :6, :6].min() > 15

@@ -261,10 +261,15 @@ def test_a_pruner_never_revives_and_counts_what_is_not_finite():
     key = jax.random.key(0)
     for monotone, expected in ((True, [1, 0, 0, 1, 1, 0]), (False, [0, 1, 0, 1, 1, 0])):
         pruner = jp.pruner(lambda key, view, batches: scores, monotone=monotone)
-        _, new, info = pruner.update(key, pruner.init(key, view), view, {'*': 3}, None)
+        dense = view._replace(masks={'kernel': jnp.ones((1, 6), bool)})
+        _, new, info = pruner.update(key, pruner.init(key, dense), view, {'*': 3}, None)
         assert new['kernel'].tolist() == [[bool(e) for e in expected]]
-        assert info.nonfinite == 2
+        assert info.nonfinite == (2 if monotone else 3)
+        assert info.nonzero == (4 if monotone else 6)
         assert info.kept == {'kernel': 3}
+        # What was pruned before the first round returns under neither.
+        _, new, _ = pruner.update(key, pruner.init(key, view), view, {'*': 3}, None)
+        assert new['kernel'].tolist() == [[True, False, False, True, True, False]]
     wrong = jp.pruner(lambda key, view, batches: {'k': scores['kernel']})
     with pytest.raises(PruneError, match='scores lack kernel and have unknown k'):
         wrong.update(key, (), view, {'*': 3}, None)

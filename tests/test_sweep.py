@@ -27,6 +27,9 @@ from jaxprune.errors import StoreError
 from jaxprune.sweep import make_plan, make_spec, status, store, to_toml
 from jaxprune.sweep.load import spec_hash
 
+#: Numbers are compared bit for bit, also with those of other processes.
+pytestmark = pytest.mark.optimised
+
 ROOT = Path(__file__).parents[1]
 TABLE = {
     'name': 'tiny',
@@ -112,7 +115,8 @@ def test_columns_and_rows(finished):
     # What a run is, what it was asked for and what it measured; null 'error' = nothing went wrong.
     assert results.columns == [
         *('run_id', 'model', 'dataset', 'label', 'method', 'allocation', 'seed'),
-        *('target_compression', 'density', 'compression', 'learning_rate', 'weight_decay'),
+        *('target', 'target_compression', 'density', 'compression', 'effective_compression'),
+        *('learning_rate', 'weight_decay'),
         *('step', 'epoch', 'train_loss', 'test_loss', 'test_accuracy', 'error'),
     ]
     assert dict(results.schema) == store.RESULTS
@@ -131,7 +135,7 @@ def test_columns_and_rows(finished):
     assert set(results['model']) == {'mlp'} and set(results['dataset']) == {'mnist_small'}
 
     layers = store.read_layers(out)
-    assert layers.columns == ['run_id', 'path', 'size', 'kept']
+    assert layers.columns == ['run_id', 'path', 'size', 'kept', 'active']
     assert dict(layers.schema) == store.LAYERS
     assert len(layers) == (pruned + dense) * len(SHAPES)
     assert set(layers['path']) == set(SHAPES)

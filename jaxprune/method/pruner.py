@@ -1,13 +1,47 @@
 """The pruner every score-and-select method is made of."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxprune.errors import PruneError
-from jaxprune.select import global_top_k, kept
+from jaxprune.select import global_top_k, kept, within_bounds
+from jaxprune.structure import Ranking
 from jaxprune.tree import check_same_paths
-from jaxprune.types import Batch, Counts, Key, PruneInfo, Pruner, ScoreFn, SelectFn, View
+from jaxprune.types import (
+    Batch,
+    Counts,
+    Key,
+    Masks,
+    PruneInfo,
+    Pruner,
+    ScoreFn,
+    SelectFn,
+    View,
+    Weights,
+)
+
+#: `(ranking, active) -> (masks, active weights found)`, see `structure.prune_to_active`.
+FinishFn = Callable[[Ranking, ArrayLike], tuple[Masks, jax.Array]]
+
+
+class Memory(NamedTuple):
+    """What a pruner that may bring weights back carries from round to round.
+
+    Attributes:
+      initial: the weights as they were before the first round.
+      masks: the masks as they were then: what was pruned before never returns.
+      round: rounds so far, int32.
+      ranking: every weight's last score; None where the counts have the last word.
+    """
+
+    initial: Weights
+    masks: Masks
+    round: jax.Array
+    ranking: Ranking | None
 
 
 def pruner(
@@ -16,41 +50,91 @@ def pruner(
     *,
     monotone: bool = True,
     needs: Iterable[str] = (),
+    fewest: Counts | None = None,
+    most: Counts | None = None,
+    finish: FinishFn | None = None,
 ) -> Pruner:
     """Scores the weights, keeps the best.
 
     Args:
       score: high = keep.
       select: `global_top_k` or `layerwise_top_k`.
-      monotone: pruned weights never return: their score is -inf.
+      monotone: pruned weights never return: their score is -inf. Otherwise the score sees the
+        weights before the first round as `view.initial`, and a weight that returns has its
+        initial value.
       needs: what the score reads from an event's batches: 'data' (inputs and labels) or 'shape'
         (the shape of an input only); nothing for scores of the weights alone.
+      fewest: path -> how many weights a leaf keeps at least in a ranking over all leaves.
+      most: path -> how many at most.
+      finish: chooses the masks after the last round from the order in which weights were pruned:
+        weights of an earlier round rank behind those of a later one, whatever their scores.
 
     Returns:
-      A `Pruner` without state; `update` may be called once (one-shot) or once per round with
-      falling counts (iterative).
+      A `Pruner`; `update` may be called once (one-shot) or once per round with falling counts
+      (iterative). It carries nothing from round to round if it is monotone and has no `finish`.
     """
 
     needs = frozenset(needs)
     if not needs <= {'data', 'shape'}:
         raise PruneError(f"needs may hold 'data' and 'shape', not {sorted(needs)}")
+    remembers = not monotone or finish is not None
 
-    def init(key: Key, view: View) -> tuple:
-        del key, view
-        return ()
+    def init(key: Key, view: View) -> tuple | Memory:
+        del key
+        if not remembers:
+            return ()
+        first = jnp.zeros((), jnp.int32)
+        ranking = None
+        if finish is not None:
+            # Weights that are pruned before the first round stay so.
+            never = {path: jnp.full(w.shape, -jnp.inf, w.dtype) for path, w in view.weights.items()}
+            ranking = Ranking(
+                {path: jnp.zeros(w.shape, jnp.int32) for path, w in view.weights.items()}, never
+            )
+        return Memory(view.weights, view.masks, first, ranking)
 
-    def update(key: Key, state: tuple, view: View, counts: Counts, batches: Batch | None):
+    def update(key: Key, state, view: View, counts: Counts, batches: Batch | None):
+        if remembers:
+            view = view._replace(initial=state.initial)
         scores = score(key, view, batches)
         check_same_paths('scores', scores, view.weights)
+        in_play = view.masks if monotone else state.masks
         nonfinite = sum(
-            (~jnp.isfinite(leaf) & view.masks[path]).sum(dtype=jnp.int32)
+            (~jnp.isfinite(leaf) & in_play[path]).sum(dtype=jnp.int32)
             for path, leaf in scores.items()
         )
-        if monotone:
-            scores = {
-                path: jnp.where(view.masks[path], leaf, -jnp.inf) for path, leaf in scores.items()
-            }
+        nonzero = sum(
+            ((leaf != 0) & in_play[path]).sum(dtype=jnp.int32) for path, leaf in scores.items()
+        )
+        scores = {path: jnp.where(in_play[path], leaf, -jnp.inf) for path, leaf in scores.items()}
+        scores = within_bounds(scores, fewest, most)
         masks = select(scores, counts)
-        return state, masks, PruneInfo(kept=kept(masks), nonfinite=nonfinite)
+        if remembers:
+            state = state._replace(round=state.round + 1)
+        if finish is not None:
+            before = state.ranking
+            last = {p: jnp.where(in_play[p], state.round, n) for p, n in before.last.items()}
+            seen = {
+                p: jnp.where(in_play[p], scores[p], s).astype(s.dtype)
+                for p, s in before.scores.items()
+            }
+            state = state._replace(ranking=Ranking(last, seen))
+        return state, masks, PruneInfo(kept(masks), nonfinite, nonzero)
 
-    return Pruner(init, update, needs)
+    def restore(state: Memory, view: View) -> Weights:
+        del view
+        return state.initial
+
+    def finished(state: Memory, active: ArrayLike) -> tuple[Masks, PruneInfo]:
+        masks, _ = finish(state.ranking, active)
+        # The scores were looked at in the rounds before.
+        none, all_ = jnp.zeros((), jnp.int32), sum(m.size for m in masks.values())
+        return masks, PruneInfo(kept(masks), none, jnp.asarray(all_, jnp.int32))
+
+    return Pruner(
+        init,
+        update,
+        needs,
+        restore if remembers else None,
+        finished if finish is not None else None,
+    )

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 from jaxprune import score
 from jaxprune.errors import PruneError, nearest
-from jaxprune.method.pruner import pruner
-from jaxprune.quota import ALLOCATIONS
+from jaxprune.method.pruner import FinishFn, pruner
+from jaxprune.quota import ALLOCATIONS, SHARED
 from jaxprune.select import global_top_k, layerwise_top_k
-from jaxprune.types import Problem, Pruner, ScoreFn
+from jaxprune.types import Counts, Problem, Pruner, ScoreFn
 
 
 class Method(NamedTuple):
@@ -21,6 +21,7 @@ class Method(NamedTuple):
       train: batch-norm mode while scoring in the published code; True = batch statistics.
       rounds: published number of rounds.
       over: published schedule of densities over the rounds.
+      monotone: pruned weights never return.
       options: further options of the method with their published values.
     """
 
@@ -30,25 +31,48 @@ class Method(NamedTuple):
     train: bool = False
     rounds: int = 1
     over: str = 'exponential'
+    monotone: bool = True
     options: Mapping[str, Any] = {}
 
 
 _data, _shape = frozenset({'data'}), frozenset({'shape'})
 
+
+def _of(make: Callable[..., ScoreFn]) -> Callable[..., ScoreFn]:
+    """A score that knows the problem and the batch-norm mode."""
+    return lambda problem, train, **options: make(problem, train=train, **options)
+
+
 METHODS: dict[str, Method] = {
     'random': Method('random', lambda problem, train: score.random()),
     'magnitude': Method('magnitude', lambda problem, train: score.magnitude()),
-    'snip': Method('SNIP', lambda problem, train: score.snip(problem, train=train), _data),
-    'grasp': Method(
-        'GraSP',
-        lambda problem, train, temperature: score.grasp(
-            problem, train=train, temperature=temperature
-        ),
+    'lamp': Method('LAMP', lambda problem, train: score.lamp()),
+    'snip': Method('SNIP', _of(score.snip), _data),
+    # The paper's 60 rounds; the code of the effective-sparsity study takes 300.
+    'iter_snip': Method('Iter-SNIP', _of(score.snip), _data, train=True, rounds=60),
+    'force': Method('FORCE', _of(score.force), _data, train=True, rounds=60, monotone=False),
+    'grasp': Method('GraSP', _of(score.grasp), _data, train=True, options={'temperature': 200.0}),
+    'synflow': Method('SynFlow', lambda problem, train: score.synflow(problem), _shape, rounds=100),
+    'taylor': Method('Taylor', _of(score.taylor), _data, options={'power': 1}),
+    'fisher': Method('Fisher', _of(score.fisher), _data, options={'labels': 'data'}),
+    # In 60 rounds this is GraSP-It of the same code.
+    'gradient_norm': Method('gradient norm', _of(score.gradient_norm), _data, train=True),
+    # The number of rounds is ours; the paper's is not known to us, its code defaults to one.
+    'ntk_sap': Method(
+        'NTK-SAP',
+        _of(score.ntk_sap),
+        _shape,
+        train=True,
+        rounds=20,
+        options={'samples': 100, 'repeats': 1, 'epsilon': 0.01},
+    ),
+    'prospr': Method(
+        'ProsPr',
+        _of(score.prospr),
         _data,
         train=True,
-        options={'temperature': 200.0},
+        options={'steps': 3, 'learning_rate': 0.1, 'first_order': False},
     ),
-    'synflow': Method('SynFlow', lambda problem, train: score.synflow(problem), _shape, rounds=100),
 }
 
 
@@ -65,6 +89,9 @@ def build(
     *,
     allocation: str = 'global',
     train: bool | None = None,
+    fewest: Counts | None = None,
+    most: Counts | None = None,
+    finish: FinishFn | None = None,
     **options: Any,
 ) -> Pruner:
     """The pruner of a registered method.
@@ -72,8 +99,13 @@ def build(
     Args:
       problem: the network it will prune.
       name: a key of `METHODS`.
-      allocation: 'global' ranks all leaves together, anything else ranks within each leaf.
+      allocation: 'global' ranks all leaves together, 'lamp' gives each leaf as many weights as
+        LAMP would, anything else ranks within each leaf by the counts it is given.
       train: batch-norm mode while scoring; None for the published one.
+      fewest: path -> weights a leaf keeps at least in a ranking over all leaves, see
+        `quota.bounds`; layerwise counts have their bounds in them.
+      most: path -> at most.
+      finish: prunes to a number of active weights after the last round, see `pruner`.
       **options: the method's own options.
     """
     card = method(name)
@@ -86,5 +118,14 @@ def build(
         raise PruneError(f"unknown allocation '{allocation}': {nearest(allocation, ALLOCATIONS)}")
     mode = card.train if train is None else train
     scorer = card.score(problem, mode, **{**card.options, **options})
-    select = global_top_k if allocation == 'global' else layerwise_top_k
-    return pruner(scorer, select, needs=card.needs)
+    if allocation == 'lamp':
+        scorer = score.ranked_like(scorer, score.lamp())
+    return pruner(
+        scorer,
+        global_top_k if allocation in SHARED else layerwise_top_k,
+        monotone=card.monotone,
+        needs=card.needs,
+        fewest=fewest,
+        most=most,
+        finish=finish,
+    )

@@ -1,11 +1,13 @@
 """Tidy tables, statistics, figures and one offline page from a sweep directory.
 
-tables   frames of a sweep -> summary frames
-text     numbers and sentences as a reader sees them
-style    colours, ticks, PNG bytes
-curves   accuracy and learning curves
-heatmap  density of every layer
-page     everything together as HTML
+tables     frames of a sweep -> summary frames
+text       numbers and sentences as a reader sees them
+style      colours, ticks, PNG bytes
+curves     accuracy and learning curves
+effective  accuracy against effective compression, and this against direct compression
+heatmap    density of every layer
+page       everything together as HTML
+terminal   the summary as a table
 """
 
 from pathlib import Path

@@ -10,10 +10,20 @@ from matplotlib.ticker import FuncFormatter
 
 from jaxprune.report import style, tables, text
 
+_AXIS = {
+    'direct': 'compression (weights before / weights after)',
+    'effective': 'effective compression (weights before / active weights after)',
+    'mixed': 'target compression (direct or effective)',
+}
+
 MOST_PANELS = 12
 """Compressions a figure of learning curves shows."""
 
-_DENSE = {'color': style.INK, 'linestyle': (0, (6, 2)), 'linewidth': 1.1}
+CONTROL = {'color': style.INK, 'linestyle': (0, (6, 2)), 'linewidth': 1.1}
+"""Line of the dense control."""
+
+CROSS = {'linestyle': 'none', 'marker': 'x', 'color': style.INK, 'markersize': 8}
+"""On a point whose runs diverged in part."""
 
 
 def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
@@ -31,20 +41,31 @@ def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]
     return drawing, panels
 
 
+def trace(rows: pl.DataFrame, column: str, start: tuple | None, first: float = 1.0) -> tuple:
+    """Points of a line from the dense one on: `(x, mean, low, high)`, the last three in percent.
+
+    Args:
+      rows: accuracies, none null; x is their `column`.
+      start: `(mean, low, high)` of the dense control in percent, if there is one.
+      first: x of the control.
+    """
+    x = rows[column].to_list()
+    lines = [
+        (100 * rows[name].fill_null(rows['accuracy'])).to_list()
+        for name in ('accuracy', 'accuracy_low', 'accuracy_high')
+    ]
+    if start is not None and x and x[0] > first:
+        x = [first, *x]
+        lines = [[value, *line] for value, line in zip(start, lines, strict=True)]
+    return x, *lines
+
+
 def _line(axes: Axes, rows: pl.DataFrame, look: dict, start: tuple | None) -> None:
     """One method: its band, its line from the dense point on, and a marker per compression."""
     rows = rows.filter(pl.col('accuracy').is_not_null())
     if rows.is_empty():
         return
-    x = rows['target_compression'].to_list()
-    y = (100 * rows['accuracy']).to_list()
-    low, high = (
-        (100 * rows[end].fill_null(rows['accuracy'])).to_list()
-        for end in ('accuracy_low', 'accuracy_high')
-    )
-    if start is not None and x[0] > 1:
-        centre, bottom, top = start
-        x, y, low, high = [1.0, *x], [centre, *y], [bottom, *low], [top, *high]
+    x, y, low, high = trace(rows, 'target_compression', start)
     axes.fill_between(x, low, high, color=look['color'], alpha=0.16, linewidth=0)
     axes.plot(x, y, color=look['color'], linestyle=look['linestyle'])
     for row in rows.iter_rows(named=True):
@@ -59,11 +80,11 @@ def _line(axes: Axes, rows: pl.DataFrame, look: dict, start: tuple | None) -> No
             zorder=3,
         )
         if row['diverged']:
-            axes.plot(*point, marker='x', color=style.INK, markersize=8, zorder=4)
+            axes.plot(*point, **CROSS, zorder=4)
 
 
-def _dense(axes: Axes, rows: pl.DataFrame) -> tuple | None:
-    """The control: a band, a line across and a point at 1; returns `(mean, low, high)`."""
+def draw_control(axes: Axes, rows: pl.DataFrame, x: float | None = 1.0) -> tuple | None:
+    """The control: a band, a line across and a point at `x`; returns `(mean, low, high)`."""
     rows = rows.filter(pl.col('accuracy').is_not_null())
     if rows.is_empty():
         return None
@@ -74,24 +95,41 @@ def _dense(axes: Axes, rows: pl.DataFrame) -> tuple | None:
     )
     axes.axhspan(low, high, color=style.INK, alpha=0.10, linewidth=0)
     # On top: where methods are as good as dense their lines would hide it.
-    axes.axhline(mean, **_DENSE, zorder=2.5)
-    axes.plot(1, mean, linestyle='none', marker='o', color=style.INK, zorder=5)
+    axes.axhline(mean, **CONTROL, zorder=2.5)
+    if x is not None:
+        axes.plot(x, mean, linestyle='none', marker='o', color=style.INK, zorder=5)
     return mean, low, high
 
 
-def _legend(drawing: Figure, looks: dict, *, dense: bool, flags: tuple = (), markers=True) -> None:
+def two_points_high(axes: Axes) -> None:
+    """Widens an accuracy axis where seeds differ by a fraction of a point: it would show only them.
+
+    Call it after drawing.
+    """
+    low, high = axes.get_ylim()
+    if high - low < 2:
+        axes.set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
+
+
+def legend(drawing: Figure, looks: dict, *, dense: bool, flags: tuple = (), markers=True) -> None:
+    """The key at the right: dense, one line per label, then `flags`, pairs of a look and words."""
     handles, names = [], []
     if dense:
-        handles.append(Line2D([], [], **_DENSE, marker='o' if markers else None))
+        handles.append(Line2D([], [], **CONTROL, marker='o' if markers else None))
         names.append('dense')
     for label, look in looks.items():
         handles.append(Line2D([], [], **(look if markers else look | {'marker': None})))
         names.append(style.wrapped(label))
-    for marker, face, name in flags:
-        look = {'marker': marker, 'color': style.INK, 'markerfacecolor': face}
-        handles.append(Line2D([], [], linestyle='none', **look))
+    for look, name in flags:
+        handles.append(Line2D([], [], **{'color': style.INK, **look}))
         names.append(style.wrapped(name))
     drawing.legend(handles, names, loc='outside right upper', handlelength=2.8, labelspacing=0.55)
+
+
+def aim(summary: pl.DataFrame) -> str:
+    """What the target compressions of a sweep are: `'direct'`, `'effective'` or `'mixed'`."""
+    aims = summary.filter(pl.col('method') != tables.DENSE)['target'].unique().to_list()
+    return aims[0] if len(aims) == 1 else 'mixed' if aims else 'direct'
 
 
 def accuracy(summary: pl.DataFrame, settings: list[dict]) -> Figure:
@@ -108,31 +146,27 @@ def accuracy(summary: pl.DataFrame, settings: list[dict]) -> Figure:
     dense = not shown.filter(pl.col('method') == tables.DENSE).is_empty()
     flags = []
     if shown['collapsed'].sum():
-        flags.append(('o', 'white', 'hollow: a seed lost a whole layer'))
+        hollow = {'linestyle': 'none', 'marker': 'o', 'markerfacecolor': 'white'}
+        flags.append((hollow, 'hollow: a seed lost a whole layer'))
     if shown['diverged'].sum():
-        flags.append(('x', style.INK, 'cross: a seed diverged'))
+        flags.append((CROSS, 'cross: a seed diverged'))
     with style.context():
         many = len(settings) > 1
         drawing, panels = _panels(len(settings), 2, 3.6 if many else 5.0)
         for axes, setting, part in zip(panels, settings, parts, strict=True):
-            start = _dense(axes, part.filter(pl.col('method') == tables.DENSE))
+            start = draw_control(axes, part.filter(pl.col('method') == tables.DENSE))
             for label in labels:
                 rows = part.filter(pl.col('label') == label, pl.col('method') != tables.DENSE)
                 _line(axes, rows, looks[label], start)
             if many:
                 axes.set_title(style.wrapped(text.setting_name(setting), 44))
-        low, high = panels[0].get_ylim()
-        if high - low < 2:
-            # Seeds differ by a fraction of a point; an axis of that height would show only them.
-            panels[0].set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
-        drawing.supxlabel('compression (weights before / weights after)', fontsize=10)
+        two_points_high(panels[0])
+        drawing.supxlabel(_AXIS[aim(summary)], fontsize=10)
         drawing.supylabel('test accuracy (%)', fontsize=10)
         # Far above the ticks of every panel, and once: it is the same axis read differently.
-        _legend(drawing, looks, dense=dense, flags=tuple(flags))
+        legend(drawing, looks, dense=dense, flags=tuple(flags))
         values = shown['target_compression'].unique().sort().to_list()
-        for axes in panels:
-            style.compression_axis(axes, values, top=text.sparsity)
-            axes.child_axes[0].set_xlabel('sparsity (%)', color=style.QUIET, fontsize=9)
+        style.compression_axis(panels, values, top=text.sparsity)
     return drawing
 
 
@@ -162,7 +196,7 @@ def learning(frame: pl.DataFrame, column: str, unit: str, looks: dict) -> Figure
         for axes, compression in zip(panels, chosen, strict=True):
             axes.set_title(text.times(compression))
             if not control.is_empty():
-                axes.plot(control['time'], scale * control[column], **_DENSE, zorder=2.5)
+                axes.plot(control['time'], scale * control[column], **CONTROL, zorder=2.5)
             for label, look in looks.items():
                 rows = frame.filter(
                     pl.col('label') == label,
@@ -187,5 +221,5 @@ def learning(frame: pl.DataFrame, column: str, unit: str, looks: dict) -> Figure
         drawing.supylabel(names[column], fontsize=10)
         drawing.supxlabel(unit, fontsize=10)
         shown = {label: look for label, look in looks.items() if label in present}
-        _legend(drawing, shown, dense=not control.is_empty(), markers=False)
+        legend(drawing, shown, dense=not control.is_empty(), markers=False)
     return drawing

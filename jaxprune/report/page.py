@@ -10,13 +10,16 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from jaxprune.errors import StoreError
-from jaxprune.report import curves, heatmap, style, tables, text
+from jaxprune.report import curves, effective, heatmap, style, tables, text
 from jaxprune.sweep import store
 
 MOST_SETTINGS = 6
 """Settings that get figures; tables and sentences always hold all of them."""
 
-_OURS = re.compile(r'(accuracy|learning_accuracy|learning_loss|layers)(_\d+)?\.png')
+_OURS = re.compile(
+    r'(accuracy|accuracy_effective|effective_compression|learning_accuracy|learning_loss|layers)'
+    r'(_\d+)?\.png'
+)
 
 
 def write(out: Path) -> Path:
@@ -80,6 +83,7 @@ def figures(results: pl.DataFrame, layers: pl.DataFrame) -> dict[str, tuple[Figu
     )
 
     drawn = {'accuracy': (curves.accuracy(summary, settings), _accuracy_words(summary, some))}
+    drawn |= _effective_figures(results, summary, every, settings, some)
     learning = tables.learning(results)
     densities = tables.densities(results, layers)
     unit = tables.time_unit(results)
@@ -100,13 +104,45 @@ def figures(results: pl.DataFrame, layers: pl.DataFrame) -> dict[str, tuple[Figu
     return drawn
 
 
+def _effective_figures(
+    results: pl.DataFrame, summary: pl.DataFrame, every: list[dict], settings: list[dict], some: str
+) -> dict[str, tuple[Figure, dict]]:
+    """Accuracy against effective compression, and this against direct compression."""
+    looks = style.lines(tables.labels(summary))
+    known = tables.connectivity(results)
+    frame = pl.concat(tables.at(known, setting) for setting in settings)
+    if frame.filter(pl.col('method') != tables.DENSE).is_empty():
+        return {}
+    drawn = {}
+    summary = pl.concat(tables.at(summary, setting) for setting in settings)
+    if summary['accuracy'].is_not_null().any():
+        drawing = effective.accuracy(frame, summary, settings, looks)
+        drawn['accuracy_effective'] = drawing, _accuracy_effective_words(frame, some)
+    # Most methods prune before they train, so what is trained differently makes no difference.
+    alike = len(every) > 1 and effective.alike(known, every)
+    drawing = effective.compressions(frame, settings[:1] if alike else settings, looks)
+    where = ' The same in every setting, so it is drawn once.' if alike else some
+    drawn['effective_compression'] = drawing, _compressions_words(frame, where)
+    return drawn
+
+
+def _aims(frame: pl.DataFrame) -> str:
+    """Which labels have effective compressions as targets, where others have not."""
+    labels = tables.labels(frame.filter(pl.col('target') == 'effective'))
+    if not labels or len(labels) == len(tables.labels(frame)):
+        return ''
+    return f' The target is effective compression for {", ".join(labels)}, direct for the rest.'
+
+
+def _bands(frame: pl.DataFrame) -> str:
+    """What the bands of a figure of accuracies are."""
+    if frame['seeds'].max() == 1:
+        return 'One seed per point, so no band.'
+    return 'Band: 95 % bootstrap interval of the mean over seeds.'
+
+
 def _accuracy_words(summary: pl.DataFrame, some: str) -> dict:
-    seeds = summary['seeds']
-    parts = ['Mean test accuracy after training.']
-    if seeds.max() == 1:
-        parts.append('One seed per point, so no band.')
-    else:
-        parts.append('Band: 95 % bootstrap interval of the mean over seeds.')
+    parts = ['Mean test accuracy after training.', _bands(summary)]
     if tables.DENSE in summary['method']:
         parts.append(
             'Dashed: the dense control, which is also where every curve starts, at compression 1.'
@@ -122,7 +158,63 @@ def _accuracy_words(summary: pl.DataFrame, some: str) -> dict:
         'section': 'accuracy',
         'alt': f'Line chart of test accuracy against compression on a logarithmic axis, '
         f'{text.plural(count, "method")}; the numbers are in the table below.',
+        'caption': ' '.join(parts) + _aims(summary) + some,
+    }
+
+
+def _apart(frame: pl.DataFrame) -> bool:
+    """Does effective compression differ from direct by more than a percent anywhere?"""
+    pruned = frame.filter(pl.col('method') != tables.DENSE)
+    gap = pruned['effective_high'] / pruned['compression']
+    return bool((gap > 1.01).any())
+
+
+def _accuracy_effective_words(frame: pl.DataFrame, some: str) -> dict:
+    parts = [
+        'The same accuracies: solid against effective compression, dashed and thin against direct '
+        'compression.'
+    ]
+    if not _apart(frame):
+        parts.append('They differ by no more than a percent, so the dashed lines are covered.')
+    if frame['disconnected'].any():
+        parts.append(
+            'At the right, off the scale: runs that are disconnected, in the order of the legend.'
+        )
+    if frame.filter(pl.col('runs') < pl.col('seeds')).height:
+        parts.append(
+            'Where only some seeds are, the point is split into two half-filled ones, each the '
+            'mean over its own seeds; dashed lines are means over all.'
+        )
+    parts.append(_bands(frame))
+    return {
+        'section': 'effective',
+        'alt': 'Line chart of test accuracy against effective compression on a logarithmic axis, '
+        'and against direct compression for comparison; the numbers are in the table below.',
         'caption': ' '.join(parts) + some,
+    }
+
+
+def _compressions_words(frame: pl.DataFrame, where: str) -> dict:
+    parts = ['Effective against direct compression as achieved, geometric means over seeds.']
+    if frame['seeds'].max() > 1:
+        parts.append('Bars and bands: smallest and largest seed.')
+    if not _apart(frame):
+        parts.append('No run is more than a percent off the diagonal.')
+    if frame['disconnected'].any():
+        parts.append('At the top, off the scale: disconnected runs.')
+    if frame.filter(pl.col('runs') < pl.col('seeds')).height:
+        parts.append('Half-filled: some of the seeds are disconnected; means are over the others.')
+    dense = frame.filter(pl.col('method') == tables.DENSE)['effective_compression'].max()
+    if dense is not None and dense > 1.001:
+        parts.append(
+            f'The dense network itself is at {text.about(dense)}: some of its weights lie on no '
+            'path, for instance entries of a kernel that only ever see padding.'
+        )
+    return {
+        'section': 'effective',
+        'alt': 'Line chart of effective against direct compression, both axes logarithmic; the '
+        'numbers are in the table below.',
+        'caption': ' '.join(parts) + where,
     }
 
 
@@ -135,7 +227,8 @@ def _learning_words(part: pl.DataFrame, column: str, unit: str, where: str) -> d
         'section': 'learning',
         'alt': f'Small line charts of {what.lower()} against the {unit}, one per compression.',
         'caption': f'{what} against the {unit}, mean over seeds; '
-        f'one panel per compression{some}.{dense} Values that are not finite are left out.{where}',
+        f'one panel per compression{some}.{dense} Values that are not finite are left out.'
+        f'{_aims(part)}{where}',
     }
 
 
@@ -146,7 +239,7 @@ def _layers_words(part: pl.DataFrame, complete: bool, where: str) -> dict:
         'section': 'layers',
         'alt': 'Heat maps of the share of weights kept, layers by compressions, one per method.',
         'caption': 'Weights kept, in percent of each layer (its size in brackets), mean over '
-        f'seeds.{cross if part["empty"].sum() else ""}{some}{where}',
+        f'seeds.{cross if part["empty"].sum() else ""}{some}{_aims(part)}{where}',
     }
 
 
@@ -158,6 +251,8 @@ def _row(row: dict, keys: list[str]) -> dict:
         'label': row['label'],
         'target': text.number(row['target_compression']),
         'achieved': text.number(row['compression']),
+        'effective': text.effective(row),
+        'disconnected': bool(row['disconnected']),
         'seeds': row['seeds'],
         'accuracy': text.percent(row['accuracy']),
         'interval': text.interval(row['accuracy_low'], row['accuracy_high']),
@@ -216,6 +311,11 @@ def html(
     summary = tables.summary(results, layers)
     keys = tables.settings(results)
     points = tables.breaking_points(summary)
+
+    def by_setting(sentences, frame):
+        parts = tables.split(frame, keys)
+        return [(text.setting_name(setting), sentences(part)) for setting, part in parts]
+
     collapsed, diverged = _failed(results, layers, keys)
     template = importlib.resources.files('jaxprune.report').joinpath('page.html')
     environment = jinja2.Environment(
@@ -230,10 +330,13 @@ def html(
         seeds=results['seed'].n_unique(),
         settings=keys,
         rows=[_row(row, keys) for row in summary.iter_rows(named=True)],
-        verdicts=[
-            (text.setting_name(setting), text.breaking_sentences(part))
-            for setting, part in tables.split(points, keys)
-        ],
+        verdicts=by_setting(text.breaking_sentences, points),
+        differences=by_setting(text.effective_sentences, summary),
+        disconnections=by_setting(text.disconnected_sentences, summary),
+        disconnected=summary['disconnected'].sum(),
+        traced=summary['disconnected'].is_not_null().all(),
+        labelled=bool(tables.labels(summary)),
+        aims=_aims(summary),
         collapsed=collapsed,
         diverged=diverged,
         pictures=pictures,

@@ -29,10 +29,17 @@ WIDTH = 10.0
 """Inches; the page shows a figure about 1000 pixels wide, so a point is about 1.4 pixels."""
 
 # Okabe and Ito (2008), without black, which is the dense control's, and yellow, which white
-# paper swallows.
-_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+# paper swallows; then four dark ones of Paul Tol's. No two of the ten get closer under a colour
+# deficiency than the closest of the six do.
+_COLOURS = (
+    *('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'),
+    *('#882255', '#666633', '#332288', '#661100'),
+)
 _LINES = ('-', (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
-_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '<', '>', 'p', 'h', 'd')
+_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '<', '>', 'p', 'd', 'h')
+
+SOME = {'fillstyle': 'left', 'markerfacecoloralt': 'white'}
+"""A half-filled marker: true of some of the seeds only."""
 
 SETTINGS = {
     'font.family': 'DejaVu Sans',  # shipped with matplotlib, so a figure is the same everywhere
@@ -86,7 +93,7 @@ def png(drawing: Figure) -> bytes:
 
 
 def lines(labels: Sequence[str]) -> dict[str, dict]:
-    """Line colour, dash and marker of each label: six colours, then other dashes of the same."""
+    """Line colour, dash and marker of each label: ten colours, then other dashes of the same."""
     return {
         label: {
             'color': _COLOURS[i % len(_COLOURS)],
@@ -139,39 +146,73 @@ def fitting(values: Sequence[float], places: Sequence[float], widths: Sequence[f
     return sorted(shown)
 
 
-def compression_axis(axes: Axes, values: Sequence[float], *, top=None) -> None:
-    """A logarithmic axis with a tick at every compression and plain numbers where they fit.
+def regular(values: Sequence[float], places: Sequence[float], widths: Sequence[float]) -> list[int]:
+    """As `fitting`, for `round_values`: all of them, or else the powers of ten if these fit."""
+    for roundest in (3, 0):
+        chosen = [i for i, value in enumerate(values) if _roundness(value) <= roundest]
+        some = [[column[i] for i in chosen] for column in (values, places, widths)]
+        if len(chosen) > 1 and len(fitting(*some)) == len(chosen):
+            return chosen
+    return fitting(values, places, widths)
+
+
+def round_values(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, 20, ... from `low` to `high`; both themselves if these are fewer than two."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    series = [digit * 10.0**power for power in range(first, last + 1) for digit in (1, 2, 5)]
+    inside = [value for value in series if low * 0.999 <= value <= high * 1.001]
+    return inside if len(inside) > 1 else sorted({low, high})
+
+
+def compression_axis(
+    panels: Sequence[Axes],
+    values: Sequence[float],
+    *,
+    limits: tuple[float, float] | None = None,
+    vertical: bool = False,
+    top=None,
+) -> None:
+    """A logarithmic axis with a tick at every value and plain numbers where they fit.
 
     Call it last: which numbers fit is measured on the finished layout.
 
     Args:
-      axes: where the curves are.
+      panels: where the curves are; all of the same figure and size.
       values: compressions, rising.
-      top: formats a compression for the second axis above; none if left out.
+      limits: smallest and largest compression drawn, where `values` are not those drawn.
+      vertical: the y axis instead of the x axis.
+      top: formats a compression for the second axis above, of sparsity; none if left out.
     """
-    low, high = math.log10(values[0]), math.log10(values[-1])
+    low, high = (math.log10(end) for end in limits or (values[0], values[-1]))
     margin = max(0.035 * (high - low), 0.04)
-    axes.set_xscale('log')
-    axes.set_xlim(10 ** (low - margin), 10 ** (high + margin))
-    axes.xaxis.set_minor_locator(FixedLocator(values))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_locator(FixedLocator(values[:1]))
-    above = axes.secondary_xaxis('top') if top else None
-    axes.figure.draw_without_rendering()
+    name = 'y' if vertical else 'x'
+    pairs = []
+    for axes in panels:
+        axes.set(**{f'{name}lim': (10 ** (low - margin), 10 ** (high + margin))})
+        axes.set(**{f'{name}scale': 'log'})
+        axis = axes.yaxis if vertical else axes.xaxis
+        axis.set_minor_locator(FixedLocator(values))
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_major_locator(FixedLocator(values[:1]))
+        pairs.append((axis, number))
+        if top:
+            above = axes.secondary_xaxis('top')
+            above.set_xlabel('sparsity (%)', color=QUIET, fontsize=9)
+            above.spines['top'].set_visible(False)
+            above.tick_params(labelcolor=QUIET, color='#b5b5b5')
+            pairs.append((above.xaxis, top))
+    panels[0].figure.get_layout_engine().execute(panels[0].figure)
 
-    inch = axes.get_window_extent().width / axes.figure.dpi
+    box = panels[0].get_window_extent()
+    points = 72 * (box.height if vertical else box.width) / panels[0].figure.dpi
     span = high - low + 2 * margin
-    places = [(math.log10(value) - low + margin) / span * inch * 72 for value in values]
-    for axis, words in ((axes.xaxis, number), (above and above.xaxis, top)):
-        if axis is None:
-            continue
+    places = [(math.log10(value) - low + margin) / span * points for value in values]
+    size = SETTINGS['xtick.labelsize']
+    for axis, words in pairs:
         texts = [words(value) for value in values]
-        widths = [text_width(word, SETTINGS['xtick.labelsize']) for word in texts]
-        shown = fitting(values, places, widths)
+        widths = [size if vertical else text_width(word, size) for word in texts]
+        shown = (regular if limits else fitting)(values, places, widths)
         axis.set_major_locator(FixedLocator([values[i] for i in shown]))
         axis.set_major_formatter(FixedFormatter([texts[i] for i in shown]))
         axis.set_minor_locator(FixedLocator(values))
         axis.set_minor_formatter(NullFormatter())
-    if above is not None:
-        above.spines['top'].set_visible(False)
-        above.tick_params(labelcolor=QUIET, color='#b5b5b5')

@@ -20,6 +20,9 @@ LIMITS = (1, 5)
 
 _SETTINGS = ('model', 'dataset', 'learning_rate', 'weight_decay')
 _DENSE_ROW = pl.col('method') == DENSE
+_EFFECTIVE = pl.col('effective_compression')
+_COMPUTED = _EFFECTIVE.filter(_EFFECTIVE.is_not_nan())
+_CONNECTED = _COMPUTED.filter(_COMPUTED.is_finite())
 
 
 def settings(results: pl.DataFrame) -> list[str]:
@@ -77,6 +80,22 @@ def collapsed(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def _geometric(values: pl.Expr) -> pl.Expr:
+    """Compressions are read on a logarithmic axis; there their middle is the geometric mean."""
+    return values.log().mean().exp()
+
+
+def _in_order(frame: pl.DataFrame, keys: list[str], names: list[str], *last) -> pl.DataFrame:
+    """By setting; in each, dense first, then labels as in `names` with rising compression."""
+    order = {label: place for place, label in enumerate(names)}
+    return frame.sort(
+        *keys,
+        pl.col('label').replace_strict(order, default=-1, return_dtype=pl.Int64),
+        'target_compression',
+        *last,
+    )
+
+
 def _with_interval(frame: pl.DataFrame, column: str) -> pl.DataFrame:
     """Replaces a list column by its mean and the ends of the mean's 95 % interval."""
 
@@ -85,11 +104,11 @@ def _with_interval(frame: pl.DataFrame, column: str) -> pl.DataFrame:
             return (None, None)
         return tuple(map(float, bootstrap_interval(values)))
 
-    low, high = zip(*map(ends, frame[column].to_list()), strict=True)
+    both = [ends(values) for values in frame[column].to_list()]
     return frame.with_columns(
         pl.col(column).list.mean(),
-        pl.Series(f'{column}_low', low, pl.Float64),
-        pl.Series(f'{column}_high', high, pl.Float64),
+        pl.Series(f'{column}_low', [low for low, _ in both], pl.Float64),
+        pl.Series(f'{column}_high', [high for _, high in both], pl.Float64),
     )
 
 
@@ -98,8 +117,13 @@ def summary(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
 
     Columns after the settings:
 
-        label, method, target_compression
-        compression             achieved, mean over runs
+        label, method
+        target                  what target_compression means, 'direct' or 'effective'
+        target_compression
+        compression             achieved, geometric mean over runs
+        effective_compression   geometric mean over runs where it is finite, null if none
+        disconnected            runs where it is infinite: no path from input to output is left;
+                                null if it was computed for no run
         seeds                   finished runs
         accuracy, _low, _high   mean test accuracy after training and its 95 % bootstrap interval
         pairs                   runs compared with a dense run of the same seed
@@ -130,13 +154,14 @@ def summary(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
         runs.filter(_DENSE_ROW).group_by(*keys, 'seed').agg(control=pl.col('test_accuracy').mean())
     )
     deficit = (pl.col('control') - pl.col('test_accuracy')).filter(~_DENSE_ROW)
-    order = {label: place for place, label in enumerate(labels(runs))}
     frame = (
         runs.join(control, on=[*keys, 'seed'], how='left', nulls_equal=True)
         .sort('seed')
-        .group_by(*keys, 'label', 'method', 'target_compression')
+        .group_by(*keys, 'label', 'method', 'target', 'target_compression')
         .agg(
-            pl.col('compression').mean(),
+            _geometric(pl.col('compression')),
+            _geometric(_CONNECTED),
+            disconnected=pl.when(_COMPUTED.len() > 0).then(_COMPUTED.is_infinite().sum()),
             seeds=pl.len(),
             accuracy=pl.col('test_accuracy').filter(pl.col('test_accuracy').is_finite()),
             deficit=deficit.filter(deficit.is_finite()),
@@ -144,19 +169,18 @@ def summary(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
             diverged=pl.col('diverged').sum(),
         )
         .with_columns(pairs=pl.col('deficit').list.len())
-        .sort(
-            *keys,
-            pl.col('label').replace_strict(order, default=-1, return_dtype=pl.Int64),
-            'target_compression',
-        )
     )
+    frame = _in_order(frame, keys, labels(runs))
     frame = _with_interval(_with_interval(frame, 'accuracy'), 'deficit')
     return frame.select(
         *keys,
         'label',
         'method',
+        'target',
         'target_compression',
         'compression',
+        'effective_compression',
+        'disconnected',
         'seeds',
         'accuracy',
         'accuracy_low',
@@ -170,8 +194,69 @@ def summary(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def connectivity(results: pl.DataFrame) -> pl.DataFrame:
+    """Direct against effective compression, and the accuracy that goes with them.
+
+    A row of `summary` whose runs are disconnected in part is two rows here, so that accuracy and
+    compression are always those of the same runs.
+
+    Columns after the settings:
+
+        label, method, target, target_compression
+        disconnected            whether no path from input to output is left in these runs
+        runs, seeds             how many runs these are, and of how many
+        compression             direct, geometric mean; the target where no weight is left at all
+        effective_compression   geometric mean; infinite if disconnected
+        effective_low, _high    smallest and largest
+        accuracy, _low, _high   mean test accuracy after training and its 95 % bootstrap interval
+        diverged                runs whose loss or accuracy is not finite
+
+    Runs whose effective compression was not computed are left out. Rows are sorted as in
+    `summary`, connected ones first.
+    """
+    keys = settings(results)
+    group = [*keys, 'label', 'method', 'target', 'target_compression']
+    direct = pl.col('compression')
+    frame = (
+        final(results)
+        .filter(_EFFECTIVE.is_not_null(), _EFFECTIVE.is_not_nan())
+        .with_columns(
+            seeds=pl.len().over(group),
+            disconnected=_EFFECTIVE.is_infinite(),
+            compression=pl.when(direct.is_finite()).then(direct).otherwise('target_compression'),
+        )
+        .sort('seed')
+        .group_by(*group, 'disconnected')
+        .agg(
+            pl.col('seeds').first(),
+            _geometric(direct),
+            _geometric(_EFFECTIVE),
+            runs=pl.len(),
+            effective_low=_EFFECTIVE.min(),
+            effective_high=_EFFECTIVE.max(),
+            accuracy=pl.col('test_accuracy').filter(pl.col('test_accuracy').is_finite()),
+            diverged=pl.col('diverged').sum(),
+        )
+    )
+    frame = _with_interval(_in_order(frame, keys, labels(results), 'disconnected'), 'accuracy')
+    return frame.select(
+        *group,
+        'disconnected',
+        'runs',
+        'seeds',
+        'compression',
+        'effective_compression',
+        'effective_low',
+        'effective_high',
+        'accuracy',
+        'accuracy_low',
+        'accuracy_high',
+        'diverged',
+    )
+
+
 def setting_columns(frame: pl.DataFrame) -> list[str]:
-    """The settings of a frame made by `summary`, `learning`, `densities` or `breaking_points`."""
+    """The settings of a frame of this module, which are its columns before the label."""
     return frame.columns[: frame.columns.index('label')]
 
 
@@ -186,6 +271,8 @@ def breaking_points(summary: pl.DataFrame) -> pl.DataFrame:
         within_p        largest target compression whose mean deficit is at most p points, or null
         missed_p        smaller ones where it is more (a curve need not fall steadily)
         collapsed       smallest target compression where a run lost a whole layer, or null
+        disconnected    smallest where a run has no path from input to output left, or null
+        traced          whether that is known at every compression
 
     Args:
       summary: a frame made by `summary`.
@@ -207,6 +294,8 @@ def breaking_points(summary: pl.DataFrame) -> pl.DataFrame:
             compared=pl.col('deficit').is_not_null().any(),
             **columns,
             collapsed=target.filter(pl.col('collapsed') > 0).min(),
+            disconnected=target.filter(pl.col('disconnected') > 0).min(),
+            traced=pl.col('disconnected').is_not_null().all(),
         )
     )
 
@@ -215,11 +304,11 @@ def learning(results: pl.DataFrame) -> pl.DataFrame:
     """Mean curves over training.
 
     Returns:
-      Settings, `label`, `method`, `target_compression`, `time`, and the means over seeds of
-      `train_loss` and `test_accuracy`, numbers that are not finite left out (null if none is).
+      Settings, `label`, `method`, `target`, `target_compression`, `time`, and the means over seeds
+      of `train_loss` and `test_accuracy`, numbers that are not finite left out (null if none is).
       `time` is the epoch, or the step where one epoch holds several evaluations.
     """
-    keys = [*settings(results), 'label', 'method', 'target_compression', 'time']
+    keys = [*settings(results), 'label', 'method', 'target', 'target_compression', 'time']
     return (
         results.with_columns(
             time=time_unit(results),
@@ -243,17 +332,17 @@ def densities(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
     """Share of weights kept in every layer.
 
     Returns:
-      Settings, `label`, `method`, `target_compression`, `path`, `size`, `density` (mean over
-      seeds), `seeds` and `empty`, the number of them that kept nothing of the layer.
+      Settings, `label`, `method`, `target`, `target_compression`, `path`, `size`, `density` (mean
+      over seeds), `seeds` and `empty`, the number of them that kept nothing of the layer.
     """
     keys = settings(results)
-    runs = final(results).select('run_id', *keys, 'label', 'method', 'target_compression')
+    group = [*keys, 'label', 'method', 'target', 'target_compression']
     return (
-        runs.join(layers, on='run_id', how='inner', maintain_order='left_right')
+        final(results)
+        .select('run_id', *group)
+        .join(layers, on='run_id', how='inner', maintain_order='left_right')
         .filter(pl.col('size') > 0)
-        .group_by(
-            *keys, 'label', 'method', 'target_compression', 'path', 'size', maintain_order=True
-        )
+        .group_by(*group, 'path', 'size', maintain_order=True)
         .agg(
             density=(pl.col('kept') / pl.col('size')).mean(),
             seeds=pl.len(),

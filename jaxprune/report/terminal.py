@@ -4,6 +4,7 @@ import polars as pl
 from rich import box
 from rich.table import Table
 
+from jaxprune.report import text
 from jaxprune.report.tables import setting_columns
 
 
@@ -14,7 +15,8 @@ def summary_table(summary: pl.DataFrame) -> Table:
       summary: from `report.tables.summary`.
 
     Returns:
-      A table; `!` marks a cell where a seed lost a whole layer.
+      A table; `!` marks a cell where a seed lost a whole layer or every path from input to output.
+      The last column is the effective compression at the largest target compression.
     """
     keys = setting_columns(summary)
     compressions = summary['target_compression'].unique().sort().to_list()
@@ -23,12 +25,16 @@ def summary_table(summary: pl.DataFrame) -> Table:
         table.add_column(column)
     for compression in compressions:
         table.add_column(f'{compression:g}', justify='right')
+    table.add_column(f'effective at {compressions[-1]:g}', justify='right')
     for group, rows in summary.group_by(*keys, 'label', maintain_order=True):
-        cells = dict.fromkeys(compressions, '')
+        cells, effective = dict.fromkeys(compressions, ''), ''
         for row in rows.iter_rows(named=True):
             accuracy = '-' if row['accuracy'] is None else f'{100 * row["accuracy"]:.1f}'
-            cells[row['target_compression']] = accuracy + ('!' if row['collapsed'] else '')
-        table.add_row(*map(str, group), *cells.values())
-    if summary['collapsed'].sum():
-        table.caption = '! = a whole layer was pruned away in at least one seed'
+            failed = row['collapsed'] or row['disconnected']
+            cells[row['target_compression']] = accuracy + ('!' if failed else '')
+            if row['target_compression'] == compressions[-1]:
+                effective = text.effective(row)
+        table.add_row(*map(str, group), *cells.values(), effective)
+    if summary['collapsed'].sum() or summary['disconnected'].sum():
+        table.caption = '! = a whole layer, or every path, was pruned away in at least one seed'
     return table

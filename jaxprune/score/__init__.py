@@ -1,9 +1,31 @@
 """Scores: pure functions `(key, view, batches) -> scores`, high = keep. One file per family."""
 
+from jaxprune.score.fisher import fisher
+from jaxprune.score.force import force
+from jaxprune.score.gradient_norm import gradient_norm
 from jaxprune.score.grasp import grasp
+from jaxprune.score.lamp import lamp
 from jaxprune.score.magnitude import magnitude
+from jaxprune.score.ntk_sap import ntk_sap
+from jaxprune.score.prospr import prospr
 from jaxprune.score.random import random
+from jaxprune.score.ranked_like import ranked_like
 from jaxprune.score.snip import snip
 from jaxprune.score.synflow import synflow
+from jaxprune.score.taylor import taylor
 
-__all__ = ['grasp', 'magnitude', 'random', 'snip', 'synflow']
+__all__ = [
+    'fisher',
+    'force',
+    'gradient_norm',
+    'grasp',
+    'lamp',
+    'magnitude',
+    'ntk_sap',
+    'prospr',
+    'random',
+    'ranked_like',
+    'snip',
+    'synflow',
+    'taylor',
+]

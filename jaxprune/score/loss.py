@@ -1,4 +1,4 @@
-"""The loss as a function of the prunable weights, and its mean gradient over batches."""
+"""The loss as a function of the weights, and its mean gradient over batches."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,20 @@ import jax.numpy as jnp
 from jaxprune.errors import PruneError
 from jaxprune.tree import put
 from jaxprune.types import Batch, Key, Problem, PyTree, View, Weights
+
+
+def mean_loss(
+    problem: Problem, view: View, key: Key, *, train: bool, temperature: float = 1.0
+) -> Callable[[PyTree, Batch], jax.Array]:
+    """`(params, batch) -> mean loss` of all parameters; see `batch_loss`."""
+
+    def loss(params: PyTree, batch: Batch) -> jax.Array:
+        logits, _ = problem.apply(
+            params, view.model_state, batch.x, train=train, key=key if train else None
+        )
+        return problem.loss(logits / temperature, batch.y).mean()
+
+    return loss
 
 
 def batch_loss(
@@ -21,18 +35,19 @@ def batch_loss(
       train: True scores with the batch's own statistics, False with the running ones. The
         running statistics are never changed by a score.
     """
+    loss = mean_loss(problem, view, key, train=train, temperature=temperature)
+    return lambda weights, batch: loss(put(view.frozen, weights), batch)
 
-    def loss(weights: Weights, batch: Batch) -> jax.Array:
-        logits, _ = problem.apply(
-            put(view.frozen, weights),
-            view.model_state,
-            batch.x,
-            train=train,
-            key=key if train else None,
-        )
-        return problem.loss(logits / temperature, batch.y).mean()
 
-    return loss
+def mean_gradient(
+    problem: Problem, view: View, key: Key, batches: Batch | None, *, train: bool
+) -> Weights:
+    """The gradient of the loss with respect to the weights in force, averaged over all batches.
+
+    It is dense: where the mask is False it says what the loss would do if the weight came back.
+    """
+    gradient = jax.grad(batch_loss(problem, view, key, train=train))
+    return mean_over_batches(lambda batch: gradient(view.weights, batch), batches)
 
 
 def mean_over_batches(fn: Callable[[Batch], PyTree], batches: Batch | None) -> PyTree:
@@ -41,11 +56,20 @@ def mean_over_batches(fn: Callable[[Batch], PyTree], batches: Batch | None) -> P
     Unrolled: a score sees few batches, and inside a `lax` loop a convolution is many times
     slower on the CPU (jax issue 12868). Compile time grows with the number of batches.
     """
+    total = None
+    separate = split(batches)
+    for batch in separate:
+        value = fn(batch)
+        total = value if total is None else jax.tree.map(jnp.add, total, value)
+    return jax.tree.map(lambda leaf: leaf / len(separate), total)
+
+
+def split(batches: Batch | None) -> list[Batch]:
+    """The batches one by one.
+
+    Raises:
+      PruneError: there are none.
+    """
     if batches is None:
         raise PruneError('this score needs data: pass batches with leaves (batches, batch, ...)')
-    count = batches.x.shape[0]
-    total = None
-    for i in range(count):
-        value = fn(jax.tree.map(lambda leaf: leaf[i], batches))  # noqa: B023 (used at once)
-        total = value if total is None else jax.tree.map(jnp.add, total, value)
-    return jax.tree.map(lambda leaf: leaf / count, total)
+    return [jax.tree.map(lambda a: a[i], batches) for i in range(batches.x.shape[0])]  # noqa: B023

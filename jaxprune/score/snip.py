@@ -1,9 +1,8 @@
 """SNIP: connection sensitivity (Lee, Ajanthan & Torr, ICLR 2019, arXiv:1810.02340)."""
 
-import jax
 import jax.numpy as jnp
 
-from jaxprune.score.loss import batch_loss, mean_over_batches
+from jaxprune.score.loss import mean_gradient
 from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View
 
 
@@ -12,6 +11,8 @@ def snip(problem: Problem, *, train: bool) -> ScoreFn:
 
     The gradient is averaged over all scoring data before the absolute value is taken, as in
     every published implementation; the common normaliser is left out, it changes no ranking.
+    Pruned weights score 0; repeated over rounds this is Iter-SNIP (de Jorge et al., ICLR 2021,
+    arXiv:2006.09081).
 
     Args:
       train: batch normalisation by the batch (True) or by running statistics (False: the
@@ -19,8 +20,7 @@ def snip(problem: Problem, *, train: bool) -> ScoreFn:
     """
 
     def score(key: Key, view: View, batches: Batch | None) -> Scores:
-        gradient = jax.grad(batch_loss(problem, view, key, train=train))
-        mean = mean_over_batches(lambda batch: gradient(view.weights, batch), batches)
+        mean = mean_gradient(problem, view, key, batches, train=train)
         return {path: jnp.abs(w * mean[path]) for path, w in view.weights.items()}
 
     return score

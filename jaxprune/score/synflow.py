@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.errors import PruneError
+from jaxprune.score import scaled
 from jaxprune.tree import put
 from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View
 
@@ -16,6 +17,13 @@ def synflow(problem: Problem) -> ScoreFn:
     else stays. So non-zero biases take part; and after training `|mean|` is subtracted, which
     may break the positivity the theory rests on. Published with 100 rounds; one round collapses
     layers. Data are not looked at: of `batches` only the shape of one input counts.
+
+    The flow is computed with a wider exponent, see `score.scaled`, so that deep networks neither
+    overflow nor vanish in float32. The scores are the published ones; only where the largest of
+    them would leave the range from 2**-32 to 2**64 (float32) all are multiplied by one power of
+    two, which changes no ranking. Scores smaller than the largest by more than that range, as
+    biases can make those of early layers, are zero. A network that loops over its layers
+    (`lax.scan`) is computed as written.
     """
 
     def score(key: Key, view: View, batches: Batch | None) -> Scores:
@@ -23,18 +31,21 @@ def synflow(problem: Problem) -> ScoreFn:
         if batches is None:
             raise PruneError('synflow needs the shape of an input: pass batches (values unused)')
         ones = jnp.ones((1, *batches.x.shape[2:]), batches.x.dtype)
-        frozen, model_state = jax.tree.map(_positive, (view.frozen, view.model_state))
+        positive, frozen, model_state = jax.tree.map(
+            _positive, (view.weights, view.frozen, view.model_state)
+        )
 
-        def flow(weights):
+        def flow(weights, frozen, model_state, ones):
             logits, _ = problem.apply(
                 put(frozen, weights), model_state, ones, train=False, key=None
             )
             return logits.sum()
 
-        positive = {path: jnp.abs(w) for path, w in view.weights.items()}
-        gradient = jax.grad(flow)(positive)
+        weights = {path: scaled.normalise(w) for path, w in positive.items()}
+        gradient = scaled.evaluate(jax.grad(flow), weights, frozen, model_state, ones)
+        products = {path: scaled.product(w, gradient[path]) for path, w in weights.items()}
         # The gradient itself may be negative where `- |mean|` enters: the authors take |.| last.
-        return {path: jnp.abs(w * gradient[path]) for path, w in positive.items()}
+        return {path: jnp.abs(leaf) for path, leaf in scaled.common(products).items()}
 
     return score
 

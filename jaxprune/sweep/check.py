@@ -11,6 +11,15 @@ from jaxprune.errors import JaxpruneError, SpecError, nearest
 from jaxprune.sweep.parse import fits_device, limits, section
 from jaxprune.sweep.spec import MethodSpec, SweepSpec, TrainSpec
 
+#: How labels write an allocation, where its name will not do.
+_QUOTA_TITLES = {
+    'uniform_plus': 'uniform+',
+    'erk': 'ERK',
+    'igq': 'IGQ',
+    'smart_ratio': 'smart ratio',
+    'smart_ratio_vgg': 'smart ratio, VGG',
+    'lamp': 'LAMP quota',
+}
 _TRAIN_KEYS = tuple(f.name for f in dataclasses.fields(TrainSpec) if f.name != 'options')
 
 
@@ -192,8 +201,13 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
     if spec.name not in method.METHODS:
         fail(f'{at}.name', f"'{spec.name}' is unknown, {nearest(spec.name, method.METHODS)}")
     card = method.method(spec.name)
-    where = {'global': '', 'erk': ' (ERK)'}.get(spec.allocation, f' ({spec.allocation})')
-    label = spec.label or card.title + where
+    where = (
+        ''
+        if spec.allocation == 'global'
+        else f' ({_QUOTA_TITLES.get(spec.allocation, spec.allocation)})'
+    )
+    aim = ' to effective' if spec.target == 'effective' else ''
+    label = spec.label or card.title + where + aim
     if label == 'dense':
         fail(f'{at}.label', "'dense' is the name of the control: choose another")
     published = ('train' if card.train else 'eval') if 'data' in card.needs else ''

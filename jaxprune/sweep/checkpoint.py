@@ -23,7 +23,6 @@ class Saved(NamedTuple):
     Attributes:
       epoch: how many epochs are done.
       states: the runs' states, host arrays with a leading run axis.
-      kept: path -> weights kept by each run.
       errors: what was wrong with each run's scores, None if nothing.
       losses: per epoch since the last evaluation, each run's mean training loss.
       records: the result rows so far.
@@ -31,7 +30,6 @@ class Saved(NamedTuple):
 
     epoch: int
     states: PyTree
-    kept: dict[str, np.ndarray]
     errors: list[str | None]
     losses: list[np.ndarray]
     records: list[dict[str, Any]]
@@ -85,7 +83,6 @@ def checkpoint(directory: Path, minutes: float) -> Checkpoint:
         return Saved(
             epoch=numbers['epoch'],
             states=structure.unflatten([found['states'][name] for name in _names(leaves)]),
-            kept={path: np.array(k, np.int32) for path, k in numbers['kept'].items()},
             errors=numbers['errors'],
             losses=[np.array(loss, np.float32) for loss in numbers['losses']],
             records=numbers['records'],
@@ -98,7 +95,6 @@ def checkpoint(directory: Path, minutes: float) -> Checkpoint:
         nonlocal last
         numbers = {
             'epoch': saved.epoch,
-            'kept': {path: np.asarray(k).tolist() for path, k in saved.kept.items()},
             'errors': saved.errors,
             'losses': [np.asarray(loss).tolist() for loss in saved.losses],
             'records': saved.records,

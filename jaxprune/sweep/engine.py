@@ -20,8 +20,7 @@ from jaxprune import train
 from jaxprune.select import kept
 from jaxprune.sweep.grid import event_program
 from jaxprune.sweep.program import EVAL_BATCH, DeviceData, Program
-from jaxprune.sweep.spec import MethodSpec
-from jaxprune.types import Counts, Hyper, PruneInfo, PyTree
+from jaxprune.types import Hyper, PruneInfo, PyTree
 
 
 class Rows(NamedTuple):
@@ -42,12 +41,14 @@ class Engine(NamedTuple):
     Attributes:
       multiple: the number of rows must be a multiple of this.
       init: `rows -> states`.
-      prune: `(method, rows, at, counts, states) -> (states, info)`: all rounds of a method for
-        the rows numbered `at`; counts `(len(at), rounds)`; info of the last round, but
-        `nonfinite` of all, host arrays with leading axis `len(at)`.
+      prune: `(method, rows, at, counts, active, states) -> (states, info)`: all rounds of a method
+        for the rows numbered `at`; counts `(len(at), rounds)`; active `(len(at),)`, how many
+        active weights are wanted, looked at by methods that target them; info of the last event,
+        but `nonfinite` of all rounds and `nonzero` of the first; host arrays `(len(at), ...)`.
       epoch: `(epoch, rows, states) -> (states, mean training losses (runs,))`.
       evaluate: `states -> (test losses (runs,), test accuracies (runs,))`.
-      kept: `states -> path -> weights kept (runs,)`.
+      counts: `states -> (kept, active)`, each path -> weights (runs,): those the mask keeps, and
+        those of them on a path from input to output.
       pack: `states -> ` host arrays with a leading run axis, for a checkpoint.
       unpack: the way back.
       traces: how often each compiled function was traced, by name.
@@ -55,10 +56,10 @@ class Engine(NamedTuple):
 
     multiple: int
     init: Callable[[Rows], Any]
-    prune: Callable[[MethodSpec, Rows, Sequence[int], Counts, Any], tuple[Any, PruneInfo]]
+    prune: Callable[..., tuple[Any, PruneInfo]]
     epoch: Callable[[int, Rows, Any], tuple[Any, np.ndarray]]
     evaluate: Callable[[Any], tuple[np.ndarray, np.ndarray]]
-    kept: Callable[[Any], dict[str, np.ndarray]]
+    counts: Callable[[Any], tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]
     pack: Callable[[Any], PyTree]
     unpack: Callable[[PyTree], Any]
     traces: Callable[[], dict[str, int]]
@@ -119,6 +120,11 @@ def eval_indices(examples: int) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(indices, examples - 1), indices < examples
 
 
+def count_of(program: Program) -> Callable:
+    """`state -> (kept, active)` of one run, path -> int32."""
+    return lambda state: (kept(state.masks), kept(program.connect(state.masks)))
+
+
 def segment_of(program: Program) -> Callable:
     """One epoch of one run as a scan: what the array engine compiles."""
     return train.train_segment(program.step)
@@ -144,25 +150,28 @@ def array_engine(strategy: str, program: Program, data: DeviceData, mesh: Mesh) 
         return jax.lax.scan(body, zero, (jnp.asarray(indices), jnp.asarray(valid)))[0]
 
     def prune_all(method):
-        begin, once = program.prune(method)
+        begin, once, last_event = program.prune(method)
 
-        def rounds(data, key, hyper, counts, state):
+        def rounds(data, key, hyper, counts, active, state):
             def body(state, at):
                 return once(at[0], data, key, hyper, at[1], state)
 
             number = jnp.arange(len(next(iter(counts.values()))), dtype=jnp.int32)
             state, infos = jax.lax.scan(body, begin(key, state), (number, counts))
             last = jax.tree.map(lambda leaf: leaf[-1], infos)
+            if last_event is not None:
+                state, last = last_event(hyper, state, active)
             # What later events carry is not part of a state that all methods share.
-            return state._replace(method_state=()), last._replace(nonfinite=infos.nonfinite.sum())
+            info = last._replace(nonfinite=infos.nonfinite.sum(), nonzero=infos.nonzero[0])
+            return state._replace(method_state=()), info
 
-        return program_of(rounds, (None, 0, 0, 0, 0))
+        return program_of(rounds, (None, 0, 0, 0, 0, 0))
 
     init = program_of(program.init, (0, 0))
     order = program_of(program.order, (0, None))
     segment = program_of(segment_of(program), (None, None, 0, 0, 0, 0), donate_argnums=5)
     evaluation = program_of(evaluate_all, (None, 0))
-    counting = program_of(lambda state: kept(state.masks), (0,))
+    counting = program_of(count_of(program), (0,))
     take = jax.jit(lambda tree, at: jax.tree.map(lambda leaf: leaf[at], tree), out_shardings=by_run)
     place = jax.jit(
         lambda tree, at, rows: jax.tree.map(lambda leaf, row: leaf.at[at].set(row), tree, rows),
@@ -171,7 +180,7 @@ def array_engine(strategy: str, program: Program, data: DeviceData, mesh: Mesh) 
     )
     pruners: dict = {}
 
-    def prune(method, rows, at, counts, states):
+    def prune(method, rows, at, counts, active, states):
         name = event_program(method)
         if name not in pruners:
             pruners[name] = prune_all(method)
@@ -183,7 +192,9 @@ def array_engine(strategy: str, program: Program, data: DeviceData, mesh: Mesh) 
             chosen = np.asarray(at)[some]
             few = {path: np.asarray(c)[some] for path, c in counts.items()}
             keys, hyper = take(rows, chosen)
-            new, info = pruners[name](data, keys, hyper, few, take(states, chosen))
+            new, info = pruners[name](
+                data, keys, hyper, few, np.asarray(active)[some], take(states, chosen)
+            )
             states = place(states, chosen, new)
             real = len(at) - first  # the rest repeats the last
             infos.append(jax.tree.map(lambda leaf, real=real: np.asarray(leaf)[:real], info))
@@ -211,7 +222,7 @@ def array_engine(strategy: str, program: Program, data: DeviceData, mesh: Mesh) 
         prune=prune,
         epoch=epoch,
         evaluate=evaluate,
-        kept=lambda states: jax.device_get(counting(states)),
+        counts=lambda states: jax.device_get(counting(states)),
         pack=jax.device_get,
         unpack=lambda stacked: jax.device_put(stacked, by_run),
         traces=traces,
@@ -225,7 +236,7 @@ def host_engine(program: Program, data: DeviceData, device: jax.Device) -> Engin
     init, order = jax.jit(program.init), jax.jit(program.order)
     step = jax.jit(program.step, donate_argnums=5)
     evaluation = jax.jit(program.evaluate)
-    counting = jax.jit(lambda state: kept(state.masks))
+    counting = jax.jit(count_of(program))
     pruners: dict = {}
 
     def stack(each):
@@ -235,21 +246,25 @@ def host_engine(program: Program, data: DeviceData, device: jax.Device) -> Engin
         # On the data's device from the start: a later move would compile the step again.
         return jax.device_put(jax.tree.map(lambda leaf: leaf[i], rows), device)
 
-    def prune(method, rows, at, counts, states):
+    def prune(method, rows, at, counts, active, states):
         name = event_program(method)
         if name not in pruners:
-            pruners[name] = tuple(map(jax.jit, program.prune(method)))
-        begin, once = pruners[name]
+            pruners[name] = tuple(fn and jax.jit(fn) for fn in program.prune(method))
+        begin, once, last_event = pruners[name]
         states, infos = list(states), []
         for place, i in enumerate(at):
             key, hyper = row(rows, i)
-            state, bad = begin(key, states[i]), 0
+            state, seen = begin(key, states[i]), []
             for number in range(len(next(iter(counts.values()))[place])):
                 now = {path: np.int32(c[place][number]) for path, c in counts.items()}
                 state, info = once(np.int32(number), data, key, hyper, now, state)
-                bad = info.nonfinite + bad
+                seen.append(info)
+            if last_event is not None:
+                state, info = last_event(hyper, state, np.int32(active[place]))
             states[i] = state._replace(method_state=())
-            infos.append(info._replace(nonfinite=bad))
+            infos.append(
+                info._replace(nonfinite=sum(s.nonfinite for s in seen), nonzero=seen[0].nonzero)
+            )
         return states, stack(infos)
 
     def epoch(number, rows, states):
@@ -284,7 +299,7 @@ def host_engine(program: Program, data: DeviceData, device: jax.Device) -> Engin
         prune=prune,
         epoch=epoch,
         evaluate=evaluate,
-        kept=lambda states: stack([counting(state) for state in states]),
+        counts=lambda states: stack([counting(state) for state in states]),
         pack=stack,
         unpack=lambda stacked: [row(stacked, i) for i in range(len(jax.tree.leaves(stacked)[0]))],
         traces=traces,

@@ -5,6 +5,7 @@ import hashlib
 import json
 from typing import Any, NamedTuple
 
+from jaxprune.quota import SHARED
 from jaxprune.sweep.check import variants
 from jaxprune.sweep.parse import plain
 from jaxprune.sweep.spec import FORMAT, MethodSpec, SweepSpec, TrainSpec
@@ -19,7 +20,7 @@ class Run(NamedTuple):
     Attributes:
       run_id: hash of all that its result depends on; equal in every sweep that contains it.
       method: how it is pruned; `DENSE` for not at all.
-      compression: target, 1 / density.
+      compression: target, 1 / density; or effective, see `MethodSpec.target`.
       seed: root of its keys.
       train: its own training settings.
     """
@@ -88,7 +89,14 @@ def split_options(train: TrainSpec) -> tuple[dict[str, float], dict[str, bool]]:
 
 def event_program(method: MethodSpec) -> str:
     """What tells compiled event programs apart; counts and labels do not."""
-    parts = [method.name, 'global' if method.allocation == 'global' else 'layerwise']
+    kind = method.allocation if method.allocation in SHARED else 'layerwise'
+    parts = [method.name, kind]
+    if method.target == 'effective':  # the quota's table is part of the program
+        parts = [method.name, method.allocation, 'to effective']
+    if method.floor:
+        parts.append(f'floor {method.floor}')
+    if method.cap < 1:
+        parts.append(f'cap {method.cap:g}')
     if method.rounds > 1:
         parts.append(f'{method.rounds} rounds')
     if method.batch_norm:

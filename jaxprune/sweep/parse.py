@@ -66,13 +66,15 @@ def _scalar(hint: type, metadata: Mapping, value: Any, source: str, at: str) -> 
     if not fits_device(value, hint):
         raise SpecError(f'{source}: {at}: expected {limits(hint)}, not {value!r}')
     value = hint(value)
-    choices, low, above = (metadata.get(k) for k in ('choices', 'low', 'above'))
+    choices, low, above, high = (metadata.get(k) for k in ('choices', 'low', 'above', 'high'))
     if choices is not None and value not in choices:
         raise SpecError(f"{source}: {at}: '{value}' is unknown, {nearest(value, choices)}")
     if low is not None and value < low:
         raise SpecError(f'{source}: {at}: expected at least {low}, not {value}')
     if above is not None and value <= above:
         raise SpecError(f'{source}: {at}: expected more than {above}, not {value}')
+    if high is not None and value > high:
+        raise SpecError(f'{source}: {at}: expected at most {high}, not {value}')
     return value
 
 

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import data, plan
+from jaxprune import data, plan, structure
 from jaxprune.errors import JaxpruneError, SpecError, first_line
+from jaxprune.quota import SHARED
 from jaxprune.sweep.devices import memory_limit
 from jaxprune.sweep.engine import choose_strategy
 from jaxprune.sweep.grid import Run, digest, event_program, runs, static_settings
@@ -64,13 +65,22 @@ def groups(spec: SweepSpec, source: str = 'spec') -> list[Group]:
 
 def counts_of(program: Program, run: Run) -> plan.Plan:
     """A pruned run's table of keep counts."""
-    return plan.at_init(
+    make = structure.rounds_before if run.method.target == 'effective' else plan.at_init
+    return make(
         program.shapes,
         1 / run.compression,
         allocation=run.method.allocation,
         rounds=run.method.rounds,
         over=run.method.over,
+        floor=run.method.floor,
+        cap=run.method.cap,
     )
+
+
+def active_of(program: Program, run: Run) -> int:
+    """How many active weights a run that targets effective compression must have at least."""
+    size = sum(math.prod(shape) for shape in program.shapes.values())
+    return structure.active_wanted(size, run.compression)
 
 
 def make_plan(spec: SweepSpec, source: str = 'spec') -> dict[str, Any]:
@@ -121,6 +131,7 @@ def make_plan(spec: SweepSpec, source: str = 'spec') -> dict[str, Any]:
                     'label': run.method.label,
                     'method': run.method.name,
                     'allocation': run.method.allocation,
+                    'target': run.method.target,
                     'compression': run.compression,
                     'seed': run.seed,
                     'learning_rate': run.train.learning_rate,
@@ -155,10 +166,13 @@ def _abstractly(spec: SweepSpec, group: Group, source: str) -> Program:
         jax.eval_shape(program.step, clock, on_device, key, hyper, indices, state)
         pruned_runs = [r for r in group.runs if r.method.name != 'dense']
         for pruned in {event_program(r.method): r for r in pruned_runs}.values():
-            whole = pruned.method.allocation == 'global'
+            whole = pruned.method.allocation in SHARED
             counts = dict.fromkeys([GLOBAL] if whole else program.shapes, np.int32(1))
-            prune = program.prune(pruned.method)[1]
-            jax.eval_shape(prune, clock, on_device, key, hyper, counts, state)
+            begin, prune, last = program.prune(pruned.method)
+            begun = jax.eval_shape(begin, key, state)
+            done, _ = jax.eval_shape(prune, clock, on_device, key, hyper, counts, begun)
+            if last is not None:
+                jax.eval_shape(last, hyper, done, clock)
     return program
 
 
@@ -205,6 +219,14 @@ def _check_runs(spec: SweepSpec, program: Program, group: Group, source: str) ->
             raise SpecError(
                 f'{source}: grid.compression: {run.compression:g} with {run.method.label}: {error}'
             ) from None
+    most = _most_active(program, group)
+    for run in group.runs:
+        if run.method.target == 'effective' and active_of(program, run) > most:
+            size = sum(math.prod(shape) for shape in program.shapes.values())
+            raise SpecError(
+                f'{source}: grid.compression: {run.compression:g} with {run.method.label}: even '
+                f'with all weights kept the effective compression is {size / max(most, 1):.4g}'
+            )
     if not scores_need_data(spec):
         return
     facts = data.facts(spec.data.name)
@@ -215,6 +237,14 @@ def _check_runs(spec: SweepSpec, program: Program, group: Group, source: str) ->
             f'{source}: prune.samples_per_class: {wanted} of each of {facts.classes} classes are'
             f' more than the {examples} training examples'
         )
+
+
+def _most_active(program: Program, group: Group) -> int:
+    """How many weights are active when all are kept, if a run of the group asks for active ones."""
+    if all(run.method.target == 'direct' for run in group.runs):
+        return 0
+    masks = {path: jnp.ones(shape, bool) for path, shape in program.shapes.items()}
+    return sum(int(mask.sum()) for mask in jax.jit(program.connect)(masks).values())
 
 
 def costs(spec: SweepSpec, program: Program, group: Group) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxprune import data, method, nn, optim, problem, train, tree
+from jaxprune import data, method, nn, optim, problem, structure, train
 from jaxprune.data import Dataset, DeviceSplit
 from jaxprune.errors import SpecError
+from jaxprune.quota import SHARED, bounds
 from jaxprune.rng import stream
+from jaxprune.structure import Connect
 from jaxprune.sweep.grid import Run, split_options
 from jaxprune.sweep.spec import MethodSpec, SweepSpec, TrainSpec
 from jaxprune.types import Batch, Counts, Hyper, Key, Problem, PruneInfo, RunState
@@ -32,29 +34,45 @@ class DeviceData(NamedTuple):
     by_class: jax.Array
 
 
+class Events(NamedTuple):
+    """The pruning events of a method.
+
+    Attributes:
+      begin: `(key, state) -> state`, before the first round.
+      once: `(round, data, key, hyper, counts, state) -> (state, info)`.
+      last: `(hyper, state, active) -> (state, info)` after the last round, for runs that target
+        effective compression; else None.
+    """
+
+    begin: Callable[[Key, RunState], RunState]
+    once: Callable[..., tuple[RunState, PruneInfo]]
+    last: Callable[..., tuple[RunState, PruneInfo]] | None
+
+
 class Program(NamedTuple):
     """One-run functions of one group of runs.
 
     Attributes:
       problem: network and loss.
-      shapes: path -> shape of each prunable leaf.
+      shapes: path -> shape of each prunable leaf, in forward order.
+      connect: masks -> effective masks.
       steps: training steps per epoch.
       init: `(key, hyper) -> state`.
       order: `(key, epoch) -> indices (steps, batch)`.
       step: `(clock, data, key, hyper, indices, state) -> (state, loss)`.
       evaluate: `(data, state, indices, valid) -> (sum of losses, number correct)` on the test set.
-      prune: method -> `begin`, `(key, state) -> state` before the first round, and `once`,
-        `(round, data, key, hyper, counts, state) -> (state, info)`.
+      prune: method -> `Events`.
     """
 
     problem: Problem
     shapes: dict[str, tuple[int, ...]]
+    connect: Connect
     steps: int
     init: Callable[[Key, Hyper], RunState]
     order: Callable[[Key, jax.Array], jax.Array]
     step: Callable
     evaluate: Callable
-    prune: Callable[[MethodSpec], tuple[Callable, Callable[..., tuple[RunState, PruneInfo]]]]
+    prune: Callable[[MethodSpec], Events]
 
 
 def make_problem(spec: SweepSpec) -> Problem:
@@ -74,6 +92,8 @@ def make_program(spec: SweepSpec, settings: TrainSpec) -> Program:
     examples = spec.data.train_examples or facts.train_size
     steps = examples // settings.batch_size
     net = make_problem(spec)
+    shapes = structure.forward_shapes(net, facts.shape)
+    connect = structure.connectivity_of(net, facts.shape)
     optimizer = optim.optimizer(
         settings.optimizer,
         split_options(settings)[1],
@@ -105,11 +125,22 @@ def make_program(spec: SweepSpec, settings: TrainSpec) -> Program:
         return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *rows)
 
     def prune(spec_: MethodSpec):
+        fewest, most = bounds(shapes, spec_.floor, spec_.cap)
+        finish = None
+        if spec_.target == 'effective':
+            masks = structure.chain(shapes, spec_.allocation, floor=spec_.floor, cap=spec_.cap)
+
+            def finish(ranking, active):
+                return structure.prune_to_active(connect, ranking, masks, active)
+
         pruner = method.build(
             net,
             spec_.name,
             allocation=spec_.allocation,
             train=spec_.batch_norm == 'train',
+            fewest=fewest if spec_.floor and spec_.allocation in SHARED else None,
+            most=most if spec_.cap < 1 and spec_.allocation in SHARED else None,
+            finish=finish,
             **spec_.options,
         )
         event = train.event(net, optimizer, pruner)
@@ -128,11 +159,13 @@ def make_program(spec: SweepSpec, settings: TrainSpec) -> Program:
                 batches = None
             return event(draw, hyper, state, counts, batches)
 
-        return begin, once
+        last = None if finish is None else train.last_event(net, optimizer, pruner)
+        return Events(begin, once, last)
 
     return Program(
         problem=net,
-        shapes=tree.shapes(tree.pick(jax.eval_shape(net.init, jax.random.key(0))[0], net.prunable)),
+        shapes=shapes,
+        connect=connect,
         steps=steps,
         init=train.init_run(net, optimizer),
         order=order,

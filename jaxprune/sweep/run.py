@@ -20,7 +20,7 @@ from jaxprune.sweep.engine import Engine, Rows, make_engine
 from jaxprune.sweep.grid import Run, event_program, runs, split_options
 from jaxprune.sweep.load import identity, load_spec, make_spec, spec_hash, to_toml
 from jaxprune.sweep.parse import plain
-from jaxprune.sweep.plan import counts_of, cut, make_plan
+from jaxprune.sweep.plan import active_of, counts_of, cut, make_plan
 from jaxprune.sweep.program import Program, device_data, hyper_of, make_program
 from jaxprune.sweep.progress import Progress, Shown, ignored, silent
 from jaxprune.sweep.provenance import provenance
@@ -183,13 +183,16 @@ def run_chunk(
     before = saved.load(_abstract_states(program, members))
     if before is None:
         states, errors = _prune(program, engine, rows, padded, engine.init(rows))
-        kept = {path: k[: len(members)] for path, k in engine.kept(states).items()}
         done, records, losses = 0, [], []
     else:
-        done, stacked, kept, errors, losses, records = before
+        done, stacked, errors, losses, records = before
         repeat = np.arange(wanted).clip(max=len(members) - 1)
         states = engine.unpack(jax.tree.map(lambda leaf: leaf[repeat], stacked))
         shown.resume(done * program.steps * len(members))
+    counted = [
+        [{path: int(k[i]) for path, k in counts.items()} for counts in engine.counts(states)]
+        for i in range(len(members))
+    ]
     epochs = members[0].train.epochs
     for epoch in range(done + 1, epochs + 1):
         states, loss = engine.epoch(epoch - 1, rows, states)
@@ -201,7 +204,7 @@ def run_chunk(
             for i, run in enumerate(members):
                 records.append(
                     {
-                        **_identity(spec, program, run, {p: k[i] for p, k in kept.items()}),
+                        **_identity(spec, program, run, *counted[i]),
                         'step': epoch * program.steps,
                         'epoch': epoch,
                         # A mask from broken scores means nothing, and neither does its accuracy.
@@ -213,10 +216,10 @@ def run_chunk(
                 )
         if epoch < epochs and saved.due():
             stacked = jax.tree.map(lambda leaf: leaf[: len(members)], engine.pack(states))
-            saved.save(Saved(epoch, stacked, kept, errors[: len(members)], losses, records))
+            saved.save(Saved(epoch, stacked, errors[: len(members)], losses, records))
         shown.steps(program.steps * len(members))
     results = pl.DataFrame(records, schema={**store.RESULTS, **_grid_columns(spec)})
-    return results, _layers(program, members, kept)
+    return results, _layers(program, members, counted)
 
 
 def _abstract_states(program: Program, members: Sequence[Run]) -> RunState:
@@ -240,7 +243,8 @@ def _prune(
     for at in by_event.values():
         plans = [counts_of(program, padded[i]).counts for i in at]
         counts = {path: np.stack([p[path] for p in plans]) for path in plans[0]}
-        states, info = engine.prune(padded[at[0]].method, rows, at, counts, states)
+        active = np.array([active_of(program, padded[i]) for i in at], np.int32)
+        states, info = engine.prune(padded[at[0]].method, rows, at, counts, active, states)
         found = _score_errors([padded[i] for i in at], counts, info)
         errors.update(zip(at, found, strict=True))
     return states, [errors.get(i) for i in range(len(padded))]
@@ -261,21 +265,28 @@ def _score_errors(
         wanted = {path: int(leaf[place][-1]) for path, leaf in counts.items()}
         if GLOBAL in wanted:
             got = {GLOBAL: sum(got.values())}
-        if not bad and got != wanted:
+        direct = run.method.target == 'direct'
+        if direct and not bad and got != wanted:
             raise PruneError(
                 f'run {run.run_id} ({run.method.label}, compression {run.compression:g}, seed '
                 f'{run.seed}) would keep {got} weights, not {wanted}'
             )
-        errors.append(f'{bad:,} scores were NaN or infinite' if bad else None)
+        nothing = not bad and not int(info.nonzero[place])
+        said = f'{bad:,} scores were NaN or infinite' if bad else None
+        errors.append('all scores were zero: there is nothing to rank by' if nothing else said)
     return errors
 
 
 def _identity(
-    spec: SweepSpec, program: Program, run: Run, kept: Mapping[str, int]
+    spec: SweepSpec,
+    program: Program,
+    run: Run,
+    kept: Mapping[str, int],
+    active: Mapping[str, int],
 ) -> dict[str, Any]:
     """The columns of a results row that say which run it is."""
     size = sum(math.prod(shape) for shape in program.shapes.values())
-    left = sum(int(k) for k in kept.values())
+    left, working = sum(kept.values()), sum(active.values())
     numbers, flags = split_options(run.train)
     settings = {**plain(run.train), **numbers, **flags}
     return {
@@ -286,9 +297,11 @@ def _identity(
         'method': run.method.name,
         'allocation': run.method.allocation,
         'seed': run.seed,
+        'target': run.method.target,
         'target_compression': run.compression,
         'density': left / size,
         'compression': size / left if left else math.inf,
+        'effective_compression': size / working if working else math.inf,
         'learning_rate': run.train.learning_rate,
         'weight_decay': run.train.weight_decay,
         **{key: _cell(settings[key]) for key in _grid_columns(spec)},
@@ -310,11 +323,11 @@ def _cell(value: Any) -> Any:
 
 
 def _layers(
-    program: Program, members: Sequence[Run], kept: Mapping[str, np.ndarray]
+    program: Program, members: Sequence[Run], counted: Sequence[Sequence[Mapping[str, int]]]
 ) -> pl.DataFrame:
     rows = [
-        (run.run_id, path, math.prod(shape), int(kept[path][i]))
-        for i, run in enumerate(members)
+        (run.run_id, path, math.prod(shape), kept[path], active[path])
+        for run, (kept, active) in zip(members, counted, strict=True)
         for path, shape in program.shapes.items()
     ]
     return pl.DataFrame(rows, schema=store.LAYERS, orient='row')

@@ -13,12 +13,12 @@ from jaxprune.quota import ALLOCATIONS
 from jaxprune.schedule import SCHEDULES
 
 #: Bumped when the meaning of a stored result changes.
-FORMAT = 1
+FORMAT = 2
 
 
-def _key(doc: str, *, default=dataclasses.MISSING, choices=None, low=None, above=None):
+def _key(doc: str, *, default=dataclasses.MISSING, choices=None, low=None, above=None, high=None):
     """A field with its explanation and the values it takes."""
-    metadata = {'doc': doc, 'choices': choices, 'low': low, 'above': above}
+    metadata = {'doc': doc, 'choices': choices, 'low': low, 'above': above, 'high': high}
     return field(default=default, metadata=metadata)
 
 
@@ -76,8 +76,18 @@ class MethodSpec:
 
     name: str = _key('the name of a method, such as snip')
     allocation: str = _key(
-        "'global', or a layerwise quota: 'uniform', 'erk'", default='global', choices=ALLOCATIONS
+        f'how the weights kept are shared among layers: {", ".join(ALLOCATIONS)}',
+        default='global',
+        choices=ALLOCATIONS,
     )
+    target: str = _key(
+        "what a compression of the grid means: 'direct' (weights before / weights after) or "
+        "'effective' (only weights on a path from input to output count)",
+        default='direct',
+        choices=('direct', 'effective'),
+    )
+    floor: int = _key('fewest weights that any layer keeps', default=0, low=0)
+    cap: float = _key('largest density of any layer', default=1.0, above=0, high=1)
     label: str = _key('how figures and tables call it', default='')
     rounds: int = _key('pruning rounds; 0 for the published number', default=0, low=0)
     over: str = _key(

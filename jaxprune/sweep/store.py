@@ -29,9 +29,11 @@ RESULTS = {
     'method': pl.String,
     'allocation': pl.String,
     'seed': pl.Int64,
+    'target': pl.String,
     'target_compression': pl.Float64,
     'density': pl.Float64,
     'compression': pl.Float64,
+    'effective_compression': pl.Float64,
     'learning_rate': pl.Float64,
     'weight_decay': pl.Float64,
     'step': pl.Int64,
@@ -43,11 +45,21 @@ RESULTS = {
 }
 """Columns of a results row. A grid over further train keys adds one column each.
 
-`error` is null, or says why the run means nothing; its losses and accuracy are then NaN.
+`target` says what `target_compression` is: 'direct' (weights before / weights after) or 'effective'
+(weights before / weights that lie on a path from input to output). `effective_compression` is
+infinite where the network is cut in two. `error` is null, or says why the run means nothing; its
+losses and accuracy are then NaN.
 """
 
-LAYERS = {'run_id': pl.String, 'path': pl.String, 'size': pl.Int64, 'kept': pl.Int64}
-"""Columns of a layers row: how many of a leaf's `size` weights the run keeps."""
+LAYERS = {
+    'run_id': pl.String,
+    'path': pl.String,
+    'size': pl.Int64,
+    'kept': pl.Int64,
+    'active': pl.Int64,
+}
+"""Columns of a layers row: how many of a leaf's `size` weights the run keeps, and how many of these
+lie on a path from input to output."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:

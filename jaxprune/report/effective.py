@@ -1,0 +1,249 @@
+"""Effective compression: accuracy against it, and itself against direct compression.
+
+Disconnected networks, whose effective compression is infinite, have a strip of their own beyond
+the end of the axis.
+"""
+
+import math
+
+import polars as pl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from jaxprune.report import curves, style, tables, text
+
+_WASH = '#f4f4f4'
+_DASHED = {'linestyle': (0, (3.5, 1.8)), 'linewidth': 1.0, 'markersize': 3}
+_DIAGONAL = {'color': '#9a9a9a', 'linestyle': (0, (1, 1.5)), 'linewidth': 1.3}
+_SOLID = {'color': style.INK, 'linestyle': '-'}
+_SLOT = 0.13
+"""Inches that a label takes across a strip."""
+
+
+def _panels(count: int, height: float, *, right: float = 0, above: float = 0):
+    """Panels that share both axes, each with a strip of so many inches at its side, if any.
+
+    Returns:
+      The figure, the panels, and their strips, an empty list if there are none.
+    """
+    columns = min(2, count)
+    rows = math.ceil(count / columns)
+    drawing = style.figure(style.WIDTH, rows * height + 0.35)
+    # What labels and legend leave; only the proportions matter.
+    wide, tall = (style.WIDTH - 2.9) / columns - right, height - 0.6 - above
+    grid = drawing.add_gridspec(
+        rows * (2 if above else 1),
+        columns * (2 if right else 1),
+        width_ratios=([wide, right] if right else [wide]) * columns,
+        height_ratios=([above, tall] if above else [tall]) * rows,
+    )
+    panels, strips = [], []
+    for i in range(count):
+        row, column = divmod(i, columns)
+        share = panels[0] if panels else None
+        if right:
+            axes = drawing.add_subplot(grid[row, 2 * column], sharex=share, sharey=share)
+            strips.append(drawing.add_subplot(grid[row, 2 * column + 1], sharey=axes))
+        elif above:
+            axes = drawing.add_subplot(grid[2 * row + 1, column], sharex=share, sharey=share)
+            strips.append(drawing.add_subplot(grid[2 * row, column], sharex=axes))
+        else:
+            axes = drawing.add_subplot(grid[row, column], sharex=share, sharey=share)
+        axes.tick_params(labelleft=column == 0)
+        panels.append(axes)
+    for strip in strips:
+        strip.set_facecolor(_WASH)
+        strip.spines[:].set_visible(False)
+        strip.tick_params(which='both', length=0, labelleft=False, labelbottom=False, labelsize=8.5)
+    return drawing, panels, strips
+
+
+def _slots(frame: pl.DataFrame) -> dict[str, int]:
+    """Place of every label that has disconnected runs across a strip."""
+    cut = frame.filter('disconnected')['label'].unique(maintain_order=True)
+    return {label: place for place, label in enumerate(cut)}
+
+
+def _breadth(slots: dict) -> float:
+    """Inches of a strip: room for its title and for every label."""
+    return max(0.78, 0.2 + _SLOT * len(slots)) if slots else 0.0
+
+
+def _point(axes: Axes, x: float, y: float, row: dict, look: dict) -> None:
+    """A marker, half-filled if it stands for some of the seeds only."""
+    part = style.SOME if row['runs'] < row['seeds'] else {}
+    marker = {'marker': look['marker'], 'color': look['color'], 'zorder': 3}
+    axes.plot(x, y, linestyle='none', **marker, **part)
+
+
+def _flags(frame: pl.DataFrame) -> list[tuple[dict, str]]:
+    """What half-filled markers mean, where there are any."""
+    if frame.filter(pl.col('runs') < pl.col('seeds')).is_empty():
+        return []
+    half = {'linestyle': 'none', 'marker': 'o', **style.SOME}
+    return [(half, 'half-filled: only some of the seeds')]
+
+
+def _ends(values: list[float]) -> tuple[tuple[float, float], list[float]]:
+    """Limits of an axis and the ticks within."""
+    low, high = min(values), max(values)
+    return (low, high), style.round_values(low, high)
+
+
+def alike(frame: pl.DataFrame, settings: list[dict]) -> bool:
+    """Are the compressions of `tables.connectivity` the same in all of these settings?"""
+    columns = frame.columns[frame.columns.index('label') : frame.columns.index('accuracy')]
+    parts = [tables.at(frame, setting).select(columns) for setting in settings]
+    return all(part.equals(parts[0]) for part in parts)
+
+
+def accuracy(
+    frame: pl.DataFrame, summary: pl.DataFrame, settings: list[dict], looks: dict
+) -> Figure:
+    """Test accuracy against effective compression, and thinly against direct compression.
+
+    Args:
+      frame: a frame made by `tables.connectivity`.
+      summary: a frame made by `tables.summary`, of the same runs.
+      settings: those to draw, one panel each.
+      looks: `style.lines` of the labels of the sweep; dashes mean something else here.
+    """
+    looks = {label: look | {'linestyle': '-'} for label, look in looks.items()}
+    frame = pl.concat(tables.at(frame, setting) for setting in settings)
+    summary = pl.concat(tables.at(summary, setting) for setting in settings)
+    frame = frame.filter(pl.col('accuracy').is_not_null())
+    direct = pl.col('compression')
+    summary = summary.filter(pl.col('accuracy').is_not_null()).with_columns(
+        compression=pl.when(direct.is_finite()).then(direct).otherwise('target_compression')
+    )
+    slots = _slots(frame)
+    many = len(settings) > 1
+    with style.context():
+        drawing, panels, strips = _panels(
+            len(settings), 3.6 if many else 5.0, right=_breadth(slots)
+        )
+        for i, setting in enumerate(settings):
+            axes, strip = panels[i], strips[i] if strips else None
+            _accuracy_panel(
+                axes, strip, tables.at(frame, setting), tables.at(summary, setting), looks, slots
+            )
+            if many:
+                axes.set_title(style.wrapped(text.setting_name(setting), 40))
+        curves.two_points_high(panels[0])
+        flags = [
+            (_SOLID, 'solid: against effective compression'),
+            (_DASHED | {'marker': 'o'}, 'dashed: against direct compression'),
+            *_flags(frame),
+        ]
+        if frame['diverged'].sum():
+            flags.append((curves.CROSS, 'cross: a seed diverged'))
+        dense = tables.DENSE in summary['method']
+        curves.legend(drawing, looks, dense=dense, flags=tuple(flags))
+        drawing.supxlabel('compression: effective (solid) or direct (dashed)', fontsize=10)
+        drawing.supylabel('test accuracy (%)', fontsize=10)
+        for strip in strips:
+            strip.set_xlim(-0.8, len(slots) - 0.2)
+            strip.set_xticks([(len(slots) - 1) / 2], [f'{text.INFINITE}\ndisconnected'])
+            strip.tick_params(labelbottom=True)
+        finite = frame.filter(~pl.col('disconnected'))['effective_compression']
+        limits, ticks = _ends([*finite, *summary['compression']])
+        style.compression_axis(panels, ticks, limits=limits, top=text.sparsity)
+    return drawing
+
+
+def _accuracy_panel(
+    axes: Axes,
+    strip: Axes | None,
+    frame: pl.DataFrame,
+    summary: pl.DataFrame,
+    looks: dict,
+    slots: dict,
+) -> None:
+    is_dense = pl.col('method') == tables.DENSE
+    connected = ~pl.col('disconnected')
+    # Above 1 where small maps leave entries of a kernel idle even in the dense network.
+    whole = frame.filter(is_dense, connected)['effective_compression'].to_list()
+    first = whole[0] if whole else 1.0
+    start = curves.draw_control(axes, summary.filter(is_dense), first)
+    if strip is not None:
+        curves.draw_control(strip, summary.filter(is_dense), None)
+    for label, look in looks.items():
+        mine = pl.col('label') == label, ~is_dense
+        x, y, _, _ = curves.trace(summary.filter(*mine), 'compression', start)
+        axes.plot(x, y, color=look['color'], marker=look['marker'], **_DASHED)
+        rows = frame.filter(*mine, connected)
+        x, y, low, high = curves.trace(rows, 'effective_compression', start, first)
+        axes.fill_between(x, low, high, color=look['color'], alpha=0.14, linewidth=0)
+        axes.plot(x, y, color=look['color'])
+        for row in frame.filter(*mine).iter_rows(named=True):
+            where = strip if row['disconnected'] else axes
+            x = slots[label] if row['disconnected'] else row['effective_compression']
+            y = 100 * row['accuracy']
+            _point(where, x, y, row, look)
+            if row['disconnected'] and row['accuracy_low'] is not None:
+                ends = 100 * row['accuracy_low'], 100 * row['accuracy_high']
+                where.vlines(x, *ends, color=look['color'], alpha=0.4, linewidth=1.2)
+            if row['diverged']:
+                where.plot(x, y, **curves.CROSS, zorder=4)
+
+
+def compressions(frame: pl.DataFrame, settings: list[dict], looks: dict) -> Figure:
+    """Effective against direct compression, both logarithmic.
+
+    Args:
+      frame: a frame made by `tables.connectivity`.
+      settings: those to draw, one panel each.
+      looks: `style.lines` of the labels of the sweep.
+    """
+    present = tables.labels(frame)
+    looks = {label: look for label, look in looks.items() if label in present}
+    frame = pl.concat(tables.at(frame, setting) for setting in settings)
+    frame = frame.filter(pl.col('method') != tables.DENSE)
+    finite = frame.filter(~pl.col('disconnected'))
+    slots = _slots(frame)
+    many = len(settings) > 1
+    across, wide = _ends([*frame['compression']])
+    upwards, tall = _ends([*across, *finite['effective_low'], *finite['effective_high']])
+    with style.context():
+        drawing, panels, strips = _panels(
+            len(settings), 3.6 if many else 5.0, above=_breadth(slots) - 0.25 if slots else 0
+        )
+        for i, setting in enumerate(settings):
+            axes, strip = panels[i], strips[i] if strips else None
+            axes.grid(True, axis='both')
+            axes.axline((1, 1), (10, 10), **_DIAGONAL, zorder=1.5)
+            part = tables.at(frame, setting)
+            for label, look in looks.items():
+                _line(axes, strip, part.filter(pl.col('label') == label), look, slots)
+            if many:
+                (strip or axes).set_title(style.wrapped(text.setting_name(setting), 40))
+        for i, strip in enumerate(strips):
+            strip.grid(True, axis='x')
+            strip.grid(False, axis='y')
+            strip.set_ylim(len(slots) - 0.2, -0.8)
+            strip.set_yticks([(len(slots) - 1) / 2], [f'disconnected\n{text.INFINITE}'])
+            strip.tick_params(labelleft=i % 2 == 0)
+        flags = [(_DIAGONAL, 'effective = direct'), *_flags(frame)]
+        curves.legend(drawing, looks, dense=False, flags=tuple(flags))
+        drawing.supxlabel('direct compression (weights before / weights after)', fontsize=10)
+        drawing.supylabel(
+            'effective compression (weights before / active weights after)', fontsize=10
+        )
+        style.compression_axis(panels, tall, limits=upwards, vertical=True)
+        style.compression_axis(panels, wide, limits=across)
+    return drawing
+
+
+def _line(axes: Axes, strip: Axes | None, rows: pl.DataFrame, look: dict, slots: dict) -> None:
+    """One label: its line with the range over seeds, and its markers, in the strip at infinity."""
+    finite = rows.filter(~pl.col('disconnected'))
+    x = finite['compression'].to_list()
+    low, high = (finite[f'effective_{end}'].to_list() for end in ('low', 'high'))
+    axes.fill_between(x, low, high, color=look['color'], alpha=0.14, linewidth=0)
+    axes.vlines(x, low, high, color=look['color'], alpha=0.4, linewidth=1.2)
+    axes.plot(x, finite['effective_compression'], color=look['color'], linestyle=look['linestyle'])
+    for row in rows.iter_rows(named=True):
+        if row['disconnected']:
+            _point(strip, row['compression'], slots[row['label']], row, look)
+        else:
+            _point(axes, row['compression'], row['effective_compression'], row, look)

@@ -1,0 +1,43 @@
+"""What a traced network is made of: paths through its kept weights, and what they leave out."""
+
+from jaxprune.structure.connectivity import Connect, connectivity
+from jaxprune.structure.effective import (
+    compression,
+    connectivity_of,
+    dead_units,
+    effective_compression,
+    effective_mask,
+    forward_shapes,
+)
+from jaxprune.structure.fold import Folded, fold_constants
+from jaxprune.structure.target import (
+    Chain,
+    Ranking,
+    active_wanted,
+    chain,
+    effective_top_k,
+    prune_to_active,
+    rounds_before,
+)
+from jaxprune.structure.walk import forward_order
+
+__all__ = [
+    'Chain',
+    'Connect',
+    'Folded',
+    'Ranking',
+    'active_wanted',
+    'chain',
+    'compression',
+    'connectivity',
+    'connectivity_of',
+    'dead_units',
+    'effective_compression',
+    'effective_mask',
+    'effective_top_k',
+    'fold_constants',
+    'forward_order',
+    'forward_shapes',
+    'prune_to_active',
+    'rounds_before',
+]

@@ -1,0 +1,95 @@
+"""Effective sparsity: what is left when weights that do no work are not counted.
+
+Vysogorets & Kempe, "Connectivity Matters" (arXiv:2107.02306). All numbers are relative to the
+original number of prunable weights, as direct sparsity is.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune import tree
+from jaxprune.structure.connectivity import Connect, connectivity
+from jaxprune.structure.walk import forward_order
+from jaxprune.types import Masks, Problem, PyTree, Rule
+
+
+def _forward(problem: Problem, input_shape: tuple[int, ...]):
+    """A problem's network, and abstract arguments to trace it: params, one example, model state."""
+    params, model_state = jax.eval_shape(problem.init, jax.random.key(0))
+
+    def forward(params, x, model_state):
+        return problem.apply(params, model_state, x, train=False, key=None)[0]
+
+    return forward, params, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32), model_state
+
+
+def connectivity_of(problem: Problem, input_shape: tuple[int, ...]) -> Connect:
+    """`masks -> effective masks` of a problem in evaluation mode.
+
+    Args:
+      input_shape: shape of one example, without the batch axis.
+    """
+    return connectivity(*_forward(problem, input_shape), prunable=problem.prunable)
+
+
+def forward_shapes(problem: Problem, input_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the prunable leaves, in the order in which the network uses them."""
+    forward, params, *rest = _forward(problem, input_shape)
+    shapes = tree.shapes(tree.pick(params, problem.prunable))
+    used = [path for path in forward_order(forward, params, *rest) if path in shapes]
+    # A leaf that nothing uses comes last; leaving it out would lose its mask.
+    return {path: shapes[path] for path in [*used, *sorted(set(shapes) - set(used))]}
+
+
+def effective_mask(
+    forward: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    masks: Masks,
+    x: PyTree,
+    *,
+    prunable: Rule = tree.kernels,
+) -> Masks:
+    """The masks without the weights that lie on no path from input to output.
+
+    For many masks of one network make `connectivity(forward, params, x)` once and call that.
+
+    Args:
+      forward: `(params, x) -> outputs`, in evaluation mode.
+      masks: path -> bool array, True = keep.
+      x: one example with a batch axis of 1; its values do not matter.
+    """
+    return connectivity(forward, params, x, prunable=prunable)(masks)
+
+
+def compression(masks: Masks) -> jax.Array:
+    """Weights before / weights kept, a float scalar; infinite where none is kept."""
+    kept = sum(mask.sum(dtype=jnp.int32) for mask in masks.values())
+    size = sum(mask.size for mask in masks.values())
+    return jnp.where(kept > 0, size / jnp.maximum(kept, 1), jnp.inf)
+
+
+def effective_compression(connect: Connect, masks: Masks) -> jax.Array:
+    """Weights before / weights that lie on a path; infinite where the network is cut in two.
+
+    Args:
+      connect: what `connectivity` returned.
+    """
+    return compression(connect(masks))
+
+
+def dead_units(masks: Masks, *, axis: int = -1) -> dict[str, jax.Array]:
+    """Path -> bool `(units,)`: output units of a layer into which no weight of the mask leads.
+
+    Given effective masks these are the units that no input reaches, or that reach no output,
+    through that layer; a skip connection may still feed the sum they are added to.
+
+    Args:
+      masks: usually effective masks.
+      axis: the axis of output units: the last for dense `(in, out)` and convolution HWIO kernels.
+    """
+    return {
+        path: ~mask.any(axis=tuple(i for i in range(mask.ndim) if i != axis % mask.ndim))
+        for path, mask in masks.items()
+    }

@@ -1,0 +1,53 @@
+"""The benchmark scripts run, and one failure does not stop them."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+SCORING = Path(__file__).parents[1] / 'experiments' / 'bench' / 'scoring.py'
+
+
+def test_scoring_runs_and_all_ways_agree(tmp_path):
+    """Expectation: the script's own checks, that bisection, argsort and top_k give one mask (with
+    ties, vmapped) and that all ways of counting paths agree; it exits with 1 where one does not.
+    Iter-SNIP's round is SNIP's."""
+    out = tmp_path / 'scoring.md'
+    command = [sys.executable, SCORING, '--quick', '--methods', 'snip', 'iter_snip', '--out', out]
+    quick = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+    done = subprocess.run(command, env=quick, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split('|')[1:-1] for line in out.read_text().splitlines() if '266,200' in line]
+    assert len(rows) == 3 + 6 + 4
+    reasons = [row[-1].strip() for row in rows]
+    assert [reason for reason in reasons if reason] == ['the same program as snip']
+
+
+def test_a_failure_is_told_and_the_rest_goes_on():
+    """Expectation: by the definition of the four ways an item can end."""
+    spec = importlib.util.spec_from_file_location('scoring', SCORING)
+    scoring = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scoring)
+    program = scoring.Program(None, 0.0, 0, 0)
+
+    def broken():
+        raise ValueError('out of luck\nat great length')
+
+    def differs(value):
+        raise scoring.Wrong(f'{value} is not 2')
+
+    items = {
+        'fails': scoring.Item(program, broken),
+        'wrong': scoring.Item(program, lambda: 1, differs),
+        'works': scoring.Item(program, lambda: 2),
+    }
+    makers = {name: lambda results, item=item: item for name, item in items.items()}
+    settings = SimpleNamespace(rounds=3, limit=1.0)
+    results = scoring.in_turns(settings, 'toy', makers, scoring.time.monotonic() + 60, len)
+    assert results['fails'] == scoring.Left('ValueError: out of luck')
+    assert results['wrong'] == scoring.Left('WRONG: 1 is not 2')
+    assert results['works'].turns == 3
+    late = scoring.in_turns(settings, 'toy', makers, 0.0, len)
+    assert late['works'] == scoring.Left('no time left (--minutes)')

@@ -1,0 +1,251 @@
+"""Pruning to an effective compression: against the published code, and in sweeps."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import polars as pl
+import pytest
+from test_connectivity import golden, masks_of
+
+import jaxprune as jp
+from jaxprune import structure, tree
+from jaxprune.errors import PruneError, SpecError
+from jaxprune.method import build
+from jaxprune.nn import MLP
+from jaxprune.sweep import make_spec, run_sweep, store
+from jaxprune.sweep.plan import make_plan
+from jaxprune.types import Batch
+
+# --- SynFlow of the effective-sparsity study ----------------------------------------------------
+
+
+def mlp(p, x):
+    x = x.reshape(x.shape[0], -1)
+    for i in (1, 2, 3):
+        x = x @ p[f'tensor_dense_{i}']['kernel']
+    return x
+
+
+def vgg16(p, x):
+    layer = 1
+    for convs in (2, 2, 3, 3, 3):
+        for _ in range(convs):
+            kernel = p[f'tensor_conv{layer}']['kernel']
+            x = jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+            )
+            layer += 1
+        x = nn.avg_pool(x, (2, 2), (2, 2), padding='SAME')
+    return x.reshape(x.shape[0], -1) @ p['tensor_dense2']['kernel']
+
+
+@pytest.mark.parametrize(
+    ('name', 'forward', 'sparsity'),
+    [
+        ('effsp_synflow_mlp', mlp, '0.9'),
+        ('effsp_synflow_mlp', mlp, '0.99'),
+        ('effsp_synflow_mlp', mlp, '0.998'),
+        pytest.param('effsp_synflow_vgg16narrow', vgg16, '0.9', marks=pytest.mark.slow),
+        pytest.param('effsp_synflow_vgg16narrow', vgg16, '0.97', marks=pytest.mark.slow),
+    ],
+)
+def test_published_synflow_direct_and_effective(name, forward, sparsity):
+    """Expectation: `Pruner('synflow')` of the study, 100 rounds: all bits of both masks."""
+    file, s = golden(name), float(sparsity)
+    layers = [str(layer) for layer in file['meta/layer_order']]
+    with jax.enable_x64(True):
+        params = {
+            layer: {'kernel': jnp.asarray(file[f'params/{layer}/kernel'], jnp.float64)}
+            for layer in layers
+        }
+        problem = jp.plain(lambda key: params, forward)
+        shapes = tree.shapes(tree.pick(params))
+        size = sum(math.prod(shape) for shape in shapes.values())
+        shape = tuple(int(n) for n in file['meta/input_shape'])
+        x = jnp.zeros((1, 1, *shape), jnp.float64)
+        connect = structure.connectivity(forward, params, x[0])
+        steps = structure.chain(shapes)
+        pruner = build(
+            problem,
+            'synflow',
+            finish=lambda ranking, active: structure.prune_to_active(
+                connect, ranking, steps, active
+            ),
+        )
+        removed = [int(size - size * (1 - s) ** (t / 100)) for t in range(1, 101)]
+        view = jp.view(problem, params)
+
+        def one(carry, count):
+            state, masks = carry
+            now = jp.view(problem, params, None, masks)
+            batches = Batch(x, jnp.zeros((1, 1), jnp.int32))
+            state, masks, info = pruner.update(jax.random.key(0), state, now, {'*': count}, batches)
+            return (state, masks), info.nonfinite
+
+        @jax.jit
+        def rounds(counts):
+            begun = pruner.init(jax.random.key(0), view)
+            return jax.lax.scan(one, (begun, view.masks), counts)[0]
+
+        state, masks = rounds(jnp.asarray([size - r for r in removed], jnp.int32))
+        wanted = masks_of(file, f'out/synflow_direct/s{sparsity}', shapes)
+        for path in shapes:
+            np.testing.assert_array_equal(masks[path], wanted[path])
+        if f'out/synflow_effective/s{sparsity}/{layers[0]}' not in file:
+            return
+        active = structure.active_wanted(size, 1 / (1 - s))
+        found, _ = jax.jit(pruner.finish)(state, active)
+        wanted = masks_of(file, f'out/synflow_effective/s{sparsity}', shapes)
+        for path in shapes:
+            np.testing.assert_array_equal(found[path], wanted[path])
+
+
+# --- sweeps -------------------------------------------------------------------------------------
+
+TABLE = {
+    'name': 'effective',
+    'model': {'name': 'mlp', 'widths': [20, 12]},
+    'data': {'name': 'mnist_small', 'train_examples': 128, 'test_examples': 50},
+    'train': {'epochs': 1, 'batch_size': 64},
+    'prune': {'samples_per_class': 2},
+    'grid': {
+        'method': [
+            {'name': 'random', 'allocation': 'uniform', 'target': 'effective'},
+            {'name': 'force', 'rounds': 3, 'target': 'effective', 'floor': 2},
+            {'name': 'random', 'allocation': 'lamp', 'cap': 0.5},
+            {'name': 'random', 'allocation': 'uniform'},
+        ],
+        'compression': [1, 20, 300],
+        'seed': [0, 1],
+    },
+}
+
+
+@pytest.fixture(scope='module')
+def swept(tmp_path_factory):
+    out = tmp_path_factory.mktemp('effective') / 'out'
+    return run_sweep(TABLE, out), store.read_layers(out), out
+
+
+def test_columns_and_targets(swept):
+    """Expectation: the definitions; a target is met from below, sizes 15680 + 240 + 120."""
+    results, layers, _ = swept
+    size = 15680 + 240 + 120
+    assert layers['path'].unique(maintain_order=True).to_list() == [
+        'dense_0/kernel',
+        'dense_1/kernel',
+        'dense_2/kernel',
+    ]
+    assert layers.filter(pl.col('active') > pl.col('kept')).is_empty()
+    active = dict(layers.group_by('run_id').agg(pl.col('active').sum()).iter_rows())
+    for row in results.iter_rows(named=True):
+        n = active[row['run_id']]
+        assert row['effective_compression'] == (size / n if n else math.inf)
+        assert row['effective_compression'] >= row['compression']
+        assert row['target'] == ('effective' if 'to effective' in row['label'] else 'direct')
+        if row['target'] == 'effective':
+            assert row['effective_compression'] <= row['target_compression'] * (1 + 1e-9)
+        elif row['method'] != 'dense':
+            assert abs(row['compression'] / row['target_compression'] - 1) < 0.02
+    # What the study is about: random loses far more paths than its direct compression says.
+    random = results.filter(
+        pl.col('label') == 'random (uniform)', pl.col('target_compression') == 300
+    )
+    assert (random['effective_compression'] > 900).all()
+    assert results['error'].is_null().all()
+
+
+def test_floors_and_caps_hold(swept):
+    """Expectation: at least two weights per layer, at most half of a layer."""
+    results, layers, _ = swept
+    labels = results.select('run_id', 'label', 'target_compression').unique()
+    joined = layers.join(labels, on='run_id')
+    force = joined.filter(pl.col('label') == 'FORCE to effective')
+    assert force['kept'].min() >= 2
+    capped = joined.filter(pl.col('label') == 'random (LAMP quota)')
+    assert (capped['kept'] <= capped['size'] // 2).all()
+
+
+def test_lamp_quota_is_that_of_lamp():
+    """Expectation: random with the quota of LAMP keeps as many of each layer as LAMP does."""
+    rng = np.random.default_rng(0)
+    weights = {
+        f'l{i}': {'kernel': jnp.asarray(rng.normal(size=shape) * scale, jnp.float32)}
+        for i, (shape, scale) in enumerate([((30, 20), 1.0), ((20, 10), 9.0), ((10, 4), 0.1)])
+    }
+    for density in (0.5, 0.1, 0.02):
+        lamp = jp.prune(weights, 'lamp', density)
+        random = jp.prune(weights, 'random', density, allocation='lamp')
+        magnitude = jp.prune(weights, 'magnitude', density, allocation='lamp')
+        assert [leaf.kept for leaf in random.report.leaves] == [
+            leaf.kept for leaf in lamp.report.leaves
+        ]
+        for path, mask in lamp.masks.items():  # inside a layer LAMP ranks by magnitude
+            np.testing.assert_array_equal(mask, magnitude.masks[path])
+        assert any((random.masks[p] != m).any() for p, m in lamp.masks.items())
+
+
+def test_strategies_give_the_same_masks(swept, tmp_path):
+    """Expectation: as many weights of each layer as `map` keeps, under the other strategies."""
+    grid = {**TABLE['grid'], 'method': TABLE['grid']['method'][1:2], 'compression': [20]}
+    runs = make_plan(make_spec({**TABLE, 'grid': grid}))['runs']
+    wanted = pl.DataFrame({'run_id': [run['run_id'] for run in runs]})
+    layers = swept[1].join(wanted, on='run_id').sort('run_id', 'path')
+    assert layers.height == 6
+    for strategy in ('vmap', 'host'):
+        spec = {**TABLE, 'grid': grid, 'engine': {'strategy': strategy}}
+        run_sweep(spec, tmp_path / strategy)
+        other = store.read_layers(tmp_path / strategy).sort('run_id', 'path')
+        # Scores from data are sums in another order: a weight at the threshold may differ.
+        difference = (other['kept'] - layers['kept']).abs()
+        assert other.select('run_id', 'path', 'size').equals(
+            layers.select('run_id', 'path', 'size')
+        )
+        assert difference.max() <= 2
+        assert difference.sum() <= 0.002 * layers['kept'].sum()
+
+
+def test_one_program_for_all_targets_of_a_method():
+    """Expectation: compressions and seeds share an event program; quotas and bounds do not."""
+    plan = make_plan(make_spec(TABLE))
+    assert len(plan['programs']) == 1
+    events = plan['programs'][0]['events']
+    assert len(events) == len(set(events)) == 4
+    assert 'random, uniform, to effective' in events
+    assert 'force, global, to effective, floor 2, 3 rounds, batch norm train' in events
+
+
+def test_a_target_that_cannot_be_met_is_refused(monkeypatch):
+    """Expectation: one line with the compression there is, for a network with dead taps."""
+    monkeypatch.setattr('jaxprune.sweep.plan._most_active', lambda program, group: 4010)
+    with pytest.raises(SpecError, match=r'even with all weights kept .* compression is 4$'):
+        make_plan(make_spec({**TABLE, 'grid': {**TABLE['grid'], 'compression': [3]}}))
+
+
+def test_forward_shapes_are_in_forward_order():
+    """Expectation: by name the twelfth layer would come third."""
+    problem = jp.linen(MLP((4,) * 11, 2), (3,))
+    assert list(structure.forward_shapes(problem, (3,))) == [f'dense_{i}/kernel' for i in range(12)]
+
+
+def test_a_quota_that_cannot_be_sparse_enough_still_reaches_the_target():
+    """Expectation: uniform+ keeps 40 weights of the last layer, yet few of them are active."""
+    problem = jp.linen(MLP((30, 20), 10), (28, 28, 1))
+    params, _ = problem.init(jax.random.key(0))
+    x = jnp.zeros((1, 28, 28, 1))
+    with pytest.raises(PruneError, match='density must be at least'):
+        jp.prune(params, 'random', 1 / 2000, model=problem, data=x, allocation='uniform_plus')
+    pruned = jp.prune(
+        params,
+        'random',
+        1 / 2000,
+        model=problem,
+        data=x,
+        allocation='uniform_plus',
+        target='effective',
+    )
+    assert pruned.report.effective_compression <= 2000
+    assert pruned.report.compression < 1000
