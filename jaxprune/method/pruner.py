@@ -122,8 +122,11 @@ def pruner(
         return state, masks, PruneInfo(kept(masks), nonfinite, nonzero)
 
     def restore(state: Memory, view: View) -> Weights:
-        del view
-        return state.initial
+        # Only what returns: a weight that was kept all along may have been trained since.
+        return {
+            path: jnp.where(view.masks[path], w, state.initial[path])
+            for path, w in view.weights.items()
+        }
 
     def finished(state: Memory, active: ArrayLike) -> tuple[Masks, PruneInfo]:
         masks, _ = finish(state.ranking, active)

@@ -80,11 +80,14 @@ class Signal(NamedTuple):
 
 @jax.custom_vjp
 def binarise(x: jax.Array) -> jax.Array:
-    """1 where x > 0, else 0; backwards the same of the cotangent."""
-    return (x > 0).astype(x.dtype)
+    """1 where x > 0, else 0; backwards the same of the cotangent.
+
+    Counts are whole numbers, and some devices round those of a convolution.
+    """
+    return (x > 0.5).astype(x.dtype)
 
 
-binarise.defvjp(lambda x: (binarise(x), None), lambda _, ct: ((ct > 0).astype(ct.dtype),))
+binarise.defvjp(lambda x: (binarise(x), None), lambda _, ct: ((ct > 0.5).astype(ct.dtype),))
 
 
 @jax.custom_vjp
@@ -154,7 +157,7 @@ def connectivity(
                 )
         ones = {path: mask.astype(jnp.float32) for path, mask in masks.items()}
         uses = jax.grad(total)(ones)
-        return {path: mask & (uses[path] > 0) for path, mask in sorted(masks.items())}
+        return {path: mask & (uses[path] > 0.5) for path, mask in sorted(masks.items())}
 
     # An unknown operation is told now, not at the first call inside someone's jit.
     jax.eval_shape(total, {p: jax.ShapeDtypeStruct(s, jnp.float32) for p, s in shapes.items()})
@@ -253,7 +256,8 @@ def _fit(live: jax.Array, equation: JaxprEqn) -> jax.Array:
 
 def _open_pattern(const: Const, aval) -> jax.Array:
     """1 where a constant factor is not zero, as far as is known."""
-    if const.value is None or aval.dtype.kind not in 'biuf':
+    number = jnp.issubdtype(aval.dtype, jnp.number) or aval.dtype == bool
+    if const.value is None or not number:
         return jnp.ones(aval.shape, jnp.float32)
     return (jnp.asarray(const.value) != 0).astype(jnp.float32)
 

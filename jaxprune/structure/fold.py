@@ -224,7 +224,7 @@ def _shift(pending: _Pending, bias: _Node, sign: int, shape, names) -> _Shift | 
     leaf = names[key]
     count = np.maximum(np.bincount(places, minlength=leaf.size), 1)
     mean = np.bincount(places, weights=added, minlength=leaf.size) / count
-    limit = _TOLERANCE[str(np.asarray(added).dtype)] * max(abs(added).max(initial=0), 1e-30)
+    limit = _TOLERANCE.get(str(added.dtype), 1e-2) * max(abs(added).max(initial=0), 1e-30)
     if abs(added - mean[places]).max(initial=0) > limit:
         return None
     by = jnp.asarray(sign * mean.reshape(leaf.shape), leaf.dtype)
