@@ -289,3 +289,9 @@ def test_unknown_operations_only_silence_the_report():
             data=(X, Y),
             target='effective',
         )
+
+
+def test_a_quota_of_the_weights_and_weights_that_return_do_not_go_together():
+    """Expectation: one line that says why."""
+    with pytest.raises(PruneError, match="'force' brings weights back"):
+        jp.prune(plain_params(), 'force', 0.2, model=plain_apply, data=(X, Y), allocation='lamp')

@@ -116,6 +116,10 @@ def build(
             )
     if allocation not in ALLOCATIONS:
         raise PruneError(f"unknown allocation '{allocation}': {nearest(allocation, ALLOCATIONS)}")
+    if allocation == 'lamp' and not card.monotone:
+        raise PruneError(
+            f"allocation 'lamp' goes by the weights left, and '{name}' brings weights back"
+        )
     mode = card.train if train is None else train
     scorer = card.score(problem, mode, **{**card.options, **options})
     if allocation == 'lamp':

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
@@ -464,8 +463,3 @@ def _gather(equation: JaxprEqn, operand: Any, indices: Any, roots: itertools.cou
                 next(roots),
             )
     raise Unknown('only indexing by known places and embedding look-ups are understood')
-
-
-def dense_active(connect: Connect, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """The weights that are active when all are kept: all of them, but for taps on padding."""
-    return jax.device_get(connect({p: jnp.ones(s, bool) for p, s in shapes.items()}))
