@@ -13,7 +13,7 @@ from jaxprune import structure, tree
 from jaxprune.errors import PruneError, nearest
 from jaxprune.method import build, method
 from jaxprune.plan import at_init
-from jaxprune.quota import ORDERED, SHARED, bounds
+from jaxprune.quota import ORDERED
 from jaxprune.types import Batch, Key, LossFn, Masks, Problem, PyTree, Rule
 
 _TARGETS = ('direct', 'effective')
@@ -191,22 +191,15 @@ def prune(
         floor=floor,
         cap=cap,
     )
-    fewest, most = bounds(shapes, floor, cap)
-    finish = None
-    if target == 'effective':
-        masks_chain = structure.chain(shapes, allocation, floor=floor, cap=cap)
-
-        def finish(ranking, active):
-            return structure.prune_to_active(connect, ranking, masks_chain, active)
-
     pruner = build(
         net,
         method_name,
         allocation=allocation,
         train=train,
-        fewest=fewest if allocation in SHARED and floor else None,
-        most=most if allocation in SHARED and cap != 1.0 else None,
-        finish=finish,
+        shapes=shapes,
+        floor=floor,
+        cap=cap,
+        connect=connect if target == 'effective' else None,
         **options,
     )
     key = jax.random.key(0) if key is None else key
@@ -217,10 +210,10 @@ def prune(
         state, found, info = update(jax.random.fold_in(key, number), state, now, counts, batches)
         _check_scores(info, method_name, number)
         now = problems.view(net, params, model_state, found)
-    if finish is not None:
+    if pruner.finish is not None:
         size = sum(math.prod(shape) for shape in shapes.values())
         wanted = structure.active_wanted(size, 1 / density)
-        found, _ = jax.jit(pruner.finish)(state, jnp.int32(wanted))
+        found = jax.jit(pruner.finish)(state, jnp.int32(wanted))
     report = _report(method_name, params, found, shapes, connect, note)
     if target == 'effective' and report.effective_compression > 1 / density * (1 + 1e-6):
         raise PruneError(
@@ -267,10 +260,9 @@ def _paths(net: Problem, view, batches: Batch):
 
     x = jax.ShapeDtypeStruct((1, *batches.x.shape[2:]), batches.x.dtype)
     args = forward, view.frozen, x, view.model_state
-    shapes = tree.shapes(view.weights)
-    used = [path for path in structure.forward_order(*args) if path in shapes]
-    ordered = {path: shapes[path] for path in [*used, *sorted(set(shapes) - set(used))]}
-    return structure.connectivity(*args, prunable=net.prunable), ordered
+    prunable = net.prunable
+    shapes = structure.shapes_in_order(*args, prunable=prunable)
+    return structure.connectivity(*args, prunable=prunable), shapes
 
 
 def _check_scores(info, name: str, number: int) -> None:

@@ -109,11 +109,11 @@ def event(problem: Problem, optimizer: Optimizer, pruner: Pruner):
 
 
 def last_event(problem: Problem, optimizer: Optimizer, pruner: Pruner):
-    """`(hyper, state, active) -> (state, info)`: the masks of `pruner.finish`."""
+    """`(hyper, state, active) -> state` under the masks of `pruner.finish`."""
 
     def finish(hyper: Hyper, state: RunState, active: jax.Array):
-        masks, info = pruner.finish(state.method_state, active)
-        return _masked(optimizer, pruner, hyper, state, view_of(problem, state), masks), info
+        masks = pruner.finish(state.method_state, active)
+        return _masked(optimizer, pruner, hyper, state, view_of(problem, state), masks)
 
     return finish
 

@@ -156,12 +156,12 @@ class Pruner(NamedTuple):
       needs: what an event must be given: 'data', 'shape' (an input's shape only) or nothing.
       restore: `(method_state, view) -> weights`: the values that weights take after an event,
         before those the new masks prune are zeroed; None where no pruned weight ever returns.
-      finish: `(method_state, active) -> (masks, info)`: after the last round, masks with at least
-        that many weights on a path from input to output; None where the counts have the last word.
+      finish: `(method_state, active) -> masks`: after the last round, masks with at least that
+        many weights on a path from input to output; None where the counts have the last word.
     """
 
     init: Callable[[Key, View], PyTree]
     update: Callable[[Key, PyTree, View, Counts, Batch | None], tuple[PyTree, Masks, PruneInfo]]
     needs: frozenset[str]
     restore: Callable[[PyTree, View], Weights] | None = None
-    finish: Callable[[PyTree, ArrayLike], tuple[Masks, PruneInfo]] | None = None
+    finish: Callable[[PyTree, ArrayLike], Masks] | None = None

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from published import golden
 
 import jaxprune as jp
 from jaxprune import tree
@@ -28,18 +28,6 @@ from jaxprune.structure import (
     forward_order,
     prune_to_active,
 )
-
-HERE = Path(__file__).parent
-FOLDERS = (HERE.parents[1] / 'shared' / 'golden', HERE / 'golden')
-
-
-@functools.cache
-def golden(name: str) -> dict[str, np.ndarray]:
-    for folder in FOLDERS:
-        if (folder / f'{name}.npz').exists():
-            return dict(np.load(folder / f'{name}.npz'))
-    pytest.skip(f'{name}.npz is neither in ' + ' nor in '.join(map(str, FOLDERS)))
-
 
 # --- the networks of the published code, as real networks: ReLU, max pooling, batch norm --------
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import polars as pl
 import pytest
-from test_connectivity import golden, masks_of
+from published import golden
+from test_connectivity import masks_of
 
 import jaxprune as jp
 from jaxprune import structure, tree
@@ -67,14 +68,7 @@ def test_published_synflow_direct_and_effective(name, forward, sparsity):
         shape = tuple(int(n) for n in file['meta/input_shape'])
         x = jnp.zeros((1, 1, *shape), jnp.float64)
         connect = structure.connectivity(forward, params, x[0])
-        steps = structure.chain(shapes)
-        pruner = build(
-            problem,
-            'synflow',
-            finish=lambda ranking, active: structure.prune_to_active(
-                connect, ranking, steps, active
-            ),
-        )
+        pruner = build(problem, 'synflow', shapes=shapes, connect=connect)
         removed = [int(size - size * (1 - s) ** (t / 100)) for t in range(1, 101)]
         view = jp.view(problem, params)
 
@@ -97,7 +91,7 @@ def test_published_synflow_direct_and_effective(name, forward, sparsity):
         if f'out/synflow_effective/s{sparsity}/{layers[0]}' not in file:
             return
         active = structure.active_wanted(size, 1 / (1 - s))
-        found, _ = jax.jit(pruner.finish)(state, active)
+        found = jax.jit(pruner.finish)(state, active)
         wanted = masks_of(file, f'out/synflow_effective/s{sparsity}', shapes)
         for path in shapes:
             np.testing.assert_array_equal(found[path], wanted[path])

@@ -12,13 +12,13 @@ are theirs; the difference has a test of its own.
 
 import functools
 import math
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from published import golden
 
 import jaxprune as jp
 from jaxprune.nn import build as build_model
@@ -28,9 +28,6 @@ from jaxprune.types import Scores
 TOLERANCE = 1e-9  # of the largest reference value of a layer, float64
 SWAPPED = 0.002  # of the kept weights, float32
 
-HERE = Path(__file__).parent
-#: The full files if they lie beside the checkout, else the slim copies kept with the tests.
-FOLDERS = (HERE.parents[1] / 'shared' / 'golden', HERE / 'golden')
 
 KEY = jax.random.key(0)
 
@@ -39,14 +36,6 @@ KEY = jax.random.key(0)
 def double_precision():
     with jax.enable_x64(True):
         yield
-
-
-@functools.cache
-def golden(name: str) -> dict[str, np.ndarray]:
-    for folder in FOLDERS:
-        if (folder / f'{name}.npz').exists():
-            return dict(np.load(folder / f'{name}.npz'))
-    pytest.skip(f'{name}.npz is neither in ' + ' nor in '.join(map(str, FOLDERS)))
 
 
 def layers(file: dict, prefix: str) -> dict[str, np.ndarray]:

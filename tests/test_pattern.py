@@ -8,7 +8,6 @@ import functools
 import itertools
 import math
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from published import golden
 
 import jaxprune as jp
 from jaxprune.errors import PruneError
 from jaxprune.pattern import block_counts, block_top_k, n_blocks, n_of_m
 from jaxprune.select import unit_norm
 
-HERE = Path(__file__).parent
-#: The full files if they lie beside the checkout, else the slim copies kept with the tests.
-FOLDERS = (HERE.parents[1] / 'shared' / 'golden', HERE / 'golden')
-
 SHAPES = {'conv/kernel': (2, 3, 5, 4), 'dense/kernel': (10, 3)}
 SETS = ('plain', 'ties')
 few = settings(max_examples=25, deadline=None, database=None)
-
-
-@functools.cache
-def golden(name: str) -> dict[str, np.ndarray]:
-    for folder in FOLDERS:
-        if (folder / f'{name}.npz').exists():
-            return dict(np.load(folder / f'{name}.npz'))
-    pytest.skip(f'{name}.npz is neither in ' + ' nor in '.join(map(str, FOLDERS)))
 
 
 def leaves(file: dict, prefix: str) -> dict[str, np.ndarray]:

@@ -8,16 +8,13 @@ import functools
 import itertools
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from published import golden, numbered_shapes
 
 from jaxprune.errors import PruneError
 from jaxprune.quota import QUOTAS, Shape, erdos_renyi, igq, round_counts, uniform, uniform_plus
-
-HERE = Path(__file__).parent
-FOLDERS = (HERE.parents[1] / 'shared' / 'golden', HERE / 'golden')
 
 RULES = {
     'uniform': uniform,
@@ -31,18 +28,8 @@ ARCHITECTURES = [
 ]
 
 
-@functools.cache
-def golden(name: str) -> dict[str, np.ndarray]:
-    for folder in FOLDERS:
-        if (folder / f'{name}.npz').exists():
-            return dict(np.load(folder / f'{name}.npz'))
-    pytest.skip(f'{name}.npz is neither in ' + ' nor in '.join(map(str, FOLDERS)))
-
-
 def golden_shapes(architecture: str) -> dict[str, Shape]:
-    """Rows of the file are kh, kw, in, out; zeros stand for no spatial sides."""
-    rows = golden('effsp_quotas')[f'shapes/{architecture}'].tolist()
-    return {f'{i:02}': tuple(side for side in row if side) for i, row in enumerate(rows)}
+    return numbered_shapes(golden('effsp_quotas')[f'shapes/{architecture}'])
 
 
 def sizes(shapes) -> np.ndarray:

@@ -5,12 +5,12 @@ import itertools
 import math
 import re
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
+from published import golden, numbered_shapes
 
 import jaxprune as jp
 from jaxprune.errors import PruneError
@@ -30,30 +30,18 @@ from jaxprune.quota import (
 )
 from jaxprune.schedule import SCHEDULES, exponential, linear, schedule
 
-HERE = Path(__file__).parent
-FOLDERS = (HERE.parents[1] / 'shared' / 'golden', HERE / 'golden')
-
 LENET = {'dense_0/kernel': (784, 300), 'dense_1/kernel': (300, 100), 'dense_2/kernel': (100, 10)}
 #: 10, 40 and 50 weights.
 CONVNET = {'a': (1, 1, 2, 5), 'b': (2, 2, 2, 5), 'c': (5, 10)}
 ARCHITECTURES = ['lenet300100', 'lenet5', 'vgg16', 'vgg19', 'resnet20', 'resnet50']
 
 
-@functools.cache
-def golden() -> dict[str, np.ndarray]:
-    for folder in FOLDERS:
-        path = folder / 'jaxpruner_schedules_erk.npz'
-        if path.exists():
-            return dict(np.load(path))
-    return pytest.skip('jaxpruner_schedules_erk.npz is absent')
+def of_jaxpruner() -> dict[str, np.ndarray]:
+    return golden('jaxpruner_schedules_erk')
 
 
 def golden_shapes(architecture: str) -> dict[str, tuple[int, ...]]:
-    """Rows of the file are kh, kw, in, out; zeros stand for no spatial sides."""
-    file = golden()
-    rows = file[f'erk/{architecture}/shapes'].tolist()
-    # A number in front keeps the file's order when sorted.
-    return {f'{i:02}': tuple(side for side in row if side) for i, row in enumerate(rows)}
+    return numbered_shapes(of_jaxpruner()[f'erk/{architecture}/shapes'])
 
 
 def total(shapes) -> int:
@@ -238,7 +226,7 @@ def test_erk_against_jaxpruner(architecture, kind):
     It counts `floor(sparsity * n)` zeros per layer for its budget, where ours is `density * N`
     exactly; so ours is asked for the density of its budget, and then agrees to 1e-12.
     """
-    file, shapes, compared = golden(), golden_shapes(architecture), 0
+    file, shapes, compared = of_jaxpruner(), golden_shapes(architecture), 0
     for name, sparsities in file.items():
         start, end = f'erk/{architecture}/s', f'_{kind}_p1.0'
         if not (name.startswith(start) and name.endswith(end)):

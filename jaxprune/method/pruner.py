@@ -128,11 +128,8 @@ def pruner(
             for path, w in view.weights.items()
         }
 
-    def finished(state: Memory, active: ArrayLike) -> tuple[Masks, PruneInfo]:
-        masks, _ = finish(state.ranking, active)
-        # The scores were looked at in the rounds before.
-        none, all_ = jnp.zeros((), jnp.int32), sum(m.size for m in masks.values())
-        return masks, PruneInfo(kept(masks), none, jnp.asarray(all_, jnp.int32))
+    def finished(state: Memory, active: ArrayLike) -> Masks:
+        return finish(state.ranking, active)[0]
 
     return Pruner(
         init,

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 from jaxprune import score
 from jaxprune.errors import PruneError, nearest
-from jaxprune.method.pruner import FinishFn, pruner
-from jaxprune.quota import ALLOCATIONS, SHARED
+from jaxprune.method.pruner import pruner
+from jaxprune.quota import ALLOCATIONS, SHARED, Shape, bounds
 from jaxprune.select import global_top_k, layerwise_top_k
-from jaxprune.types import Counts, Problem, Pruner, ScoreFn
+from jaxprune.structure import Connect, chain, prune_to_active
+from jaxprune.types import Problem, Pruner, ScoreFn
 
 
 class Method(NamedTuple):
@@ -89,9 +90,10 @@ def build(
     *,
     allocation: str = 'global',
     train: bool | None = None,
-    fewest: Counts | None = None,
-    most: Counts | None = None,
-    finish: FinishFn | None = None,
+    shapes: Mapping[str, Shape] | None = None,
+    floor: int | Mapping[str, int] = 0,
+    cap: float | Mapping[str, float] = 1.0,
+    connect: Connect | None = None,
     **options: Any,
 ) -> Pruner:
     """The pruner of a registered method.
@@ -102,10 +104,12 @@ def build(
       allocation: 'global' ranks all leaves together, 'lamp' gives each leaf as many weights as
         LAMP would, anything else ranks within each leaf by the counts it is given.
       train: batch-norm mode while scoring; None for the published one.
-      fewest: path -> weights a leaf keeps at least in a ranking over all leaves, see
-        `quota.bounds`; layerwise counts have their bounds in them.
-      most: path -> at most.
-      finish: prunes to a number of active weights after the last round, see `pruner`.
+      shapes: path -> shape of the prunable leaves in forward order; for the next three.
+      floor: fewest weights of a leaf, see `quota.bounds`. Layerwise counts have their bounds in
+        them; a ranking over all leaves is held to them here.
+      cap: largest density of a leaf, likewise.
+      connect: see `structure.connectivity`; with it the pruner's `finish` prunes to a number of
+        active weights, along the chain of the allocation.
       **options: the method's own options.
     """
     card = method(name)
@@ -120,16 +124,27 @@ def build(
         raise PruneError(
             f"allocation 'lamp' goes by the weights left, and '{name}' brings weights back"
         )
+    if shapes is None and (floor or cap != 1.0 or connect is not None):
+        raise PruneError('floor, cap and connect need shapes: path -> shape of every prunable leaf')
     mode = card.train if train is None else train
     scorer = card.score(problem, mode, **{**card.options, **options})
     if allocation == 'lamp':
         scorer = score.ranked_like(scorer, score.lamp())
+    shared = allocation in SHARED
+    fewest, most = bounds(shapes, floor, cap) if shapes is not None and shared else (None, None)
+    finish = None
+    if connect is not None:
+        masks = chain(shapes, allocation, floor=floor, cap=cap)
+
+        def finish(ranking, active):
+            return prune_to_active(connect, ranking, masks, active)
+
     return pruner(
         scorer,
-        global_top_k if allocation in SHARED else layerwise_top_k,
+        global_top_k if shared else layerwise_top_k,
         monotone=card.monotone,
         needs=card.needs,
-        fewest=fewest,
-        most=most,
+        fewest=fewest if floor else None,
+        most=most if cap != 1.0 else None,
         finish=finish,
     )

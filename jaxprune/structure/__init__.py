@@ -8,6 +8,7 @@ from jaxprune.structure.effective import (
     effective_compression,
     effective_mask,
     forward_shapes,
+    shapes_in_order,
 )
 from jaxprune.structure.fold import Folded, fold_constants
 from jaxprune.structure.target import (
@@ -40,4 +41,5 @@ __all__ = [
     'forward_shapes',
     'prune_to_active',
     'rounds_before',
+    'shapes_in_order',
 ]

@@ -35,10 +35,23 @@ def connectivity_of(problem: Problem, input_shape: tuple[int, ...]) -> Connect:
 
 
 def forward_shapes(problem: Problem, input_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of the prunable leaves, in the order in which the network uses them."""
-    forward, params, *rest = _forward(problem, input_shape)
-    shapes = tree.shapes(tree.pick(params, problem.prunable))
-    used = [path for path in forward_order(forward, params, *rest) if path in shapes]
+    """`shapes_in_order` of a problem; `input_shape` as in `connectivity_of`."""
+    return shapes_in_order(*_forward(problem, input_shape), prunable=problem.prunable)
+
+
+def shapes_in_order(
+    forward: Callable[..., PyTree],
+    params: PyTree,
+    x: PyTree,
+    *constants: PyTree,
+    prunable: Rule = tree.kernels,
+) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the prunable leaves, in the order in which the network uses them.
+
+    Arguments: see `connectivity`.
+    """
+    shapes = tree.shapes(tree.pick(params, prunable))
+    used = [path for path in forward_order(forward, params, x, *constants) if path in shapes]
     # A leaf that nothing uses comes last; leaving it out would lose its mask.
     return {path: shapes[path] for path in [*used, *sorted(set(shapes) - set(used))]}
 

@@ -9,7 +9,7 @@ the target).
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,30 +100,23 @@ def rounds_before(
     density: float,
     *,
     allocation: str = 'global',
-    rounds: int = 1,
-    over: str = 'exponential',
     floor: int | Mapping[str, int] = 0,
     cap: float | Mapping[str, float] = 1.0,
+    **schedule: Any,
 ) -> Plan:
     """The rounds of a pruner that will be taken to an effective density: those to the direct one.
 
     Some quotas cannot be that sparse; the active weights of a denser mask may still be as few. Then
     the rounds end at the sparsest mask the quota allows. Arguments: see `at_init`.
     """
-    settings = {
-        'allocation': allocation,
-        'rounds': rounds,
-        'over': over,
-        'floor': floor,
-        'cap': cap,
-    }
+    shared = {'allocation': allocation, 'floor': floor, 'cap': cap}
     try:
-        return at_init(shapes, density, **settings)
+        return at_init(shapes, density, **shared, **schedule)
     except PruneError:
-        least = chain(shapes, allocation, floor=floor, cap=cap).least
+        least = chain(shapes, **shared).least
         if density >= least:
             raise
-        return at_init(shapes, least, **settings)
+        return at_init(shapes, least, **shared, **schedule)
 
 
 class Ranking(NamedTuple):

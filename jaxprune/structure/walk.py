@@ -51,14 +51,12 @@ class Traced(NamedTuple):
       paths: path of every parameter leaf, in argument order.
       inputs: how many arguments follow them, the leaves of the inputs.
       constants: how many arguments come last.
-      outputs: shape and dtype of each output leaf.
     """
 
     jaxpr: ClosedJaxpr
     paths: list[str]
     inputs: int
     constants: int
-    outputs: list[jax.ShapeDtypeStruct]
 
 
 def trace(forward: Callable[..., PyTree], params: PyTree, x: PyTree, *constants: PyTree) -> Traced:
@@ -76,10 +74,9 @@ def trace(forward: Callable[..., PyTree], params: PyTree, x: PyTree, *constants:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
     given = jax.tree.map(shape, (params, x, *constants))
-    jaxpr, out = jax.make_jaxpr(forward, return_shape=True)(*given)
+    jaxpr = jax.make_jaxpr(forward)(*given)
     names = [path for path, _ in paths(params)]
-    counts = len(jax.tree.leaves(x)), len(jax.tree.leaves(constants))
-    return Traced(jaxpr, names, *counts, jax.tree.leaves(out))
+    return Traced(jaxpr, names, len(jax.tree.leaves(x)), len(jax.tree.leaves(constants)))
 
 
 def walk(
@@ -132,19 +129,19 @@ def walk(
 
     def unroll(equation, given):
         p = equation.params
-        consts = given[: p['num_consts']]
-        carry = given[p['num_consts'] : p['num_consts'] + p['num_carry']]
-        stacked = given[p['num_consts'] + p['num_carry'] :]
-        avals = [var.aval for var in equation.invars[p['num_consts'] + p['num_carry'] :]]
+        n_consts, n_carry = _scan_counts(equation)
+        consts, carry = given[:n_consts], given[n_consts : n_consts + n_carry]
+        stacked = given[n_consts + n_carry :]
+        avals = [var.aval for var in equation.invars[n_consts + n_carry :]]
+        made = [var.aval for var in equation.outvars[n_carry:]]
         order = range(p['length'])
         rows = []
         for i in reversed(order) if p['reverse'] else order:
             slices = [pick_row(value, aval, i) for value, aval in zip(stacked, avals, strict=True)]
             out = enter(p['jaxpr'], [*consts, *carry, *slices])
-            carry, row = out[: p['num_carry']], out[p['num_carry'] :]
+            carry, row = out[:n_carry], out[n_carry:]
             rows.append(row)
         rows = rows[::-1] if p['reverse'] else rows
-        made = [var.aval for var in equation.outvars[p['num_carry'] :]]
         columns = [[row[j] for row in rows] for j in range(len(made))]
         return [*carry, *[stack(c, aval) for c, aval in zip(columns, made, strict=True)]]
 
@@ -155,11 +152,22 @@ def walk(
         return enter(jax.make_jaxpr(row)(_abstract(aval)), [value])[0]
 
     def stack(column, aval):
+        if not column:  # a loop of no steps stacks nothing
+            return known(jax.numpy.zeros(aval.shape, aval.dtype))
         row = jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype)
         joined = jax.make_jaxpr(lambda *rows: jax.numpy.stack(rows))(*[row] * len(column))
         return enter(joined, column)[0]
 
     return enter(jaxpr, list(args))
+
+
+def _scan_counts(equation: JaxprEqn) -> tuple[int, int]:
+    """How many constants and how many carried values a scan takes, before what it scans over."""
+    p = equation.params
+    if 'num_consts' in p:
+        return p['num_consts'], p['num_carry']
+    consts, carry, _ = (len(list(part)) for part in p['ft_in'].unpack())  # jax 0.12 and later
+    return consts, carry
 
 
 def _abstract(aval):

@@ -160,7 +160,8 @@ def array_engine(strategy: str, program: Program, data: DeviceData, mesh: Mesh) 
             state, infos = jax.lax.scan(body, begin(key, state), (number, counts))
             last = jax.tree.map(lambda leaf: leaf[-1], infos)
             if last_event is not None:
-                state, last = last_event(hyper, state, active)
+                state = last_event(hyper, state, active)
+                last = last._replace(kept=kept(state.masks))
             # What later events carry is not part of a state that all methods share.
             info = last._replace(nonfinite=infos.nonfinite.sum(), nonzero=infos.nonzero[0])
             return state._replace(method_state=()), info
@@ -260,7 +261,8 @@ def host_engine(program: Program, data: DeviceData, device: jax.Device) -> Engin
                 state, info = once(np.int32(number), data, key, hyper, now, state)
                 seen.append(info)
             if last_event is not None:
-                state, info = last_event(hyper, state, np.int32(active[place]))
+                state = last_event(hyper, state, np.int32(active[place]))
+                info = info._replace(kept=kept(state.masks))
             states[i] = state._replace(method_state=())
             infos.append(
                 info._replace(nonfinite=sum(s.nonfinite for s in seen), nonzero=seen[0].nonzero)

@@ -9,7 +9,6 @@ import numpy as np
 from jaxprune import data, method, nn, optim, problem, structure, train
 from jaxprune.data import Dataset, DeviceSplit
 from jaxprune.errors import SpecError
-from jaxprune.quota import SHARED, bounds
 from jaxprune.rng import stream
 from jaxprune.structure import Connect
 from jaxprune.sweep.grid import Run, split_options
@@ -40,13 +39,13 @@ class Events(NamedTuple):
     Attributes:
       begin: `(key, state) -> state`, before the first round.
       once: `(round, data, key, hyper, counts, state) -> (state, info)`.
-      last: `(hyper, state, active) -> (state, info)` after the last round, for runs that target
-        effective compression; else None.
+      last: `(hyper, state, active) -> state` after the last round, for runs that target effective
+        compression; else None.
     """
 
     begin: Callable[[Key, RunState], RunState]
     once: Callable[..., tuple[RunState, PruneInfo]]
-    last: Callable[..., tuple[RunState, PruneInfo]] | None
+    last: Callable[..., RunState] | None
 
 
 class Program(NamedTuple):
@@ -125,22 +124,15 @@ def make_program(spec: SweepSpec, settings: TrainSpec) -> Program:
         return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *rows)
 
     def prune(spec_: MethodSpec):
-        fewest, most = bounds(shapes, spec_.floor, spec_.cap)
-        finish = None
-        if spec_.target == 'effective':
-            masks = structure.chain(shapes, spec_.allocation, floor=spec_.floor, cap=spec_.cap)
-
-            def finish(ranking, active):
-                return structure.prune_to_active(connect, ranking, masks, active)
-
         pruner = method.build(
             net,
             spec_.name,
             allocation=spec_.allocation,
             train=spec_.batch_norm == 'train',
-            fewest=fewest if spec_.floor and spec_.allocation in SHARED else None,
-            most=most if spec_.cap < 1 and spec_.allocation in SHARED else None,
-            finish=finish,
+            shapes=shapes,
+            floor=spec_.floor,
+            cap=spec_.cap,
+            connect=connect if spec_.target == 'effective' else None,
             **spec_.options,
         )
         event = train.event(net, optimizer, pruner)
@@ -159,7 +151,7 @@ def make_program(spec: SweepSpec, settings: TrainSpec) -> Program:
                 batches = None
             return event(draw, hyper, state, counts, batches)
 
-        last = None if finish is None else train.last_event(net, optimizer, pruner)
+        last = pruner.finish and train.last_event(net, optimizer, pruner)
         return Events(begin, once, last)
 
     return Program(
