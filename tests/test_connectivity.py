@@ -420,15 +420,19 @@ def test_attention_is_open_mixing_and_norms_are_elementwise():
     found = connect({**ones, attention('query'): zero[attention('query')]})
     assert bool(found[attention('key')].all()) and bool(found[attention('value')].all())
 
-    # A dead channel stays dead through layer norm, group norm, gelu and the gate on it.
+    # A dead channel stays dead through layer norm, group norm and gelu; the gate on it carries
+    # input all the same, until its own column is cut.
     cut = {
         **ones,
         'embed/kernel': ones['embed/kernel'].at[:, 3].set(False),
         attention('out'): ones[attention('out')].at[:, :, 3].set(False),
     }
     found = connect(cut)
-    assert not found['head/kernel'][3].any() and not found['gate/kernel'][3].any()
-    assert not found['gate/kernel'][:, 3].any()  # a gate on nothing
+    assert bool(found['head/kernel'].all()) and bool(found['gate/kernel'][:3].all())
+    assert not found['gate/kernel'][3].any()
+    cut['gate/kernel'] = ones['gate/kernel'].at[:, 3].set(False)
+    found = connect(cut)
+    assert not found['head/kernel'][3].any()
     assert bool(found['head/kernel'][:3].all())
     for name in ('query', 'key', 'value'):
         assert not found[attention(name)][3].any()
@@ -442,6 +446,160 @@ def test_a_gate_that_may_be_zero_counts_with_what_it_gates():
     )
     found = connect({'a/w': jnp.ones((2, 2), bool), 'b/w': jnp.zeros((2, 2), bool)})
     assert bool(found['a/w'].all())
+
+
+def test_causal_attention_sees_no_future():
+    """Expectation: by hand. The first token sees itself alone, so what only later tokens carry
+    cannot reach it: here each token enters through its own kernel, and only the first is read.
+    """
+    params = {'embed': {'kernel': np.ones((3, 2, 2))}, 'query': {'kernel': np.ones((2, 2))}}
+    see = np.tril(np.ones((3, 3), bool))
+
+    def attention(scores, values):
+        def forward(p, x):
+            h = jnp.einsum('bti,tij->btj', x, p['embed']['kernel'])
+            return scores(h @ p['query']['kernel'], h) @ values(h)
+
+        return forward
+
+    def product(q, h):
+        return q @ jnp.swapaxes(h, 1, 2)
+
+    ways = {
+        'minus infinity': lambda q, h: jax.nn.softmax(jnp.where(see, product(q, h), -jnp.inf)),
+        'smallest number': lambda q, h: nn.softmax(
+            jnp.where(see, product(q, h), jnp.finfo(jnp.float32).min)
+        ),
+        'added': lambda q, h: jax.nn.softmax(product(q, h) - 1e9 * (1 - see)),
+        'made inside': lambda q, h: jax.nn.softmax(
+            jnp.where(jnp.arange(3)[:, None] >= jnp.arange(3), product(q, h), -1e30)
+        ),
+        'exp of the triangle': lambda q, h: jnp.tril(jnp.exp(product(q, h))),
+        'linear': lambda q, h: jnp.tril(product(q, h)),
+        'gated': lambda q, h: jax.nn.sigmoid(product(q, h)) * see,
+    }
+    ones = {'embed/kernel': jnp.ones((3, 2, 2), bool), 'query/kernel': jnp.ones((2, 2), bool)}
+    for name, scores in ways.items():
+        for token in range(3):
+            forward = attention(scores, lambda h: h)
+            found = connectivity(
+                lambda p, x, f=forward, t=token: f(p, x)[:, t], params, jnp.ones((1, 3, 2))
+            )(ones)
+            seen = found['embed/kernel'].all((1, 2)).tolist()
+            assert seen == [i <= token for i in range(3)], (name, token)
+            assert not found['embed/kernel'][token + 1 :].any(), (name, token)
+            assert bool(found['query/kernel'].all())  # a score may reach the output
+
+
+def test_flax_causal_attention():
+    """Expectation: as above, with the layer and the mask as users write them."""
+    layer = nn.MultiHeadDotProductAttention(num_heads=2, use_bias=False)
+    x = jnp.ones((1, 4, 6))
+    params = layer.init(jax.random.key(0), x, x)['params']
+
+    def forward(p, x, read):
+        x = jnp.einsum('bti,tij->btj', x, p['own']['kernel'])
+        y = layer.apply({'params': p['attention']}, x, x, mask=nn.make_causal_mask(x[..., 0]))
+        return y[:, read]
+
+    params = {'attention': params, 'own': {'kernel': jnp.ones((4, 6, 6))}}
+    ones = {path: jnp.ones(shape, bool) for path, shape in shapes_of(params).items()}
+    for read in range(4):
+        found = connectivity(lambda p, x, r=read: forward(p, x, r), params, x)(ones)
+        assert found['own/kernel'].all((1, 2)).tolist() == [i <= read for i in range(4)]
+
+
+HALF = np.array([1.0, 1.0, 0.0, 0.0], np.float32)
+PRODUCTS = {
+    # name: (forward of (x @ a, x @ b), the units of a and of b that work), four units each
+    'masked gate': (lambda a, b: jax.nn.sigmoid(a * HALF) * HALF * b, HALF, HALF),
+    'masked values': (lambda a, b: jax.nn.sigmoid(a) * (b * HALF), HALF, HALF),
+    'gate on a constant': (lambda a, b: jax.nn.sigmoid(a) * (b * HALF + 1), np.ones(4), HALF),
+    'sum of the other half': (
+        lambda a, b: (a * HALF) * (a * (1 - HALF)).sum(-1, keepdims=True),
+        np.ones(4),
+        np.zeros(4),
+    ),
+    'minus the mean of the rest': (
+        lambda a, b: a * HALF - (a * (1 - HALF)).mean(-1, keepdims=True),
+        np.ones(4),
+        np.zeros(4),
+    ),
+    'times its sum': (lambda a, b: (a * a.sum(-1, keepdims=True))[:, :2], np.ones(4), np.zeros(4)),
+    'squeeze and excite': (
+        lambda a, b: (a * jax.nn.sigmoid(a.sum(-1, keepdims=True)))[:, :2],
+        np.ones(4),
+        np.zeros(4),
+    ),
+    'divided by the other': (lambda a, b: (a / (1 + b * b))[:, :2], HALF, HALF),
+    'a choice': (lambda a, b: jnp.where(HALF > 0, a, b), HALF, 1 - HALF),
+    # Normalisation by its own statistic counts as elementwise.
+    'softmax': (lambda a, b: jax.nn.softmax(a)[:, :2], HALF, np.zeros(4)),
+    'log softmax': (lambda a, b: jax.nn.log_softmax(a)[:, :2], HALF, np.zeros(4)),
+    'unit length': (
+        lambda a, b: (a / jnp.linalg.norm(a, axis=-1, keepdims=True))[:, :2],
+        HALF,
+        np.zeros(4),
+    ),
+    'by the inverse root': (
+        lambda a, b: (a * jax.lax.rsqrt((a * a).mean(-1, keepdims=True) + 1e-6) * 3.0)[:, :2],
+        HALF,
+        np.zeros(4),
+    ),
+    'by a power': (
+        lambda a, b: (a * ((a**2).mean(-1, keepdims=True) + 1e-6) ** -0.5)[:, :2],
+        HALF,
+        np.zeros(4),
+    ),
+    'standardised': (lambda a, b: jax.nn.standardize(a)[:, :2], HALF, np.zeros(4)),
+}
+
+
+@pytest.mark.parametrize('name', PRODUCTS)
+def test_products_and_normalisations(name):
+    """Expectation: by hand from the stated rules."""
+    combine, of_a, of_b = PRODUCTS[name]
+    params = {'a': {'w': np.ones((3, 4), np.float32)}, 'b': {'w': np.ones((3, 4), np.float32)}}
+    connect = connectivity(
+        lambda p, x: combine(x @ p['a']['w'], x @ p['b']['w']), params, jnp.ones((1, 3))
+    )
+    ones = {path: jnp.ones((3, 4), bool) for path in ('a/w', 'b/w')}
+    found = connect(ones)
+    np.testing.assert_array_equal(found['a/w'], np.broadcast_to(of_a > 0, (3, 4)))
+    np.testing.assert_array_equal(found['b/w'], np.broadcast_to(of_b > 0, (3, 4)))
+    again = connect(found)
+    for path in found:
+        np.testing.assert_array_equal(again[path], found[path])
+
+
+def test_a_triangle_of_weights_and_a_choice_among_them():
+    """Expectation: by hand; what the constant closes is on no path, what it opens for good is."""
+    params = {'a': {'w': np.ones((3, 3), np.float32)}, 'b': {'w': np.ones((3, 3), np.float32)}}
+    ones = {path: jnp.ones((3, 3), bool) for path in ('a/w', 'b/w')}
+    lower = np.tril(np.ones((3, 3), bool))
+    found = connectivity(
+        lambda p, x: x @ jnp.tril(p['a']['w']) @ jnp.where(lower, p['b']['w'], 1.0),
+        params,
+        jnp.ones((1, 3)),
+    )
+    np.testing.assert_array_equal(found(ones)['a/w'], lower)
+    np.testing.assert_array_equal(found(ones)['b/w'], lower)
+    # Without b's own weights its constants still carry rows 0 and 1 of it to the output.
+    left = found({**ones, 'b/w': jnp.zeros((3, 3), bool)})['a/w']
+    np.testing.assert_array_equal(left, lower & np.array([True, True, False]))
+
+
+def test_a_loop_of_no_steps():
+    """Expectation: it is not there."""
+    params = {'none': {'w': np.ones((0, 3, 3))}, 'head': {'w': np.ones((3, 2))}}
+
+    def forward(p, x):
+        x, sums = lax.scan(lambda h, w: (h @ w, h.sum()), x, p['none']['w'])
+        return x @ p['head']['w'] + sums.sum()
+
+    ones = {'none/w': jnp.ones((0, 3, 3), bool), 'head/w': jnp.ones((3, 2), bool)}
+    found = connectivity(forward, params, jnp.ones((1, 3)))(ones)
+    assert bool(found['head/w'].all()) and found['none/w'].shape == (0, 3, 3)
 
 
 def test_scanned_layers_embeddings_and_transposed_weights():
@@ -677,6 +835,47 @@ def test_folding_leaves_the_function_as_it_was():
                 assert bool((folded.masks[path] == mask).all())
                 removed += int((masks[path] & ~mask).sum())
         assert removed > 15 and changed >= 2
+
+
+def test_folding_kernels_that_are_joined_or_cut_to_a_triangle():
+    """Expectation: outputs of the masked network, float64; two kernels side by side, of which one
+    is used again where no bias is, so that both keep what is inactive.
+    """
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        params = {
+            'a': {'kernel': rng.normal(size=(3, 4)), 'bias': rng.normal(size=4)},
+            'q': {'kernel': rng.normal(size=(4, 2))},
+            'k': {'kernel': rng.normal(size=(4, 2))},
+            'qk': {'bias': rng.normal(size=4)},
+            'tri': {'kernel': rng.normal(size=(4, 4)), 'bias': rng.normal(size=4)},
+        }
+        params = jax.tree.map(jnp.asarray, params)
+
+        def forward(p, x, again=False):
+            h = jnp.tanh(x @ p['a']['kernel'] + p['a']['bias'])
+            both = jnp.concatenate([p['q']['kernel'], p['k']['kernel']], axis=1)
+            y = jnp.tanh(h @ both + p['qk']['bias'])
+            y = y @ jnp.tril(p['tri']['kernel']) + p['tri']['bias']
+            return (y, h @ p['k']['kernel']) if again else y
+
+        masks = {path: jnp.ones(shape, bool) for path, shape in shapes_of(params).items()}
+        masks = {path: mask for path, mask in masks.items() if path.endswith('kernel')}
+        masks['a/kernel'] = masks['a/kernel'].at[:, 1].set(False)
+        masks['q/kernel'] = masks['q/kernel'].at[:, 0].set(False)
+        x = jnp.asarray(rng.normal(size=(5, 3)))
+        for again, unfolded in ((False, ()), (True, ('k/kernel', 'q/kernel'))):
+
+            def run(p, x, again=again):
+                return forward(p, x, again)
+
+            folded = fold_constants(run, params, masks, x)
+            assert folded.unfolded == unfolded
+            before = jax.tree.leaves(run(tree.apply_masks(params, masks), x))
+            after = jax.tree.leaves(run(folded.params, x))
+            for one, other in zip(before, after, strict=True):
+                np.testing.assert_allclose(other, one, rtol=0, atol=1e-12)
+            assert bool(folded.masks['q/kernel'][1].any()) == again
 
 
 def test_a_constant_next_to_padding_stays():

@@ -11,15 +11,21 @@ What an operation means for paths:
 - constants, biases and normalisation parameters carry no input, so no path starts there; frozen
   kernels, which no mask can touch, are open everywhere;
 - activations and other elementwise functions pass liveness on; a sum is live where a term is;
-- so is a product of two signals (it may depend on either), unless one of them is always positive
-  (sigmoid, exp, softmax): such a gate is open, and matters where what it gates is live;
-- hence attention mixes all tokens; query and key weights are active where a score can reach the
-  output;
-- a statistic of a tensor (its mean, variance, maximum) subtracted from it, or scaling it, is
-  normalisation, and counts as elementwise: batch, layer, group and RMS norm, softmax;
+- so is a product of two signals: it may depend on either, as long as no constant, such as a causal
+  mask, makes the other zero;
+- a matrix product with factors that are never negative (softmax, exp) is mixing: open wherever no
+  constant closes it, and live where what it mixes is. Hence attention mixes all tokens that its
+  constant mask lets it see; query and key weights are active where a score can reach the output;
+- a statistic of a tensor (its mean, variance, maximum, norm) subtracted from it, or dividing it, is
+  normalisation, and counts as elementwise: batch, layer, group and RMS norm, softmax. What reaches
+  the output only through such a statistic does no work;
 - pooling is live where any entry of the window is.
+
+Zeros are known where the trace holds the constant that makes them; a mask handed in as an argument
+counts as ones.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -27,6 +33,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
@@ -50,15 +57,18 @@ class Const(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A prunable leaf, or a mere rearrangement of one.
+    """A prunable leaf, or a mere rearrangement of one or several.
 
     Attributes:
       kept: float array, 1 where the mask keeps, else 0.
-      leaf: its path.
+      leaves: their paths.
     """
 
     kept: jax.Array
-    leaf: str
+    leaves: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return ' and '.join(f"'{leaf}'" for leaf in self.leaves)
 
 
 class Signal(NamedTuple):
@@ -66,15 +76,23 @@ class Signal(NamedTuple):
 
     Attributes:
       live: float array, 1 where some input reaches, else 0.
-      root: number of the tensor of which this is an elementwise function.
+      root: number of the tensor of which this is an elementwise function; tensors of one root are
+        live at the same entries.
       of: numbers of the tensors of which this is a statistic.
-      open: always positive, so a factor of this kind lets everything through.
+      inverse: a statistic by whose inverse a tensor is scaled: one over it, or over its root.
+      open: never negative, and zero only where `shut` says so.
+      shut: bool array, True where a constant makes it zero; None for nowhere.
+      low: bool array, True where a constant makes it so negative that `exp` of it is zero; None
+        for nowhere.
     """
 
     live: jax.Array
     root: int
     of: frozenset[int] = frozenset()
+    inverse: bool = False
     open: bool = False
+    shut: jax.Array | None = None
+    low: jax.Array | None = None
 
 
 @jax.custom_vjp
@@ -89,13 +107,10 @@ def binarise(x: jax.Array) -> jax.Array:
 binarise.defvjp(lambda x: (binarise(x), None), lambda _, ct: ((ct > 0.5).astype(ct.dtype),))
 
 
-@jax.custom_vjp
-def _opened(x: jax.Array) -> jax.Array:
-    """Ones; backwards the cotangent itself: an open gate that still may matter."""
-    return jnp.ones_like(x)
+def _opened(signal: Signal) -> jax.Array:
+    """1 where an open factor is not shut; backwards the cotangent itself, for it may matter."""
+    return lax.stop_gradient(_not(signal.shut, signal.live) - signal.live) + signal.live
 
-
-_opened.defvjp(lambda x: (jnp.ones_like(x), None), lambda _, ct: (ct,))
 
 Connect = Callable[[Masks], Masks]
 
@@ -135,7 +150,7 @@ def connectivity(
     def total(kept: dict[str, jax.Array]) -> jax.Array:
         roots = itertools.count()
         args: list[Any] = [
-            Weight(kept[path], path) if path in shapes else Const(leaf=path)
+            Weight(kept[path], (path,)) if path in shapes else Const(leaf=path)
             for path in traced.paths
         ]
         args += [
@@ -189,6 +204,11 @@ _REDUCTIONS = _names(
     'reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin'
 )
 _CUMULATIVE = _names('cumsum cumprod cummax cummin cumlogsumexp')
+_RUN_TIME = _names('cond while')
+_RUN_TIME_ADVICE = (
+    'what it does is known only when it runs; choose in Python, and write a loop of known length '
+    'as a scan'
+)
 _WINDOWS = _names('reduce_window_sum reduce_window_max reduce_window_min reduce_window')
 #: Those that change no number, or only its precision.
 SAME = _names(
@@ -196,6 +216,10 @@ SAME = _names(
     'mesh_cast reshard pvary'
 )
 _POSITIVE = _names('exp exp2 logistic')
+#: What a statistic may pass through and still be one that normalises.
+_OF_STATISTICS = SAME | _names('neg abs log sqrt rsqrt square integer_pow pow')
+#: Masks of attention are minus infinity, the smallest number, -1e9 or -1e4 where they shut.
+_LOW = -1e4
 
 
 def liveness(roots: itertools.count) -> Callable[[JaxprEqn, list[Any]], Sequence[Any]]:
@@ -222,7 +246,7 @@ def liveness(roots: itertools.count) -> Callable[[JaxprEqn, list[Any]], Sequence
         if name == 'optimization_barrier':
             return given
         if name in _UNARY:
-            return [_unary(equation, signals[0])]
+            return [_unary(equation, signals[0], roots)]
         if name in _NARY:
             return [_nary(equation, given, signals, roots)]
         if name in MOVES:
@@ -240,7 +264,8 @@ def _constants(equation: JaxprEqn, given: Sequence[Const]) -> list[Const]:
     size = sum(math.prod(getattr(v.aval, 'shape', ())) for v in equation.outvars)
     # A large constant would only sit in memory: what rules read are indices and small masks.
     if all(v.value is not None for v in given) and size <= 2**22 and not equation.effects:
-        out = equation.primitive.bind(*[v.value for v in given], **equation.params)
+        with jax.ensure_compile_time_eval():  # numbers, also while something is traced
+            out = _bind(equation, *[v.value for v in given])
         return [Const(v) for v in (out if equation.primitive.multiple_results else [out])]
     return [Const()] * len(equation.outvars)
 
@@ -261,29 +286,94 @@ def _open_pattern(const: Const, aval) -> jax.Array:
     return (jnp.asarray(const.value) != 0).astype(jnp.float32)
 
 
+# Zeros that constants make are few and known at the trace: patterns are None almost everywhere.
+
+
+def _not(pattern: jax.Array | None, like: jax.Array) -> jax.Array:
+    """1 where a pattern is False; ones where there is none."""
+    return jnp.ones_like(like) if pattern is None else 1 - jnp.asarray(pattern, like.dtype)
+
+
+def _pattern(found: jax.Array) -> jax.Array | None:
+    """None for a pattern that is known to be False everywhere."""
+    return found if isinstance(found, jax.core.Tracer) or bool(found.any()) else None
+
+
+def _some(patterns: Sequence[jax.Array | None], shape, combine=jnp.logical_or) -> Any:
+    """Patterns of several arguments, broadcast and combined; None is False everywhere."""
+    if all(p is None for p in patterns):
+        return None
+    with jax.ensure_compile_time_eval():
+        each = [jnp.broadcast_to(False if p is None else p, shape) for p in patterns]
+        return _pattern(functools.reduce(combine, each))
+
+
+def _all(patterns: Sequence[jax.Array | None], shape) -> Any:
+    return None if any(p is None for p in patterns) else _some(patterns, shape, jnp.logical_and)
+
+
+def _shifted(pattern: jax.Array | None, equation: JaxprEqn) -> list[Any]:
+    """A pattern after the rearrangement that an equation is."""
+    if pattern is None:
+        return [None] * len(equation.outvars)
+    with jax.ensure_compile_time_eval():
+        out = _bind(equation, pattern)
+        return [_pattern(p) for p in (out if equation.primitive.multiple_results else [out])]
+
+
+def _zero_stays(equation: JaxprEqn, given: Sequence[Any]) -> jax.Array | bool:
+    """Where an elementwise function of one signal and known constants is zero at zero."""
+    if not all(isinstance(v, Signal) or v.value is not None for v in given):
+        return False
+    with jax.ensure_compile_time_eval():
+        zeros = [
+            jnp.zeros(x.aval.shape, x.aval.dtype) if isinstance(v, Signal) else v.value
+            for v, x in zip(given, equation.invars, strict=True)
+        ]
+        return _bind(equation, *zeros) == 0
+
+
+def _test(value: Any, test: Callable[[Any], Any], aval) -> jax.Array | None:
+    """Where a constant of known numbers passes a test; None where it nowhere does."""
+    number = jnp.issubdtype(aval.dtype, jnp.number) or aval.dtype == bool
+    if not isinstance(value, Const) or value.value is None or not number:
+        return None
+    with jax.ensure_compile_time_eval():
+        return _pattern(jnp.asarray(test(jnp.asarray(value.value))))
+
+
 def _rearranged(equation: JaxprEqn, given: list[Any], weights: list[Weight]) -> list[Any]:
     """Weights among themselves and constants, before any input meets them."""
     name, first = equation.primitive.name, weights[0]
     constants = [v for v in given if isinstance(v, Const)]
+    leaves = tuple(dict.fromkeys(leaf for w in weights for leaf in w.leaves))
     if name in MOVES and len(given) == 1:
         out = _bind(equation, first.kept)
         outs = out if equation.primitive.multiple_results else [out]
-        return [Weight(kept, first.leaf) for kept in outs]
+        return [Weight(kept, leaves) for kept in outs]
     if name in SAME or name in ('neg', 'abs'):
         return [first]
     scaled = name == 'mul' or (name == 'div' and given[0] is first)
     if scaled and len(weights) == 1:
         at = next(i for i, v in enumerate(given) if v is constants[0])
         pattern = _open_pattern(given[at], equation.invars[at].aval)
-        return [Weight(_fit(first.kept * pattern, equation), first.leaf)]
+        return [Weight(_fit(first.kept * pattern, equation), leaves)]
     if name in ('dynamic_slice', 'gather') and all(v.value is not None for v in constants):
         places = [v.value for v in constants]
-        return [Weight(_bind(equation, first.kept, *places), first.leaf)]
+        return [Weight(_bind(equation, first.kept, *places), leaves)]
     if name == 'concatenate' and not constants:
-        return [Weight(_bind(equation, *[w.kept for w in weights]), first.leaf)]
-    leaves = ', '.join(f"'{w.leaf}'" for w in weights)
+        return [Weight(_bind(equation, *[w.kept for w in weights]), leaves)]
+    if name == 'select_n' and isinstance(given[0], Const) and given[0].value is not None:
+        cases = [
+            v.kept if isinstance(v, Weight) else _open_pattern(v, x.aval)
+            for v, x in zip(given[1:], equation.invars[1:], strict=True)
+        ]
+        return [Weight(_bind(equation, given[0].value, *cases), leaves)]
+    if name in _RUN_TIME:
+        raise Unknown(_RUN_TIME_ADVICE)
     raise Unknown(
-        f'paths through {leaves} after it are not known; keep it out of the prunable ones'
+        f'paths through {first._replace(leaves=leaves)} after it are not known; keep it out of the '
+        'prunable ones'
     )
 
 
@@ -293,8 +383,7 @@ def _product(equation: JaxprEqn, a: Any, b: Any, roots: itertools.count) -> Any:
     signals = [v for v in pair if isinstance(v, Signal)]
     if not signals:
         if all(isinstance(v, Weight) for v in pair):
-            leaves = f"'{a.leaf}' and '{b.leaf}'"
-            raise Unknown(f'the prunable leaves {leaves} are multiplied: which is a path?')
+            raise Unknown(f'the prunable leaves {a} and {b} are multiplied: which is a path?')
         return Const()
     params = {**equation.params, 'preferred_element_type': None}
 
@@ -310,9 +399,9 @@ def _product(equation: JaxprEqn, a: Any, b: Any, roots: itertools.count) -> Any:
     if len(signals) < 2:
         live = product(left, right)
     elif a.open != b.open:  # attention: the mixing is open, what it mixes need not be
-        live = product(_opened(left), right) if a.open else product(left, _opened(right))
+        live = product(_opened(a), right) if a.open else product(left, _opened(b))
     else:
-        live = product(left, jnp.ones_like(right)) + product(jnp.ones_like(left), right)
+        live = product(left, _not(b.shut, right)) + product(_not(a.shut, left), right)
     return Signal(binarise(live), next(roots))
 
 
@@ -324,15 +413,33 @@ def _with_weight(
     if equation.primitive.name == 'mul' and len(given) == 2:
         return Signal(binarise(_fit(signals[0].live * weights[0].kept, equation)), next(roots))
     raise Unknown(
-        f"'{weights[0].leaf}' is not multiplied with what comes in, so no path runs through it; "
+        f'{weights[0]} is not multiplied with what comes in, so no path runs through it; '
         'leave it out of the prunable ones',
     )
 
 
-def _unary(equation: JaxprEqn, signal: Signal) -> Signal:
+def _unary(equation: JaxprEqn, signal: Signal, roots: itertools.count) -> Signal:
     name = equation.primitive.name
-    kept_open = signal.open and name in SAME
-    return signal._replace(live=_fit(signal.live, equation), open=name in _POSITIVE or kept_open)
+    live, shape = _fit(signal.live, equation), equation.outvars[0].aval.shape
+    power = equation.params.get('y', 1) if name == 'integer_pow' else 1
+    if name in _POSITIVE:
+        if signal.low is None:
+            return Signal(live, signal.root, open=True)
+        return Signal(live * _not(signal.low, live), next(roots), open=True, shut=signal.low)
+    shut = None
+    if signal.shut is not None:
+        zero = _zero_stays(equation, [signal])
+        shut = _some([signal.shut, zero], shape, jnp.logical_and)
+    same = name in SAME
+    return Signal(
+        live,
+        signal.root,
+        of=signal.of if name in _OF_STATISTICS else frozenset(),
+        inverse=name == 'rsqrt' or power < 0 or (same and signal.inverse),
+        open=signal.open and same,
+        shut=shut,
+        low=signal.low if same else None,
+    )
 
 
 def _nary(
@@ -341,35 +448,95 @@ def _nary(
     """Elementwise functions of several arguments; see the head of the module."""
     name = equation.primitive.name
     if len(signals) == 1:
-        signal, live = signals[0], _fit(signals[0].live, equation)
-        if name == 'mul':
-            at = next(i for i, v in enumerate(given) if isinstance(v, Const))
-            live = live * _open_pattern(given[at], equation.invars[at].aval)
-        scaled = (name in ('mul', 'div') and given[-1] is not signal) or name == 'mul'
-        return signal._replace(live=live, open=signal.open and scaled)
-    a, b = signals[0], signals[1]
-    if name in ('sub', 'mul', 'div') and (a.root in b.of or (name == 'mul' and b.root in a.of)):
-        whole = a if a.root in b.of else b
-        return whole._replace(
-            live=_fit(whole.live, equation), open=a.open and b.open and name != 'sub'
-        )
-    both_open = all(s.open for s in signals) and name in ('add', 'mul', 'div', 'max', 'min')
-    if name in ('mul', 'div') and a.open != b.open and (name == 'mul' or b.open):
-        gate, gated = (a, b) if a.open else (b, a)
-        live = _opened(_fit(gate.live, equation)) * _fit(gated.live, equation)
-        return Signal(live, a.root if a.root == b.root else next(roots))
-    live = binarise(sum(_fit(s.live, equation) for s in signals))
+        return _with_constants(equation, given, signals[0], roots)
+    a, b, shape = signals[0], signals[1], equation.outvars[0].aval.shape
+    for whole, statistic in ((a, b), (b, a)):
+        if whole.root in statistic.of and (
+            (name in ('sub', 'div') and statistic is b) or (name == 'mul' and statistic.inverse)
+        ):
+            kept = whole.open and statistic.open and name != 'sub'
+            low = _lower(whole, statistic, shape) if name == 'sub' else None
+            return whole._replace(live=_fit(whole.live, equation), open=kept, low=low)
+    lives = [_fit(s.live, equation) for s in signals]
+    shuts = [s.shut for s in signals]
     same_root = len({s.root for s in signals}) == 1
-    same_of = signals[0].of if len({s.of for s in signals}) == 1 else frozenset()
-    return Signal(live, a.root if same_root else next(roots), same_of, both_open)
+    if name == 'mul':
+        live = lives[0] * _not(b.shut, lives[1]) + lives[1] * _not(a.shut, lives[0])
+        shut = _some(shuts, shape)
+    elif name == 'div':
+        live = lives[0] + lives[1] * _not(a.shut, lives[0])
+        shut = a.shut
+    else:
+        live = sum(lives)
+        zero_stays = name in ('add', 'add_any', 'sub', 'max', 'min')
+        shut = _all(shuts, shape) if zero_stays else None
+    low = None
+    if name in ('add', 'add_any', 'sub'):
+        low = _lower(a, b, shape) if name == 'sub' else _some([a.low, b.low], shape)
+    return Signal(
+        binarise(live),
+        a.root if same_root else next(roots),
+        of=a.of if len({s.of for s in signals}) == 1 else frozenset(),
+        inverse=name == 'mul' and a.inverse and b.inverse,
+        open=a.open and b.open and name in ('add', 'mul', 'div', 'max', 'min'),
+        shut=shut,
+        low=low,
+    )
+
+
+def _lower(a: Signal, b: Signal, shape) -> Any:
+    """Where `a - b` is very negative: not where both are, as in a row that is low as a whole."""
+    if a.low is None or b.low is None:
+        return _some([a.low], shape)
+    with jax.ensure_compile_time_eval():
+        return _pattern(jnp.broadcast_to(a.low & ~b.low, shape))
+
+
+def _with_constants(
+    equation: JaxprEqn, given: list[Any], signal: Signal, roots: itertools.count
+) -> Signal:
+    """An elementwise function of one signal and constants."""
+    name, leads = equation.primitive.name, given[0] is signal
+    live, shape = _fit(signal.live, equation), equation.outvars[0].aval.shape
+
+    def where(test):
+        return [_test(v, test, x.aval) for v, x in zip(given, equation.invars, strict=True)]
+
+    zeros = low = None  # entries that the constants alone make zero, or very negative
+    if name == 'mul' or (name == 'div' and not leads):
+        zeros = _some(where(lambda v: v == 0), shape)
+    elif name == 'add' or (name == 'sub' and leads):
+        sign = 1 if name == 'add' else -1
+        low = _some([signal.low, *where(lambda v: sign * v <= _LOW)], shape)
+    scaled = name == 'mul' or (name == 'div' and leads)
+    shut = None
+    if signal.shut is not None:
+        stays = True if scaled else _zero_stays(equation, given)
+        shut = _some([signal.shut, stays], shape, jnp.logical_and)
+    turned = name == 'div' and not leads
+    if name == 'pow' and leads:
+        turned = _some(where(lambda v: v >= 0), shape) is None and given[1].value is not None
+    return Signal(
+        live if zeros is None else live * _not(zeros, live),
+        signal.root if zeros is None else next(roots),
+        of=signal.of,
+        inverse=signal.inverse != turned,
+        open=signal.open and name in ('mul', 'div'),
+        shut=_some([shut, zeros], shape),
+        low=low,
+    )
 
 
 def _moved(equation: JaxprEqn, signal: Signal, roots: itertools.count) -> list[Signal]:
     out = _bind(equation, signal.live)
+    shuts, lows = _shifted(signal.shut, equation), _shifted(signal.low, equation)
     if equation.primitive.name in _WHOLE:
-        return [signal._replace(live=out)]
+        return [signal._replace(live=out, shut=shuts[0], low=lows[0])]
     outs = out if equation.primitive.multiple_results else [out]
-    return [Signal(live, next(roots), open=signal.open) for live in outs]
+    return [
+        Signal(live, next(roots), open=signal.open, shut=shut, low=low)
+        for live, shut, low in zip(outs, shuts, lows, strict=True)
+    ]
 
 
 def _other(equation: JaxprEqn, given: list[Any], roots: itertools.count) -> Signal:
@@ -384,10 +551,16 @@ def _other(equation: JaxprEqn, given: list[Any], roots: itertools.count) -> Sign
 
     first = given[0]
     if name in _REDUCTIONS:
-        total = binarise(first.live.sum(axis=tuple(params['axes'])))
+        axes = tuple(params['axes'])
+        sums = name in ('reduce_sum', 'reduce_max', 'reduce_min')
+        with jax.ensure_compile_time_eval():
+            shut, low = (
+                None if p is None or not sums else _pattern(p.all(axes))
+                for p in (first.shut, first.low)
+            )
+        total = binarise(first.live.sum(axis=axes))
         of = first.of | {first.root}
-        positive = first.open and name in ('reduce_sum', 'reduce_max', 'reduce_min', 'reduce_prod')
-        return Signal(total, next(roots), of, positive)
+        return Signal(total, next(roots), of, open=first.open and sums, shut=shut, low=low)
     if name in _CUMULATIVE:
         total = lax.cumsum(first.live, params['axis'], params['reverse'])
         return Signal(binarise(total), next(roots))
@@ -405,13 +578,10 @@ def _other(equation: JaxprEqn, given: list[Any], roots: itertools.count) -> Sign
                 )
             },
         )
-        return Signal(binarise(total), next(roots), open=first.open)
-    if name == 'concatenate':
-        joined = _bind(equation, *[live(v, i) for i, v in enumerate(given)])
-        return Signal(joined, next(roots))
-    if name == 'pad':
-        padded = lax.pad(live(first, 0), jnp.float32(0), params['padding_config'])
-        return Signal(padded, next(roots))
+        return Signal(binarise(total), next(roots))
+    if name in ('concatenate', 'pad'):
+        joined = [live(v, i) for i, v in enumerate(given)]
+        return Signal(_bind(equation, *joined), next(roots), shut=_zeros(equation, given))
     if name == 'select_n':
         return _select(equation, given, live, roots)
     if name in ('dynamic_slice', 'dynamic_update_slice'):
@@ -421,21 +591,69 @@ def _other(equation: JaxprEqn, given: list[Any], roots: itertools.count) -> Sign
             parts = [live(v, i) for i, v in enumerate(given[:arrays])]
             return Signal(_bind(equation, *parts, *[v.value for v in starts]), next(roots))
         raise Unknown('its position is not known before running')
+    if name in _RUN_TIME:
+        raise Unknown(_RUN_TIME_ADVICE)
     raise Unknown('its effect on paths from input to output is not known')
+
+
+def _same_everywhere(choice: jax.Array) -> int | None:
+    """The one case that a known choice takes, if it is one everywhere."""
+    if isinstance(choice, jax.core.Tracer):
+        return None
+    found = np.unique(choice)
+    return int(found[0]) if len(found) == 1 else None
+
+
+def _zeros(equation: JaxprEqn, given: Sequence[Any], *first: Any) -> Any:
+    """Where arguments that a constant makes zero end up, in a join or a known choice."""
+    avals = [x.aval for x in equation.invars[len(first) :]]
+    patterns = [
+        v.shut if isinstance(v, Signal) else _test(v, lambda v: v == 0, aval)
+        for v, aval in zip(given, avals, strict=True)
+    ]
+    return _placed_where(equation, patterns, avals, *first)
+
+
+def _placed_where(equation: JaxprEqn, patterns: Sequence[Any], avals, *first: Any) -> Any:
+    """Patterns moved by an equation that only picks among its arguments."""
+    if all(p is None for p in patterns):
+        return None
+    with jax.ensure_compile_time_eval():
+        each = [
+            jnp.broadcast_to(False if p is None else p, aval.shape)
+            for p, aval in zip(patterns, avals, strict=True)
+        ]
+        return _pattern(_bind(equation, *first, *each))
 
 
 def _select(equation: JaxprEqn, given: list[Any], live, roots: itertools.count) -> Signal:
     choice, cases = given[0], given[1:]
     lives = [_fit(live(v, i + 1), equation) for i, v in enumerate(cases)]
-    signals = [v for v in given if isinstance(v, Signal)]
-    root = signals[0].root if len({s.root for s in signals}) == 1 else next(roots)
-    of = signals[0].of if len({s.of for s in signals}) == 1 else frozenset()
-    positive = all(v.open for v in cases if isinstance(v, Signal))
+    signals = [v for v in cases if isinstance(v, Signal)]
+    positive = all(v.open for v in signals)
     if isinstance(choice, Const) and choice.value is not None:
-        return Signal(_bind(equation, choice.value, *lives), root, of, positive)
+        only = _same_everywhere(choice.value)
+        if only is not None and isinstance(cases[only], Signal):
+            return cases[only]
+        avals = [x.aval for x in equation.invars[1:]]
+        lows = [
+            v.low if isinstance(v, Signal) else _test(v, lambda v: v <= _LOW, aval)
+            for v, aval in zip(cases, avals, strict=True)
+        ]
+        return Signal(
+            _bind(equation, choice.value, *lives),
+            next(roots),
+            open=positive,
+            shut=_zeros(equation, cases, choice.value),
+            low=_placed_where(equation, lows, avals, choice.value),
+        )
     if isinstance(choice, Signal):
         lives.append(_fit(choice.live, equation))
-    return Signal(binarise(sum(lives)), root, of, positive)
+        signals.append(choice)
+    root = signals[0].root if len({s.root for s in signals}) == 1 else next(roots)
+    of = signals[0].of if len({s.of for s in signals}) == 1 else frozenset()
+    shut = _all([v.shut if isinstance(v, Signal) else None for v in cases], lives[0].shape)
+    return Signal(binarise(sum(lives)), root, of, open=positive, shut=shut)
 
 
 def _gather(equation: JaxprEqn, operand: Any, indices: Any, roots: itertools.count) -> Any:

@@ -52,11 +52,11 @@ class _Pending(NamedTuple):
     """What a layer's inactive weights add to its output, on its way to a bias.
 
     Attributes:
-      leaf: path of the kernel.
+      leaves: paths of the kernels.
       added: array shaped like the layer's output.
     """
 
-    leaf: str
+    leaves: tuple[str, ...]
     added: jax.Array
 
 
@@ -64,12 +64,12 @@ class _Shift(NamedTuple):
     """What a bias takes over.
 
     Attributes:
-      kernel: path of the layer's kernel.
+      kernels: paths of the layer's kernels.
       bias: ('params' or 'constants', path).
       by: what is added to it.
     """
 
-    kernel: str
+    kernels: tuple[str, ...]
     bias: tuple[str, str]
     by: jax.Array
 
@@ -130,7 +130,7 @@ def fold_constants(
         if key[0] == 'params' and path in masks:
             kept = effective[path].astype(jnp.float32)
             gone = masks[path] & ~effective[path]
-            return _Node(leaf, Weight(kept, path), removed=jnp.where(gone, leaf, 0))
+            return _Node(leaf, Weight(kept, (path,)), removed=jnp.where(gone, leaf, 0))
         places = np.arange(leaf.size).reshape(leaf.shape)
         return _Node(leaf, Const(leaf=key), places=places)
 
@@ -149,13 +149,16 @@ def fold_constants(
     for out in outputs:
         _give_up(out, unfolded)
 
+    # A kernel used twice may have met no bias at one place; what is joined with it stays as well.
+    while stay := [s for s in shifts if unfolded & set(s.kernels)]:
+        shifts = [s for s in shifts if not unfolded & set(s.kernels)]
+        unfolded.update(*(shift.kernels for shift in stay))
     kept = {path: masks[path] if path in unfolded else m for path, m in effective.items()}
     new = tree.apply_masks(params, kept)
     moved = {'params': {}, 'constants': {}}
     for shift in shifts:
-        if shift.kernel not in unfolded:  # else used twice, and at one place it met no bias
-            kind, path = shift.bias
-            moved[kind][path] = moved[kind].get(path, names[shift.bias]) + shift.by
+        kind, path = shift.bias
+        moved[kind][path] = moved[kind].get(path, names[shift.bias]) + shift.by
     new = tree.put(new, moved['params'])
     folded = Folded(new, tree.put(constants, moved['constants']), kept, tuple(sorted(unfolded)))
     _check_same(forward(params, x, *constants), forward(folded.params, x, *folded.constants))
@@ -182,9 +185,9 @@ def _rule(kinds: Callable, shifts: list[_Shift], unfolded: set[str], names: dict
         if name in ('dot_general', 'conv_general_dilated') and weight and signal:
             dead = jnp.where(signal.kind.live > 0, 0, signal.number)
             pair = [dead if n is signal else n.removed for n in given]
-            return [made[0]._replace(pending=_Pending(weight.kind.leaf, bind(*pair)[0]))]
+            return [made[0]._replace(pending=_Pending(weight.kind.leaves, bind(*pair)[0]))]
         if weight and not signal:
-            parts = bind(*[n.number if n.removed is None else n.removed for n in given])
+            parts = bind(*[_removed(name, i, n) for i, n in enumerate(given)])
             return [n._replace(removed=part) for n, part in zip(made, parts, strict=True)]
         if name in MOVES and len(given) == 1:
             node = given[0]
@@ -216,6 +219,14 @@ def _rule(kinds: Callable, shifts: list[_Shift], unfolded: set[str], names: dict
     return rule
 
 
+def _removed(name: str, place: int, node: _Node) -> jax.Array:
+    """An argument of a rearrangement of weights, for their inactive part."""
+    if node.removed is not None:
+        return node.removed
+    # A constant next to weights scales or places them, except as a case of a choice.
+    return jnp.zeros_like(node.number) if name == 'select_n' and place else node.number
+
+
 def _shift(pending: _Pending, bias: _Node, sign: int, shape, names) -> _Shift | None:
     """What a bias takes over; None where it differs among the places of one entry of the bias."""
     added = np.broadcast_to(np.asarray(pending.added), shape).reshape(-1)
@@ -228,13 +239,13 @@ def _shift(pending: _Pending, bias: _Node, sign: int, shape, names) -> _Shift | 
     if abs(added - mean[places]).max(initial=0) > limit:
         return None
     by = jnp.asarray(sign * mean.reshape(leaf.shape), leaf.dtype)
-    return _Shift(pending.leaf, key, by)
+    return _Shift(pending.leaves, key, by)
 
 
 def _give_up(node: _Node, unfolded: set[str]) -> None:
     """A constant that meets no bias stays where it is, if it is not zero anyway."""
     if node.pending is not None and bool((node.pending.added != 0).any()):
-        unfolded.add(node.pending.leaf)
+        unfolded.update(node.pending.leaves)
 
 
 def _check_same(before: PyTree, after: PyTree) -> None:
