@@ -24,14 +24,14 @@ class PruneError(JaxpruneError):
     """A mask that would not be what was asked for."""
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
+def nearest(name: object, valid: Iterable[str]) -> str:
     """The tail of an error message about an unknown name.
 
     Returns:
       `did you mean 'x'? (valid: ...)`, or only the valid names if none is close.
     """
     valid = sorted(valid)
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.5)
     listing = f'valid: {", ".join(valid)}'
     return f"did you mean '{close[0]}'? ({listing})" if close else listing
 

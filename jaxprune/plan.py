@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxprune import arguments
 from jaxprune.errors import PruneError, nearest
 from jaxprune.quota import (
     ALLOCATIONS,
@@ -117,7 +118,7 @@ def at_init(
     Returns:
       The plan. No count rises from one event to the next.
     """
-    if rounds < 1:
+    if arguments.whole('rounds', rounds) < 1:
         raise PruneError(f'rounds must be at least 1, not {rounds}')
     last = keep_counts(shapes, density, allocation, floor=floor, cap=cap)
     fewest, most = bounds(shapes, floor, cap)

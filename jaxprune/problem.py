@@ -1,6 +1,6 @@
 """What is trained: pairs of pure functions made from flax modules, or from anyone's own."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ def linen(
     module: 'nn.Module',
     input_shape: tuple[int, ...],
     *,
+    input_dtype: Any = jnp.float32,
     loss: LossFn = cross_entropy,
     prunable: Rule = tree.kernels,
 ) -> Problem:
@@ -31,6 +32,7 @@ def linen(
       module: the network. Its mode is set by the argument `train`, `training`, `is_training` or
         `deterministic`, whichever it has; a module without any is called the same in both modes.
       input_shape: shape of one example, without the batch axis.
+      input_dtype: of its inputs; `jnp.int32` for tokens.
       loss: per-example loss of `(logits, labels)`.
       prunable: which leaves may be pruned, see `jaxprune.tree`.
     """
@@ -46,7 +48,7 @@ def linen(
         return module.apply(variables, x, **mode(train), **kwargs)
 
     def init(key: Key) -> tuple[PyTree, PyTree]:
-        example = jnp.zeros((1, *input_shape), jnp.float32)
+        example = jnp.zeros((1, *input_shape), input_dtype)
         variables = dict(module.init(key, example, **mode(False)))
         return variables.pop('params'), variables
 

@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 
+from jaxprune import arguments
 from jaxprune.errors import PruneError, nearest
 
 Shape = tuple[int, ...]
@@ -20,6 +21,7 @@ QuotaFn = Callable[[Mapping[str, Shape], float], dict[str, float]]
 
 def check_density(density: float) -> None:
     """Raises PruneError unless 0 < density <= 1."""
+    arguments.real('density', density)
     if not 0 < density <= 1:
         raise PruneError(f'density must be in (0, 1], not {density}')
 
@@ -272,10 +274,10 @@ def bounds(
     """
     size = dict(sorted(sizes(shapes).items()))
     for value in floor.values() if isinstance(floor, Mapping) else (floor,):
-        if not hasattr(value, '__index__') or operator.index(value) < 0:
+        if arguments.whole('floor', value) < 0:
             raise PruneError(f'floor must be a whole number of weights, not {value}')
     for value in cap.values() if isinstance(cap, Mapping) else (cap,):
-        if not 0 < value <= 1:
+        if not 0 < arguments.real('cap', value) <= 1:
             raise PruneError(f'cap must be a density in (0, 1], not {value}')
     caps = _per_layer('cap', cap, 1.0, size)
     fewest = {p: operator.index(n) for p, n in _per_layer('floor', floor, 0, size).items()}

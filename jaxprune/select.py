@@ -1,8 +1,9 @@
 """From scores to masks: exactly k weights, with k a traced integer.
 
-The k-th largest score is found by bisection over the bits of the floats, 32 counting passes
-without a sort; under `vmap` each pass is one reduction over all runs. Ties go to the lowest flat
-index. NaN and -inf are never kept, so pruned entries stay pruned when their score is -inf.
+A threshold is found by bisection over the bits of the floats, at most 32 counting passes without
+a sort, fewer where one leaves exactly k before that; under `vmap` each pass is one reduction over
+all runs. Ties go to the lowest flat index. NaN and -inf are never kept, so pruned entries stay
+pruned when their score is -inf.
 """
 
 import jax
@@ -31,15 +32,16 @@ def top_k_mask(scores: jax.Array, k: ArrayLike) -> jax.Array:
     keepable = flat > -jnp.inf  # False for NaN as well
     bits = jnp.where(keepable, _ordered_bits(flat), 0)  # 0 is below the bits of any float
     k = jnp.minimum(_count(k, flat.size), keepable.sum(dtype=jnp.int32))
-    threshold = _largest_with_count(bits, k, bits.dtype.itemsize * 8)
+    threshold, exact = _bisect(bits, k, bits.dtype.itemsize * 8, jnp.bool_(False))
     above = bits > threshold
     ties = bits == threshold
     wanted = k - above.sum(dtype=jnp.int32)
-    # The first `wanted` ties: bisect on their index as well, a cumulative sum would cost more.
+    # Of ties that are too many the first `wanted`: bisect on their index as well, a cumulative sum
+    # would cost more. With nothing to decide the bound on the rank stays at 0 and all are in.
     position = jnp.arange(flat.size, dtype=jnp.uint32)
     rank = jnp.where(ties, jnp.uint32(flat.size) - position, 0)  # low index = high rank, > 0
-    first = rank >= _largest_with_count(rank, wanted, flat.size.bit_length())
-    return (above | (ties & first)).reshape(shape)
+    lowest, _ = _bisect(rank, wanted, flat.size.bit_length(), exact)
+    return (above | (ties & (rank >= lowest))).reshape(shape)
 
 
 def as_floats(scores: jax.Array) -> jax.Array:
@@ -73,21 +75,27 @@ def _ordered_bits(flat: jax.Array) -> jax.Array:
     return jnp.where(bits & sign, ~bits, bits | sign)
 
 
-def _largest_with_count(bits: jax.Array, k: jax.Array, width: int) -> jax.Array:
-    """The largest t < 2**width for which at least k entries are >= t.
+def _bisect(
+    bits: jax.Array, k: jax.Array, width: int, done: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A t < 2**width for which exactly k entries are >= t, and True; or what comes nearest.
 
-    For k >= 1 that is the k-th largest entry; for k = 0 it is 2**width - 1, above all entries.
+    That is, where ties forbid, the largest t with at least k entries >= t, and False: for k >= 1
+    the k-th largest entry. Already `done`, it returns 0.
     """
     one = jnp.ones((), bits.dtype)
 
-    def refine(i, t):
+    def refine(state):
+        i, t, _ = state
         candidate = t | (one << (width - 1 - i).astype(bits.dtype))
-        enough = (bits >= candidate).sum(dtype=jnp.int32) >= k
-        return jnp.where(enough, candidate, t)
+        count = (bits >= candidate).sum(dtype=jnp.int32)
+        return i + 1, jnp.where(count >= k, candidate, t), count == k
 
     # The start is made from data: inside `shard_map` a constant carry has another type.
-    start = bits[0] ^ bits[0] if bits.size else jnp.zeros((), bits.dtype)
-    return jax.lax.fori_loop(0, width, refine, start)
+    zero = bits[0] ^ bits[0] if bits.size else jnp.zeros((), bits.dtype)
+    start = zero.astype(jnp.int32), zero, done | (zero > 0)
+    _, t, exact = jax.lax.while_loop(lambda s: (s[0] < width) & ~s[2], refine, start)
+    return t, exact
 
 
 def global_top_k(scores: Scores, counts: Counts) -> Masks:

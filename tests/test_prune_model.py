@@ -11,12 +11,13 @@ from flax import nnx
 
 import jaxprune as jp
 from jaxprune.errors import PruneError
-from jaxprune.structure import connectivity
+from jaxprune.structure import connectivity, connectivity_of, forward_shapes
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(20, 6)), jnp.float32)
 Y = jnp.asarray(np.arange(20) % 3)
 KEY = jax.random.key(0)
+SHAPES = {'first/kernel': (6, 10), 'second/kernel': (10, 3)}
 
 
 def plain_params(kernel='kernel'):
@@ -216,6 +217,61 @@ def test_batch_norm_through_a_problem():
     assert pruned.report.effective_compression >= 2
 
 
+NONE = {path: jnp.zeros(shape, bool) for path, shape in SHAPES.items()}
+FEW = {  # six weights, those of one hidden unit
+    'first/kernel': NONE['first/kernel'].at[:3, 0].set(True),
+    'second/kernel': NONE['second/kernel'].at[0].set(True),
+}
+
+
+def test_tokens_in_and_losses_of_other_targets():
+    """Expectation: 12 of 40 weights, of a net that looks up integers; a loss of real targets."""
+    params = {
+        'embed': {'table': jnp.asarray(RNG.normal(size=(7, 5)), jnp.float32)},
+        'head': {'kernel': jnp.asarray(RNG.normal(size=(5, 8)), jnp.float32)},
+    }
+    tokens = jnp.asarray(RNG.integers(0, 7, size=(20, 4)))
+
+    def apply(p, x):
+        return p['embed']['table'][x].mean(1) @ p['head']['kernel']
+
+    for name in ('snip', 'synflow', 'magnitude'):
+        pruned = jp.prune(params, name, 0.3, model=apply, data=(tokens, Y), rounds=1)
+        assert sum(leaf.kept for leaf in pruned.report.leaves) == 12
+        assert pruned.report.effective_compression == 40 / 12
+    targets = jnp.asarray(RNG.normal(size=(20, 8)), jnp.float32)
+    squares = jp.prune(
+        params,
+        'taylor',
+        0.3,
+        model=apply,
+        data=(tokens, targets),
+        loss=lambda y, t: ((y - t) ** 2).sum(-1),
+    )
+    gradient = jax.grad(lambda p: ((apply(p, tokens) - targets) ** 2).sum(-1).mean())(params)
+    score = np.abs(np.asarray(params['head']['kernel'] * gradient['head']['kernel']))
+    np.testing.assert_array_equal(
+        squares.masks['head/kernel'], score >= np.sort(score.reshape(-1))[-12]
+    )
+
+
+class Words(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        return nn.Dense(3)(nn.Embed(7, 5)(tokens).mean(1))
+
+
+def test_a_linen_problem_of_tokens():
+    """Expectation: every weight of the head works; shapes by hand."""
+    problem = jp.linen(Words(), (4,), input_dtype=jnp.int32)
+    params, _ = problem.init(KEY)
+    pruned = jp.prune(params, 'synflow', 1.0, model=problem, data=jnp.zeros((2, 4), jnp.int32))
+    assert [(leaf.path, leaf.active) for leaf in pruned.report.leaves] == [('Dense_0/kernel', 15)]
+    assert forward_shapes(problem, (4,), jnp.int32) == {'Dense_0/kernel': (5, 3)}
+    connect = connectivity_of(problem, (4,), jnp.int32)
+    assert bool(connect(pruned.masks)['Dense_0/kernel'].all())
+
+
 def zero(p, x):
     return 0 * plain_apply(p, x)
 
@@ -243,12 +299,63 @@ def nan(p, x):
         ({'target': 'efective'}, "unknown target 'efective': did you mean 'effective'"),
         ({'floor': 40}, 'second/kernel'),
         ({'floor': {'third': 4}}, 'third'),
-        ({'temperature': 2.0}, "has no option 'temperature'"),
+        (
+            {'temperature': 2.0},
+            "'temperature' is no argument, nor an option of this method: .*floor",
+        ),
+        ({'allocatoin': 'erk'}, "did you mean 'allocation'"),
         ({'params': {}}, 'no parameter'),
         ({'params': {'first': {'bias': jnp.ones(3)}}}, 'no parameter is prunable'),
         ({'masks': {'first/kernel': jnp.ones((6, 10), bool)}}, 'masks lack second/kernel'),
         ({'masks': {'first/kernel': jnp.ones((6, 9), bool)}}, 'has shape'),
         ({'rounds': 0}, 'rounds must be at least 1'),
+        # Types.
+        ({'method_name': None}, 'method_name must be a name'),
+        ({'density': '0.1'}, "density must be a number, not '0.1'"),
+        ({'density': None}, 'density must be a number, not None'),
+        ({'density': True}, 'density must be a number, not True'),
+        ({'rounds': 2.5}, 'rounds must be a whole number, not 2.5'),
+        ({'rounds': '3'}, "rounds must be a whole number, not '3'"),
+        ({'floor': True}, 'floor must be a whole number, not True'),
+        ({'cap': 'x'}, "cap must be a number, not 'x'"),
+        ({'over': 3}, "unknown schedule '3'"),
+        ({'allocation': None}, "unknown allocation 'None'"),
+        ({'key': 0}, 'key must be a random key such as'),
+        ({'train': 'no'}, "train must be True or False, not 'no'"),
+        ({'prunable': ['first']}, 'prunable must be a function'),
+        ({'loss': 'mse'}, 'loss must be a function'),
+        ({'masks': [1]}, 'masks must be a dict'),
+        ({'masks': {'first/kernel': [True]}}, 'must be an array, not a list'),
+        ({'model': 3}, 'model must be a function .* not 3'),
+        ({'params': eqx.nn.MLP(6, 3, 10, 1, key=KEY)}, 'must hold arrays only, but .*activation'),
+        # The model and what it is fed.
+        ({'model': lambda p, x: (plain_apply(p, x), 0)}, 'must return one float array'),
+        ({'model': lambda p, x: plain_apply(p, x).argmax(-1)}, 'one float array.* not int32'),
+        ({'data': (X[:, :5], Y)}, 'the model on inputs .20, 5. fails: TypeError: dot_general'),
+        ({'data': (X[:, :5], Y), 'method_name': 'magnitude'}, 'the model on inputs'),
+        ({'data': {'x': X, 'y': Y}}, 'must be a pair of arrays .x, y., a Batch or'),
+        ({'data': (X, Y, Y)}, 'not 3 values'),
+        ({'data': jp.Batch(X[0, 0], Y[0])}, 'a Batch holds several batches'),
+        ({'data': (X, Y + 1)}, 'labels go from 1 to 3, but the model tells 3 classes apart'),
+        ({'data': (X, Y - 1)}, 'labels go from -1 to 1'),
+        ({'data': (X, jax.nn.one_hot(Y, 3))}, 'labels must be whole numbers'),
+        ({'data': (X, Y.astype(jnp.float32))}, 'labels must be whole numbers'),
+        ({'loss': lambda logits, y: logits.mean()}, 'one number per example'),
+        ({'loss': lambda logits, y: logits @ y}, 'the loss fails: TypeError'),
+        # Masks in force that leave too little.
+        ({'masks': FEW, 'method_name': 'magnitude'}, 'masks leave only 6 weights, 9 are asked for'),
+        (
+            {'masks': FEW, 'method_name': 'random', 'allocation': 'uniform'},
+            "masks leave only 3 weights of 'first/kernel', 6 are",
+        ),
+        ({'masks': NONE}, 'masks keep no weight'),
+        # Options of methods.
+        ({'method_name': 'grasp', 'temperature': 0.0}, 'temperature of grasp must be above 0'),
+        ({'method_name': 'grasp', 'temperature': '9'}, "option 'temperature' must be a number"),
+        ({'method_name': 'ntk_sap', 'epsilon': -1.0}, 'epsilon of ntk_sap must be above 0'),
+        ({'method_name': 'prospr', 'first_order': 'no'}, 'must be True or False'),
+        ({'method_name': 'prospr', 'steps': 1.5}, "option 'steps' must be a whole number"),
+        ({'method_name': 'ntk_sap', 'data': X.astype(int)}, 'ntk_sap draws Gaussian inputs'),
     ],
 )
 def test_mistakes_are_told_in_one_line(kwargs, message):

@@ -459,8 +459,8 @@ def test_a_cap_written_as_a_quotient_is_exact(size, count):
     ('bound', 'message'),
     [
         ({'floor': -1}, 'floor must be a whole number of weights, not -1'),
-        ({'floor': {'dense_0/kernel': 1.5}}, 'floor must be a whole number of weights, not 1.5'),
-        ({'floor': math.nan}, 'floor must be a whole number of weights, not nan'),
+        ({'floor': {'dense_0/kernel': 1.5}}, 'floor must be a whole number, not 1.5'),
+        ({'floor': math.nan}, 'floor must be a whole number, not nan'),
         ({'cap': 0.0}, r'cap must be a density in \(0, 1\], not 0.0'),
         ({'cap': 1.1}, r'cap must be a density in \(0, 1\], not 1.1'),
         ({'cap': {'dense_0/kernel': math.nan}}, r'cap must be a density in \(0, 1\], not nan'),

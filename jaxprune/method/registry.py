@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaxprune import score
+from jaxprune import arguments, score
 from jaxprune.errors import PruneError, nearest
 from jaxprune.method.pruner import pruner
 from jaxprune.quota import ALLOCATIONS, SHARED, Shape, bounds
@@ -80,7 +80,7 @@ METHODS: dict[str, Method] = {
 def method(name: str) -> Method:
     """The name card of a method."""
     if name not in METHODS:
-        raise PruneError(f"unknown method '{name}': {nearest(name, METHODS)}")
+        raise PruneError(f"unknown method '{name}': {nearest(str(name), METHODS)}")
     return METHODS[name]
 
 
@@ -113,11 +113,13 @@ def build(
       **options: the method's own options.
     """
     card = method(name)
-    for option in options:
+    for option, value in options.items():
         if option not in card.options:
-            raise PruneError(
-                f"method '{name}' has no option '{option}': {nearest(option, card.options)}"
-            )
+            valid = nearest(option, card.options) if card.options else 'it has none'
+            raise PruneError(f"method '{name}' has no option '{option}': {valid}")
+        options[option] = arguments.like(f"option '{option}'", value, card.options[option])
+    if train is not None:
+        arguments.flag('train', train)
     if allocation not in ALLOCATIONS:
         raise PruneError(f"unknown allocation '{allocation}': {nearest(allocation, ALLOCATIONS)}")
     if allocation == 'lamp' and not card.monotone:

@@ -2,6 +2,7 @@
 
 import jax
 
+from jaxprune.arguments import positive
 from jaxprune.score.loss import batch_loss, mean_over_batches
 from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View
 
@@ -17,7 +18,11 @@ def grasp(problem: Problem, *, train: bool, temperature: float = 200.0) -> Score
     Args:
       train: batch normalisation by the batch (True, the original) or by running statistics.
       temperature: 200 as published; 1 for the plain loss.
+
+    Raises:
+      PruneError: a temperature that is not above 0.
     """
+    positive('temperature of grasp', temperature)
 
     def score(key: Key, view: View, batches: Batch | None) -> Scores:
         loss = batch_loss(problem, view, key, train=train, temperature=temperature)

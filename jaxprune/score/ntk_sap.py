@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxprune.arguments import positive
 from jaxprune.errors import PruneError
 from jaxprune.rng import stream
 from jaxprune.tree import pick, put
@@ -30,14 +31,18 @@ def ntk_sap(
       epsilon: ε, the size of the perturbation.
 
     Raises:
-      PruneError: fewer than one sample or repeat; when scoring, no batches.
+      PruneError: fewer than one sample or repeat, or an epsilon that is not above 0; when scoring,
+        no batches, or inputs that are whole numbers, such as tokens.
     """
     if samples < 1 or repeats < 1:
         raise PruneError(f'ntk_sap takes 1 sample and 1 repeat or more, not {samples}, {repeats}')
+    positive('epsilon of ntk_sap', epsilon)
 
     def score(key: Key, view: View, batches: Batch | None) -> Scores:
         if batches is None:
             raise PruneError('ntk_sap needs the shape of an input: pass batches (values unused)')
+        if not jnp.issubdtype(batches.x.dtype, jnp.floating):
+            raise PruneError(f'ntk_sap draws Gaussian inputs, but inputs are {batches.x.dtype}')
         masks = {path: mask.astype(view.weights[path].dtype) for path, mask in view.masks.items()}
         total = {path: jnp.zeros_like(mask) for path, mask in masks.items()}
         for repeat in range(repeats):

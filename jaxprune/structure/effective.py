@@ -5,6 +5,7 @@ original number of prunable weights, as direct sparsity is.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,28 +16,33 @@ from jaxprune.structure.walk import forward_order
 from jaxprune.types import Masks, Problem, PyTree, Rule
 
 
-def _forward(problem: Problem, input_shape: tuple[int, ...]):
+def _forward(problem: Problem, input_shape: tuple[int, ...], input_dtype: Any):
     """A problem's network, and abstract arguments to trace it: params, one example, model state."""
     params, model_state = jax.eval_shape(problem.init, jax.random.key(0))
 
     def forward(params, x, model_state):
         return problem.apply(params, model_state, x, train=False, key=None)[0]
 
-    return forward, params, jax.ShapeDtypeStruct((1, *input_shape), jnp.float32), model_state
+    return forward, params, jax.ShapeDtypeStruct((1, *input_shape), input_dtype), model_state
 
 
-def connectivity_of(problem: Problem, input_shape: tuple[int, ...]) -> Connect:
+def connectivity_of(
+    problem: Problem, input_shape: tuple[int, ...], input_dtype: Any = jnp.float32
+) -> Connect:
     """`masks -> effective masks` of a problem in evaluation mode.
 
     Args:
       input_shape: shape of one example, without the batch axis.
+      input_dtype: of the inputs; `jnp.int32` for tokens.
     """
-    return connectivity(*_forward(problem, input_shape), prunable=problem.prunable)
+    return connectivity(*_forward(problem, input_shape, input_dtype), prunable=problem.prunable)
 
 
-def forward_shapes(problem: Problem, input_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """`shapes_in_order` of a problem; `input_shape` as in `connectivity_of`."""
-    return shapes_in_order(*_forward(problem, input_shape), prunable=problem.prunable)
+def forward_shapes(
+    problem: Problem, input_shape: tuple[int, ...], input_dtype: Any = jnp.float32
+) -> dict[str, tuple[int, ...]]:
+    """`shapes_in_order` of a problem; other arguments as in `connectivity_of`."""
+    return shapes_in_order(*_forward(problem, input_shape, input_dtype), prunable=problem.prunable)
 
 
 def shapes_in_order(

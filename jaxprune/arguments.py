@@ -1,0 +1,63 @@
+"""Checks of arguments: a wrong type is told as a wrong value is, in one line and by name."""
+
+import numbers
+import operator
+from typing import Any
+
+import numpy as np
+
+from jaxprune.errors import PruneError
+
+
+def real(name: str, value: Any) -> float:
+    """A number, not a truth value, not a string; arrays without axes count."""
+    scalar = isinstance(value, numbers.Real) or getattr(value, 'shape', None) == ()
+    if _is_truth(value) or not scalar:
+        raise PruneError(f'{name} must be a number, not {_said(value)}')
+    return float(value)
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number, not a truth value."""
+    try:
+        if _is_truth(value):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise PruneError(f'{name} must be a whole number, not {_said(value)}') from None
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, and nothing that merely counts as one."""
+    if not isinstance(value, bool):
+        raise PruneError(f'{name} must be True or False, not {_said(value)}')
+    return value
+
+
+def like(name: str, value: Any, default: Any) -> Any:
+    """A value of the type of a default."""
+    for kind, check in ((bool, flag), (int, whole), (float, real)):
+        if isinstance(default, kind):
+            return check(name, value)
+    if not isinstance(value, type(default)):
+        raise PruneError(f'{name} must be a {type(default).__name__}, not {_said(value)}')
+    return value
+
+
+def positive(name: str, value: float) -> None:
+    """Raises PruneError unless a number is above zero."""
+    if not value > 0:
+        raise PruneError(f'{name} must be above 0, not {value}')
+
+
+def _is_truth(value: Any) -> bool:
+    return isinstance(value, bool) or getattr(value, 'dtype', None) == np.bool_
+
+
+def _said(value: Any) -> str:
+    """A value for a message: short ones as written, others by their type."""
+    written = repr(value)
+    if len(written) > 40 or '\n' in written:
+        shape = getattr(value, 'shape', None)
+        return f'{type(value).__name__}' + (f' of {tuple(shape)}' if shape is not None else '')
+    return written
