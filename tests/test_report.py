@@ -667,6 +667,10 @@ def test_round_values():
     assert style.round_values(1, 100) == [1, 2, 5, 10, 20, 50, 100]
     assert style.round_values(19.999, 250) == [20, 50, 100, 200]
     assert style.round_values(13, 15) == [13, 15] and style.round_values(10, 10) == [10]
+    # A round value just beyond the data has its tick.
+    limits, ticks = effective._ends([12, 9859])
+    assert limits == (12, 10000) and ticks[0] == 20 and ticks[-1] == 10000
+    assert effective._ends([13, 15]) == ((13, 15), [13, 15])
     values = style.round_values(1, 1000)
     wide, narrow = ([step * i for i in range(10)] for step in (30, 9))
     assert style.regular(values, wide, [20] * 10) == list(range(10))

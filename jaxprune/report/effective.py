@@ -85,9 +85,13 @@ def _flags(frame: pl.DataFrame) -> list[tuple[dict, str]]:
 
 
 def _ends(values: list[float]) -> tuple[tuple[float, float], list[float]]:
-    """Limits of an axis and the ticks within."""
+    """Limits of an axis and the ticks within; a round value just beyond is worth the room."""
     low, high = min(values), max(values)
-    return (low, high), style.round_values(low, high)
+    wide = low / 1.05, high * 1.05
+    ticks = style.round_values(*wide)
+    if ticks == sorted(wide):  # no two round values there
+        return (low, high), style.round_values(low, high)
+    return (min(low, ticks[0]), max(high, ticks[-1])), ticks
 
 
 def alike(frame: pl.DataFrame, settings: list[dict]) -> bool:
