@@ -4,17 +4,18 @@ import numbers
 import operator
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxprune.errors import PruneError
 
 
 def real(name: str, value: Any) -> float:
-    """A number, not a truth value, not a string; arrays without axes count."""
+    """A number, not a truth value, not a string; arrays without axes count, traced ones too."""
     scalar = isinstance(value, numbers.Real) or getattr(value, 'shape', None) == ()
     if _is_truth(value) or not scalar:
         raise PruneError(f'{name} must be a number, not {_said(value)}')
-    return float(value)
+    return value if isinstance(value, jax.core.Tracer) else float(value)
 
 
 def whole(name: str, value: Any) -> int:
@@ -45,8 +46,8 @@ def like(name: str, value: Any, default: Any) -> Any:
 
 
 def positive(name: str, value: float) -> None:
-    """Raises PruneError unless a number is above zero."""
-    if not value > 0:
+    """Raises PruneError unless a number is above zero; of a traced one nothing is known yet."""
+    if not isinstance(value, jax.core.Tracer) and not value > 0:
         raise PruneError(f'{name} must be above 0, not {value}')
 
 

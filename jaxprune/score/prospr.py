@@ -23,8 +23,8 @@ def prospr(
     the final loss batch M, modulo the number of batches; with a single batch all take that one,
     the default of the original. Without steps the score is SNIP.
 
-    Costs a handful of gradients per step (`experiments/bench/RESULTS.md`). The steps are unrolled, and recomputed in the backward pass, which
-    holds M copies of the parameters and the activations of one step.
+    Costs two gradients per step and more (`experiments/bench/RESULTS.md`). The steps are unrolled,
+    and recomputed in the backward pass, which holds M copies of the parameters and the activations of one step.
 
     Args:
       train: batch normalisation by the batch (True: the original) or by running statistics.
