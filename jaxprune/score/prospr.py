@@ -24,7 +24,8 @@ def prospr(
     the default of the original. Without steps the score is SNIP.
 
     Costs two gradients per step and more (`experiments/bench/RESULTS.md`). The steps are unrolled,
-    and recomputed in the backward pass, which holds M copies of the parameters and the activations of one step.
+    and recomputed in the backward pass, which holds M copies of the parameters and the activations
+    of one step.
 
     Args:
       train: batch normalisation by the batch (True: the original) or by running statistics.
