@@ -6,9 +6,9 @@ A mask is data, a method is a pure function, a run is a row of an array.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jaxprune.errors import JaxpruneError
+from jaxprune.errors import JaxpruneError, PruneError
 from jaxprune.method import METHODS, build, pruner
-from jaxprune.plan import Plan, at_init, keep_counts
+from jaxprune.plan import at_init, keep_counts
 from jaxprune.problem import cross_entropy, linen, plain, view
 from jaxprune.prune_model import prune
 from jaxprune.score import grasp, magnitude, random, snip, synflow
@@ -82,9 +82,9 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     'use_all_cores',
     # types and errors
     'Batch',
-    'Plan',
     'Problem',
     'Pruner',
     'View',
     'JaxpruneError',
+    'PruneError',
 ]

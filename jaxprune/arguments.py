@@ -1,4 +1,7 @@
-"""Checks of arguments: a wrong type is told as a wrong value is, in one line and by name."""
+"""Checks of arguments: a wrong type is told as a wrong value is, in one line and by name.
+
+Those that return something return the value as the Python type it stands for.
+"""
 
 import numbers
 import operator
@@ -12,8 +15,10 @@ from jaxprune.errors import PruneError
 
 def real(name: str, value: Any) -> float:
     """A number, not a truth value, not a string; arrays without axes count, traced ones too."""
-    scalar = isinstance(value, numbers.Real) or getattr(value, 'shape', None) == ()
-    if _is_truth(value) or not scalar:
+    scalar = isinstance(value, numbers.Real) or (
+        getattr(value, 'shape', None) == () and np.issubdtype(value.dtype, np.number)
+    )
+    if _is_truth(value) or not scalar or np.iscomplexobj(value):
         raise PruneError(f'{name} must be a number, not {_said(value)}')
     return value if isinstance(value, jax.core.Tracer) else float(value)
 
@@ -30,9 +35,9 @@ def whole(name: str, value: Any) -> int:
 
 def flag(name: str, value: Any) -> bool:
     """True or False, and nothing that merely counts as one."""
-    if not isinstance(value, bool):
+    if not isinstance(value, (bool, np.bool_)):
         raise PruneError(f'{name} must be True or False, not {_said(value)}')
-    return value
+    return bool(value)
 
 
 def like(name: str, value: Any, default: Any) -> Any:

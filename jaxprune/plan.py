@@ -83,7 +83,7 @@ def _counts(
     most: Mapping[str, int],
 ) -> tuple[dict[str, int], int]:
     """The counts of one event within bounds, and their sum had there been no bounds."""
-    if allocation not in ALLOCATIONS:
+    if not isinstance(allocation, str) or allocation not in ALLOCATIONS:
         raise PruneError(f"unknown allocation '{allocation}': {nearest(allocation, ALLOCATIONS)}")
     if allocation in SHARED:
         asked = round(density * sum(sizes(shapes).values()))

@@ -26,6 +26,6 @@ SCHEDULES: dict[str, Schedule] = {'exponential': exponential, 'linear': linear}
 
 def schedule(name: str) -> Schedule:
     """The schedule of that name."""
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise PruneError(f"unknown schedule '{name}': {nearest(name, SCHEDULES)}")
     return SCHEDULES[name]

@@ -37,7 +37,7 @@ def top_k_mask(scores: jax.Array, k: ArrayLike) -> jax.Array:
     ties = bits == threshold
     wanted = k - above.sum(dtype=jnp.int32)
     # Of ties that are too many the first `wanted`: bisect on their index as well, a cumulative sum
-    # would cost more. With nothing to decide the bound on the rank stays at 0 and all are in.
+    # would cost more. If the threshold is exact, all ties are in: done, the bound on the rank is 0.
     position = jnp.arange(flat.size, dtype=jnp.uint32)
     rank = jnp.where(ties, jnp.uint32(flat.size) - position, 0)  # low index = high rank, > 0
     lowest, _ = _bisect(rank, wanted, flat.size.bit_length(), exact)
@@ -91,8 +91,9 @@ def _bisect(
         count = (bits >= candidate).sum(dtype=jnp.int32)
         return i + 1, jnp.where(count >= k, candidate, t), count == k
 
-    # The start is made from data: inside `shard_map` a constant carry has another type.
-    zero = bits[0] ^ bits[0] if bits.size else jnp.zeros((), bits.dtype)
+    # The start is made from the arguments: inside `shard_map` a constant carry has another type.
+    none = k - k
+    zero = none.astype(bits.dtype) | (bits[0] ^ bits[0] if bits.size else 0)
     start = zero.astype(jnp.int32), zero, done | (zero > 0)
     _, t, exact = jax.lax.while_loop(lambda s: (s[0] < width) & ~s[2], refine, start)
     return t, exact

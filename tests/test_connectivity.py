@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from published import golden
 
 import jaxprune as jp
@@ -600,6 +601,222 @@ def test_a_loop_of_no_steps():
     ones = {'none/w': jnp.ones((0, 3, 3), bool), 'head/w': jnp.ones((3, 2), bool)}
     found = connectivity(forward, params, jnp.ones((1, 3)))(ones)
     assert bool(found['head/w'].all()) and found['none/w'].shape == (0, 3, 3)
+
+
+def layers(**shapes):
+    return {name: {'w': np.ones(shape, np.float32)} for name, shape in shapes.items()}
+
+
+def dense_masks(params):
+    return {path: jnp.ones(shape, bool) for path, shape in shapes_of(params).items()}
+
+
+def active(forward, params, x, *constants, **masks):
+    """Path -> effective mask, of the dense masks or those given."""
+    masks = {**dense_masks(params), **{f'{name}/w': m for name, m in masks.items()}}
+    found = connectivity(forward, params, x, *constants)(masks)
+    return {path.split('/')[0]: np.asarray(mask) for path, mask in found.items()}
+
+
+def first_token(scores_of):
+    """Which of three tokens reach the first, each through a kernel of its own."""
+    params = {**layers(embed=(3, 2, 2), query=(2, 2)), 'bias': {'b': np.ones((3, 3), np.float32)}}
+
+    def forward(p, x):
+        h = jnp.einsum('bti,tij->btj', x, p['embed']['w'])
+        scores = h @ p['query']['w'] @ jnp.swapaxes(h, 1, 2)
+        return (scores_of(scores, p['bias']['b'], x[..., 0] > 0) @ h)[:, 0]
+
+    return active(forward, params, jnp.ones((1, 3, 2)))['embed'].all((1, 2)).tolist()
+
+
+SEE = np.tril(np.ones((3, 3), bool))
+LATER = np.where(SEE, 0, -1e9).astype(np.float32)
+MASKED = {
+    'scaled after': lambda s, b, pad: jax.nn.softmax(jnp.where(SEE, s, -jnp.inf) / 8**0.5),
+    'and padding': lambda s, b, pad: jax.nn.softmax(
+        jnp.where(SEE & pad[:, None, :], s, jnp.finfo(s.dtype).min)
+    ),
+    'padding and': lambda s, b, pad: jax.nn.softmax(
+        jnp.where(pad[:, :, None] & pad[:, None, :] & SEE, s, -1e9)
+    ),
+    'combined by flax': lambda s, b, pad: jax.nn.softmax(
+        jnp.where(
+            nn.combine_masks(nn.make_causal_mask(pad), nn.make_attention_mask(pad, pad))[:, 0] > 0,
+            s,
+            -1e9,
+        )
+    ),
+    'nested': lambda s, b, pad: jax.nn.softmax(
+        jnp.where(pad[:, None, :], jnp.where(SEE, s, -1e9), -1e9)
+    ),
+    'with a learnt bias': lambda s, b, pad: jax.nn.softmax(s + (b + LATER)),
+    'with a masked bias': lambda s, b, pad: jax.nn.softmax(s + jnp.where(SEE, b, -jnp.inf)),
+    'relu': lambda s, b, pad: jax.nn.relu(jnp.where(SEE, s, -1e9)),
+    'a sink': lambda s, b, pad: jax.nn.softmax(
+        jnp.concatenate([jnp.where(SEE, s, -1e9), jnp.zeros((1, 3, 1))], -1)
+    )[..., :3],
+    'at least': lambda s, b, pad: jax.nn.softmax(jnp.maximum(jnp.where(SEE, s, -jnp.inf), -1e9)),
+}
+
+
+@pytest.mark.parametrize('name', MASKED)
+def test_causal_masks_as_people_write_them(name):
+    """Expectation: by hand; the first token sees itself alone."""
+    assert first_token(MASKED[name]) == [True, False, False]
+
+
+def test_masks_that_close_nothing():
+    """Expectation: by hand. Shifting all scores is no mask, a row that is masked as a whole is an
+    average of all, and what is lifted again was not masked.
+    """
+    every = [True] * 3
+    assert first_token(lambda s, b, pad: jax.nn.softmax(s - 1e9)) == every
+    assert first_token(lambda s, b, pad: jax.nn.sigmoid(1e5 * s - 5e4)) == every
+    nothing = np.zeros((3, 3), bool)
+    assert first_token(lambda s, b, pad: jax.nn.softmax(jnp.where(nothing, s, -1e9))) == every
+    lifted = 2e4 * ~SEE
+    assert first_token(lambda s, b, pad: jax.nn.sigmoid(jnp.where(SEE, s, -2e4) + lifted)) == every
+    assert first_token(lambda s, b, pad: jax.nn.softmax(jnp.where(SEE, s, b))) == every
+
+
+def test_a_weight_mixed_before_the_input_meets_it_is_refused():
+    """Expectation: no guess; alone, without input, such weights do no work."""
+    params = layers(a=(3, 3), b=(3, 3))
+    basis = np.eye(3, dtype=np.float32)
+    for forward in (
+        lambda p, x: x @ (basis @ p['a']['w']) @ p['b']['w'],
+        lambda p, x: x @ p['b']['w'] * (p['a']['w'] @ basis)[0],
+        lambda p, x: (x @ p['b']['w']) / (1 + jnp.tanh(basis @ p['a']['w'])[0]),
+    ):
+        with pytest.raises(PruneError, match="'a/w' is mixed with other numbers"):
+            connectivity(forward, params, jnp.ones((1, 3)))
+    found = active(lambda p, x: x @ p['b']['w'] + basis @ p['a']['w'], params, jnp.ones((1, 3)))
+    assert not found['a'].any() and found['b'].all()
+
+
+def test_stacking_and_loops_that_stack():
+    """Expectation: the same networks written out."""
+    params, x = layers(a=(3, 3), b=(6, 2)), jnp.ones((1, 4, 3))
+    cut = jnp.ones((3, 3), bool).at[:, 1].set(False)
+
+    for forward in (
+        lambda p, x: jnp.stack([x[:, 0] @ p['a']['w'], x[:, 1]], -1).reshape(1, 6) @ p['b']['w'],
+        lambda p, x: (
+            jnp.concatenate([x[:, 0] @ p['a']['w'], x[:, 1]], -1)[:, np.array([0, 3, 1, 4, 2, 5])]
+            @ p['b']['w']
+        ),
+    ):
+        found = active(forward, params, x, a=cut)
+        assert found['b'].all(1).tolist() == [True, True, False, True, True, True]
+
+    def scanned(p, x):
+        rows = jax.lax.map(lambda t: t @ p['a']['w'], x[0])
+        first, *_ = jnp.unstack(rows)
+        return jnp.tile(first, 2) @ p['b']['w']
+
+    found = active(scanned, params, x, a=cut)
+    assert found['b'].all(1).tolist() == [True, False, True] * 2
+    assert found['a'][:, [0, 2]].all()
+
+    class Recurrent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2)(nn.RNN(nn.GRUCell(4))(x))
+
+    net = Recurrent()
+    weights = net.init(jax.random.key(0), x)['params']
+    connect = connectivity(lambda p, x: net.apply({'params': p}, x), weights, x)
+    masks = {path: m for path, m in dense_masks(weights).items() if path.endswith('kernel')}
+    assert all(bool(m.all()) for m in connect(masks).values())
+
+
+ODD_PRODUCTS = {
+    # (forward of (a, b) with four units each, the units of a and of b that work); all by hand.
+    'a mean is no zero': (
+        lambda a, b: jax.nn.standardize(jnp.pad(a[:, :2], ((0, 0), (0, 2)))) * b,
+        HALF,
+        np.ones(4),
+    ),
+    'signs of a gate': (lambda a, b: jnp.where(a > 0, 1.0, -1.0) @ (b + 1).T, np.ones(4), None),
+    'elu': (lambda a, b: jax.nn.elu(a * HALF) * b, HALF, HALF),
+    'log softmax of some': (
+        lambda a, b: jax.nn.log_softmax(jnp.where(HALF > 0, a, -1e9))[:, :1],
+        np.array([1.0, 0, 0, 0]),
+        np.zeros(4),
+    ),
+    'twice inverse': (
+        lambda a, b: (a * jax.lax.rsqrt(1 / (a * a).mean(-1, keepdims=True)))[:, :2],
+        np.ones(4),
+        np.zeros(4),
+    ),
+    'over an inverse': (
+        lambda a, b: (a / (1 / a.sum(-1, keepdims=True)))[:, :2],
+        np.ones(4),
+        np.zeros(4),
+    ),
+    'plus the mean': (
+        lambda a, b: (a - (-a.mean(-1, keepdims=True)))[:, :2],
+        np.ones(4),
+        np.zeros(4),
+    ),
+    'gated by a comparison': (
+        lambda a, b: (a * (1 / a.sum(-1, keepdims=True) > 0.5))[:, :2],
+        np.ones(4),
+        np.zeros(4),
+    ),
+    'a pair of both, closed': (
+        lambda a, b: ((a > 0) & (HALF > 0)) * b,
+        HALF,
+        HALF,
+    ),
+    'named, placed, passed on': (
+        lambda a, b: checkpoint_name(jax.lax.optimization_barrier(jax.device_put(a)), 'a') + b,
+        np.ones(4),
+        np.ones(4),
+    ),
+}
+
+
+@pytest.mark.parametrize('name', ODD_PRODUCTS)
+def test_odd_products(name):
+    """Expectation: by hand from the stated rules."""
+    combine, of_a, of_b = ODD_PRODUCTS[name]
+    found = active(
+        lambda p, x: combine(x @ p['a']['w'], x @ p['b']['w']),
+        layers(a=(3, 4), b=(3, 4)),
+        jnp.ones((1, 3)),
+    )
+    for name, units in (('a', of_a), ('b', of_b)):
+        if units is not None:
+            np.testing.assert_array_equal(found[name], np.broadcast_to(units > 0, (3, 4)))
+
+
+def test_constants_that_are_traced():
+    """Expectation: the mask of a net inside someone's `jit` closes what it closes outside."""
+    params = layers(a=(2, 2))
+
+    def count(see):
+        connect = connectivity(
+            lambda p, x: (jax.nn.softmax(jnp.where(see, x @ p['a']['w'], -1e9) * see) @ x)[:, 0],
+            params,
+            jnp.ones((1, 2, 2)),
+        )
+        return connect(dense_masks(params))['a/w'].sum()
+
+    assert int(jax.jit(count)(jnp.eye(2, dtype=bool))) == 2
+    assert int(count(jnp.eye(2, dtype=bool))) == 2
+
+
+def test_a_choice_at_run_time_is_told_as_such():
+    """Expectation: the advice names the choice, not the weights in it."""
+    params = layers(a=(3, 3))
+    with pytest.raises(PruneError, match='known only when it runs; choose in Python'):
+        connectivity(
+            lambda p, x: lax.cond(x.sum() > 0, lambda: x @ p['a']['w'], lambda: -x @ p['a']['w']),
+            params,
+            jnp.ones((1, 3)),
+        )
 
 
 def test_scanned_layers_embeddings_and_transposed_weights():

@@ -1,5 +1,7 @@
 """`jp.prune`: one call for someone's own model, whatever library it comes from."""
 
+import fractions
+
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -224,6 +226,46 @@ FEW = {  # six weights, those of one hidden unit
 }
 
 
+def test_not_under_jit():
+    """Expectation: one line that says so; a gradient through it would be another matter."""
+    with pytest.raises(PruneError, match='outside jit'):
+        jax.jit(lambda p: jp.prune(p, 'magnitude', 0.5).masks)(plain_params())
+
+
+def test_what_else_is_right():
+    """Expectation: 9 of 90 weights, however the arguments are written."""
+    fixed = {'model': lambda p, x: plain_apply(p, x.reshape(20, 6)), 'data': (X, Y)}
+    pruned = jp.prune(plain_params(), 'snip', 0.1, **fixed)
+    assert 'the model on one input fails' in pruned.report.note
+    with pytest.raises(PruneError, match='the model on one input fails'):
+        jp.prune(plain_params(), 'snip', 0.1, target='effective', **fixed)
+    for more in (
+        {'key': jax.random.PRNGKey(0)},
+        {'train': np.bool_(False)},
+        {'density': np.float32(0.1)},
+        {'density': fractions.Fraction(1, 10)},
+        {'data': jp.Batch(X[None], Y[None].astype(np.uint8))},
+        {'data': (np.asarray(X).tolist(), np.asarray(Y, np.int64))},
+        {'params': jax.tree.map(np.asarray, plain_params())},
+        {'params': jax.tree.map(lambda w: w.astype(jnp.bfloat16), plain_params())},
+    ):
+        given = {
+            'params': plain_params(),
+            'method_name': 'snip',
+            'density': 0.1,
+            'model': plain_apply,
+            'data': (X, Y),
+            **more,
+        }
+        assert sum(int(m.sum()) for m in jp.prune(**given).masks.values()) == 9
+    only_inputs = jp.prune(
+        plain_params(), 'synflow', 0.1, model=plain_apply, data=jp.Batch(X[None], None)
+    )
+    assert only_inputs.report.compression == 10
+    without = jp.prune(plain_params(), 'magnitude', 0.1, data=(X, Y))
+    assert 'needs model= as well' in without.report.note
+
+
 def test_tokens_in_and_losses_of_other_targets():
     """Expectation: 12 of 40 weights, of a net that looks up integers; a loss of real targets."""
     params = {
@@ -270,6 +312,15 @@ def test_a_linen_problem_of_tokens():
     assert forward_shapes(problem, (4,), jnp.int32) == {'Dense_0/kernel': (5, 3)}
     connect = connectivity_of(problem, (4,), jnp.int32)
     assert bool(connect(pruned.masks)['Dense_0/kernel'].all())
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x)))
+
+
+BATCH_NORM = jp.linen(Normed(), (6,))
 
 
 def zero(p, x):
@@ -342,6 +393,22 @@ def nan(p, x):
         ({'data': (X, Y.astype(jnp.float32))}, 'labels must be whole numbers'),
         ({'loss': lambda logits, y: logits.mean()}, 'one number per example'),
         ({'loss': lambda logits, y: logits @ y}, 'the loss fails: TypeError'),
+        ({'data': jp.Batch([[1.0]], [0])}, 'a Batch holds several batches'),
+        ({'data': jp.Batch(X[None, :0], Y[None, :0])}, 'no example'),
+        ({'data': jp.Batch(X[None], None)}, r'pass Batch\(x, y\)'),
+        ({'data': (np.array(['a', 'b']), Y[:2])}, 'x is no array of numbers'),
+        ({'data': ([[1.0], [1.0, 2.0]], Y[:2])}, 'x is no array of numbers'),
+        ({'model': lambda p, x: plain_apply(p, x).mean(0, keepdims=True)}, r'logits \(20, classes'),
+        ({'model': BATCH_NORM, 'params': BATCH_NORM.init(KEY)[0]}, 'does it need model_state='),
+        ({'model_state': {'mean': X}}, 'model_state= is for a model that is a Problem'),
+        ({'params': jax.eval_shape(lambda: plain_params())}, 'is a ShapeDtypeStruct'),
+        ({'params': {'w': jnp.ones((6, 3), int)}, 'model': None, 'data': None}, 'needs model'),
+        ({'params': {'w': jnp.ones((6, 3), int)}, 'model': lambda p, x: x @ p['w']}, 'holds int32'),
+        ({'prunable': lambda path: True}, 'prunable= fails: TypeError'),
+        ({'over': ['linear']}, 'unknown schedule'),
+        ({'allocation': ['erk']}, 'unknown allocation'),
+        ({'density': np.complex64(0.5)}, 'density must be a number'),
+        ({'density': np.array('a')}, 'density must be a number'),
         # Masks in force that leave too little.
         ({'masks': FEW, 'method_name': 'magnitude'}, 'masks leave only 6 weights, 9 are asked for'),
         (

@@ -120,7 +120,7 @@ def build(
         options[option] = arguments.like(f"option '{option}'", value, card.options[option])
     if train is not None:
         arguments.flag('train', train)
-    if allocation not in ALLOCATIONS:
+    if not isinstance(allocation, str) or allocation not in ALLOCATIONS:
         raise PruneError(f"unknown allocation '{allocation}': {nearest(allocation, ALLOCATIONS)}")
     if allocation == 'lamp' and not card.monotone:
         raise PruneError(

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune import arguments, structure, tree
 from jaxprune import problem as problems
-from jaxprune import structure, tree
 from jaxprune.errors import PruneError, nearest
 from jaxprune.method import build, method
 from jaxprune.plan import at_init
@@ -99,7 +99,8 @@ def prune(
     if target not in _TARGETS:
         raise PruneError(f'unknown target {target!r}: {nearest(str(target), _TARGETS)}')
     check.options(options, card.options, inspect.signature(prune).parameters)
-    check.types(params, model, loss, prunable, masks, key)
+    check.types(params, model, model_state, loss, prunable, masks, key)
+    density = arguments.real('density', density)
     net = _problem(params, model, loss, prunable)
     looks = card.needs | ({'shape'} if target == 'effective' else set())
     if looks and (model is None or data is None):
@@ -107,13 +108,19 @@ def prune(
         what = 'target effective' if not card.needs else f"method '{method_name}'"
         raise PruneError(f'{what} needs {missing}')
     batches = check.batches_of(data, 'data' in card.needs)
-    view = problems.view(net, params, model_state, masks)
+    view = check.tried('prunable=', problems.view, net, params, model_state, masks)
+    check.weights(view.weights)
     if masks is not None and not any(bool(mask.any()) for mask in masks.values()):
         raise PruneError('masks keep no weight')
     if model is not None and batches is not None:
         check.model(net, view, batches, labels='data' in card.needs)
 
-    connect, note = None, ''
+    connect = None
+    note = (
+        'paths not looked at: this needs model= as well'
+        if model is None and data is not None
+        else ''
+    )
     shapes = tree.shapes(view.weights)
     if model is not None and batches is not None:
         try:
@@ -189,12 +196,9 @@ def _no_model(params: PyTree, x: jax.Array) -> jax.Array:
 
 def _paths(net: Problem, view, batches: Batch):
     """`(connect, shapes in forward order)` of a network."""
-
-    def forward(params, x, model_state):
-        return net.apply(params, model_state, x, train=False, key=None)[0]
-
     x = jax.ShapeDtypeStruct((1, *batches.x.shape[2:]), batches.x.dtype)
-    args = forward, view.frozen, x, view.model_state
-    prunable = net.prunable
-    shapes = structure.shapes_in_order(*args, prunable=prunable)
-    return structure.connectivity(*args, prunable=prunable), shapes
+    args = structure.forward_of(net), view.frozen, x, view.model_state
+    shapes = check.tried(
+        'the model on one input', structure.shapes_in_order, *args, prunable=net.prunable
+    )
+    return structure.connectivity(*args, prunable=net.prunable), shapes

@@ -11,6 +11,7 @@ from jaxprune import problem as problems
 from jaxprune import tree
 from jaxprune.errors import PruneError, first_line, nearest
 from jaxprune.plan import Plan
+from jaxprune.structure import forward_of
 from jaxprune.types import GLOBAL, Batch, Masks, Problem, PruneInfo, View
 
 
@@ -22,14 +23,18 @@ def options(given: Iterable[str], known: Iterable[str], keywords: Iterable[str])
             raise PruneError(f"'{option}' is no argument, nor an option of this method: {tail}")
 
 
-def types(params, model, loss, prunable, masks, key) -> None:
+def types(params, model, model_state, loss, prunable, masks, key) -> None:
     """Whatever would only fail deep inside, where nobody finds out why."""
     for path, leaf in tree.paths(params):
-        if not hasattr(leaf, 'dtype'):
+        if isinstance(leaf, jax.core.Tracer):
+            raise PruneError('prune looks at numbers: call it outside jit, or see jaxprune.pruner')
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
             raise PruneError(
                 f"params must hold arrays only, but '{path}' is a {type(leaf).__name__}: split off "
                 'the arrays, as by equinox.partition or flax.nnx.split'
             )
+    if model_state is not None and not isinstance(model, Problem):
+        raise PruneError('model_state= is for a model that is a Problem, see jaxprune.linen')
     if model is not None and not callable(model) and not isinstance(model, Problem):
         raise PruneError(
             f'model must be a function (params, x) -> logits or a Problem, not {model!r}'
@@ -51,8 +56,16 @@ def _is_key(key: Any) -> bool:
     dtype = getattr(key, 'dtype', None)
     if dtype is None:
         return False
-    raw = dtype == jnp.uint32 and key.shape == (2,)
-    return raw or (jnp.issubdtype(dtype, jax.dtypes.prng_key) and key.shape == ())
+    plain = jax.random.key_data(jax.random.key(0)).shape  # what jax.random.PRNGKey makes
+    shape = () if jnp.issubdtype(dtype, jax.dtypes.prng_key) else plain
+    return key.shape == shape and (shape == () or dtype == jnp.uint32)
+
+
+def weights(prunable: Mapping[str, Any]) -> None:
+    """Only floating-point numbers can be scored."""
+    for path, leaf in prunable.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise PruneError(f"'{path}' holds {leaf.dtype}: only floating-point weights are pruned")
 
 
 def batches_of(data: Any, labels: bool) -> Batch | None:
@@ -60,45 +73,61 @@ def batches_of(data: Any, labels: bool) -> Batch | None:
     if data is None:
         return None
     if isinstance(data, Batch):
-        if min(jnp.ndim(data.x), jnp.ndim(data.y)) < 2 or data.x.shape[:2] != data.y.shape[:2]:
+        x = _array('x', data.x)
+        y = np.zeros(x.shape[:2], np.int32) if data.y is None else _array('y', data.y)
+        if data.y is None and labels:
+            raise PruneError('this method needs labels: pass Batch(x, y)')
+        if min(x.ndim, y.ndim) < 2 or x.shape[:2] != y.shape[:2]:
             raise PruneError(
                 'a Batch holds several batches, leaves (batches, batch, ...), not '
-                f'x {jnp.shape(data.x)} and y {jnp.shape(data.y)}: one batch is a pair (x, y)'
+                f'x {x.shape} and y {y.shape}: one batch is a pair (x, y)'
             )
-        return data
+        if 0 in x.shape[:2]:
+            raise PruneError('data holds no example')
+        return Batch(x, jnp.asarray(y))
     if isinstance(data, (tuple, list)):
         if len(data) != 2:
             raise PruneError(f'data must be a pair (x, y), not {len(data)} values')
         x, y = data
     else:
         x, y = data, None
-    for value in (x, y):
-        if value is not None and not hasattr(value, '__array__') and not isinstance(value, list):
-            raise PruneError(
-                f'data must be a pair of arrays (x, y), a Batch or an array x, not a '
-                f'{type(value).__name__}'
-            )
-    x = jnp.asarray(x)
+    x = _array('x', x)
     if not x.ndim or not x.shape[0]:
         raise PruneError('data holds no example')
     if y is None:
         if labels:
             raise PruneError('this method needs labels: pass data=(x, y)')
         y = np.zeros(x.shape[0], np.int32)
-    y = jnp.asarray(y)
+    y = _array('y', y)
     if y.shape[:1] != x.shape[:1]:
         raise PruneError(f'data holds {x.shape[0]} inputs, but {y.shape[:1]} labels')
     return Batch(x[None], y[None])
+
+
+def _array(name: str, value: Any) -> jax.Array:
+    """What is or can be an array of numbers."""
+    if hasattr(value, '__array__') or isinstance(value, list):
+        try:
+            return jnp.asarray(value)
+        except (TypeError, ValueError) as error:
+            raise PruneError(f'data: {name} is no array of numbers: {first_line(error)}') from None
+    raise PruneError(
+        f'data must be a pair of arrays (x, y), a Batch or an array x, not a {type(value).__name__}'
+    )
 
 
 def model(net: Problem, view: View, batches: Batch, labels: bool) -> None:
     """Runs the model on shapes alone, and looks at the labels where the loss takes classes."""
     x, y = (jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in (batches.x, batches.y))
 
-    def outputs(params, model_state, x):
-        return net.apply(params, model_state, x, train=False, key=None)[0]
-
-    logits = _tried(f'the model on inputs {x.shape}', outputs, view.frozen, view.model_state, x)
+    logits = tried(
+        f'the model on inputs {x.shape}',
+        jax.eval_shape,
+        forward_of(net),
+        view.frozen,
+        x,
+        view.model_state,
+    )
     if not hasattr(logits, 'dtype') or not jnp.issubdtype(logits.dtype, jnp.floating):
         made = getattr(logits, 'dtype', type(logits).__name__)
         raise PruneError(f'the model must return one float array, its logits, not {made}')
@@ -106,8 +135,10 @@ def model(net: Problem, view: View, batches: Batch, labels: bool) -> None:
         return
     classes = net.loss is problems.cross_entropy
     if classes:
-        if logits.ndim != 2:
-            raise PruneError(f'cross-entropy takes logits (batch, classes), not {logits.shape}')
+        if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+            raise PruneError(
+                f'cross-entropy takes logits ({x.shape[0]}, classes), not {logits.shape}'
+            )
         if y.ndim != 1 or not jnp.issubdtype(y.dtype, jnp.integer):
             raise PruneError(
                 f'labels must be whole numbers, one per example, not {y.dtype} of {y.shape}; '
@@ -119,24 +150,30 @@ def model(net: Problem, view: View, batches: Batch, labels: bool) -> None:
                 f'labels go from {least} to {largest}, but the model tells {logits.shape[1]} '
                 f'classes apart, 0 to {logits.shape[1] - 1}'
             )
-    losses = _tried('the loss', net.loss, logits, y)
+    losses = tried('the loss', jax.eval_shape, net.loss, logits, y)
     if getattr(losses, 'shape', None) != x.shape[:1]:
-        raise PruneError(f'the loss must be one number per example, {x.shape[:1]}, not {losses}')
+        made = getattr(losses, 'shape', type(losses).__name__)
+        raise PruneError(f'the loss must be one number per example, {x.shape[:1]}, not {made}')
 
 
-def _tried(what: str, function: Callable, *args: Any) -> Any:
-    """The abstract result of someone's function, or its failure in one line."""
+def tried(what: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """The result of something that calls someone's code, or its failure in one line."""
     try:
-        return jax.eval_shape(function, *args)
+        return function(*args, **kwargs)
     except PruneError:
         raise
-    except Exception as error:  # it is their code: anything may come
-        raise PruneError(f'{what} fails: {type(error).__name__}: {first_line(error)}') from error
+    except Exception as error:  # anything may come
+        stateless = 'ScopeCollection' in type(error).__name__ or 'batch_stats' in str(error)
+        hint = ' (does it need model_state=?)' if stateless else ''
+        raise PruneError(
+            f'{what} fails: {type(error).__name__}: {first_line(error)}{hint}'
+        ) from error
 
 
 def kept(masks: Masks, plan: Plan) -> None:
     """Masks in force may leave fewer weights than a density, or its share of a layer, asks for."""
     for path, column in plan.counts.items():
+        # A count of '*' is one of all leaves together.
         left = sum(int(m.sum()) for p, m in masks.items() if path in (p, GLOBAL))
         if left < column[-1]:
             where = '' if path == GLOBAL else f" of '{path}'"

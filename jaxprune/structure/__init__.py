@@ -7,6 +7,7 @@ from jaxprune.structure.effective import (
     dead_units,
     effective_compression,
     effective_mask,
+    forward_of,
     forward_shapes,
     shapes_in_order,
 )
@@ -37,6 +38,7 @@ __all__ = [
     'effective_mask',
     'effective_top_k',
     'fold_constants',
+    'forward_of',
     'forward_order',
     'forward_shapes',
     'prune_to_active',

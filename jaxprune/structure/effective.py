@@ -16,14 +16,20 @@ from jaxprune.structure.walk import forward_order
 from jaxprune.types import Masks, Problem, PyTree, Rule
 
 
-def _forward(problem: Problem, input_shape: tuple[int, ...], input_dtype: Any):
-    """A problem's network, and abstract arguments to trace it: params, one example, model state."""
-    params, model_state = jax.eval_shape(problem.init, jax.random.key(0))
+def forward_of(problem: Problem) -> Callable[[PyTree, PyTree, PyTree], PyTree]:
+    """A problem's network in evaluation mode, `(params, x, model_state) -> outputs`."""
 
     def forward(params, x, model_state):
         return problem.apply(params, model_state, x, train=False, key=None)[0]
 
-    return forward, params, jax.ShapeDtypeStruct((1, *input_shape), input_dtype), model_state
+    return forward
+
+
+def _forward(problem: Problem, input_shape: tuple[int, ...], input_dtype: Any):
+    """A problem's network, and abstract arguments to trace it: params, one example, model state."""
+    params, model_state = jax.eval_shape(problem.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((1, *input_shape), input_dtype)
+    return forward_of(problem), params, x, model_state
 
 
 def connectivity_of(

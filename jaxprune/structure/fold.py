@@ -14,15 +14,10 @@ import numpy as np
 
 from jaxprune import tree
 from jaxprune.errors import PruneError
-from jaxprune.structure.connectivity import (
-    MOVES,
-    SAME,
-    Const,
-    Signal,
-    Weight,
-    connectivity,
-    liveness,
-)
+from jaxprune.structure.connectivity import connectivity
+from jaxprune.structure.operations import JOINS, MOVES, SAME
+from jaxprune.structure.rules import liveness
+from jaxprune.structure.values import Const, Signal, Weight
 from jaxprune.structure.walk import trace, walk
 from jaxprune.types import Masks, PyTree, Rule
 
@@ -132,7 +127,7 @@ def fold_constants(
             gone = masks[path] & ~effective[path]
             return _Node(leaf, Weight(kept, (path,)), removed=jnp.where(gone, leaf, 0))
         places = np.arange(leaf.size).reshape(leaf.shape)
-        return _Node(leaf, Const(leaf=key), places=places)
+        return _Node(leaf, Const(source=key), places=places)
 
     roots = itertools.count()
     args = [parameter(('params', path)) for path in traced.paths]
@@ -204,7 +199,7 @@ def _rule(kinds: Callable, shifts: list[_Shift], unfolded: set[str], names: dict
             return [made[0]._replace(places=given[0].places, pending=given[0].pending)]
         if name in ('add', 'sub', 'add_any') and len(given) == 2:
             waiting = [n for n in given if n.pending is not None]
-            bias = next((n for n in given if n.places is not None and n.kind.leaf), None)
+            bias = next((n for n in given if n.places is not None and n.kind.source), None)
             if len(waiting) == 1 and bias is not None:
                 # `output + bias` raises the bias, `output - mean` lowers the mean.
                 sign = 1 if name != 'sub' else -1 if given[1] is bias else 0
@@ -223,15 +218,16 @@ def _removed(name: str, place: int, node: _Node) -> jax.Array:
     """An argument of a rearrangement of weights, for their inactive part."""
     if node.removed is not None:
         return node.removed
-    # A constant next to weights scales or places them, except as a case of a choice.
-    return jnp.zeros_like(node.number) if name == 'select_n' and place else node.number
+    # A constant next to weights scales or places them, except in a join or as a case of a choice.
+    beside = name in JOINS or (name == 'select_n' and place)
+    return jnp.zeros_like(node.number) if beside else node.number
 
 
 def _shift(pending: _Pending, bias: _Node, sign: int, shape, names) -> _Shift | None:
     """What a bias takes over; None where it differs among the places of one entry of the bias."""
     added = np.broadcast_to(np.asarray(pending.added), shape).reshape(-1)
     places = np.broadcast_to(np.asarray(bias.places), shape).reshape(-1)
-    key = bias.kind.leaf
+    key = bias.kind.source
     leaf = names[key]
     count = np.maximum(np.bincount(places, minlength=leaf.size), 1)
     mean = np.bincount(places, weights=added, minlength=leaf.size) / count

@@ -155,10 +155,14 @@ def walk(
         if not column:  # a loop of no steps stacks nothing
             return known(jax.numpy.zeros(aval.shape, aval.dtype))
         row = jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype)
-        joined = jax.make_jaxpr(lambda *rows: jax.numpy.stack(rows))(*[row] * len(column))
+        joined = jax.make_jaxpr(_stacked)(*[row] * len(column))
         return enter(joined, column)[0]
 
     return enter(jaxpr, list(args))
+
+
+def _stacked(*rows: jax.Array) -> jax.Array:
+    return jax.numpy.concatenate([row[None] for row in rows])
 
 
 def _scan_counts(equation: JaxprEqn) -> tuple[int, int]:
