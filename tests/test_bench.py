@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-SCORING = Path(__file__).parents[1] / 'experiments' / 'bench' / 'scoring.py'
+BENCH = Path(__file__).parents[1] / 'experiments' / 'bench'
+SCORING = BENCH / 'scoring.py'
 
 
 def test_scoring_runs_and_all_ways_agree(tmp_path):
@@ -23,6 +24,14 @@ def test_scoring_runs_and_all_ways_agree(tmp_path):
     assert len(rows) == 3 + 6 + 4
     reasons = [row[-1].strip() for row in rows]
     assert [reason for reason in reasons if reason] == ['the same program as snip']
+
+
+def test_throughput_runs_and_all_train_the_same():
+    """Expectation: the script's own check that all ways reach the same training loss."""
+    command = [sys.executable, BENCH / 'throughput.py', '--runs', '2', '--rounds', '1']
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '2 runs of LeNet-300-100' in done.stdout and 'one by one' in done.stdout
 
 
 def test_a_failure_is_told_and_the_rest_goes_on():

@@ -118,7 +118,10 @@ def prepare(runs: int, strategy: str) -> dict:
     )
     tables = [counts_of(program, run).counts for run in members]
     counts = {path: np.stack([t[path] for t in tables]) for path in tables[0]}
-    states, _ = engine.prune(members[0].method, rows, range(runs), counts, engine.init(rows))
+    active = np.zeros(runs, np.int32)  # wanted by runs that target effective compression
+    states, _ = engine.prune(
+        members[0].method, rows, range(runs), counts, active, engine.init(rows)
+    )
     host = jax.device_get(states)
     each = (
         host
