@@ -69,8 +69,8 @@ def trace(forward: Callable[..., PyTree], params: PyTree, x: PyTree, *constants:
     """
 
     def shape(leaf):
-        if not hasattr(leaf, 'dtype'):
-            leaf = jax.numpy.asarray(leaf)
+        if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+            leaf = jax.numpy.asarray(leaf)  # its own float64 would be told as a surprise
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
     given = jax.tree.map(shape, (params, x, *constants))
