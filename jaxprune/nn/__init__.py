@@ -1,7 +1,28 @@
 """Models: flax linen modules `(x, *, train) -> logits`, float32, and their registry."""
 
-from jaxprune.nn.conv import LeNet5, SmallVGG
+from jaxprune.nn.conv import CONVOLUTIONS, convolution
 from jaxprune.nn.dense import MLP
-from jaxprune.nn.registry import MODELS, Model, build, model
+from jaxprune.nn.lenet import LeNet5
+from jaxprune.nn.mobilenet import MobileNet
+from jaxprune.nn.registry import MODELS, Model, build, convolving, model
+from jaxprune.nn.resnet import ResNet
+from jaxprune.nn.transformer import Transformer, ViT
+from jaxprune.nn.vgg import VGG, SmallVGG
 
-__all__ = ['MLP', 'MODELS', 'LeNet5', 'Model', 'SmallVGG', 'build', 'model']
+__all__ = [
+    'CONVOLUTIONS',
+    'MLP',
+    'MODELS',
+    'VGG',
+    'LeNet5',
+    'MobileNet',
+    'Model',
+    'ResNet',
+    'SmallVGG',
+    'Transformer',
+    'ViT',
+    'build',
+    'convolution',
+    'convolving',
+    'model',
+]

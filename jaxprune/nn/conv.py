@@ -1,68 +1,124 @@
-"""Small convolutional networks."""
+"""Convolution written three ways, each to be handed to flax layers.
 
-from collections.abc import Sequence
+Under `vmap` over kernels XLA makes of a convolution one with a group per run, which is slow on
+most machines; inside loops its CPU convolution is slower still (jax issue 12868). Written as
+matrix products a convolution stays fast in both places, at the price of memory. Which way wins
+depends on the machine and on the shapes, so it is measured (`sweep/probe.py`).
 
-import flax.linen as nn
+All take the arguments of `jax.lax.conv_general_dilated` as `flax.linen.Conv` passes them, channels
+last, and return the same numbers up to rounding.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
+import jax.numpy as jnp
+from jax import lax
 
-from jaxprune.errors import JaxpruneError
-from jaxprune.nn.dense import he_normal
+from jaxprune.errors import JaxpruneError, nearest
 
-
-class LeNet5(nn.Module):
-    """LeNet-5 with ReLU and average pooling: 6 and 16 maps of 5x5 valid convolutions, 120, 84.
-
-    Kaiming-normal kernels, zero biases. 28x28 or 32x32 inputs, any number of channels.
-    """
-
-    classes: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        del train
-        for i, maps in enumerate((6, 16)):
-            x = nn.Conv(maps, (5, 5), padding='VALID', kernel_init=he_normal, name=f'conv_{i}')(x)
-            x = nn.avg_pool(nn.relu(x), (2, 2), (2, 2))
-        x = x.reshape(x.shape[0], -1)
-        for i, width in enumerate((120, 84)):
-            x = nn.relu(nn.Dense(width, kernel_init=he_normal, name=f'dense_{i}')(x))
-        return nn.Dense(self.classes, kernel_init=he_normal, name='dense_2')(x)
+#: `(x, kernel, strides, padding, **as in lax.conv_general_dilated) -> y`.
+ConvFn = Callable[..., jax.Array]
 
 
-class SmallVGG(nn.Module):
-    """VGG in small: per stage two 3x3 convolutions, each with batch norm and ReLU, then max pool.
+def native(x: jax.Array, kernel: jax.Array, strides, padding, **kwargs: Any) -> jax.Array:
+    """XLA's own convolution; under `vmap` over kernels a grouped one."""
+    return lax.conv_general_dilated(x, kernel, strides, padding, **kwargs)
 
-    A linear classifier on the flattened maps. Convolutions have no bias (batch norm follows).
 
-    Attributes:
-      widths: maps of the stages; each stage halves height and width.
-      classes: number of logits.
+def patches(x: jax.Array, kernel: jax.Array, strides, padding, **kwargs: Any) -> jax.Array:
+    """All taps side by side, then one matrix product: fast, but the taps fill memory."""
+    windows, grouped = _taps(x, kernel, strides, padding, **kwargs)
+    if grouped == 1 and len(windows) == 1:
+        return _matmul(windows[0], kernel.reshape(kernel.shape[-2:]), x.dtype)
+    if grouped == 1:
+        rows = jnp.concatenate(windows, axis=-1)
+        return _matmul(rows, kernel.reshape(-1, kernel.shape[-1]), x.dtype)
+    rows = jnp.stack(windows, axis=-2)  # (..., taps, channels)
+    rows = rows.reshape(*rows.shape[:-1], grouped, -1)
+    weights = kernel.reshape(len(windows), kernel.shape[-2], grouped, -1)
+    out = jnp.einsum('...tgi,tigo->...go', rows, weights)
+    return out.reshape(*out.shape[:-2], -1).astype(x.dtype)
 
-    Raises:
-      JaxpruneError: when called on images too small for so many halvings.
-    """
 
-    widths: Sequence[int]
-    classes: int
+def taps(x: jax.Array, kernel: jax.Array, strides, padding, **kwargs: Any) -> jax.Array:
+    """One matrix product per tap, added up: little memory, many small products."""
+    windows, grouped = _taps(x, kernel, strides, padding, **kwargs)
+    total = None
+    for window, weights in zip(windows, kernel.reshape(-1, *kernel.shape[-2:]), strict=True):
+        part = _grouped_matmul(window, weights, grouped)
+        total = part if total is None else total + part
+    return total.astype(x.dtype)
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        side, least = min(x.shape[1:3]), 2 ** len(self.widths)
-        if side < least:  # max pool would make empty maps, and a classifier without weights
-            raise JaxpruneError(
-                f'model: {len(self.widths)} stages need images of {least} x {least}, not {side}'
-            )
-        layer = 0
-        for width in self.widths:
-            for _ in range(2):
-                x = nn.Conv(
-                    width, (3, 3), use_bias=False, kernel_init=he_normal, name=f'conv_{layer}'
-                )(x)
-                x = nn.BatchNorm(
-                    use_running_average=not train, momentum=0.9, epsilon=1e-5, name=f'bn_{layer}'
-                )(x)
-                x = nn.relu(x)
-                layer += 1
-            x = nn.max_pool(x, (2, 2), (2, 2))
-        x = x.reshape(x.shape[0], -1)
-        return nn.Dense(self.classes, kernel_init=he_normal, name='dense_0')(x)
+
+CONVOLUTIONS: dict[str, ConvFn] = {'native': native, 'patches': patches, 'taps': taps}
+
+
+def convolution(name: str) -> ConvFn:
+    """A way to convolve by its name."""
+    if name not in CONVOLUTIONS:
+        raise JaxpruneError(f"unknown convolution '{name}': {nearest(name, CONVOLUTIONS)}")
+    return CONVOLUTIONS[name]
+
+
+def _matmul(rows: jax.Array, weights: jax.Array, dtype) -> jax.Array:
+    return lax.dot_general(
+        rows, weights, (((rows.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype
+    )
+
+
+def _grouped_matmul(window: jax.Array, weights: jax.Array, groups: int) -> jax.Array:
+    """`(..., in) x (in / groups, out)`; with a group per channel an elementwise product."""
+    if groups == 1:
+        return _matmul(window, weights, window.dtype)
+    if weights.shape[0] == 1 and weights.shape[1] == groups:  # depthwise
+        return window * weights[0]
+    split = window.reshape(*window.shape[:-1], groups, -1)
+    out = jnp.einsum('...gi,igo->...go', split, weights.reshape(weights.shape[0], groups, -1))
+    return out.reshape(*out.shape[:-2], -1)
+
+
+def _taps(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding,
+    *,
+    lhs_dilation=None,
+    rhs_dilation=None,
+    dimension_numbers=None,
+    feature_group_count: int = 1,
+    **_: Any,
+) -> tuple[list[jax.Array], int]:
+    """For every kernel tap the inputs it meets, `(batch, ..., channels)`; and the groups."""
+    rank = x.ndim - 2
+    if lhs_dilation is not None and math.prod(lhs_dilation) != 1:
+        raise JaxpruneError('a transposed convolution is only there as native')
+    last = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
+    channels_last = (0, rank + 1, *range(1, rank + 1))
+    if last.lhs_spec != channels_last or last.rhs_spec != (rank + 1, rank, *range(rank)):
+        raise JaxpruneError('this convolution takes channels last and kernels (..., in, out)')
+    dilation = tuple(rhs_dilation or (1,) * rank)
+    sides = tuple((n - 1) * d + 1 for n, d in zip(kernel.shape, dilation, strict=False))
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:-1], sides, strides, padding)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    ends = [(n - side) // s + 1 for n, side, s in zip(x.shape[1:-1], sides, strides, strict=True)]
+    windows = []
+    for flat in range(math.prod(kernel.shape[:rank])):
+        at = [i * d for i, d in zip(_unravel(flat, kernel.shape[:rank]), dilation, strict=True)]
+        stop = [a + (n - 1) * s + 1 for a, n, s in zip(at, ends, strides, strict=True)]
+        windows.append(
+            lax.slice(x, (0, *at, 0), (x.shape[0], *stop, x.shape[-1]), (1, *strides, 1))
+        )
+    return windows, feature_group_count
+
+
+def _unravel(flat: int, shape: Sequence[int]) -> list[int]:
+    places = []
+    for n in reversed(shape):
+        flat, place = divmod(flat, n)
+        places.append(place)
+    return places[::-1]

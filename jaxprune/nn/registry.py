@@ -4,10 +4,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from jaxprune.errors import JaxpruneError, nearest
-from jaxprune.nn.conv import LeNet5, SmallVGG
+from jaxprune.nn.conv import ConvFn
 from jaxprune.nn.dense import MLP
+from jaxprune.nn.lenet import LeNet5
+from jaxprune.nn.mobilenet import MobileNet
+from jaxprune.nn.resnet import ResNet, cifar_blocks
+from jaxprune.nn.transformer import Transformer, ViT
+from jaxprune.nn.vgg import VGG, SmallVGG
+
+DTYPES = ('float32', 'bfloat16')
 
 
 class Model(NamedTuple):
@@ -24,6 +32,25 @@ class Model(NamedTuple):
     min_side: int = 1
 
 
+_wide = {'width': 1.0, 'dtype': 'float32'}
+
+
+def _vgg(depth: int) -> Model:
+    return Model(
+        lambda classes, **options: VGG(depth, classes, **options),
+        {**_wide, 'order': 'conv_bn_relu'},
+        32,
+    )
+
+
+def _cifar_resnet(depth: int) -> Model:
+    return Model(
+        lambda classes, **options: ResNet(cifar_blocks(depth), (16, 32, 64), classes, **options),
+        {**_wide, 'shortcut': 'projection'},
+        4,
+    )
+
+
 MODELS: dict[str, Model] = {
     'lenet300100': Model(lambda classes: MLP((300, 100), classes)),
     'mlp': Model(lambda classes, widths: MLP(tuple(widths), classes), {'widths': [256, 256]}),
@@ -31,6 +58,16 @@ MODELS: dict[str, Model] = {
     'small_vgg': Model(
         lambda classes, widths: SmallVGG(tuple(widths), classes), {'widths': [16, 32, 64]}, 8
     ),
+    **{f'vgg{depth}': _vgg(depth) for depth in (11, 13, 16, 19)},
+    **{f'resnet{depth}': _cifar_resnet(depth) for depth in (20, 32, 56)},
+    'resnet18': Model(
+        lambda classes, **options: ResNet((2,) * 4, (64, 128, 256, 512), classes, **options),
+        {**_wide, 'shortcut': 'projection'},
+        8,
+    ),
+    'mobilenet': Model(MobileNet, _wide, 16),
+    'vit': Model(ViT, {'patch': 4, 'dim': 96, 'depth': 6, 'heads': 4, 'dtype': 'float32'}, 4),
+    'transformer': Model(Transformer, {'dim': 64, 'depth': 2, 'heads': 4, 'dtype': 'float32'}),
 }
 
 
@@ -49,4 +86,16 @@ def build(name: str, classes: int, **options: Any) -> nn.Module:
             raise JaxpruneError(
                 f"model '{name}' has no option '{option}': {nearest(option, card.options)}"
             )
-    return card.build(classes, **{**card.options, **options})
+    options = {**card.options, **options}
+    if 'dtype' in options:
+        if options['dtype'] not in DTYPES:
+            raise JaxpruneError(
+                f"unknown dtype '{options['dtype']}': {nearest(options['dtype'], DTYPES)}"
+            )
+        options['dtype'] = jnp.dtype(options['dtype'])
+    return card.build(classes, **options)
+
+
+def convolving(module: nn.Module, conv: ConvFn) -> nn.Module:
+    """The same network with another way to convolve; unchanged if it has no convolutions."""
+    return module.clone(conv=conv) if hasattr(module, 'conv') else module

@@ -1,0 +1,77 @@
+"""MobileNet-V1 for 32x32 images (Howard et al., 2017, arXiv:1704.04861)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxprune.nn.conv import ConvFn, native
+from jaxprune.nn.dense import he_normal
+from jaxprune.nn.vgg import scaled
+
+#: (maps, stride) of the separable blocks after a stem of 32 maps and stride 1.
+BLOCKS = (
+    (64, 1),
+    (128, 2),
+    (128, 1),
+    (256, 2),
+    (256, 1),
+    (512, 2),
+    *((512, 1),) * 5,
+    (1024, 2),
+    (1024, 1),
+)
+
+
+class MobileNet(nn.Module):
+    """Depthwise 3x3 and pointwise convolutions, each with batch norm and ReLU; global average.
+
+    Kaiming-normal kernels (fan in), convolutions without bias. Strides as the gradient-flow study
+    has them for CIFAR: 32x32 images end as 2x2 maps.
+
+    Attributes:
+      classes: number of logits.
+      width: factor on the number of maps.
+      dtype: of the computation; parameters and statistics stay float32.
+      conv: how to convolve, see `nn.conv`.
+    """
+
+    classes: int
+    width: float = 1.0
+    dtype: Any = jnp.float32
+    conv: ConvFn = native
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        def conv_bn(x, maps, name, *, side, stride=1, groups=1):
+            x = nn.Conv(
+                maps,
+                (side, side),
+                strides=(stride, stride),
+                padding=side // 2,
+                feature_group_count=groups,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=he_normal,
+                conv_general_dilated=self.conv,
+                name=f'{name}_conv',
+            )(x)
+            return nn.relu(
+                nn.BatchNorm(
+                    use_running_average=not train,
+                    momentum=0.9,
+                    epsilon=1e-5,
+                    dtype=self.dtype,
+                    name=f'{name}_bn',
+                )(x)
+            )
+
+        x = conv_bn(x, scaled(32, self.width), 'stem', side=3)
+        for i, (wide, stride) in enumerate(BLOCKS):
+            maps = x.shape[-1]
+            x = conv_bn(x, maps, f'block{i}_depth', side=3, stride=stride, groups=maps)
+            x = conv_bn(x, scaled(wide, self.width), f'block{i}_point', side=1)
+        x = x.mean(axis=(1, 2))
+        head = nn.Dense(self.classes, dtype=self.dtype, kernel_init=he_normal, name='dense_0')
+        return head(x).astype(jnp.float32)

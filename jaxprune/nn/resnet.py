@@ -1,0 +1,93 @@
+"""Residual networks in their CIFAR forms (He et al., CVPR 2016, arXiv:1512.03385)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxprune.errors import JaxpruneError
+from jaxprune.nn.conv import ConvFn, native
+from jaxprune.nn.dense import he_normal
+from jaxprune.nn.vgg import scaled
+
+SHORTCUTS = ('projection', 'pad')
+
+
+class ResNet(nn.Module):
+    """A 3x3 stem, stages of basic blocks (two 3x3 convolutions), global average, a classifier.
+
+    The first block of every stage but the first halves the maps' sides. Kaiming-normal kernels
+    (fan in), convolutions without bias.
+
+    Attributes:
+      blocks: blocks per stage.
+      maps: maps per stage.
+      classes: number of logits.
+      width: factor on the number of maps.
+      shortcut: where a block changes the shape, 'projection' (1x1 convolution and batch norm), or
+        'pad' (every second pixel, new maps zero: the paper's option A).
+      dtype: of the computation; parameters and statistics stay float32.
+      conv: how to convolve, see `nn.conv`.
+    """
+
+    blocks: Sequence[int]
+    maps: Sequence[int]
+    classes: int
+    width: float = 1.0
+    shortcut: str = 'projection'
+    dtype: Any = jnp.float32
+    conv: ConvFn = native
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        if self.shortcut not in SHORTCUTS:
+            raise JaxpruneError(f'shortcut must be {" or ".join(SHORTCUTS)}, not {self.shortcut}')
+
+        def conv_bn(x, maps, name, side=3, stride=1):
+            x = nn.Conv(
+                maps,
+                (side, side),
+                strides=(stride, stride),
+                padding=side // 2,
+                use_bias=False,
+                dtype=self.dtype,
+                kernel_init=he_normal,
+                conv_general_dilated=self.conv,
+                name=f'{name}_conv',
+            )(x)
+            return nn.BatchNorm(
+                use_running_average=not train,
+                momentum=0.9,
+                epsilon=1e-5,
+                dtype=self.dtype,
+                name=f'{name}_bn',
+            )(x)
+
+        x = nn.relu(conv_bn(x, scaled(self.maps[0], self.width), 'stem'))
+        for stage, (count, wide) in enumerate(zip(self.blocks, self.maps, strict=True)):
+            maps = scaled(wide, self.width)
+            for block in range(count):
+                stride = 2 if stage and not block else 1
+                name = f'stage{stage}_block{block}'
+                y = nn.relu(conv_bn(x, maps, f'{name}_a', stride=stride))
+                y = conv_bn(y, maps, f'{name}_b')
+                if x.shape != y.shape:
+                    if self.shortcut == 'projection':
+                        x = conv_bn(x, maps, f'{name}_skip', side=1, stride=stride)
+                    else:
+                        more = maps - x.shape[-1]
+                        x = x[:, ::stride, ::stride]
+                        x = jnp.pad(x, ((0, 0),) * 3 + ((more // 2, more - more // 2),))
+                x = nn.relu(x + y)
+        x = x.mean(axis=(1, 2))
+        head = nn.Dense(self.classes, dtype=self.dtype, kernel_init=he_normal, name='dense_0')
+        return head(x).astype(jnp.float32)
+
+
+def cifar_blocks(depth: int) -> tuple[int, int, int]:
+    """Blocks per stage of the CIFAR ResNet of `6 n + 2` layers."""
+    if depth < 8 or (depth - 2) % 6:
+        raise JaxpruneError(f'a CIFAR ResNet has 6 n + 2 layers (20, 32, 56, ...), not {depth}')
+    return ((depth - 2) // 6,) * 3

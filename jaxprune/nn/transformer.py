@@ -1,0 +1,115 @@
+"""Small transformers: a vision transformer, and a classifier of sequences."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxprune.errors import JaxpruneError
+
+glorot = nn.initializers.xavier_uniform()
+positions = nn.initializers.normal(0.02)
+
+
+class Encoder(nn.Module):
+    """Blocks of attention and a two-layer GELU network, each after a layer norm, with residuals.
+
+    `(batch, tokens, dim)` in and out; every token attends to every token.
+
+    Attributes:
+      dim: size of a token.
+      depth: blocks.
+      heads: attention heads; they divide `dim`.
+      hidden: units between the two dense layers.
+      dtype: of the computation; parameters stay float32.
+    """
+
+    dim: int
+    depth: int
+    heads: int
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.dim % self.heads:
+            raise JaxpruneError(f'{self.heads} heads do not divide a token of {self.dim} numbers')
+        for i in range(self.depth):
+            y = nn.LayerNorm(dtype=self.dtype, name=f'norm{i}_attention')(x)
+            x = x + nn.MultiHeadDotProductAttention(
+                self.heads, dtype=self.dtype, kernel_init=glorot, name=f'attention_{i}'
+            )(y)
+            y = nn.LayerNorm(dtype=self.dtype, name=f'norm{i}_dense')(x)
+            y = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=glorot, name=f'up_{i}')(y)
+            y = nn.gelu(y)
+            x = x + nn.Dense(self.dim, dtype=self.dtype, kernel_init=glorot, name=f'down_{i}')(y)
+        return nn.LayerNorm(dtype=self.dtype, name='norm')(x)
+
+
+class ViT(nn.Module):
+    """A vision transformer that averages its tokens (Dosovitskiy et al., ICLR 2021).
+
+    Attributes:
+      classes: number of logits.
+      patch: side of the square patches that become tokens.
+      dim, depth, heads: see `Encoder`; hidden units are `2 dim`.
+      dtype: of the computation; parameters stay float32.
+    """
+
+    classes: int
+    patch: int = 4
+    dim: int = 96
+    depth: int = 6
+    heads: int = 4
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        del train
+        batch, height, width, channels = x.shape
+        if height % self.patch or width % self.patch:
+            raise JaxpruneError(
+                f'patches of {self.patch} x {self.patch} do not tile {height} x {width} images'
+            )
+        rows, columns = height // self.patch, width // self.patch
+        x = x.reshape(batch, rows, self.patch, columns, self.patch, channels)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, -1)
+        return _classified(self, x, rows * columns)
+
+
+class Transformer(nn.Module):
+    """A classifier of sequences, `(batch, length)` of tokens or `(batch, length, ...)` of numbers.
+
+    Of an image the rows are the sequence.
+
+    Attributes:
+      classes: number of logits.
+      vocabulary: how many different tokens there are; for sequences of integers.
+      dim, depth, heads: see `Encoder`; hidden units are `2 dim`.
+      dtype: of the computation; parameters stay float32.
+    """
+
+    classes: int
+    vocabulary: int = 256
+    dim: int = 64
+    depth: int = 2
+    heads: int = 4
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        del train
+        length = x.shape[1]
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            x = nn.Embed(self.vocabulary, self.dim, dtype=self.dtype, name='tokens')(x)
+        return _classified(self, x.reshape(x.shape[0], length, -1), length)
+
+
+def _classified(net: ViT | Transformer, x: jax.Array, length: int) -> jax.Array:
+    """Embeds tokens, encodes them, and classifies their mean."""
+    x = nn.Dense(net.dim, dtype=net.dtype, kernel_init=glorot, name='embed')(x)
+    x = x + net.param('positions', positions, (length, net.dim)).astype(x.dtype)
+    x = Encoder(net.dim, net.depth, net.heads, 2 * net.dim, net.dtype, name='encoder')(x)
+    head = nn.Dense(net.classes, dtype=net.dtype, kernel_init=glorot, name='dense_0')
+    return head(x.mean(axis=1)).astype(jnp.float32)

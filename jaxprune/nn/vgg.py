@@ -1,0 +1,127 @@
+"""VGG with batch norm, as the pruning literature has it for CIFAR: one linear layer at the end."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxprune.errors import JaxpruneError
+from jaxprune.nn.conv import ConvFn, native
+from jaxprune.nn.dense import he_normal
+
+#: Maps of the 3x3 convolutions of each stage; a max pool follows every stage.
+STAGES: dict[int, tuple[tuple[int, ...], ...]] = {
+    11: ((64,), (128,), (256, 256), (512, 512), (512, 512)),
+    13: ((64, 64), (128, 128), (256, 256), (512, 512), (512, 512)),
+    16: ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3),
+    19: ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4),
+}
+ORDERS = ('conv_bn_relu', 'conv_relu_bn')
+
+
+class VGG(nn.Module):
+    """3x3 convolutions without bias, each with batch norm and ReLU; max pools; a linear classifier.
+
+    Kaiming-normal kernels (fan in). Images of 32x32 or more; maps left after the last pool are
+    averaged.
+
+    Attributes:
+      depth: 11, 13, 16 or 19.
+      classes: number of logits.
+      width: factor on the number of maps.
+      order: 'conv_bn_relu', or 'conv_relu_bn' as the gradient-flow study has it.
+      dtype: of the computation; parameters and statistics stay float32.
+      conv: how to convolve, see `nn.conv`.
+    """
+
+    depth: int
+    classes: int
+    width: float = 1.0
+    order: str = 'conv_bn_relu'
+    dtype: Any = jnp.float32
+    conv: ConvFn = native
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        if self.depth not in STAGES:
+            raise JaxpruneError(f'VGG has {", ".join(map(str, STAGES))} layers, not {self.depth}')
+        if self.order not in ORDERS:
+            raise JaxpruneError(f'order must be {" or ".join(ORDERS)}, not {self.order}')
+        layer = 0
+        for stage in STAGES[self.depth]:
+            for maps in stage:
+                x = nn.Conv(
+                    scaled(maps, self.width),
+                    (3, 3),
+                    use_bias=False,
+                    dtype=self.dtype,
+                    kernel_init=he_normal,
+                    conv_general_dilated=self.conv,
+                    name=f'conv_{layer}',
+                )(x)
+                norm = nn.BatchNorm(
+                    use_running_average=not train,
+                    momentum=0.9,
+                    epsilon=1e-5,
+                    dtype=self.dtype,
+                    name=f'bn_{layer}',
+                )
+                x = nn.relu(norm(x)) if self.order == 'conv_bn_relu' else norm(nn.relu(x))
+                layer += 1
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.mean(axis=(1, 2))
+        head = nn.Dense(self.classes, dtype=self.dtype, kernel_init=he_normal, name='dense_0')
+        return head(x).astype(jnp.float32)
+
+
+def scaled(maps: int, width: float) -> int:
+    """A number of maps times a width multiplier, at least 1."""
+    return max(1, round(maps * width))
+
+
+class SmallVGG(nn.Module):
+    """VGG in small: per stage two 3x3 convolutions, each with batch norm and ReLU, then max pool.
+
+    A linear classifier on the flattened maps. Convolutions have no bias (batch norm follows).
+
+    Attributes:
+      widths: maps of the stages; each stage halves height and width.
+      classes: number of logits.
+      conv: how to convolve, see `nn.conv`.
+
+    Raises:
+      JaxpruneError: when called on images too small for so many halvings.
+    """
+
+    widths: Sequence[int]
+    classes: int
+    conv: ConvFn = native
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        side, least = min(x.shape[1:3]), 2 ** len(self.widths)
+        if side < least:  # max pool would make empty maps, and a classifier without weights
+            raise JaxpruneError(
+                f'model: {len(self.widths)} stages need images of {least} x {least}, not {side}'
+            )
+        layer = 0
+        for width in self.widths:
+            for _ in range(2):
+                x = nn.Conv(
+                    width,
+                    (3, 3),
+                    use_bias=False,
+                    kernel_init=he_normal,
+                    conv_general_dilated=self.conv,
+                    name=f'conv_{layer}',
+                )(x)
+                x = nn.BatchNorm(
+                    use_running_average=not train, momentum=0.9, epsilon=1e-5, name=f'bn_{layer}'
+                )(x)
+                x = nn.relu(x)
+                layer += 1
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.reshape(x.shape[0], -1)
+        return nn.Dense(self.classes, kernel_init=he_normal, name='dense_0')(x)

@@ -1,0 +1,218 @@
+"""Shipped models and the ways to convolve."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxprune import nn, tree
+from jaxprune.errors import JaxpruneError
+from jaxprune.nn.conv import native, patches, taps
+
+CASES = [
+    # sides, strides, padding, dilation, groups, maps in, maps out
+    ((3, 3), (1, 1), 'SAME', (1, 1), 1, 4, 6),
+    ((3, 3), (2, 2), 'SAME', (1, 1), 1, 4, 6),
+    ((5, 5), (1, 1), 'VALID', (1, 1), 1, 3, 2),
+    ((3, 2), (2, 1), ((1, 0), (2, 1)), (2, 3), 1, 4, 6),
+    ((1, 1), (2, 2), ((0, 0), (0, 0)), (1, 1), 1, 4, 6),
+    ((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 4, 4, 4),
+    ((3, 3), (2, 2), 'SAME', (2, 2), 4, 4, 8),
+    ((3, 3), (1, 1), 'SAME', (1, 1), 2, 4, 6),
+]
+
+
+@pytest.mark.parametrize('case', CASES, ids=str)
+@pytest.mark.parametrize('conv', [patches, taps])
+def test_ways_to_convolve_agree(conv, case):
+    """Expectation: XLA's convolution in float64, its gradients, and three runs under `vmap`."""
+    sides, strides, padding, dilation, groups, maps_in, maps_out = case
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 4)
+        x = jax.random.normal(keys[0], (3, 2, 9, 8, maps_in))
+        kernel = jax.random.normal(keys[1], (3, *sides, maps_in // groups, maps_out))
+
+        def run(conv, x, kernel):
+            return conv(
+                x,
+                kernel,
+                strides,
+                padding,
+                lhs_dilation=(1, 1),
+                rhs_dilation=dilation,
+                dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+                feature_group_count=groups,
+                precision=None,
+            )
+
+        wanted = [run(native, x[i], kernel[i]) for i in range(3)]
+        found = jax.vmap(lambda x, kernel: run(conv, x, kernel))(x, kernel)
+        np.testing.assert_allclose(found, jnp.stack(wanted), rtol=0, atol=1e-12)
+        weights = jax.random.normal(keys[2], wanted[0].shape)
+
+        def loss(x, kernel, conv):
+            return (run(conv, x, kernel) * weights).sum()
+
+        for a, b in zip(
+            jax.grad(loss, (0, 1))(x[0], kernel[0], conv),
+            jax.grad(loss, (0, 1))(x[0], kernel[0], native),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_what_matrix_products_cannot_do_is_told():
+    """Expectation: one line, never another convolution."""
+    x, kernel = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2))
+    numbers = ('NHWC', 'HWIO', 'NHWC')
+    for conv in (patches, taps):
+        with pytest.raises(JaxpruneError, match='transposed'):
+            conv(x, kernel, (1, 1), 'SAME', lhs_dilation=(2, 2), dimension_numbers=numbers)
+        with pytest.raises(JaxpruneError, match='channels last'):
+            conv(x, kernel, (1, 1), 'SAME', dimension_numbers=('NCHW', 'HWIO', 'NCHW'))
+    with pytest.raises(JaxpruneError, match="unknown convolution 'tap': did you mean 'taps'"):
+        nn.convolution('tap')
+
+
+#: Prunable weights for ten classes of 32x32x3 images. VGG-16 and 19: published code
+#: (`effective_sparsity`). Others: by hand, the sum of (taps x maps in x maps out) over the
+#: layers of the papers.
+WEIGHTS = {
+    'vgg11': 9 * (3 * 64 + 64 * 128 + 128 * 256 + 256**2 + 256 * 512 + 3 * 512**2) + 5120,
+    'vgg16': 14_715_584,
+    'vgg19': 20_070_080 - 90 * 512,  # published for 100 classes
+    'resnet20': 9 * (3 * 16 + 6 * 16**2 + 16 * 32 + 5 * 32**2 + 32 * 64 + 5 * 64**2)
+    + 16 * 32
+    + 32 * 64
+    + 640,
+    'resnet18': 9
+    * (3 * 64 + sum(n * w * w for n, w in ((4, 64), (3.5, 128), (3.5, 256), (3.5, 512))))
+    + (64 * 128 + 128 * 256 + 256 * 512)
+    + 5120,
+}
+
+
+@pytest.mark.parametrize('name', sorted(WEIGHTS))
+def test_sizes_of_published_nets(name):
+    """Expectation: see `WEIGHTS`."""
+    module = nn.build(name, 10)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert sum(leaf.size for leaf in tree.pick(shapes['params']).values()) == WEIGHTS[name]
+
+
+SLOW = pytest.mark.slow
+SMALL = [
+    ('lenet5', {}),
+    ('small_vgg', {'widths': [4]}),
+    pytest.param('vgg11', {'width': 0.0625}, marks=SLOW),
+    pytest.param('resnet20', {'width': 0.25}, marks=SLOW),
+    pytest.param('resnet18', {'width': 0.0625, 'shortcut': 'pad'}, marks=SLOW),
+    pytest.param('mobilenet', {'width': 0.0625}, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(('name', 'options'), SMALL)
+def test_nets_are_the_same_whichever_way_they_convolve(name, options):
+    """Expectation: the gradient of the loss with XLA's convolution, float64, batch statistics."""
+    with jax.enable_x64(True):
+        module = nn.build(name, 3, **options)
+        if hasattr(module, 'dtype'):
+            module = module.clone(dtype=jnp.float64)
+        x = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+        variables = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float64), module.init(jax.random.key(0), x)
+        )
+        params, state = variables.pop('params'), variables
+
+        def loss(params, conv):
+            net = nn.convolving(module, conv)
+            logits, _ = net.apply(
+                {'params': params, **state}, x, train=True, mutable=['batch_stats']
+            )
+            return (logits**2).sum()
+
+        wanted = jax.jit(jax.grad(loss), static_argnums=1)(params, lax.conv_general_dilated)
+        for conv in (patches, taps):
+            found = jax.jit(jax.grad(loss), static_argnums=1)(params, conv)
+            for path, leaf in tree.paths(wanted):
+                scale = float(abs(leaf).max()) + 1e-12
+                np.testing.assert_allclose(
+                    dict(tree.paths(found))[path], leaf, rtol=0, atol=1e-8 * scale, err_msg=path
+                )
+
+
+def test_networks_without_convolutions_stay_as_they_are():
+    """Expectation: the very same module."""
+    module = nn.build('vit', 10)
+    assert nn.convolving(module, taps) is module
+
+
+@pytest.mark.parametrize(
+    ('name', 'shape', 'message'),
+    [
+        ('vit', (1, 30, 32, 3), 'patches of 4 x 4 do not tile 30 x 32'),
+        ('mobilnet', None, "unknown model 'mobilnet': did you mean 'mobilenet'"),
+    ],
+)
+def test_shapes_that_do_not_fit(name, shape, message):
+    """Expectation: one line."""
+    with pytest.raises(JaxpruneError, match=message):
+        nn.build(name, 10).init(jax.random.key(0), jnp.zeros(shape))
+
+
+def test_options_that_are_not_there():
+    """Expectation: one line with the nearest name or the valid values."""
+    for name, options, message in [
+        ('vgg16', {'widht': 0.5}, "no option 'widht': did you mean 'width'"),
+        ('vgg16', {'dtype': 'float8'}, "unknown dtype 'float8'"),
+        ('vgg16', {'order': 'bn'}, 'order must be'),
+        ('resnet20', {'shortcut': 'none'}, 'shortcut must be'),
+        ('vit', {'heads': 5}, '5 heads do not divide'),
+    ]:
+        with pytest.raises(JaxpruneError, match=message):
+            nn.build(name, 10, **options).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+
+
+@pytest.mark.parametrize(
+    'name', [*(pytest.param(n, marks=SLOW) for n in ('resnet20', 'mobilenet', 'vit')), 'vgg11']
+)
+def test_bfloat16_keeps_float32_parameters(name):
+    """Expectation: parameters, statistics, logits float32; the numbers near those of float32."""
+    options = {'width': 0.25} if 'width' in nn.model(name).options else {}
+    x = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    outputs = []
+    for dtype in ('float32', 'bfloat16'):
+        module = nn.build(name, 10, dtype=dtype, **options)
+        variables = module.init(jax.random.key(0), x)
+        assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
+        outputs.append(module.apply(variables, x))
+    assert outputs[1].dtype == jnp.float32
+    different = abs(outputs[1] - outputs[0]).max() / abs(outputs[0]).max()
+    assert 0 < different < 0.1
+
+
+def test_a_sequence_of_tokens():
+    """Expectation: logits of the classes, and another token changes them."""
+    module = nn.Transformer(classes=3, vocabulary=11, dim=8, depth=1, heads=2)
+    x = jnp.arange(10).reshape(2, 5)
+    variables = module.init(jax.random.key(0), x)
+    logits = module.apply(variables, x)
+    assert logits.shape == (2, 3)
+    assert bool((logits != module.apply(variables, x.at[:, 2].set(0))).all())
+
+
+def test_published_ways_of_residual_blocks():
+    """Expectation: option A has no weights where the shape changes; the projection has three."""
+    shapes = {}
+    for way in ('projection', 'pad'):
+        module = nn.build('resnet20', 10, shortcut=way)
+        variables = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+        shapes[way] = set(dict(tree.paths(variables['params'])))
+    more = {path.split('/')[0] for path in shapes['projection'] - shapes['pad']}
+    assert more == {
+        f'stage{i}_block0_skip_{what}' for i, what in itertools.product((1, 2), ('conv', 'bn'))
+    }
+    assert not shapes['pad'] - shapes['projection']
