@@ -26,6 +26,8 @@ class Plan:
     """The sweep's TOML file."""
     set: Set
     """Replace a value of the file, TOML syntax; may be repeated."""
+    probe: bool = False
+    """First time the ways to train on this machine; the fastest is remembered for the sweep."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,25 @@ def _plan(command: Plan) -> None:
 
     use_all_cores()
     spec = load_spec(command.spec, command.set)
+    if command.probe:
+        _probe(spec, str(command.spec))
     plan = make_plan(spec, str(command.spec))
     _print(*plan_tables(plan, estimate(plan, spec)))
+
+
+def _probe(spec, source: str) -> None:
+    from jaxprune.sweep.plan import groups
+    from jaxprune.sweep.probe import probe, remember
+    from jaxprune.sweep.tables import probe_table
+
+    for group in groups(spec, source):
+        found = probe(
+            spec,
+            group.runs[0],
+            told=lambda m: print(f'jaxprune: tried {m.strategy}', file=sys.stderr, flush=True),
+        )
+        remember(spec, group.runs[0], found)
+        _print(probe_table(found))
 
 
 def _sweep(command: Sweep) -> None:

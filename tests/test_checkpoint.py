@@ -23,6 +23,7 @@ from jaxprune.sweep.grid import runs
 from jaxprune.sweep.program import device_data, make_program
 from jaxprune.sweep.progress import ignored
 from jaxprune.sweep.run import run_chunk
+from jaxprune.sweep.strategy import Strategy
 
 #: Numbers are compared bit for bit, also with those of other processes.
 pytestmark = pytest.mark.optimised
@@ -54,24 +55,29 @@ def parts():
 
 
 def interrupted(after):
-    """A listener that stops the chunk when so many epochs have been told."""
+    """A listener that stops the chunk when so many run-steps have been told."""
     told = []
 
     def steps(count):
         told.append(count)
-        if len(told) == after:
+        if sum(told) >= after:
             raise Interrupt
 
     return ignored()._replace(steps=steps)
 
 
-@pytest.mark.parametrize(('strategy', 'first', 'second'), [('map', 2, 1), ('host', 1, 1)])
-@pytest.mark.parametrize('after', [1, 3, 5])
+ONE = Strategy('map', 'scan', 'native', 1)
+
+
+@pytest.mark.parametrize(
+    ('strategy', 'first', 'second'), [(ONE, 2, 1), (Strategy('unroll', 'host', 'native', 1), 1, 1)]
+)
+@pytest.mark.parametrize('after', [2, 3, 5])
 def test_a_chunk_goes_on_where_it_stopped(parts, tmp_path, strategy, first, second, after):
     """Three runs on two devices, then on one: padding is no part of a checkpoint."""
     spec, members, program, on_device = parts
     engines = {
-        n: make_engine(strategy, program, on_device, jax.local_devices()[:n])
+        n: make_engine(strategy._replace(devices=n), program, on_device, jax.local_devices())
         for n in {first, second}
     }
     expected = run_chunk(spec, program, engines[second], members, 3)
@@ -83,7 +89,7 @@ def test_a_chunk_goes_on_where_it_stopped(parts, tmp_path, strategy, first, seco
             engines[first],
             members,
             3,
-            shown=interrupted(after),
+            shown=interrupted(after * program.steps * 3),
             saved=checkpoint(place, ALWAYS),
         )
     heard = {'resume': [], 'steps': []}
@@ -92,17 +98,17 @@ def test_a_chunk_goes_on_where_it_stopped(parts, tmp_path, strategy, first, seco
     got = run_chunk(spec, program, engines[second], members, 3, shown=shown, saved=saved)
     for a, b in zip(got, expected, strict=True):
         assert_frame_equal(a, b, check_exact=True)
-    # The last epoch is never saved: its results are about to be.
-    epochs_before = min(after, 4)
-    assert heard['resume'] == [epochs_before * program.steps * 3]
-    assert len(heard['steps']) == 5 - epochs_before
+    # The epoch that was told last is not yet saved.
+    before = (after - 1) * program.steps * 3
+    assert heard['resume'] == [before]
+    assert sum(heard['steps']) == 5 * program.steps * 3 - before
     saved.remove()
     assert not place.exists()
 
 
 def test_nothing_is_saved_before_its_time_or_at_zero_minutes(parts, tmp_path):
     spec, members, program, on_device = parts
-    engine = make_engine('map', program, on_device, jax.local_devices())
+    engine = make_engine(ONE, program, on_device, jax.local_devices())
     for minutes in (0, 10):
         run_chunk(spec, program, engine, members, 3, saved=checkpoint(tmp_path / 'c', minutes))
         assert not (tmp_path / 'c').exists()
@@ -110,7 +116,7 @@ def test_nothing_is_saved_before_its_time_or_at_zero_minutes(parts, tmp_path):
 
 def test_a_broken_checkpoint_is_told_in_one_line(parts, tmp_path):
     spec, members, program, on_device = parts
-    engine = make_engine('map', program, on_device, jax.local_devices())
+    engine = make_engine(ONE, program, on_device, jax.local_devices())
     place = tmp_path / 'c'
     with pytest.raises(Interrupt):
         run_chunk(
@@ -119,7 +125,7 @@ def test_a_broken_checkpoint_is_told_in_one_line(parts, tmp_path):
             engine,
             members,
             3,
-            shown=interrupted(2),
+            shown=interrupted(2 * program.steps * 3),
             saved=checkpoint(place, ALWAYS),
         )
     for file in place.rglob('*'):

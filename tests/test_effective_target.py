@@ -189,8 +189,8 @@ def test_strategies_give_the_same_masks(swept, tmp_path):
     wanted = pl.DataFrame({'run_id': [run['run_id'] for run in runs]})
     layers = swept[1].join(wanted, on='run_id').sort('run_id', 'path')
     assert layers.height == 6
-    for strategy in ('vmap', 'host'):
-        spec = {**TABLE, 'grid': grid, 'engine': {'strategy': strategy}}
+    for strategy in ('vmap', 'unroll'):
+        spec = {**TABLE, 'grid': grid, 'engine': {'batching': strategy}}
         run_sweep(spec, tmp_path / strategy)
         other = store.read_layers(tmp_path / strategy).sort('run_id', 'path')
         # Scores from data are sums in another order: a weight at the threshold may differ.

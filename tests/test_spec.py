@@ -78,7 +78,7 @@ BAD = [
         {'grid__method': [{'name': 'snip', 'batch_norm': 'trian'}]},
         "did you mean 'train'",
     ),
-    ('engine.strategy', {'engine__strategy': 'vmp'}, "did you mean 'vmap'"),
+    ('engine.batching', {'engine__batching': 'vmp'}, "did you mean 'vmap'"),
     # types
     ('name', {'name': 3}, 'expected a string, not 3'),
     ('model', {'model': 'mlp'}, 'expected a table'),
@@ -400,7 +400,7 @@ def test_mutated_quickstart_is_read_or_refused(data):
             'grid__compression': st.lists(st.floats(1, 1e6), min_size=1, max_size=3, unique=True),
             'prune__samples_per_class': st.integers(1, 2**40),
             'engine__chunk': st.integers(0, 2**40),
-            'engine__strategy': st.sampled_from(['vmap', 'map', 'host']),
+            'engine__batching': st.sampled_from(['vmap', 'map', 'unroll']),
         },
     )
 )
@@ -452,7 +452,7 @@ def ids(table):
     [
         {'name': 'other'},
         {'engine__chunk': 3},
-        {'engine__strategy': 'vmap'},
+        {'engine__batching': 'vmap'},
         {'record__every_epochs': 2},
         {'grid__method': ['snip', {'name': 'magnitude', 'label': 'by size'}]},
         {'grid__method': ['snip', {'name': 'magnitude', 'rounds': 1}, 'random']},

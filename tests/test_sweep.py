@@ -206,11 +206,11 @@ def test_values_are_independent_of_company(finished, tmp_path, changes, shared):
     assert_frame_equal(one, other, check_exact=True)
 
 
-@pytest.mark.parametrize('strategy', ['host', 'vmap'])
+@pytest.mark.parametrize('strategy', ['unroll', 'vmap'])
 def test_values_agree_between_strategies(finished, tmp_path, strategy):
     """Masks are equal bit for bit; losses up to the order of float32 sums."""
     out = tmp_path / 'out'
-    results = jp.run_sweep(changed(engine__strategy=strategy, engine__chunk=0), out)
+    results = jp.run_sweep(changed(engine__batching=strategy, engine__chunk=0), out)
     assert set(results['run_id']) == set(finished[1]['run_id'])
     assert_frame_equal(
         ordered(store.read_layers(out)), ordered(store.read_layers(finished[0])), check_exact=True
@@ -276,7 +276,7 @@ def test_convolutions_and_augmentation(tmp_path, model, method):
             'data': {'name': 'mnist_small', 'train_examples': 200, 'test_examples': 100, **data},
         }
         table['train'] = {**table['train'], 'epochs': 1, 'batch_size': 50}
-        assert make_plan(make_spec(table))['programs'][0]['strategy'] == 'host'
+        assert make_plan(make_spec(table))['programs'][0]['strategy']['stepping'] == 'host'
         return jp.run_sweep(table, tmp_path / name)
 
     plain, moved = rows('plain'), rows('moved', augment=['crop', 'flip'])
@@ -638,14 +638,14 @@ def test_engine_settings_may_change_between_sessions(tmp_path):
         'data': {'name': 'mnist_small', 'train_examples': 200, 'test_examples': 100},
         'train': {'epochs': 1, 'batch_size': 50},
         'grid': {'method': ['magnitude'], 'compression': [1, 2, 4], 'seed': [0, 1]},
-        'engine': {'chunk': 4, 'strategy': 'map'},
+        'engine': {'chunk': 4, 'batching': 'map'},
     }
     out = tmp_path / 'out'
     whole = jp.run_sweep(table, out)
     first, second = store.chunk_ids(out)
     store.results_path(out, second).unlink()
     written = store.results_path(out, first).stat().st_mtime_ns
-    again = jp.run_sweep({**table, 'engine': {'chunk': 1, 'strategy': 'map'}}, out)
+    again = jp.run_sweep({**table, 'engine': {'chunk': 1, 'batching': 'map'}}, out)
     assert again.sort('run_id').equals(whole.sort('run_id'))
     assert store.results_path(out, first).stat().st_mtime_ns == written
     assert len(store.chunk_ids(out)) == 3  # four runs as they were, then one and one

@@ -29,12 +29,12 @@ def main() -> None:
     )
     parser.add_argument('--runs', type=int, default=16, help='runs in the chunk (default 16)')
     parser.add_argument('--rounds', type=int, default=5, help='timed epochs of each (default 5)')
-    parser.add_argument('--strategy', default='auto', help='auto, map, vmap or host')
+    parser.add_argument('--batching', default='map', help='map, vmap or unroll (default map)')
     arguments = parser.parse_args()
     use_all_cores()
 
     contenders = {}
-    start = prepare(arguments.runs, arguments.strategy)
+    start = prepare(arguments.runs, arguments.batching)
     contenders['sweep'] = sweep(start)
     contenders['one by one'] = one_by_one(start)
     try:
@@ -77,17 +77,18 @@ def main() -> None:
         )
 
 
-def prepare(runs: int, strategy: str) -> dict:
+def prepare(runs: int, batching: str) -> dict:
     """A chunk of pruned runs: the specification's own functions up to the first step."""
     import numpy as np
 
     from jaxprune import data
     from jaxprune.rng import run_key
     from jaxprune.sweep import make_spec
-    from jaxprune.sweep.engine import Rows, choose_strategy, make_engine
+    from jaxprune.sweep.engine import Rows, make_engine
     from jaxprune.sweep.grid import runs as all_runs
     from jaxprune.sweep.plan import counts_of
     from jaxprune.sweep.program import device_data, hyper_of, make_program
+    from jaxprune.sweep.strategy import Strategy
 
     spec = make_spec(
         {
@@ -104,13 +105,11 @@ def prepare(runs: int, strategy: str) -> dict:
     )
     members = all_runs(spec)[:runs]
     program = make_program(spec, members[0].train)
-    shape = data.facts(spec.data.name).shape
-    if strategy == 'auto':
-        strategy = choose_strategy(program, shape, jax.default_backend())
     on_device = device_data(spec, data.load(spec.data.name))
     devices = jax.local_devices()
-    if strategy != 'host' and runs % len(devices):
+    if runs % len(devices):
         raise SystemExit(f'--runs must be a multiple of the {len(devices)} devices')
+    strategy = Strategy(batching, 'scan', 'native', len(devices))
     engine = make_engine(strategy, program, on_device, devices)
     rows = Rows(
         jax.numpy.stack([run_key(run.seed) for run in members]),
@@ -122,12 +121,8 @@ def prepare(runs: int, strategy: str) -> dict:
     states, _ = engine.prune(
         members[0].method, rows, range(runs), counts, active, engine.init(rows)
     )
-    host = jax.device_get(states)
-    each = (
-        host
-        if isinstance(host, list)
-        else [jax.tree.map(lambda a, i=i: a[i], host) for i in range(runs)]
-    )
+    host = engine.pack(states)
+    each = [jax.tree.map(lambda a, i=i: a[i], host) for i in range(runs)]
     return {
         'program': program,
         'strategy': strategy,

@@ -1,12 +1,12 @@
 """Many runs of one program on the machine at hand: the only place that knows jit and meshes.
 
-Two engines with one face. `array_engine` stacks runs along a leading axis, sharded over the
-devices by one `shard_map`: each device runs its rows one after another in a loop ('map', fastest
-on CPU caches) or batched ('vmap', for accelerators), and scans the steps of an epoch inside the
-program. `host_engine` ('host') keeps runs apart and steps them from the host: inside a loop
-XLA's CPU convolution is 27 to 40 times slower (jax issue 12868).
+Runs are rows of stacked states, sharded over the devices by one `shard_map`. A slot is what one
+call of the compiled program trains: all rows of a chunk, or a row per device where runs are
+unrolled. How a slot's rows and steps are looped over is the strategy's choice, and changes no
+number but by rounding.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +20,11 @@ from jaxprune import train
 from jaxprune.select import kept
 from jaxprune.sweep.grid import event_program
 from jaxprune.sweep.program import EVAL_BATCH, DeviceData, Program
+from jaxprune.sweep.strategy import Strategy
 from jaxprune.types import Hyper, PruneInfo, PyTree
+
+#: Seconds between two looks at how far the device is; each waits for a call that is over or nearly.
+_LOOK = 0.5
 
 
 class Rows(NamedTuple):
@@ -42,10 +46,12 @@ class Engine(NamedTuple):
       multiple: the number of rows must be a multiple of this.
       init: `rows -> states`.
       prune: `(method, rows, at, counts, active, states) -> (states, info)`: all rounds of a method
-        for the rows numbered `at`; counts `(len(at), rounds)`; active `(len(at),)`, how many
-        active weights are wanted, looked at by methods that target them; info of the last event,
-        but `nonfinite` of all rounds and `nonzero` of the first; host arrays `(len(at), ...)`.
-      epoch: `(epoch, rows, states) -> (states, mean training losses (runs,))`.
+        for the rows numbered `at`, rising; counts `(len(at), rounds)`; active `(len(at),)`, how
+        many active weights are wanted, looked at by methods that target them; info of the last
+        event, but `nonfinite` of all rounds and `nonzero` of the first; host arrays
+        `(len(at), ...)`.
+      epoch: `(epoch, rows, states, told) -> (states, mean training losses (runs,))`; `told` is
+        called now and then with the steps x runs done since.
       evaluate: `states -> (test losses (runs,), test accuracies (runs,))`.
       counts: `states -> (kept, active)`, each path -> weights (runs,): those the mask keeps, and
         those of them on a path from input to output.
@@ -57,7 +63,7 @@ class Engine(NamedTuple):
     multiple: int
     init: Callable[[Rows], Any]
     prune: Callable[..., tuple[Any, PruneInfo]]
-    epoch: Callable[[int, Rows, Any], tuple[Any, np.ndarray]]
+    epoch: Callable[..., tuple[Any, np.ndarray]]
     evaluate: Callable[[Any], tuple[np.ndarray, np.ndarray]]
     counts: Callable[[Any], tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]
     pack: Callable[[Any], PyTree]
@@ -65,48 +71,32 @@ class Engine(NamedTuple):
     traces: Callable[[], dict[str, int]]
 
 
-def choose_strategy(program: Program, input_shape: tuple[int, ...], platform: str) -> str:
-    """'vmap' on accelerators; on CPU 'host' for networks with convolutions, else 'map'."""
-    if platform != 'cpu':
-        return 'vmap'
-    params, model_state = jax.eval_shape(program.problem.init, jax.random.key(0))
-    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-    forward = jax.make_jaxpr(lambda p, s, x: program.problem.apply(p, s, x, train=False, key=None))
-    return 'host' if 'conv_general_dilated' in str(forward(params, model_state, x)) else 'map'
-
-
-def make_engine(
-    strategy: str, program: Program, data: DeviceData, devices: Sequence[jax.Device]
-) -> Engine:
-    """The engine of a strategy; 'host' uses the first device only."""
-    if strategy == 'host':
-        return host_engine(program, data, devices[0])
-    mesh = Mesh(np.array(devices), ('run',), axis_types=(AxisType.Auto,))
-    return array_engine(strategy, program, jax.device_put(data, NamedSharding(mesh, P())), mesh)
-
-
-def over_runs(fn: Callable, axes: Sequence[int | None], strategy: str, mesh: Mesh) -> Callable:
+def over_runs(fn: Callable, axes: Sequence[int | None], batching: str, mesh: Mesh) -> Callable:
     """A one-run function as a function of stacked runs, sharded over the mesh; not yet jitted.
 
     Args:
       fn: for one run.
       axes: per argument 0 (has a run axis) or None (shared by all runs).
-      strategy: 'vmap' or 'map'.
+      batching: see `Strategy`; with 'unroll' the run axis is as long as the mesh.
     """
-    if strategy == 'vmap':
-        stacked = jax.vmap(fn, in_axes=tuple(axes))
-    else:
 
-        def stacked(*args):
-            moving = [a for a, axis in zip(args, axes, strict=True) if axis is not None]
+    def rows_apart(args):
+        moving = [a for a, axis in zip(args, axes, strict=True) if axis is not None]
 
-            def one(rows):
-                rows = iter(rows)
-                return fn(
-                    *[a if x is None else next(rows) for a, x in zip(args, axes, strict=True)]
-                )
+        def one(rows):
+            rows = iter(rows)
+            return fn(*[a if x is None else next(rows) for a, x in zip(args, axes, strict=True)])
 
+        return one, moving
+
+    def stacked(*args):
+        if batching == 'vmap':
+            return jax.vmap(fn, in_axes=tuple(axes))(*args)
+        one, moving = rows_apart(args)
+        if batching == 'map':
             return jax.lax.map(one, moving)
+        out = one(jax.tree.map(lambda leaf: leaf[0], moving))
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], out)
 
     specs = tuple(P() if axis is None else P('run') for axis in axes)
     return jax.shard_map(stacked, mesh=mesh, in_specs=specs, out_specs=P('run'), check_vma=False)
@@ -120,59 +110,95 @@ def eval_indices(examples: int) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(indices, examples - 1), indices < examples
 
 
-def count_of(program: Program) -> Callable:
-    """`state -> (kept, active)` of one run, path -> int32."""
-    return lambda state: (kept(state.masks), kept(program.connect(state.masks)))
-
-
 def segment_of(program: Program) -> Callable:
-    """One epoch of one run as a scan: what the array engine compiles."""
+    """The steps of `order` of one run as a scan: what is compiled for stepping 'scan'."""
     return train.train_segment(program.step)
 
 
-def array_engine(strategy: str, program: Program, data: DeviceData, mesh: Mesh) -> Engine:
-    """Runs stacked along a leading axis; see the module's head."""
-    devices = mesh.size
-    indices, valid = eval_indices(data.test.labels.shape[0])
+def steps_of(program: Program, length: int, stepping: str) -> Callable:
+    """So many steps of one run, from step `start` of its epoch on.
+
+    Returns:
+      `(clock, start, data, key, hyper, order, state) -> (state, mean loss)`; `clock` is the number
+      of steps before the epoch, `order` the indices of the whole epoch.
+    """
+    segment = segment_of(program)
+
+    def some(clock, start, data, key, hyper, order, state):
+        if stepping == 'host':
+            indices = jax.lax.dynamic_index_in_dim(order, start, keepdims=False)
+            return program.step(clock + start, data, key, hyper, indices, state)
+        part = jax.lax.dynamic_slice_in_dim(order, start, length)
+        return segment(clock + start, data, key, hyper, part, state)
+
+    return some
+
+
+def pieces(steps: int, length: int) -> list[tuple[int, int]]:
+    """`(start, length)` of the calls that an epoch takes; no more than two lengths."""
+    return [(start, min(length, steps - start)) for start in range(0, steps, length)]
+
+
+def mesh_of(strategy: Strategy, devices: Sequence[jax.Device]) -> Mesh:
+    """The devices that a strategy splits runs over."""
+    return Mesh(np.array(devices[: strategy.devices]), ('run',), axis_types=(AxisType.Auto,))
+
+
+def jitted(fn: Callable, axes: Sequence[int | None], batching: str, mesh: Mesh, **kwargs: Any):
+    """`over_runs`, compiled.
+
+    The layout is always spelled out: on one device XLA would return another name for the same
+    layout, and the next call would compile again.
+    """
+    layout = NamedSharding(mesh, P('run'))
+    return jax.jit(over_runs(fn, axes, batching, mesh), out_shardings=layout, **kwargs)
+
+
+def training(strategy: Strategy, program: Program, mesh: Mesh, length: int):
+    """`steps_of` over stacked runs, compiled; the states are donated."""
+    steps = steps_of(program, length, strategy.stepping)
+    axes = (None, None, None, 0, 0, 0, 0)
+    return jitted(steps, axes, strategy.batching, mesh, donate_argnums=6)
+
+
+def make_engine(
+    strategy: Strategy,
+    program: Program,
+    data: DeviceData,
+    devices: Sequence[jax.Device],
+    steps_per_call: int = 0,
+) -> Engine:
+    """The engine of a strategy.
+
+    Args:
+      strategy: takes the first `strategy.devices` of the devices.
+      data: the data set; placed on all of them, once.
+      steps_per_call: steps that 'scan' takes in one call; 0 for all of an epoch.
+    """
+    mesh = mesh_of(strategy, devices)
     by_run = NamedSharding(mesh, P('run'))
+    data = jax.device_put(data, NamedSharding(mesh, P()))
+    indices, valid = eval_indices(data.test.labels.shape[0])
+    hosted = strategy.stepping == 'host'
+    # XLA's convolution is slow inside loops on the CPU, and events always use it.
+    apart = program.convolves and mesh.devices.flat[0].platform == 'cpu'
+    event_batching = 'unroll' if apart else strategy.batching
+    at_once = {'unroll': 1, 'map': 2, 'vmap': 16}[event_batching] * mesh.size
+    length = 1 if hosted else min(steps_per_call or program.steps, program.steps)
 
-    def program_of(fn, axes, **kwargs):
-        # The layout is always spelled out: on one device XLA would return another name for the
-        # same layout, and the next call would compile again.
-        return jax.jit(over_runs(fn, axes, strategy, mesh), out_shardings=by_run, **kwargs)
-
-    def evaluate_all(data, state):
-        def body(total, at):
-            sums = program.evaluate(data, state, *at)
-            return jax.tree.map(jnp.add, total, sums), None
-
-        zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
-        return jax.lax.scan(body, zero, (jnp.asarray(indices), jnp.asarray(valid)))[0]
-
-    def prune_all(method):
-        begin, once, last_event = program.prune(method)
-
-        def rounds(data, key, hyper, counts, active, state):
-            def body(state, at):
-                return once(at[0], data, key, hyper, at[1], state)
-
-            number = jnp.arange(len(next(iter(counts.values()))), dtype=jnp.int32)
-            state, infos = jax.lax.scan(body, begin(key, state), (number, counts))
-            last = jax.tree.map(lambda leaf: leaf[-1], infos)
-            if last_event is not None:
-                state = last_event(hyper, state, active)
-                last = last._replace(kept=kept(state.masks))
-            # What later events carry is not part of a state that all methods share.
-            info = last._replace(nonfinite=infos.nonfinite.sum(), nonzero=infos.nonzero[0])
-            return state._replace(method_state=()), info
-
-        return program_of(rounds, (None, 0, 0, 0, 0, 0))
+    def program_of(fn, axes, batching=strategy.batching):
+        return jitted(fn, axes, batching, mesh)
 
     init = program_of(program.init, (0, 0))
     order = program_of(program.order, (0, None))
-    segment = program_of(segment_of(program), (None, None, 0, 0, 0, 0), donate_argnums=5)
-    evaluation = program_of(evaluate_all, (None, 0))
-    counting = program_of(count_of(program), (0,))
+    steps = {n: training(strategy, program, mesh, n) for _, n in pieces(program.steps, length)}
+    evaluation = program_of(
+        program.evaluate if hosted else _evaluate_all(program, indices, valid),
+        (None, 0, None, None) if hosted else (None, 0),
+    )
+    counting = program_of(
+        lambda masks: (kept(masks), kept(program.connect(masks))), (0,), event_batching
+    )
     take = jax.jit(lambda tree, at: jax.tree.map(lambda leaf: leaf[at], tree), out_shardings=by_run)
     place = jax.jit(
         lambda tree, at, rows: jax.tree.map(lambda leaf, row: leaf.at[at].set(row), tree, rows),
@@ -181,128 +207,180 @@ def array_engine(strategy: str, program: Program, data: DeviceData, mesh: Mesh) 
     )
     pruners: dict = {}
 
+    def slots(runs: int) -> list[range]:
+        size = mesh.size if strategy.batching == 'unroll' else runs
+        return [range(first, first + size) for first in range(0, runs, size)]
+
+    def cut(rows: Rows) -> list[Rows]:
+        return [take(rows, np.array(slot)) for slot in slots(len(rows.keys))]
+
+    def few(at: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+        """So many rows as an event program takes, the last repeated, and how many are real."""
+        parts = [np.asarray(at[first : first + at_once]) for first in range(0, len(at), at_once)]
+        return [(_filled(p, at_once), len(p)) for p in parts]
+
     def prune(method, rows, at, counts, active, states):
         name = event_program(method)
         if name not in pruners:
-            pruners[name] = prune_all(method)
-        # A fixed number of rows at a time: one trace per method whatever the chunk holds.
-        size = devices * (2 if strategy == 'map' else 16)
-        infos = []
-        for first in range(0, len(at), size):
-            some = np.arange(first, first + size).clip(max=len(at) - 1)
-            chosen = np.asarray(at)[some]
-            few = {path: np.asarray(c)[some] for path, c in counts.items()}
-            keys, hyper = take(rows, chosen)
-            new, info = pruners[name](
-                data, keys, hyper, few, np.asarray(active)[some], take(states, chosen)
-            )
-            states = place(states, chosen, new)
-            real = len(at) - first  # the rest repeats the last
-            infos.append(jax.tree.map(lambda leaf, real=real: np.asarray(leaf)[:real], info))
+            pruners[name] = _events(program, method, program_of, event_batching, apart or hosted)
+        states, infos, at = list(states), [], np.asarray(at)
+        for number, slot in enumerate(slots(len(rows.keys))):
+            inside = np.flatnonzero((at >= slot.start) & (at < slot.stop))
+            for chosen, real in few(inside):
+                where = at[chosen]
+                new, info = pruners[name].run(
+                    data,
+                    *take(rows, where),
+                    {path: np.asarray(c)[chosen] for path, c in counts.items()},
+                    np.asarray(active)[chosen],
+                    take(states[number], where - slot.start),
+                )
+                states[number] = place(states[number], where - slot.start, new)
+                infos.append(jax.tree.map(lambda leaf, real=real: np.asarray(leaf)[:real], info))
         return states, jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
 
-    def epoch(number, rows, states):
-        batches = order(rows.keys, np.int32(number))
-        clock = np.int32(number * program.steps)
-        states, losses = segment(clock, data, rows.keys, rows.hyper, batches, states)
-        return states, np.asarray(losses)
+    def epoch(number, rows, states, told=lambda steps: None):
+        clock, states, means = np.int32(number * program.steps), list(states), []
+        looked, before = time.perf_counter(), 0
+        for slot, (keys, hyper) in enumerate(cut(rows)):
+            batches, losses = order(keys, np.int32(number)), []
+            for start, n in pieces(program.steps, length):
+                states[slot], loss = steps[n](
+                    clock, np.int32(start), data, keys, hyper, batches, states[slot]
+                )
+                losses.append((loss, n))
+                if len(losses) > 1 and time.perf_counter() - looked > _LOOK:
+                    # The call before this one: the device has work while we look.
+                    jax.block_until_ready(losses[-2][0])
+                    told(start * len(keys) - before)
+                    looked, before = time.perf_counter(), start * len(keys)
+            means.append(losses)
+            told(program.steps * len(keys) - before)
+            before = 0
+        return states, np.concatenate([_mean(losses) for losses in means])
 
     def evaluate(states):
-        loss, correct = jax.device_get(evaluation(data, states))
-        examples = int(valid.sum())
-        return loss / examples, correct / examples
+        if hosted:
+            batches = list(zip(indices, valid, strict=True))
+            sums = [[evaluation(data, state, *at) for at in batches] for state in states]
+            found = [np.array(s, np.float32).sum(0) for s in jax.device_get(sums)]
+        else:
+            found = [np.array(s) for s in jax.device_get([evaluation(data, s) for s in states])]
+        loss, correct = np.concatenate(found, axis=1)
+        return loss / valid.sum(), correct / valid.sum()
 
-    def traces():
-        named = {'init': init, 'order': order, 'segment': segment, 'evaluate': evaluation}
-        named |= {f'prune {name}': fn for name, fn in pruners.items()}
-        return {name: fn._cache_size() for name, fn in named.items()}
+    def counts(states):
+        found = []
+        for masks in (state.masks for state in states):
+            if event_batching == strategy.batching:
+                found.append(jax.device_get(counting(masks)))
+                continue
+            for chosen, real in few(range(len(jax.tree.leaves(masks)[0]))):
+                each = jax.device_get(counting(take(masks, chosen)))
+                found.append(jax.tree.map(lambda leaf, real=real: leaf[:real], each))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
-    return Engine(
-        multiple=devices,
-        init=lambda rows: init(*rows),
-        prune=prune,
-        epoch=epoch,
-        evaluate=evaluate,
-        counts=lambda states: jax.device_get(counting(states)),
-        pack=jax.device_get,
-        unpack=lambda stacked: jax.device_put(stacked, by_run),
-        traces=traces,
-    )
-
-
-def host_engine(program: Program, data: DeviceData, device: jax.Device) -> Engine:
-    """Runs one after another, each step its own call; see the module's head."""
-    data = jax.device_put(data, device)
-    indices, valid = eval_indices(data.test.labels.shape[0])
-    init, order = jax.jit(program.init), jax.jit(program.order)
-    step = jax.jit(program.step, donate_argnums=5)
-    evaluation = jax.jit(program.evaluate)
-    counting = jax.jit(count_of(program))
-    pruners: dict = {}
-
-    def stack(each):
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(each))
-
-    def row(rows, i: int):
-        # On the data's device from the start: a later move would compile the step again.
-        return jax.device_put(jax.tree.map(lambda leaf: leaf[i], rows), device)
-
-    def prune(method, rows, at, counts, active, states):
-        name = event_program(method)
-        if name not in pruners:
-            pruners[name] = tuple(fn and jax.jit(fn) for fn in program.prune(method))
-        begin, once, last_event = pruners[name]
-        states, infos = list(states), []
-        for place, i in enumerate(at):
-            key, hyper = row(rows, i)
-            state, seen = begin(key, states[i]), []
-            for number in range(len(next(iter(counts.values()))[place])):
-                now = {path: np.int32(c[place][number]) for path, c in counts.items()}
-                state, info = once(np.int32(number), data, key, hyper, now, state)
-                seen.append(info)
-            if last_event is not None:
-                state = last_event(hyper, state, np.int32(active[place]))
-                info = info._replace(kept=kept(state.masks))
-            states[i] = state._replace(method_state=())
-            infos.append(
-                info._replace(nonfinite=sum(s.nonfinite for s in seen), nonzero=seen[0].nonzero)
-            )
-        return states, stack(infos)
-
-    def epoch(number, rows, states):
-        states, means = list(states), []
-        for i, state in enumerate(states):
-            key, hyper = row(rows, i)
-            batches, losses = order(key, np.int32(number)), []
-            for at in range(program.steps):
-                clock = np.int32(number * program.steps + at)
-                state, loss = step(clock, data, key, hyper, batches[at], state)
-                losses.append(loss)
-            states[i] = state
-            means.append(np.mean(jax.device_get(losses), dtype=np.float32))
-        return states, np.array(means)
-
-    def evaluate(states):
-        sums = [
-            [evaluation(data, state, *at) for at in zip(indices, valid, strict=True)]
-            for state in states
+    def unpack(stacked):
+        runs = len(jax.tree.leaves(stacked)[0])
+        return [
+            jax.device_put(jax.tree.map(lambda leaf, s=s: leaf[s.start : s.stop], stacked), by_run)
+            for s in slots(runs)
         ]
-        totals = np.array(jax.device_get(sums), np.float32).sum(axis=1)  # (runs, 2)
-        return totals[:, 0] / valid.sum(), totals[:, 1] / valid.sum()
 
     def traces():
-        named = {'init': init, 'order': order, 'step': step, 'evaluate': evaluation}
-        named |= {f'prune {name}': fns[1] for name, fns in pruners.items()}
+        named = {'init': init, 'order': order, 'evaluate': evaluation, 'counts': counting}
+        named |= {f'steps {n}': fn for n, fn in steps.items()}
+        named |= {f'prune {name}': events.once for name, events in pruners.items()}
         return {name: fn._cache_size() for name, fn in named.items()}
 
     return Engine(
-        multiple=1,
-        init=lambda rows: [init(*row(rows, i)) for i in range(len(rows.keys))],
+        multiple=mesh.size,
+        init=lambda rows: [init(*part) for part in cut(rows)],
         prune=prune,
         epoch=epoch,
         evaluate=evaluate,
-        counts=lambda states: stack([counting(state) for state in states]),
-        pack=stack,
-        unpack=lambda stacked: [row(stacked, i) for i in range(len(jax.tree.leaves(stacked)[0]))],
+        counts=counts,
+        pack=lambda states: jax.tree.map(
+            lambda *leaves: np.concatenate(leaves), *jax.device_get(states)
+        ),
+        unpack=unpack,
         traces=traces,
     )
+
+
+def _filled(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows))])
+
+
+def _mean(losses: Sequence[tuple[jax.Array, int]]) -> np.ndarray:
+    """The mean loss of each run over calls of several lengths."""
+    values = np.array(jax.device_get([loss for loss, _ in losses]), np.float32)
+    return np.average(values, axis=0, weights=[n for _, n in losses]).astype(np.float32)
+
+
+def _evaluate_all(program: Program, indices: np.ndarray, valid: np.ndarray) -> Callable:
+    """`(data, state) -> (sum of losses, number correct)` over all test batches."""
+
+    def evaluate_all(data, state):
+        def body(total, at):
+            return jax.tree.map(jnp.add, total, program.evaluate(data, state, *at)), None
+
+        zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+        return jax.lax.scan(body, zero, (jnp.asarray(indices), jnp.asarray(valid)))[0]
+
+    return evaluate_all
+
+
+class _Events(NamedTuple):
+    """All events of a method for a few rows.
+
+    Attributes:
+      run: `(data, keys, hyper, counts, active, states) -> (states, info)`.
+      once: the compiled function that scores and selects.
+    """
+
+    run: Callable
+    once: Callable
+
+
+def _events(program: Program, method, program_of: Callable, batching: str, hosted: bool) -> _Events:
+    """The rounds of a method, as a loop inside one program, or as calls from the host."""
+    begin, once, last_event = program.prune(method)
+
+    def rounds(data, key, hyper, counts, active, state):
+        def body(state, at):
+            return once(at[0], data, key, hyper, at[1], state)
+
+        number = jnp.arange(len(next(iter(counts.values()))), dtype=jnp.int32)
+        state, infos = jax.lax.scan(body, begin(key, state), (number, counts))
+        last = jax.tree.map(lambda leaf: leaf[-1], infos)
+        if last_event is not None:
+            state = last_event(hyper, state, active)
+            last = last._replace(kept=kept(state.masks))
+        # What later events carry is not part of a state that all methods share.
+        info = last._replace(nonfinite=infos.nonfinite.sum(), nonzero=infos.nonzero[0])
+        return state._replace(method_state=()), info
+
+    if not hosted:
+        compiled = program_of(rounds, (None, 0, 0, 0, 0, 0), batching)
+        return _Events(compiled, compiled)
+
+    first = program_of(begin, (0, 0), batching)
+    single = program_of(once, (None, None, 0, 0, 0, 0), batching)
+    last = last_event and program_of(last_event, (0, 0, 0), batching)
+    keeps = program_of(lambda state: kept(state.masks), (0,), batching)
+
+    def run(data, keys, hyper, counts, active, states):
+        states, seen = first(keys, states), []
+        for number in range(next(iter(counts.values())).shape[1]):
+            now = {path: column[:, number] for path, column in counts.items()}
+            states, info = single(np.int32(number), data, keys, hyper, now, states)
+            seen.append(info)
+        if last is not None:
+            states = last(hyper, states, active)
+            info = info._replace(kept=keeps(states))
+        nonfinite = np.sum(jax.device_get([s.nonfinite for s in seen]), axis=0)
+        info = info._replace(nonfinite=nonfinite, nonzero=seen[0].nonzero)
+        return states._replace(method_state=()), info
+
+    return _Events(run, single)

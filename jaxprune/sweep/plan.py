@@ -14,17 +14,18 @@ from jaxprune import data, plan, structure
 from jaxprune.errors import JaxpruneError, SpecError, first_line
 from jaxprune.quota import SHARED
 from jaxprune.sweep.devices import memory_limit
-from jaxprune.sweep.engine import choose_strategy
 from jaxprune.sweep.grid import Run, digest, event_program, runs, static_settings
 from jaxprune.sweep.load import spec_hash
 from jaxprune.sweep.parse import plain
+from jaxprune.sweep.probe import remembered
 from jaxprune.sweep.program import DeviceData, Program, hyper_of, make_program, scores_need_data
 from jaxprune.sweep.spec import FORMAT, SweepSpec
+from jaxprune.sweep.strategy import Strategy, forced, usual
 from jaxprune.types import GLOBAL
 
-#: Most runs in a chunk, by strategy. A chunk is what an interruption loses, so none is long;
-#: 'host' gains nothing from more runs at a time.
-_MOST = {'map': 32, 'vmap': 128, 'host': 4}
+#: Most runs in a chunk, by batching. A chunk is what an interruption loses, so none is long;
+#: 'unroll' gains nothing from more runs at a time.
+_MOST = {'map': 32, 'vmap': 128, 'unroll': 4}
 #: The part of a device's memory that the runs of a chunk may take.
 _MEMORY_SHARE = 0.5
 
@@ -35,13 +36,13 @@ class Group(NamedTuple):
     Attributes:
       id: hash of what makes the program.
       settings: static training settings.
-      strategy: how its runs are batched.
+      strategy: how its runs are trained.
       runs: its runs, sorted so that chunks hold few methods.
     """
 
     id: str
     settings: dict[str, Any]
-    strategy: str
+    strategy: Strategy
     runs: list[Run]
 
 
@@ -53,12 +54,14 @@ def groups(spec: SweepSpec, source: str = 'spec') -> list[Group]:
         by_key.setdefault(digest([*network, static_settings(run.train)]), []).append(run)
     made = []
     for key, members in by_key.items():
-        strategy = spec.engine.strategy
-        if strategy == 'auto':
-            with _library_errors(source):
-                program = make_program(spec, members[0].train)
-                shape = data.facts(spec.data.name).shape
-                strategy = choose_strategy(program, shape, jax.default_backend())
+        with _library_errors(source):
+            program = make_program(spec, members[0].train)
+        devices = jax.local_device_count()
+        measured = remembered(spec, members[0])
+        best = usual(program.convolves, jax.default_backend(), devices)
+        if measured:  # here, on this machine, by `jaxprune plan --probe`
+            best = measured[0].strategy
+        strategy = forced(best, spec.engine, devices)
         made.append(Group(key, static_settings(members[0].train), strategy, members))
     return made
 
@@ -113,7 +116,7 @@ def make_plan(spec: SweepSpec, source: str = 'spec') -> dict[str, Any]:
             {
                 'id': group.id,
                 'differs': {k: group.settings.get(k) for k in sorted(differing)},
-                'strategy': group.strategy,
+                'strategy': group.strategy._asdict(),
                 'runs': len(group.runs),
                 'chunk': chunk_runs,
                 'steps': program.steps * group.settings['epochs'],
@@ -295,13 +298,13 @@ def data_bytes(spec: SweepSpec) -> int:
 
 def _chunk_size(spec: SweepSpec, group: Group, bytes_per_run: int) -> int:
     """Runs per chunk: as many as are sensible and fit, shared out evenly."""
-    devices = 1 if group.strategy == 'host' else jax.local_device_count()
+    devices = group.strategy.devices
     most = spec.engine.chunk
     if not most:
         fits = int(_MEMORY_SHARE * memory_limit() / bytes_per_run)
-        if group.strategy == 'vmap':
+        if group.strategy.batching == 'vmap':
             fits *= devices
-        most = max(min(_MOST[group.strategy], fits), 1)
+        most = max(min(_MOST[group.strategy.batching], fits), 1)
     chunks = math.ceil(len(group.runs) / most)
     even = math.ceil(len(group.runs) / chunks)
     return min(math.ceil(even / devices) * devices, most) if most >= devices else most

@@ -11,6 +11,7 @@ from jaxprune.data import Dataset, DeviceSplit
 from jaxprune.errors import SpecError
 from jaxprune.rng import stream
 from jaxprune.structure import Connect
+from jaxprune.sweep import strategy
 from jaxprune.sweep.grid import Run, split_options
 from jaxprune.sweep.spec import MethodSpec, SweepSpec, TrainSpec
 from jaxprune.types import Batch, Counts, Hyper, Key, Problem, PruneInfo, RunState
@@ -61,6 +62,7 @@ class Program(NamedTuple):
       step: `(clock, data, key, hyper, indices, state) -> (state, loss)`.
       evaluate: `(data, state, indices, valid) -> (sum of losses, number correct)` on the test set.
       prune: method -> `Events`.
+      convolves: has the network convolutions?
     """
 
     problem: Problem
@@ -72,25 +74,28 @@ class Program(NamedTuple):
     step: Callable
     evaluate: Callable
     prune: Callable[[MethodSpec], Events]
+    convolves: bool
 
 
-def make_problem(spec: SweepSpec) -> Problem:
+def make_problem(spec: SweepSpec, convolution: str = 'native') -> Problem:
     """The network of a specification."""
     facts = data.facts(spec.data.name)
     module = nn.build(spec.model.name, facts.classes, **spec.model.options)
-    return problem.linen(module, facts.shape)
+    return problem.linen(nn.convolving(module, nn.convolution(convolution)), facts.shape)
 
 
-def make_program(spec: SweepSpec, settings: TrainSpec) -> Program:
+def make_program(spec: SweepSpec, settings: TrainSpec, convolution: str = 'native') -> Program:
     """The functions that all runs with these static settings share.
 
     Args:
       settings: any one run's training settings; numbers in it that are traced are not used.
+      convolution: how training and evaluation convolve. Scores and paths always see XLA's own, so
+        that masks do not depend on it.
     """
     facts = data.facts(spec.data.name)
     examples = spec.data.train_examples or facts.train_size
     steps = examples // settings.batch_size
-    net = make_problem(spec)
+    net, trained = make_problem(spec), make_problem(spec, convolution)
     shapes = structure.forward_shapes(net, facts.shape)
     connect = structure.connectivity_of(net, facts.shape)
     optimizer = optim.optimizer(
@@ -106,8 +111,8 @@ def make_program(spec: SweepSpec, settings: TrainSpec) -> Program:
     )
     fetch = data.fetcher(facts.mean, facts.std, spec.data.augment)
     plain_fetch = data.fetcher(facts.mean, facts.std, ())
-    step = train.fetch_step(train.train_step(net, optimizer), fetch)
-    evaluate = train.evaluate_batch(net, plain_fetch)
+    step = train.fetch_step(train.train_step(trained, optimizer), fetch)
+    evaluate = train.evaluate_batch(trained, plain_fetch)
 
     def order(key: Key, epoch: jax.Array) -> jax.Array:
         return data.epoch_order(stream(key, 'data'), epoch, examples, settings.batch_size)
@@ -164,6 +169,7 @@ def make_program(spec: SweepSpec, settings: TrainSpec) -> Program:
         step=lambda clock, data_, *rest: step(clock, data_.train, *rest),
         evaluate=lambda data_, *rest: evaluate(data_.test, *rest),
         prune=prune,
+        convolves=strategy.convolves(net, facts.shape),
     )
 
 

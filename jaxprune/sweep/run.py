@@ -25,6 +25,7 @@ from jaxprune.sweep.program import Program, device_data, hyper_of, make_program
 from jaxprune.sweep.progress import Progress, Shown, ignored, silent
 from jaxprune.sweep.provenance import provenance
 from jaxprune.sweep.spec import SweepSpec
+from jaxprune.sweep.strategy import Strategy
 from jaxprune.types import GLOBAL, PruneInfo, RunState
 
 
@@ -135,8 +136,8 @@ def _run_chunks(spec, out: Path, chunks: Sequence[dict], on_device, shown) -> No
             continue
         if current is None or current[0] != chunk['program']:
             # One program at a time: its compiled functions are freed with it.
-            program = make_program(spec, members[0].train)
-            strategy = programs[chunk['program']]['strategy']
+            strategy = Strategy(**programs[chunk['program']]['strategy'])
+            program = make_program(spec, members[0].train, strategy.convolution)
             engine = make_engine(strategy, program, on_device, jax.local_devices())
             current = chunk['program'], program, engine
         size = programs[chunk['program']]['chunk']
@@ -194,8 +195,12 @@ def run_chunk(
         for i in range(len(members))
     ]
     epochs = members[0].train.epochs
+
+    def told(steps: int) -> None:  # of all rows, padding included
+        shown.steps(steps * len(members) // wanted)
+
     for epoch in range(done + 1, epochs + 1):
-        states, loss = engine.epoch(epoch - 1, rows, states)
+        states, loss = engine.epoch(epoch - 1, rows, states, told)
         losses.append(loss[: len(members)])
         if epoch % spec.record.every_epochs == 0 or epoch == epochs:
             test_loss, accuracy = engine.evaluate(states)
@@ -217,7 +222,6 @@ def run_chunk(
         if epoch < epochs and saved.due():
             stacked = jax.tree.map(lambda leaf: leaf[: len(members)], engine.pack(states))
             saved.save(Saved(epoch, stacked, errors[: len(members)], losses, records))
-        shown.steps(program.steps * len(members))
     results = pl.DataFrame(records, schema={**store.RESULTS, **_grid_columns(spec)})
     return results, _layers(program, members, counted)
 

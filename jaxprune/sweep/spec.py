@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxprune.nn import CONVOLUTIONS
 from jaxprune.quota import ALLOCATIONS
 from jaxprune.schedule import SCHEDULES
+from jaxprune.sweep.strategy import BATCHINGS, STEPPINGS
 
 #: Bumped when the meaning of a stored result changes.
 FORMAT = 2
@@ -128,9 +130,23 @@ class EngineSpec:
     checkpoint_minutes: float = _key(
         'save an unfinished chunk after so many minutes; 0 for never', default=10.0, low=0
     )
-    strategy: str = _key(
-        'how runs are batched', default='auto', choices=('auto', 'vmap', 'map', 'host')
+    batching: str = _key(
+        "how the runs of a device are looped over: 'vmap' (as one batch), 'map' (inside the "
+        "program), 'unroll' (outside of it); 'auto' for what was fastest",
+        default='auto',
+        choices=('auto', *BATCHINGS),
     )
+    stepping: str = _key(
+        "'scan' takes many steps per call of the compiled program, 'host' one",
+        default='auto',
+        choices=('auto', *STEPPINGS),
+    )
+    convolution: str = _key(
+        "how training convolves: 'native', 'patches' (one matrix product), 'taps' (one per tap)",
+        default='auto',
+        choices=('auto', *CONVOLUTIONS),
+    )
+    devices: int = _key('devices to split the runs over; 0 for all', default=0, low=0)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """A plan as tables for a terminal."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from jaxprune.sweep.probe import Measured
 from jaxprune.sweep.progress import clock
+from jaxprune.sweep.strategy import Strategy
 
 
 def plan_tables(plan: dict[str, Any], estimate: dict[str, float]) -> list[Any]:
@@ -26,14 +29,14 @@ def plan_tables(plan: dict[str, Any], estimate: dict[str, float]) -> list[Any]:
         'small layers and convolutions take longer',
     )
     programs = Table(box=box.SIMPLE, title='programs')
-    for column in ('program', 'differs in', 'batching', 'runs', 'per chunk', 'steps', 'events'):
+    for column in ('program', 'differs in', 'strategy', 'runs', 'per chunk', 'steps', 'events'):
         programs.add_column(column)
     for program in plan['programs']:
         differs = ', '.join(f'{k}={v}' for k, v in program['differs'].items()) or 'the only one'
         programs.add_row(
             program['id'],
             differs,
-            program['strategy'],
+            str(Strategy(**program['strategy'])),
             str(program['runs']),
             str(program['chunk']),
             str(program['steps']),
@@ -48,6 +51,25 @@ def plan_tables(plan: dict[str, Any], estimate: dict[str, float]) -> list[Any]:
     layers.add_row('all prunable', f'{sum(first["prunable"].values()):,}')
     layers.add_row('all parameters', f'{first["parameters"]:,}')
     return [head, programs, layers]
+
+
+def probe_table(found: Sequence[Measured]) -> Table:
+    """What each strategy took, the fastest first."""
+    table = Table(box=box.SIMPLE, title='ways to train, measured')
+    table.add_column('strategy')
+    for column in ('ms per run and step', 'compiling', 'memory per run'):
+        table.add_column(column, justify='right')
+    for measured in found:
+        if measured.error:
+            table.add_row(str(measured.strategy), measured.error, '', '')
+            continue
+        table.add_row(
+            str(measured.strategy),
+            f'{1e3 * measured.seconds:.3g}',
+            f'{measured.compile_seconds:.1f} s',
+            human_bytes(measured.bytes_per_run),
+        )
+    return table
 
 
 def human_bytes(count: float) -> str:

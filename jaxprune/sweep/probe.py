@@ -1,0 +1,192 @@
+"""Which strategy is fastest here: a short timed trial of each on the real shapes.
+
+A trial trains synthetic pictures with a program's own network, optimizer and batch size, a few
+runs per device, for about a second. What was measured is kept on disk, by program, machine and
+versions, so the next sweep of the same kind need not measure again.
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jaxlib
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxprune import data
+from jaxprune.errors import first_line
+from jaxprune.rng import run_key
+from jaxprune.sweep.engine import Rows, jitted, mesh_of, training
+from jaxprune.sweep.grid import Run, digest, static_settings
+from jaxprune.sweep.parse import plain
+from jaxprune.sweep.program import DeviceData, hyper_of, make_program
+from jaxprune.sweep.spec import SweepSpec
+from jaxprune.sweep.store import write_json
+from jaxprune.sweep.strategy import Strategy, candidates
+
+#: Runs per device in a trial: enough to see what batching them brings.
+_RUNS = 4
+#: Seconds of a trial after compiling, and fewest calls.
+_SECONDS, _CALLS = 1.0, 3
+#: Steps per call of a trial of 'scan'.
+_STEPS = 4
+
+
+class Measured(NamedTuple):
+    """What a trial found.
+
+    Attributes:
+      strategy: what was tried.
+      seconds: per step of one run, infinite if it failed.
+      compile_seconds: for tracing and compiling.
+      bytes_per_run: memory that a run more takes, data aside.
+      error: why it failed, or ''.
+    """
+
+    strategy: Strategy
+    seconds: float
+    compile_seconds: float
+    bytes_per_run: float
+    error: str
+
+
+def probe(
+    spec: SweepSpec,
+    run: Run,
+    *,
+    tried: Sequence[Strategy] | None = None,
+    told: Callable[[Measured], None] = lambda found: None,
+) -> list[Measured]:
+    """Tries every strategy that may be fastest; the fastest first.
+
+    Args:
+      run: any run of the program.
+      tried: strategies to try; None for all `candidates`.
+      told: called after each trial.
+    """
+    program = make_program(spec, run.train)
+    if tried is None:
+        tried = candidates(program.convolves, jax.default_backend(), jax.local_device_count())
+    found = []
+    for strategy in tried:
+        found.append(_trial(spec, run, strategy))
+        told(found[-1])
+    return sorted(found, key=lambda measured: measured.seconds)
+
+
+def _trial(spec: SweepSpec, run: Run, strategy: Strategy) -> Measured:
+    try:
+        return _measure(spec, run, strategy)
+    except Exception as error:  # out of memory, or a shape that the way cannot do
+        return Measured(strategy, math.inf, math.nan, math.nan, first_line(error))
+
+
+def _measure(spec: SweepSpec, run: Run, strategy: Strategy) -> Measured:
+    program = make_program(spec, run.train, strategy.convolution)
+    mesh = mesh_of(strategy, jax.local_devices())
+    runs = strategy.devices * (1 if strategy.batching == 'unroll' else _RUNS)
+    length = 1 if strategy.stepping == 'host' else min(_STEPS, program.steps)
+    on_device = jax.device_put(_pictures(spec, run), NamedSharding(mesh, P()))
+    rows = Rows(
+        jax.numpy.stack([run_key(seed) for seed in range(runs)]),
+        jax.tree.map(lambda *leaves: np.stack(leaves), *[hyper_of(run)] * runs),
+    )
+    states = jitted(program.init, (0, 0), strategy.batching, mesh)(*rows)
+    order = np.zeros((runs, length, run.train.batch_size), np.int32)
+    order += np.arange(run.train.batch_size, dtype=np.int32)
+    clock = start = np.int32(0)
+    before = time.perf_counter()
+    placed = jax.device_put((*rows, order), NamedSharding(mesh, P('run')))
+    step = training(strategy, program, mesh, length)
+    step = step.lower(clock, start, on_device, *placed, states).compile()
+    compiled = time.perf_counter() - before
+    took, calls = 0.0, 0
+    while calls < _CALLS + 1 or took < _SECONDS:
+        before = time.perf_counter()
+        states, loss = step(clock, start, on_device, *placed, states)
+        jax.block_until_ready(loss)
+        if calls:  # the first one warms up
+            took += time.perf_counter() - before
+        calls += 1
+    return Measured(
+        strategy,
+        took / (calls - 1) / length / runs,
+        compiled,
+        _bytes_per_run(step.memory_analysis(), on_device, runs / strategy.devices),
+        '',
+    )
+
+
+def _bytes_per_run(memory: Any, on_device: DeviceData, runs: float) -> float:
+    """Arguments, results and temporaries of one device, without the data, over its runs."""
+    if memory is None:
+        return math.nan
+    shared = sum(leaf.nbytes for leaf in jax.tree.leaves(on_device))
+    whole = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    return max(whole - shared, 0) / runs
+
+
+def _pictures(spec: SweepSpec, run: Run) -> DeviceData:
+    """A batch of noise as a data set: what is computed does not depend on what it shows."""
+    facts = data.facts(spec.data.name)
+    batch = run.train.batch_size
+    images = np.random.default_rng(0).integers(0, 256, (batch, *facts.shape), np.uint8)
+    labels = np.arange(batch, dtype=np.int32) % facts.classes
+    split = data.DeviceSplit(images, labels)
+    return DeviceData(split, split, np.zeros((facts.classes, 1), np.int32))
+
+
+# --- what was measured before -------------------------------------------------------------------
+
+
+def cache_file() -> Path:
+    """Where measurements are kept; `JAXPRUNE_CACHE_DIR` moves it."""
+    home = os.environ.get('JAXPRUNE_CACHE_DIR')
+    if home is None:
+        home = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'jaxprune'
+    return Path(home) / 'probes.json'
+
+
+def key_of(spec: SweepSpec, run: Run) -> str:
+    """A hash of the program, the machine and the versions."""
+    device = jax.local_devices()[0]
+    machine = [device.platform, device.device_kind, jax.local_device_count(), os.cpu_count()]
+    versions = [jax.__version__, jaxlib.__version__, importlib.metadata.version('jaxprune')]
+    program = [plain(spec.model), spec.data.name, static_settings(run.train)]
+    return digest([program, machine, versions])
+
+
+def remembered(spec: SweepSpec, run: Run) -> list[Measured]:
+    """What was measured before for such a program on such a machine; empty if nothing was."""
+    try:
+        rows = json.loads(cache_file().read_text())[key_of(spec, run)]
+        return [Measured(Strategy(*row[0]), *row[1:]) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # no cache is no mistake; a broken one is written anew
+
+
+def remember(spec: SweepSpec, run: Run, found: Sequence[Measured]) -> None:
+    """Keeps what was measured; a cache that cannot be written is no mistake either."""
+    place = cache_file()
+    try:
+        known = dict(json.loads(place.read_text()))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    kept = [m for m in found if not m.error]
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(place, {**known, key_of(spec, run): kept})
+    except OSError:
+        return

@@ -1,0 +1,80 @@
+"""How the runs of a program are laid out in time and space. All ways give the same numbers."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune import nn
+from jaxprune.problem import Problem
+
+BATCHINGS = ('vmap', 'map', 'unroll')
+STEPPINGS = ('scan', 'host')
+
+
+class Strategy(NamedTuple):
+    """A way to train many runs.
+
+    Attributes:
+      batching: 'vmap' computes the runs of a device as one batch; 'map' loops over them inside
+        the compiled program; 'unroll' loops over them outside, a run per device at a time.
+      stepping: 'scan' takes many steps per call of the compiled program, 'host' one.
+      convolution: how to convolve, see `nn.conv`; events always convolve natively.
+      devices: how many devices the runs are split over.
+    """
+
+    batching: str
+    stepping: str
+    convolution: str
+    devices: int
+
+    def __str__(self) -> str:
+        devices = f'{self.devices} device' + ('s' if self.devices > 1 else '')
+        return f'{self.batching}, {self.stepping}, {self.convolution}, {devices}'
+
+
+def convolves(problem: Problem, input_shape: tuple[int, ...]) -> bool:
+    """Has a network convolutions?"""
+    params, model_state = jax.eval_shape(problem.init, jax.random.key(0))
+    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
+    forward = jax.make_jaxpr(lambda p, s, x: problem.apply(p, s, x, train=False, key=None))
+    return 'conv_general_dilated' in str(forward(params, model_state, x))
+
+
+def usual(convolving: bool, platform: str, devices: int) -> Strategy:
+    """What is fastest most of the time, as far as it was measured (`experiments/bench`).
+
+    On the CPU a loop inside the program keeps the weights of one run in the cache, but XLA's
+    convolution inside loops is 27 to 40 times slower (jax issue 12868).
+    """
+    if platform != 'cpu':
+        return Strategy('vmap', 'scan', 'native', devices)
+    if convolving:
+        return Strategy('unroll', 'host', 'native', devices)
+    return Strategy('map', 'scan', 'native', devices)
+
+
+def candidates(convolving: bool, platform: str, devices: int) -> list[Strategy]:
+    """The ways worth timing, the usual one first."""
+    first = usual(convolving, platform, devices)
+    if not convolving:
+        found = [Strategy(b, 'scan', 'native', devices) for b in ('map', 'vmap', 'unroll')]
+    else:
+        matrices = [name for name in nn.CONVOLUTIONS if name != 'native']
+        found = [Strategy(b, 'scan', c, devices) for b in ('vmap', 'map') for c in matrices]
+        found.append(Strategy('unroll', 'host', 'native', devices))
+        if platform != 'cpu':
+            found += [Strategy(b, 'scan', 'native', devices) for b in ('vmap', 'map', 'unroll')]
+    if platform == 'cpu' and devices > 1:
+        found.append(first._replace(devices=1))  # all cores for one run at a time
+    return list(dict.fromkeys([first, *found]))
+
+
+def forced(strategy: Strategy, engine: Any, devices: int) -> Strategy:
+    """A strategy with what a specification's [engine] asks for in place."""
+    asked = {
+        name: getattr(engine, name)
+        for name in ('batching', 'stepping', 'convolution')
+        if getattr(engine, name) != 'auto'
+    }
+    return strategy._replace(**asked, devices=min(engine.devices or strategy.devices, devices))

@@ -1,0 +1,169 @@
+"""Strategies: the same runs whatever way they are laid out, and which way is taken."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+import tomli_w
+
+from jaxprune import data, tree
+from jaxprune.cli import main
+from jaxprune.errors import SpecError
+from jaxprune.rng import run_key
+from jaxprune.sweep import make_plan, make_spec
+from jaxprune.sweep.engine import Rows, make_engine, pieces
+from jaxprune.sweep.grid import runs
+from jaxprune.sweep.plan import counts_of
+from jaxprune.sweep.probe import cache_file, probe, remember, remembered
+from jaxprune.sweep.program import device_data, hyper_of, make_program
+from jaxprune.sweep.strategy import Strategy, candidates, usual
+
+TABLE = {
+    'name': 'strategies',
+    'model': {'name': 'small_vgg', 'widths': [3]},
+    'data': {'name': 'mnist_small', 'train_examples': 96, 'test_examples': 60},
+    'train': {'epochs': 1, 'batch_size': 32, 'momentum': 0.9},
+    'prune': {'samples_per_class': 1},
+    'grid': {
+        'method': [{'name': 'synflow', 'rounds': 2}],
+        'compression': [4],
+        'seed': [0, 1, 2, 3],
+    },
+}
+FIRST = Strategy('unroll', 'host', 'native', 1)
+OTHERS = [
+    (Strategy('unroll', 'host', 'native', 2), 0),
+    (Strategy('unroll', 'scan', 'taps', 2), 2),
+    (Strategy('map', 'scan', 'patches', 2), 0),
+    (Strategy('vmap', 'scan', 'patches', 1), 2),
+    (Strategy('vmap', 'host', 'native', 2), 0),
+    (Strategy('map', 'host', 'taps', 1), 0),
+]
+
+
+@functools.cache
+def trained(strategy, steps_per_call=0):
+    """Four pruned runs after an epoch: states, losses of training, test losses and accuracies."""
+    spec = make_spec(TABLE)
+    members = runs(spec)
+    program = make_program(spec, members[0].train, strategy.convolution)
+    on_device = device_data(spec, data.load('mnist_small'))
+    engine = make_engine(strategy, program, on_device, jax.local_devices(), steps_per_call)
+    rows = Rows(
+        jax.numpy.stack([run_key(run.seed) for run in members]),
+        jax.tree.map(lambda *leaves: np.stack(leaves), *map(hyper_of, members)),
+    )
+    tables = [counts_of(program, run).counts for run in members]
+    counts = {path: np.stack([t[path] for t in tables]) for path in tables[0]}
+    states, info = engine.prune(
+        members[0].method, rows, range(4), counts, np.zeros(4, np.int32), engine.init(rows)
+    )
+    told = []
+    states, losses = engine.epoch(0, rows, states, told.append)
+    assert sum(told) == 4 * program.steps
+    kept = engine.counts(states)[0]
+    evaluated = engine.evaluate(states)
+    packed = engine.pack(states)
+    again = engine.pack(engine.unpack(packed))
+    jax.tree.map(np.testing.assert_array_equal, again, packed)
+    return packed, losses, evaluated, info, kept
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize(('strategy', 'steps'), OTHERS, ids=str)
+def test_all_strategies_train_the_same(strategy, steps):
+    """Expectation: runs one after another, convolved by XLA, stepped from the host."""
+    states, losses, evaluated, info, kept = trained(FIRST)
+    found, other_losses, other_evaluated, other_info, other_kept = trained(strategy, steps)
+    # Events convolve natively whatever training does.
+    jax.tree.map(np.testing.assert_array_equal, found.masks, states.masks)
+    jax.tree.map(np.testing.assert_array_equal, other_info, info)
+    jax.tree.map(np.testing.assert_array_equal, other_kept, kept)
+    np.testing.assert_allclose(other_losses, losses, rtol=1e-4)
+    np.testing.assert_allclose(other_evaluated[0], evaluated[0], rtol=1e-3)
+    for (path, one), (_, other) in zip(
+        tree.paths(states.params), tree.paths(found.params), strict=True
+    ):
+        np.testing.assert_allclose(other, one, rtol=0, atol=1e-3, err_msg=path)
+
+
+def test_calls_of_an_epoch():
+    """Expectation: by hand; two lengths at most, so two traces."""
+    assert pieces(10, 4) == [(0, 4), (4, 4), (8, 2)] and pieces(3, 3) == [(0, 3)]
+
+
+def test_which_strategies_there_are():
+    """Expectation: the usual one first, none twice, no convolution for nets without one."""
+    for convolving in (False, True):
+        for platform in ('cpu', 'gpu'):
+            found = candidates(convolving, platform, 2)
+            assert found[0] == usual(convolving, platform, 2) and len(set(found)) == len(found)
+            assert convolving or {s.convolution for s in found} == {'native'}
+    assert Strategy('unroll', 'host', 'native', 2) in candidates(True, 'cpu', 2)
+
+
+def test_a_forced_strategy_is_taken():
+    """Expectation: what [engine] says, and the usual way for what it does not say."""
+    engine = {'batching': 'vmap', 'stepping': 'scan', 'convolution': 'taps', 'devices': 1}
+    planned = make_plan(make_spec({**TABLE, 'engine': engine}))['programs'][0]['strategy']
+    assert planned == engine
+    planned = make_plan(make_spec({**TABLE, 'engine': {'convolution': 'taps'}}))
+    assert planned['programs'][0]['strategy'] == {
+        **usual(True, 'cpu', jax.local_device_count())._asdict(),
+        'convolution': 'taps',
+    }
+    with pytest.raises(SpecError, match=r"engine\.convolution.*did you mean 'taps'"):
+        make_spec({**TABLE, 'engine': {'convolution': 'tap'}})
+
+
+DENSE = {
+    'name': 'probed',
+    'model': {'name': 'mlp', 'widths': [8]},
+    'data': {'name': 'mnist_small', 'train_examples': 96, 'test_examples': 60},
+    'train': {'epochs': 1, 'batch_size': 32},
+    'grid': {'method': ['magnitude'], 'compression': [4], 'seed': [0]},
+}
+
+
+def test_probing_finds_a_strategy_and_remembers_it(tmp_path, monkeypatch):
+    """Expectation: sorted by time, a failure last with its reason; the plan takes the first, also
+    after a restart, but not for another program; a broken cache is no mistake.
+    """
+    monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path / 'cache'))
+    spec = make_spec(DENSE)
+    run = runs(spec)[0]
+    tried = [
+        Strategy('vmap', 'scan', 'native', 1),
+        Strategy('unroll', 'host', 'native', 2),
+        Strategy('map', 'scan', 'nonsense', 1),
+    ]
+    assert remembered(spec, run) == []
+    heard = []
+    found = probe(spec, run, tried=tried, told=heard.append)
+    assert [m.strategy for m in heard] == tried
+    assert 0 < found[0].seconds <= found[1].seconds < found[2].seconds == math.inf
+    assert "unknown convolution 'nonsense'" in found[2].error
+    assert all(m.bytes_per_run > 0 and m.compile_seconds > 0 for m in found[:2])
+    remember(spec, run, found)
+    assert remembered(spec, run) == found[:2]
+    assert make_plan(spec)['programs'][0]['strategy'] == found[0].strategy._asdict()
+    other = make_spec({**DENSE, 'model': {'name': 'mlp', 'widths': [9]}})
+    assert remembered(other, runs(other)[0]) == []
+    cache_file().write_text('{"torn')
+    assert remembered(spec, run) == []
+    remember(spec, run, found)
+    assert remembered(spec, run) == found[:2]
+
+
+def test_plan_probes_on_request(tmp_path, monkeypatch, capsys):
+    """Expectation: a table of all candidates, then the plan with one of them."""
+    monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path))
+    file = tmp_path / 'spec.toml'
+    file.write_text(tomli_w.dumps(DENSE))
+    assert main(['plan', str(file), '--probe']) == 0
+    told = capsys.readouterr()
+    tried = candidates(False, 'cpu', jax.local_device_count())
+    assert told.err.count('tried') == len(tried) and 'ms per run and step' in told.out
+    assert 'plan of probed' in told.out
