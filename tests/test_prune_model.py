@@ -226,6 +226,12 @@ FEW = {  # six weights, those of one hidden unit
 }
 
 
+def ask(**changed):
+    """A call that is right, with some of its arguments changed."""
+    right = {'params': plain_params(), 'method_name': 'snip', 'density': 0.1}
+    return jp.prune(**{**right, 'model': plain_apply, 'data': (X, Y), **changed})
+
+
 def test_not_under_jit():
     """Expectation: one line that says so; a gradient through it would be another matter."""
     with pytest.raises(PruneError, match='outside jit'):
@@ -249,15 +255,7 @@ def test_what_else_is_right():
         {'params': jax.tree.map(np.asarray, plain_params())},
         {'params': jax.tree.map(lambda w: w.astype(jnp.bfloat16), plain_params())},
     ):
-        given = {
-            'params': plain_params(),
-            'method_name': 'snip',
-            'density': 0.1,
-            'model': plain_apply,
-            'data': (X, Y),
-            **more,
-        }
-        assert sum(int(m.sum()) for m in jp.prune(**given).masks.values()) == 9
+        assert sum(int(m.sum()) for m in ask(**more).masks.values()) == 9
     only_inputs = jp.prune(
         plain_params(), 'synflow', 0.1, model=plain_apply, data=jp.Batch(X[None], None)
     )
@@ -427,16 +425,8 @@ def nan(p, x):
 )
 def test_mistakes_are_told_in_one_line(kwargs, message):
     """Expectation: a `PruneError`, before any mask is made."""
-    given = {
-        'params': plain_params(),
-        'method_name': 'snip',
-        'density': 0.1,
-        'model': plain_apply,
-        'data': (X, Y),
-        **kwargs,
-    }
     with pytest.raises(PruneError, match=message) as caught:
-        jp.prune(**given)
+        ask(**kwargs)
     assert '\n' not in str(caught.value)
 
 

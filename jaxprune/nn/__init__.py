@@ -4,7 +4,7 @@ from jaxprune.nn.conv import CONVOLUTIONS, convolution
 from jaxprune.nn.dense import MLP
 from jaxprune.nn.lenet import LeNet5
 from jaxprune.nn.mobilenet import MobileNet
-from jaxprune.nn.registry import MODELS, Model, build, convolving, model
+from jaxprune.nn.registry import MODELS, Model, build, convolves, convolving, model
 from jaxprune.nn.resnet import ResNet
 from jaxprune.nn.transformer import Transformer, ViT
 from jaxprune.nn.vgg import VGG, SmallVGG
@@ -23,6 +23,7 @@ __all__ = [
     'ViT',
     'build',
     'convolution',
+    'convolves',
     'convolving',
     'model',
 ]

@@ -6,9 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxprune.nn.blocks import classified, convolved, normed, scaled
 from jaxprune.nn.conv import ConvFn, native
-from jaxprune.nn.dense import he_normal
-from jaxprune.nn.vgg import scaled
 
 #: (maps, stride) of the separable blocks after a stem of 32 maps and stride 1.
 BLOCKS = (
@@ -45,33 +44,21 @@ class MobileNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         def conv_bn(x, maps, name, *, side, stride=1, groups=1):
-            x = nn.Conv(
+            x = convolved(
+                x,
                 maps,
-                (side, side),
-                strides=(stride, stride),
-                padding=side // 2,
-                feature_group_count=groups,
-                use_bias=False,
+                f'{name}_conv',
+                self.conv,
+                side=side,
+                stride=stride,
+                groups=groups,
                 dtype=self.dtype,
-                kernel_init=he_normal,
-                conv_general_dilated=self.conv,
-                name=f'{name}_conv',
-            )(x)
-            return nn.relu(
-                nn.BatchNorm(
-                    use_running_average=not train,
-                    momentum=0.9,
-                    epsilon=1e-5,
-                    dtype=self.dtype,
-                    name=f'{name}_bn',
-                )(x)
             )
+            return nn.relu(normed(x, f'{name}_bn', train=train, dtype=self.dtype))
 
         x = conv_bn(x, scaled(32, self.width), 'stem', side=3)
         for i, (wide, stride) in enumerate(BLOCKS):
             maps = x.shape[-1]
             x = conv_bn(x, maps, f'block{i}_depth', side=3, stride=stride, groups=maps)
             x = conv_bn(x, scaled(wide, self.width), f'block{i}_point', side=1)
-        x = x.mean(axis=(1, 2))
-        head = nn.Dense(self.classes, dtype=self.dtype, kernel_init=he_normal, name='dense_0')
-        return head(x).astype(jnp.float32)
+        return classified(x, self.classes, self.dtype)

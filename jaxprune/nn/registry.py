@@ -96,6 +96,11 @@ def build(name: str, classes: int, **options: Any) -> nn.Module:
     return card.build(classes, **options)
 
 
+def convolves(module: nn.Module) -> bool:
+    """Has a network convolutions? Those that have take the way to convolve as a field."""
+    return hasattr(module, 'conv')
+
+
 def convolving(module: nn.Module, conv: ConvFn) -> nn.Module:
     """The same network with another way to convolve; unchanged if it has no convolutions."""
-    return module.clone(conv=conv) if hasattr(module, 'conv') else module
+    return module.clone(conv=conv) if convolves(module) else module

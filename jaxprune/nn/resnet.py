@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.errors import JaxpruneError
+from jaxprune.nn.blocks import classified, convolved, normed, scaled
 from jaxprune.nn.conv import ConvFn, native
-from jaxprune.nn.dense import he_normal
-from jaxprune.nn.vgg import scaled
 
 SHORTCUTS = ('projection', 'pad')
 
@@ -46,24 +45,10 @@ class ResNet(nn.Module):
             raise JaxpruneError(f'shortcut must be {" or ".join(SHORTCUTS)}, not {self.shortcut}')
 
         def conv_bn(x, maps, name, side=3, stride=1):
-            x = nn.Conv(
-                maps,
-                (side, side),
-                strides=(stride, stride),
-                padding=side // 2,
-                use_bias=False,
-                dtype=self.dtype,
-                kernel_init=he_normal,
-                conv_general_dilated=self.conv,
-                name=f'{name}_conv',
-            )(x)
-            return nn.BatchNorm(
-                use_running_average=not train,
-                momentum=0.9,
-                epsilon=1e-5,
-                dtype=self.dtype,
-                name=f'{name}_bn',
-            )(x)
+            x = convolved(
+                x, maps, f'{name}_conv', self.conv, side=side, stride=stride, dtype=self.dtype
+            )
+            return normed(x, f'{name}_bn', train=train, dtype=self.dtype)
 
         x = nn.relu(conv_bn(x, scaled(self.maps[0], self.width), 'stem'))
         for stage, (count, wide) in enumerate(zip(self.blocks, self.maps, strict=True)):
@@ -81,9 +66,7 @@ class ResNet(nn.Module):
                         x = x[:, ::stride, ::stride]
                         x = jnp.pad(x, ((0, 0),) * 3 + ((more // 2, more - more // 2),))
                 x = nn.relu(x + y)
-        x = x.mean(axis=(1, 2))
-        head = nn.Dense(self.classes, dtype=self.dtype, kernel_init=he_normal, name='dense_0')
-        return head(x).astype(jnp.float32)
+        return classified(x, self.classes, self.dtype)
 
 
 def cifar_blocks(depth: int) -> tuple[int, int, int]:

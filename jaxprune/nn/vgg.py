@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.errors import JaxpruneError
+from jaxprune.nn.blocks import classified, convolved, normed, scaled
 from jaxprune.nn.conv import ConvFn, native
 from jaxprune.nn.dense import he_normal
 
@@ -52,33 +53,17 @@ class VGG(nn.Module):
         layer = 0
         for stage in STAGES[self.depth]:
             for maps in stage:
-                x = nn.Conv(
-                    scaled(maps, self.width),
-                    (3, 3),
-                    use_bias=False,
-                    dtype=self.dtype,
-                    kernel_init=he_normal,
-                    conv_general_dilated=self.conv,
-                    name=f'conv_{layer}',
-                )(x)
-                norm = nn.BatchNorm(
-                    use_running_average=not train,
-                    momentum=0.9,
-                    epsilon=1e-5,
-                    dtype=self.dtype,
-                    name=f'bn_{layer}',
+                x = convolved(
+                    x, scaled(maps, self.width), f'conv_{layer}', self.conv, dtype=self.dtype
                 )
+
+                def norm(x, name=f'bn_{layer}'):
+                    return normed(x, name, train=train, dtype=self.dtype)
+
                 x = nn.relu(norm(x)) if self.order == 'conv_bn_relu' else norm(nn.relu(x))
                 layer += 1
             x = nn.max_pool(x, (2, 2), (2, 2))
-        x = x.mean(axis=(1, 2))
-        head = nn.Dense(self.classes, dtype=self.dtype, kernel_init=he_normal, name='dense_0')
-        return head(x).astype(jnp.float32)
-
-
-def scaled(maps: int, width: float) -> int:
-    """A number of maps times a width multiplier, at least 1."""
-    return max(1, round(maps * width))
+        return classified(x, self.classes, self.dtype)
 
 
 class SmallVGG(nn.Module):
@@ -109,18 +94,8 @@ class SmallVGG(nn.Module):
         layer = 0
         for width in self.widths:
             for _ in range(2):
-                x = nn.Conv(
-                    width,
-                    (3, 3),
-                    use_bias=False,
-                    kernel_init=he_normal,
-                    conv_general_dilated=self.conv,
-                    name=f'conv_{layer}',
-                )(x)
-                x = nn.BatchNorm(
-                    use_running_average=not train, momentum=0.9, epsilon=1e-5, name=f'bn_{layer}'
-                )(x)
-                x = nn.relu(x)
+                x = convolved(x, width, f'conv_{layer}', self.conv)
+                x = nn.relu(normed(x, f'bn_{layer}', train=train))
                 layer += 1
             x = nn.max_pool(x, (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)

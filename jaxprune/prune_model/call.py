@@ -18,8 +18,6 @@ from jaxprune.prune_model.report import Report, report_of
 from jaxprune.quota import ORDERED
 from jaxprune.types import Batch, Key, LossFn, Masks, Problem, PyTree, Rule
 
-_TARGETS = ('direct', 'effective')
-
 
 class Pruned(NamedTuple):
     """A pruned model.
@@ -96,8 +94,8 @@ def prune(
     if not isinstance(method_name, str):
         raise PruneError(f'method_name must be a name such as snip, not {method_name!r}')
     card = method(method_name)
-    if target not in _TARGETS:
-        raise PruneError(f'unknown target {target!r}: {nearest(str(target), _TARGETS)}')
+    if target not in structure.TARGETS:
+        raise PruneError(f'unknown target {target!r}: {nearest(str(target), structure.TARGETS)}')
     check.options(options, card.options, inspect.signature(prune).parameters)
     check.types(params, model, model_state, loss, prunable, masks, key)
     density = arguments.real('density', density)

@@ -13,6 +13,7 @@ from jaxprune.structure.effective import (
 )
 from jaxprune.structure.fold import Folded, fold_constants
 from jaxprune.structure.target import (
+    TARGETS,
     Chain,
     Ranking,
     active_wanted,
@@ -24,6 +25,7 @@ from jaxprune.structure.target import (
 from jaxprune.structure.walk import forward_order
 
 __all__ = [
+    'TARGETS',
     'Chain',
     'Connect',
     'Folded',

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import tree
+from jaxprune.select import kept
 from jaxprune.structure.connectivity import Connect, connectivity
 from jaxprune.structure.walk import forward_order
 from jaxprune.types import Masks, Problem, PyTree, Rule
@@ -90,9 +91,9 @@ def effective_mask(
 
 def compression(masks: Masks) -> jax.Array:
     """Weights before / weights kept, a float scalar; infinite where none is kept."""
-    kept = sum(mask.sum(dtype=jnp.int32) for mask in masks.values())
+    left = sum(kept(masks).values())
     size = sum(mask.size for mask in masks.values())
-    return jnp.where(kept > 0, size / jnp.maximum(kept, 1), jnp.inf)
+    return jnp.where(left > 0, size / jnp.maximum(left, 1), jnp.inf)
 
 
 def effective_compression(connect: Connect, masks: Masks) -> jax.Array:

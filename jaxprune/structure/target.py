@@ -23,6 +23,9 @@ from jaxprune.select import flatten, kept, unflatten
 from jaxprune.structure.connectivity import Connect
 from jaxprune.types import GLOBAL, Counts, Masks, Scores
 
+#: What a density or a compression may count: all kept weights, or those on a path.
+TARGETS = ('direct', 'effective')
+
 #: Nominal densities tabulated for a layerwise quota, evenly on a logarithmic scale, and the steps
 #: between two of them, where counts are interpolated. The curve between two rows is straight to
 #: less than 1e-4 of a layer's count.

@@ -11,7 +11,6 @@ from jaxprune.data import Dataset, DeviceSplit
 from jaxprune.errors import SpecError
 from jaxprune.rng import stream
 from jaxprune.structure import Connect
-from jaxprune.sweep import strategy
 from jaxprune.sweep.grid import Run, split_options
 from jaxprune.sweep.spec import MethodSpec, SweepSpec, TrainSpec
 from jaxprune.types import Batch, Counts, Hyper, Key, Problem, PruneInfo, RunState
@@ -77,13 +76,6 @@ class Program(NamedTuple):
     convolves: bool
 
 
-def make_problem(spec: SweepSpec, convolution: str = 'native') -> Problem:
-    """The network of a specification."""
-    facts = data.facts(spec.data.name)
-    module = nn.build(spec.model.name, facts.classes, **spec.model.options)
-    return problem.linen(nn.convolving(module, nn.convolution(convolution)), facts.shape)
-
-
 def make_program(spec: SweepSpec, settings: TrainSpec, convolution: str = 'native') -> Program:
     """The functions that all runs with these static settings share.
 
@@ -95,7 +87,9 @@ def make_program(spec: SweepSpec, settings: TrainSpec, convolution: str = 'nativ
     facts = data.facts(spec.data.name)
     examples = spec.data.train_examples or facts.train_size
     steps = examples // settings.batch_size
-    net, trained = make_problem(spec), make_problem(spec, convolution)
+    module = nn.build(spec.model.name, facts.classes, **spec.model.options)
+    net = problem.linen(module, facts.shape)
+    trained = problem.linen(nn.convolving(module, nn.convolution(convolution)), facts.shape)
     shapes = structure.forward_shapes(net, facts.shape)
     connect = structure.connectivity_of(net, facts.shape)
     optimizer = optim.optimizer(
@@ -169,7 +163,7 @@ def make_program(spec: SweepSpec, settings: TrainSpec, convolution: str = 'nativ
         step=lambda clock, data_, *rest: step(clock, data_.train, *rest),
         evaluate=lambda data_, *rest: evaluate(data_.test, *rest),
         prune=prune,
-        convolves=strategy.convolves(net, facts.shape),
+        convolves=nn.convolves(module),
     )
 
 

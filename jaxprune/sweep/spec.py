@@ -12,6 +12,7 @@ from typing import Any
 from jaxprune.nn import CONVOLUTIONS
 from jaxprune.quota import ALLOCATIONS
 from jaxprune.schedule import SCHEDULES
+from jaxprune.structure import TARGETS
 from jaxprune.sweep.strategy import BATCHINGS, STEPPINGS
 
 #: Bumped when the meaning of a stored result changes.
@@ -86,7 +87,7 @@ class MethodSpec:
         "what a compression of the grid means: 'direct' (weights before / weights after) or "
         "'effective' (only weights on a path from input to output count)",
         default='direct',
-        choices=('direct', 'effective'),
+        choices=TARGETS,
     )
     floor: int = _key('fewest weights that any layer keeps', default=0, low=0)
     cap: float = _key('largest density of any layer', default=1.0, above=0, high=1)

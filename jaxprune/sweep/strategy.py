@@ -2,11 +2,7 @@
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from jaxprune import nn
-from jaxprune.problem import Problem
 
 BATCHINGS = ('vmap', 'map', 'unroll')
 STEPPINGS = ('scan', 'host')
@@ -31,14 +27,6 @@ class Strategy(NamedTuple):
     def __str__(self) -> str:
         devices = f'{self.devices} device' + ('s' if self.devices > 1 else '')
         return f'{self.batching}, {self.stepping}, {self.convolution}, {devices}'
-
-
-def convolves(problem: Problem, input_shape: tuple[int, ...]) -> bool:
-    """Has a network convolutions?"""
-    params, model_state = jax.eval_shape(problem.init, jax.random.key(0))
-    x = jax.ShapeDtypeStruct((1, *input_shape), jnp.float32)
-    forward = jax.make_jaxpr(lambda p, s, x: problem.apply(p, s, x, train=False, key=None))
-    return 'conv_general_dilated' in str(forward(params, model_state, x))
 
 
 def usual(convolving: bool, platform: str, devices: int) -> Strategy:

@@ -1,0 +1,54 @@
+"""Layers that the convolutional networks share, to be called while a module is being set up."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxprune.nn.conv import ConvFn
+from jaxprune.nn.dense import he_normal
+
+
+def convolved(
+    x: jax.Array,
+    maps: int,
+    name: str,
+    conv: ConvFn,
+    *,
+    side: int = 3,
+    stride: int = 1,
+    groups: int = 1,
+    dtype: Any = None,
+) -> jax.Array:
+    """A convolution without bias that keeps height and width but for its stride."""
+    return nn.Conv(
+        maps,
+        (side, side),
+        strides=(stride, stride),
+        padding=side // 2,
+        feature_group_count=groups,
+        use_bias=False,
+        dtype=dtype,
+        kernel_init=he_normal,
+        conv_general_dilated=conv,
+        name=name,
+    )(x)
+
+
+def normed(x: jax.Array, name: str, *, train: bool, dtype: Any = None) -> jax.Array:
+    """Batch norm by the batch's statistics while training, else by running averages."""
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
+    )(x)
+
+
+def classified(x: jax.Array, classes: int, dtype: Any) -> jax.Array:
+    """Logits, float32, of maps averaged over height and width."""
+    head = nn.Dense(classes, dtype=dtype, kernel_init=he_normal, name='dense_0')
+    return head(x.mean(axis=(1, 2))).astype(jnp.float32)
+
+
+def scaled(maps: int, width: float) -> int:
+    """A number of maps times a width multiplier, at least 1."""
+    return max(1, round(maps * width))
