@@ -89,31 +89,24 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _plan(command: Plan) -> None:
-    from jaxprune.sweep import load_spec, make_plan, use_all_cores
-    from jaxprune.sweep.plan import estimate
-    from jaxprune.sweep.tables import plan_tables
+    from jaxprune.sweep import keep_compiled, load_spec, make_plan, use_all_cores
+    from jaxprune.sweep.plan import estimate, measure
+    from jaxprune.sweep.probe import tried
+    from jaxprune.sweep.tables import plan_tables, probe_table
 
     use_all_cores()
     spec = load_spec(command.spec, command.set)
-    if command.probe:
-        _probe(spec, str(command.spec))
     plan = make_plan(spec, str(command.spec))
+    if command.probe:
+        keep_compiled()
+
+        def told(measured) -> None:
+            print(f'jaxprune: {tried(measured)}', file=sys.stderr, flush=True)
+
+        for found in measure(spec, plan, told, always=True).values():
+            _print(probe_table(found))
+        plan = make_plan(spec, str(command.spec))
     _print(*plan_tables(plan, estimate(plan, spec)))
-
-
-def _probe(spec, source: str) -> None:
-    from jaxprune.sweep.plan import groups
-    from jaxprune.sweep.probe import probe, remember
-    from jaxprune.sweep.tables import probe_table
-
-    for group in groups(spec, source):
-        found = probe(
-            spec,
-            group.runs[0],
-            told=lambda m: print(f'jaxprune: tried {m.strategy}', file=sys.stderr, flush=True),
-        )
-        remember(spec, group.runs[0], found)
-        _print(probe_table(found))
 
 
 def _sweep(command: Sweep) -> None:
@@ -122,10 +115,19 @@ def _sweep(command: Sweep) -> None:
     from jaxprune import report
     from jaxprune.report.tables import summary
     from jaxprune.report.terminal import summary_table
-    from jaxprune.sweep import default_out, load_spec, run_sweep, store, use_all_cores
+    from jaxprune.sweep import (
+        default_out,
+        keep_compiled,
+        load_spec,
+        run_sweep,
+        store,
+        use_all_cores,
+    )
     from jaxprune.sweep.progress import shown_on
+    from jaxprune.sweep.tables import time_line
 
     use_all_cores()
+    keep_compiled()
     spec = load_spec(command.spec, command.set)
     out = command.out or default_out(spec)
     results = run_sweep(
@@ -142,17 +144,21 @@ def _sweep(command: Sweep) -> None:
             f'failed: {run["label"]}, compression {run["target_compression"]:g}, seed '
             f'{run["seed"]} ({run["run_id"]}): {run["error"]}'
         )
+    print(time_line(store.read_timing(out)))
     print(f'report: {report.write(out)}')
 
 
 def _status(command: Status) -> None:
     from jaxprune.sweep import status
+    from jaxprune.sweep.tables import time_line
 
     found = status(command.directory)
     state = 'running' if found['running'] else 'not running'
     print(f'{found["name"]}: {found["runs_finished"]}/{found["runs"]} runs, {state}')
     print(f'chunks: {found["chunks_finished"]}/{found["chunks"]} finished')
     print(f'sessions: {found["sessions"]}, last started {found["last_started"]}')
+    if found['runs_finished']:
+        print(time_line(found['timing']))
     if found['runs_finished'] < found['runs'] and not found['running']:
         print('to continue, give the same `jaxprune sweep` command again')
     if found['report']:

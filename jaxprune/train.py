@@ -73,8 +73,8 @@ def train_segment(fetched):
     """Scans `fetch_step` over the leading axis of `order`, `(steps, batch)` indices.
 
     Returns:
-      `(clock, data, key, hyper, order, state) -> (state, mean loss)`; `clock` is the number of
-      steps taken before.
+      `(clock, data, key, hyper, order, state) -> (state, losses (steps,))`; `clock` is the number
+      of steps taken before.
     """
 
     def segment(clock, data, key: Key, hyper: Hyper, order: jax.Array, state: RunState):
@@ -83,8 +83,7 @@ def train_segment(fetched):
             return fetched(step, data, key, hyper, indices, state)
 
         steps = clock + jnp.arange(order.shape[0], dtype=jnp.int32)
-        state, losses = jax.lax.scan(body, state, (steps, order))
-        return state, losses.mean()
+        return jax.lax.scan(body, state, (steps, order))
 
     return segment
 

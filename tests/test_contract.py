@@ -17,11 +17,11 @@ from jaxprune import data, method, plan, tree
 from jaxprune.problem import view_of
 from jaxprune.rng import run_key
 from jaxprune.sweep import make_spec
-from jaxprune.sweep.engine import Rows, make_engine, over_runs, segment_of
+from jaxprune.sweep.chunk import run_chunk
+from jaxprune.sweep.engine import Rows, make_engine, mesh_of, over_runs, segment_of
 from jaxprune.sweep.grid import DENSE, runs
 from jaxprune.sweep.plan import counts_of
 from jaxprune.sweep.program import device_data, hyper_of, make_program
-from jaxprune.sweep.run import run_chunk
 from jaxprune.sweep.strategy import Strategy
 
 METHODS = sorted(method.METHODS)
@@ -195,7 +195,7 @@ def test_strategies_agree(benches, engines, name):
     for strategy in ('map', 'vmap', 'host'):
         engine = engines['dense', strategy]
         rows, states, *_ = bench.pruned(engine, members)
-        trained[strategy], _ = engine.epoch(0, rows, states)
+        trained[strategy] = engine.epoch(0, rows, states).states
     for i in range(len(members)):
         first = rows_of(trained['host'], i)
         for strategy in ('map', 'vmap'):
@@ -215,13 +215,13 @@ def test_chunk_size_position_and_padding_change_nothing(benches, engines, name):
     engine = engines['dense', 'map']
     members = of(bench, name)
     other = of(bench, 'dense', 1.0)
-    together, layers = run_chunk(bench.spec, bench.program, engine, members, 3)
+    together, layers, *_ = run_chunk(bench.spec, bench.program, engine, members, 3)
     for arrangement, size in (
         ([members[2], *other, members[0]], 5),
         ([members[0]], 1),
         ([members[1]], 4),
     ):
-        results, kept = run_chunk(bench.spec, bench.program, engine, arrangement, size)
+        results, kept, *_ = run_chunk(bench.spec, bench.program, engine, arrangement, size)
         for run in arrangement:
             if run in members:
                 mine = {'run_id': run.run_id}
@@ -236,8 +236,8 @@ def test_device_count_changes_nothing(benches, engines, strategy):
     """Law: two devices give the rows that one gives; an odd run is padded and dropped."""
     bench = benches['dense']
     members = [*of(bench, 'snip'), *of(bench, 'dense', 1.0)[:2]]
-    one, _ = run_chunk(bench.spec, bench.program, engines['dense', strategy], members, 5)
-    two, _ = run_chunk(bench.spec, bench.program, bench.engine(strategy, 2), members, 5)
+    one, *_ = run_chunk(bench.spec, bench.program, engines['dense', strategy], members, 5)
+    two, *_ = run_chunk(bench.spec, bench.program, bench.engine(strategy, 2), members, 5)
     if strategy == 'map':
         assert one.equals(two)
     else:  # a batched product over 3 runs may sum in another order than one over 5
@@ -271,7 +271,7 @@ def test_exact_counts_and_zeros_after_every_segment(benches, engines, net, name)
             }
             assert int(info.nonfinite[i]) == 0
             assert_zero_where_pruned(bench.program.problem, state)
-        states, _ = engine.epoch(epoch, rows, states)
+        states = engine.epoch(epoch, rows, states).states
 
 
 def assert_zero_where_pruned(problem, state):
@@ -300,8 +300,8 @@ def test_density_one_is_the_dense_control(benches, engines, name):
     engine = engines['dense', 'map']
     control = of(bench, 'dense', 1.0)
     all_kept = [r._replace(method=of(bench, name)[0].method) for r in control]
-    a, _ = run_chunk(bench.spec, bench.program, engine, control, 3)
-    b, _ = run_chunk(bench.spec, bench.program, engine, all_kept, 3)
+    a, *_ = run_chunk(bench.spec, bench.program, engine, control, 3)
+    b, *_ = run_chunk(bench.spec, bench.program, engine, all_kept, 3)
     numbers = ['step', 'density', 'train_loss', 'test_loss', 'test_accuracy', 'seed']
     assert a.select(numbers).equals(b.select(numbers))
     assert set(b['density']) == {1.0} and DENSE.label == 'dense'
@@ -359,7 +359,7 @@ def test_segment_on_two_devices_has_no_collective(benches, net, strategy):
     engine = bench.engine(strategy, 2)
     rows = bench.rows(of(bench, METHODS[0])[:2])
     states = engine.init(rows)
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:2]), ('run',))
+    mesh = mesh_of(Strategy(strategy, 'scan', 'native', 2), jax.local_devices())
     segment = over_runs(segment_of(bench.program), (None, None, 0, 0, 0, 0), strategy, mesh)
     order = jax.vmap(bench.program.order, in_axes=(0, None))(rows.keys, 0)
     data_everywhere = jax.device_put(

@@ -17,6 +17,7 @@ from jaxprune.errors import StoreError
 from jaxprune.report import curves, effective, heatmap, page, style, tables, terminal, text
 from jaxprune.stats import bootstrap_interval
 from jaxprune.sweep import store
+from jaxprune.sweep.timing import PHASES
 
 PATHS = {'dense_0/kernel': 235_200, 'dense_1/kernel': 30_000, 'dense_2/kernel': 1_000}
 LABELS = ['random (uniform)', 'random (ERK)', 'magnitude', 'SNIP', 'GraSP', 'SynFlow']
@@ -120,8 +121,14 @@ class Sweep:
         store.write_json(out / 'plan.json', plan)
         for chunk in chunks[: len(chunks) - unfinished]:
             mine = pl.col('run_id').is_in(chunk['runs'])
-            frames = self.results.filter(mine), self.layers.filter(mine)
-            store.write_chunk(out, chunk['id'], *frames)
+            made = store.Chunk(
+                self.results.filter(mine),
+                self.layers.filter(mine),
+                pl.DataFrame(schema=store.CURVES),
+                pl.DataFrame(schema=store.FLOW),
+                dict.fromkeys((*PHASES, 'run_steps'), 1.0),
+            )
+            store.write_chunk(out, chunk['id'], made)
         sessions = [{'started': 'monday', 'runs': 3}, {'started': 'tuesday', 'runs': 4}]
         provenance = {
             'versions': {'jax': '0.10.2'},

@@ -61,7 +61,8 @@ def trained(strategy, steps_per_call=0):
         members[0].method, rows, range(4), counts, np.zeros(4, np.int32), engine.init(rows)
     )
     told = []
-    states, losses = engine.epoch(0, rows, states, told.append)
+    states, losses, seen = engine.epoch(0, rows, states, told.append)
+    assert seen == [] and losses.shape == (4, program.steps)
     assert sum(told) == 4 * program.steps
     kept = engine.counts(states)[0]
     evaluated = engine.evaluate(states)
@@ -90,8 +91,12 @@ def test_all_strategies_train_the_same(strategy, steps):
 
 
 def test_calls_of_an_epoch():
-    """Expectation: by hand; two lengths at most, so two traces."""
-    assert pieces(10, 4) == [(0, 4), (4, 4), (8, 2)] and pieces(3, 3) == [(0, 3)]
+    """Expectation: by hand. Every length is compiled: an even one, if there is one nearby."""
+    assert pieces(10, 4) == [(0, 2), (2, 2), (4, 2), (6, 2), (8, 2)]
+    assert pieces(11, 4) == [(0, 4), (4, 4), (8, 3)] and pieces(3, 3) == [(0, 3)]
+    assert pieces(7, 4, every=3) == [(0, 3), (3, 3), (6, 1)]
+    assert pieces(12, 4, every=6) == [(0, 3), (3, 3), (6, 3), (9, 3)]
+    assert pieces(5, 9, every=8) == [(0, 5)]
 
 
 def test_which_strategies_there_are():
@@ -108,7 +113,7 @@ def test_a_forced_strategy_is_taken():
     """Expectation: what [engine] says, and the usual way for what it does not say."""
     engine = {'batching': 'vmap', 'stepping': 'scan', 'convolution': 'taps', 'devices': 1}
     planned = make_plan(make_spec({**TABLE, 'engine': engine}))['programs'][0]['strategy']
-    assert planned == engine
+    assert planned == {**engine, 'batch_devices': 1}
     planned = make_plan(make_spec({**TABLE, 'engine': {'convolution': 'taps'}}))
     assert planned['programs'][0]['strategy'] == {
         **usual(True, 'cpu', jax.local_device_count())._asdict(),

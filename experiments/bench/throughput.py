@@ -141,7 +141,7 @@ def sweep(start: dict):
 
     def epoch(number: int) -> float:
         nonlocal states
-        states, losses = engine.epoch(number, rows, states)
+        states, losses, _ = engine.epoch(number, rows, states)
         return float(losses.mean())
 
     return epoch
@@ -166,7 +166,7 @@ def one_by_one(start: dict):
         for i, (key, hyper) in enumerate(rows):
             clock = jax.numpy.int32(number * program.steps)
             states[i], loss = segment(clock, data, key, hyper, order(key, number), states[i])
-            losses.append(loss)
+            losses.append(loss.mean())
         return float(jax.numpy.stack(losses).mean())
 
     return epoch

@@ -1,6 +1,6 @@
 """Sweeps: specification -> plan -> run -> store."""
 
-from jaxprune.sweep.devices import use_all_cores
+from jaxprune.sweep.devices import keep_compiled, use_all_cores
 from jaxprune.sweep.load import load_spec, make_spec, to_toml
 from jaxprune.sweep.plan import make_plan
 from jaxprune.sweep.run import default_out, run_sweep
@@ -10,6 +10,7 @@ from jaxprune.sweep.status import status
 __all__ = [
     'SweepSpec',
     'default_out',
+    'keep_compiled',
     'load_spec',
     'make_plan',
     'make_spec',

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from jaxprune import data, method, nn, optim
+from jaxprune import data, flow, method, nn, optim
 from jaxprune.data.augment import AUGMENTATIONS
 from jaxprune.errors import JaxpruneError, SpecError, nearest
 from jaxprune.sweep.parse import fits_device, limits, section
@@ -53,6 +53,10 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
     if min(facts.shape[:2]) < nn.model(model.name).min_side:
         small = f'{facts.shape} of {spec.data.name}'
         fail('model.name', f"'{model.name}' needs larger images than {small}")
+    for i, name in enumerate(spec.record.flow):
+        known(f'record.flow[{i}]', name, flow.QUANTITIES)
+    if (spec.record.flow or spec.record.evaluate) and not spec.record.every:
+        fail('record.every', 'expected after how many steps to record')
     train = _train(spec.train, 'train', fail)
     methods = tuple(_method(m, f'grid.method[{i}]', fail) for i, m in enumerate(spec.grid.method))
     for key in ('method', 'compression', 'seed'):

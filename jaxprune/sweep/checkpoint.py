@@ -26,6 +26,8 @@ class Saved(NamedTuple):
       errors: what was wrong with each run's scores, None if nothing.
       losses: per epoch since the last evaluation, each run's mean training loss.
       records: the result rows so far.
+      curves: the curves rows so far.
+      flow: the flow rows so far.
     """
 
     epoch: int
@@ -33,6 +35,8 @@ class Saved(NamedTuple):
     errors: list[str | None]
     losses: list[np.ndarray]
     records: list[dict[str, Any]]
+    curves: list[list]
+    flow: list[list]
 
 
 class Checkpoint(NamedTuple):
@@ -86,6 +90,8 @@ def checkpoint(directory: Path, minutes: float) -> Checkpoint:
             errors=numbers['errors'],
             losses=[np.array(loss, np.float32) for loss in numbers['losses']],
             records=numbers['records'],
+            curves=numbers['curves'],
+            flow=numbers['flow'],
         )
 
     def due() -> bool:
@@ -98,6 +104,8 @@ def checkpoint(directory: Path, minutes: float) -> Checkpoint:
             'errors': saved.errors,
             'losses': [np.asarray(loss).tolist() for loss in saved.losses],
             'records': saved.records,
+            'curves': saved.curves,
+            'flow': saved.flow,
         }
         with _manager(directory) as manager:
             manager.save(saved.epoch, args=_args('Save', jax.tree.leaves(saved.states), numbers))

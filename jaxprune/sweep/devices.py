@@ -1,6 +1,7 @@
-"""The machine: how many devices, how much memory."""
+"""The machine: how many devices, how much memory, where things are kept between sweeps."""
 
 import os
+from pathlib import Path
 
 import jax
 
@@ -23,9 +24,27 @@ def use_all_cores() -> None:
         jax.config.update('jax_num_cpu_devices', cores())
 
 
+def cache_directory() -> Path:
+    """What is kept between sweeps: `$JAXPRUNE_CACHE_DIR`, or the user's cache directory."""
+    given = os.environ.get('JAXPRUNE_CACHE_DIR')
+    if given is not None:
+        return Path(given)
+    return Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'jaxprune'
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs on disk, so that the next sweep of the kind need not compile.
+
+    What the environment or the user has set up already is left alone.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update('jax_compilation_cache_dir', str(cache_directory() / 'compiled'))
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
 def memory_limit() -> int:
-    """Bytes that one device may use; on CPU all devices share the machine's memory."""
+    """Bytes that one device may use; on CPU, its share of the machine's memory."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if 'bytes_limit' in stats:
         return stats['bytes_limit']
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // jax.local_device_count()

@@ -1,11 +1,13 @@
 """Many runs of one program on the machine at hand: the only place that knows jit and meshes.
 
-Runs are rows of stacked states, sharded over the devices by one `shard_map`. A slot is what one
-call of the compiled program trains: all rows of a chunk, or a row per device where runs are
-unrolled. How a slot's rows and steps are looped over is the strategy's choice, and changes no
-number but by rounding.
+Runs are rows of stacked states, sharded over the mesh axis 'run' by one `shard_map`. A second axis,
+'batch', shares the examples of each run's batches where a run needs more than one device. A slot is
+what one call of the compiled program trains: all rows of a chunk, or a row per place on the run
+axis where runs are unrolled. How a slot's rows and steps are looped over is the strategy's choice,
+and changes no number but by rounding.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,6 +41,34 @@ class Rows(NamedTuple):
     hyper: Hyper
 
 
+class Seen(NamedTuple):
+    """What was recorded along training.
+
+    Attributes:
+      step: steps taken before, of all training.
+      test: test losses and accuracies, each `(runs,)`, or None where they are not asked for.
+      flow: quantity -> path -> values `(runs,)`.
+    """
+
+    step: int
+    test: tuple[np.ndarray, np.ndarray] | None
+    flow: dict[str, dict[str, np.ndarray]]
+
+
+class Trained(NamedTuple):
+    """An epoch.
+
+    Attributes:
+      states: after it.
+      losses: training losses `(runs, steps)`.
+      seen: what was recorded along it, in order.
+    """
+
+    states: Any
+    losses: np.ndarray
+    seen: list[Seen]
+
+
 class Engine(NamedTuple):
     """What the driver may ask for; how states are held is the engine's own affair.
 
@@ -50,24 +80,27 @@ class Engine(NamedTuple):
         many active weights are wanted, looked at by methods that target them; info of the last
         event, but `nonfinite` of all rounds and `nonzero` of the first; host arrays
         `(len(at), ...)`.
-      epoch: `(epoch, rows, states, told) -> (states, mean training losses (runs,))`; `told` is
+      epoch: `(epoch, rows, states, told) -> Trained`; the states handed in are used up. `told` is
         called now and then with the steps x runs done since.
       evaluate: `states -> (test losses (runs,), test accuracies (runs,))`.
       counts: `states -> (kept, active)`, each path -> weights (runs,): those the mask keeps, and
         those of them on a path from input to output.
       pack: `states -> ` host arrays with a leading run axis, for a checkpoint.
       unpack: the way back.
+      bytes_needed: `rows -> ` what a training call takes of one device, data included, as the
+        compiler laid it out; 0 where it does not tell.
       traces: how often each compiled function was traced, by name.
     """
 
     multiple: int
     init: Callable[[Rows], Any]
     prune: Callable[..., tuple[Any, PruneInfo]]
-    epoch: Callable[..., tuple[Any, np.ndarray]]
+    epoch: Callable[..., Trained]
     evaluate: Callable[[Any], tuple[np.ndarray, np.ndarray]]
     counts: Callable[[Any], tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]
     pack: Callable[[Any], PyTree]
     unpack: Callable[[PyTree], Any]
+    bytes_needed: Callable[[Rows], int]
     traces: Callable[[], dict[str, int]]
 
 
@@ -77,7 +110,7 @@ def over_runs(fn: Callable, axes: Sequence[int | None], batching: str, mesh: Mes
     Args:
       fn: for one run.
       axes: per argument 0 (has a run axis) or None (shared by all runs).
-      batching: see `Strategy`; with 'unroll' the run axis is as long as the mesh.
+      batching: see `Strategy`; with 'unroll' the run axis is as long as the mesh's.
     """
 
     def rows_apart(args):
@@ -99,7 +132,16 @@ def over_runs(fn: Callable, axes: Sequence[int | None], batching: str, mesh: Mes
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], out)
 
     specs = tuple(P() if axis is None else P('run') for axis in axes)
-    return jax.shard_map(stacked, mesh=mesh, in_specs=specs, out_specs=P('run'), check_vma=False)
+    # Along 'batch' the compiler divides the work; along 'run' there is nothing to divide.
+    manual = set(mesh.axis_names) if mesh.shape['batch'] == 1 else {'run'}
+    return jax.shard_map(
+        stacked,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=P('run'),
+        axis_names=manual,
+        check_vma=False,
+    )
 
 
 def eval_indices(examples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -119,29 +161,46 @@ def steps_of(program: Program, length: int, stepping: str) -> Callable:
     """So many steps of one run, from step `start` of its epoch on.
 
     Returns:
-      `(clock, start, data, key, hyper, order, state) -> (state, mean loss)`; `clock` is the number
-      of steps before the epoch, `order` the indices of the whole epoch.
+      `(clock, start, data, key, hyper, order, state) -> (state, losses (steps,))`; `clock` is the
+      number of steps before the epoch, `order` the indices of the whole epoch.
     """
     segment = segment_of(program)
 
     def some(clock, start, data, key, hyper, order, state):
         if stepping == 'host':
             indices = jax.lax.dynamic_index_in_dim(order, start, keepdims=False)
-            return program.step(clock + start, data, key, hyper, indices, state)
+            state, loss = program.step(clock + start, data, key, hyper, indices, state)
+            return state, loss[None]
         part = jax.lax.dynamic_slice_in_dim(order, start, length)
         return segment(clock + start, data, key, hyper, part, state)
 
     return some
 
 
-def pieces(steps: int, length: int) -> list[tuple[int, int]]:
-    """`(start, length)` of the calls that an epoch takes; no more than two lengths."""
-    return [(start, min(length, steps - start)) for start in range(0, steps, length)]
+def pieces(steps: int, length: int, every: int = 0) -> list[tuple[int, int]]:
+    """`(start, length)` of the calls that an epoch takes.
+
+    Args:
+      steps: of the epoch.
+      length: most steps of a call. Where a slightly shorter one divides all evenly it is taken, as
+        every length is compiled.
+      every: a call ends after every so many steps; 0 for no matter.
+    """
+    borders = [*range(0, steps, every or steps), steps]
+    whole = borders[1] - borders[0]
+    calls = range(-(-whole // length), -(-2 * whole // length))
+    length = next((whole // n for n in calls if whole % n == 0), length)
+    return [
+        (start, min(length, end - start))
+        for first, end in itertools.pairwise(borders)
+        for start in range(first, end, length)
+    ]
 
 
 def mesh_of(strategy: Strategy, devices: Sequence[jax.Device]) -> Mesh:
-    """The devices that a strategy splits runs over."""
-    return Mesh(np.array(devices[: strategy.devices]), ('run',), axis_types=(AxisType.Auto,))
+    """The devices of a strategy, `(places for runs, devices per run)`."""
+    grid = np.array(devices[: strategy.devices]).reshape(-1, strategy.batch_devices)
+    return Mesh(grid, ('run', 'batch'), axis_types=(AxisType.Auto,) * 2)
 
 
 def jitted(fn: Callable, axes: Sequence[int | None], batching: str, mesh: Mesh, **kwargs: Any):
@@ -173,9 +232,10 @@ def make_engine(
     Args:
       strategy: takes the first `strategy.devices` of the devices.
       data: the data set; placed on all of them, once.
-      steps_per_call: steps that 'scan' takes in one call; 0 for all of an epoch.
+      steps_per_call: most steps that 'scan' takes in one call; 0 for all of an epoch.
     """
     mesh = mesh_of(strategy, devices)
+    places = mesh.shape['run']
     by_run = NamedSharding(mesh, P('run'))
     data = jax.device_put(data, NamedSharding(mesh, P()))
     indices, valid = eval_indices(data.test.labels.shape[0])
@@ -183,19 +243,25 @@ def make_engine(
     # XLA's convolution is slow inside loops on the CPU, and events always use it.
     apart = program.convolves and mesh.devices.flat[0].platform == 'cpu'
     event_batching = 'unroll' if apart else strategy.batching
-    at_once = {'unroll': 1, 'map': 2, 'vmap': 16}[event_batching] * mesh.size
+    most_at_once = {'unroll': 1, 'map': 2, 'vmap': 16}[event_batching] * places
     length = 1 if hosted else min(steps_per_call or program.steps, program.steps)
+    watching = program.record.evaluate or program.flow is not None
+    every = program.record.every if watching else 0
+    calls = pieces(program.steps, length, every)
+    ends = [start + n for start, n in calls]
+    marks = [end for end in ends if every and (end % every == 0 or end == program.steps)]
 
     def program_of(fn, axes, batching=strategy.batching):
         return jitted(fn, axes, batching, mesh)
 
     init = program_of(program.init, (0, 0))
     order = program_of(program.order, (0, None))
-    steps = {n: training(strategy, program, mesh, n) for _, n in pieces(program.steps, length)}
+    steps = {n: training(strategy, program, mesh, n) for _, n in calls}
     evaluation = program_of(
         program.evaluate if hosted else _evaluate_all(program, indices, valid),
         (None, 0, None, None) if hosted else (None, 0),
     )
+    flow = program.flow and program_of(program.flow, (None, 0, 0))
     counting = program_of(
         lambda masks: (kept(masks), kept(program.connect(masks))), (0,), event_batching
     )
@@ -208,14 +274,15 @@ def make_engine(
     pruners: dict = {}
 
     def slots(runs: int) -> list[range]:
-        size = mesh.size if strategy.batching == 'unroll' else runs
+        size = places if strategy.batching == 'unroll' else runs
         return [range(first, first + size) for first in range(0, runs, size)]
 
     def cut(rows: Rows) -> list[Rows]:
         return [take(rows, np.array(slot)) for slot in slots(len(rows.keys))]
 
-    def few(at: Sequence[int]) -> list[tuple[np.ndarray, int]]:
+    def few(at: Sequence[int], runs: int) -> list[tuple[np.ndarray, int]]:
         """So many rows as an event program takes, the last repeated, and how many are real."""
+        at_once = min(most_at_once, runs)
         parts = [np.asarray(at[first : first + at_once]) for first in range(0, len(at), at_once)]
         return [(_filled(p, at_once), len(p)) for p in parts]
 
@@ -226,7 +293,7 @@ def make_engine(
         states, infos, at = list(states), [], np.asarray(at)
         for number, slot in enumerate(slots(len(rows.keys))):
             inside = np.flatnonzero((at >= slot.start) & (at < slot.stop))
-            for chosen, real in few(inside):
+            for chosen, real in few(inside, len(rows.keys)):
                 where = at[chosen]
                 new, info = pruners[name].run(
                     data,
@@ -240,32 +307,48 @@ def make_engine(
         return states, jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
 
     def epoch(number, rows, states, told=lambda steps: None):
-        clock, states, means = np.int32(number * program.steps), list(states), []
+        clock, states = np.int32(number * program.steps), list(states)
+        losses, watched = [], []
         looked, before = time.perf_counter(), 0
         for slot, (keys, hyper) in enumerate(cut(rows)):
-            batches, losses = order(keys, np.int32(number)), []
-            for start, n in pieces(program.steps, length):
+            batches = order(keys, np.int32(number))
+            losses.append([])
+            watched.append([])
+            for start, n in calls:
                 states[slot], loss = steps[n](
                     clock, np.int32(start), data, keys, hyper, batches, states[slot]
                 )
-                losses.append((loss, n))
-                if len(losses) > 1 and time.perf_counter() - looked > _LOOK:
+                losses[slot].append(loss)
+                if start + n in marks:
+                    watched[slot].append(watch(keys, states[slot]))
+                if len(losses[slot]) > 1 and time.perf_counter() - looked > _LOOK:
                     # The call before this one: the device has work while we look.
-                    jax.block_until_ready(losses[-2][0])
+                    jax.block_until_ready(losses[slot][-2])
                     told(start * len(keys) - before)
                     looked, before = time.perf_counter(), start * len(keys)
-            means.append(losses)
             told(program.steps * len(keys) - before)
             before = 0
-        return states, np.concatenate([_mean(losses) for losses in means])
+        by_slot = [np.concatenate(found, axis=1) for found in jax.device_get(losses)]
+        seen = [
+            Seen(int(clock) + step, tested(tests) if program.record.evaluate else None, flows)
+            for step, (tests, flows) in zip(marks, _by_border(watched), strict=True)
+        ]
+        return Trained(states, np.concatenate(by_slot), seen)
 
-    def evaluate(states):
+    def watch(keys, state):
+        """What is recorded of a slot, still on the device."""
+        tests = testing(state) if program.record.evaluate else None
+        return tests, flow(data, keys, state) if flow else {}
+
+    def testing(state):
+        """Sums over the test set of a slot, still on the device."""
         if hosted:
-            batches = list(zip(indices, valid, strict=True))
-            sums = [[evaluation(data, state, *at) for at in batches] for state in states]
-            found = [np.array(s, np.float32).sum(0) for s in jax.device_get(sums)]
-        else:
-            found = [np.array(s) for s in jax.device_get([evaluation(data, s) for s in states])]
+            return [evaluation(data, state, *at) for at in zip(indices, valid, strict=True)]
+        return [evaluation(data, state)]
+
+    def tested(sums):
+        """Test losses and accuracies from the sums of all slots."""
+        found = [np.array(of_slot, np.float32).sum(0) for of_slot in jax.device_get(sums)]
         loss, correct = np.concatenate(found, axis=1)
         return loss / valid.sum(), correct / valid.sum()
 
@@ -275,7 +358,8 @@ def make_engine(
             if event_batching == strategy.batching:
                 found.append(jax.device_get(counting(masks)))
                 continue
-            for chosen, real in few(range(len(jax.tree.leaves(masks)[0]))):
+            runs = len(jax.tree.leaves(masks)[0])
+            for chosen, real in few(range(runs), runs):
                 each = jax.device_get(counting(take(masks, chosen)))
                 found.append(jax.tree.map(lambda leaf, real=real: leaf[:real], each))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
@@ -287,6 +371,16 @@ def make_engine(
             for s in slots(runs)
         ]
 
+    def bytes_needed(rows):
+        keys, hyper = cut(rows)[0]
+        start, (_, length) = np.int32(0), calls[0]
+        state, batches = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_run),
+            (jax.eval_shape(init, keys, hyper), jax.eval_shape(order, keys, start)),
+        )
+        step = steps[length].lower(start, start, data, keys, hyper, batches, state)
+        return bytes_taken(step.compile().memory_analysis())
+
     def traces():
         named = {'init': init, 'order': order, 'evaluate': evaluation, 'counts': counting}
         named |= {f'steps {n}': fn for n, fn in steps.items()}
@@ -294,16 +388,17 @@ def make_engine(
         return {name: fn._cache_size() for name, fn in named.items()}
 
     return Engine(
-        multiple=mesh.size,
+        multiple=places,
         init=lambda rows: [init(*part) for part in cut(rows)],
         prune=prune,
         epoch=epoch,
-        evaluate=evaluate,
+        evaluate=lambda states: tested([testing(state) for state in states]),
         counts=counts,
         pack=lambda states: jax.tree.map(
             lambda *leaves: np.concatenate(leaves), *jax.device_get(states)
         ),
         unpack=unpack,
+        bytes_needed=bytes_needed,
         traces=traces,
     )
 
@@ -312,10 +407,25 @@ def _filled(rows: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows))])
 
 
-def _mean(losses: Sequence[tuple[jax.Array, int]]) -> np.ndarray:
-    """The mean loss of each run over calls of several lengths."""
-    values = np.array(jax.device_get([loss for loss, _ in losses]), np.float32)
-    return np.average(values, axis=0, weights=[n for _, n in losses]).astype(np.float32)
+def bytes_taken(memory: Any) -> int:
+    """What a compiled program takes of one device at its peak; 0 where the compiler is silent."""
+    if memory is None:
+        return 0
+    whole = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return max(whole + memory.temp_size_in_bytes - memory.alias_size_in_bytes, 0)
+
+
+def _by_border(watched: Sequence[Sequence[tuple]]) -> list[tuple]:
+    """What was seen slot by slot, as one entry per border: tests per slot, flow of all runs."""
+    return [
+        (
+            [tests for tests, _ in slots],
+            jax.tree.map(
+                lambda *leaves: np.concatenate(leaves), *jax.device_get([f for _, f in slots])
+            ),
+        )
+        for slots in zip(*watched, strict=True)
+    ]
 
 
 def _evaluate_all(program: Program, indices: np.ndarray, valid: np.ndarray) -> Callable:

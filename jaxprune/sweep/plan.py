@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jaxprune.sweep.devices import memory_limit
 from jaxprune.sweep.grid import Run, digest, event_program, runs, static_settings
 from jaxprune.sweep.load import spec_hash
 from jaxprune.sweep.parse import plain
-from jaxprune.sweep.probe import remembered
+from jaxprune.sweep.probe import Measured, possible, probe, remember, remembered
 from jaxprune.sweep.program import DeviceData, Program, hyper_of, make_program, scores_need_data
 from jaxprune.sweep.spec import FORMAT, SweepSpec
 from jaxprune.sweep.strategy import Strategy, forced, usual
@@ -25,9 +25,11 @@ from jaxprune.types import GLOBAL
 
 #: Most runs in a chunk, by batching. A chunk is what an interruption loses, so none is long;
 #: 'unroll' gains nothing from more runs at a time.
-_MOST = {'map': 32, 'vmap': 128, 'unroll': 4}
-#: The part of a device's memory that the runs of a chunk may take.
+_MOST = {'map': 32, 'vmap': 1024, 'unroll': 4}
+#: The part of a device's memory that the runs of a chunk may take, by estimate.
 _MEMORY_SHARE = 0.5
+#: Seconds that a sweep must take, by a low estimate, for the ways to train to be tried first.
+_WORTH_PROBING = 60.0
 
 
 class Group(NamedTuple):
@@ -37,12 +39,16 @@ class Group(NamedTuple):
       id: hash of what makes the program.
       settings: static training settings.
       strategy: how its runs are trained.
+      chosen: why so: 'measured', 'usual' or 'forced'.
+      measured: what was measured of the strategy on this machine, None if it never was.
       runs: its runs, sorted so that chunks hold few methods.
     """
 
     id: str
     settings: dict[str, Any]
     strategy: Strategy
+    chosen: str
+    measured: Measured | None
     runs: list[Run]
 
 
@@ -56,14 +62,21 @@ def groups(spec: SweepSpec, source: str = 'spec') -> list[Group]:
     for key, members in by_key.items():
         with _library_errors(source):
             program = make_program(spec, members[0].train)
-        devices = jax.local_device_count()
-        measured = remembered(spec, members[0])
-        best = usual(program.convolves, jax.default_backend(), devices)
-        if measured:  # here, on this machine, by `jaxprune plan --probe`
-            best = measured[0].strategy
-        strategy = forced(best, spec.engine, devices)
-        made.append(Group(key, static_settings(members[0].train), strategy, members))
+            choice = _choice(spec, program, members[0])
+        made.append(Group(key, static_settings(members[0].train), *choice, members))
     return made
+
+
+def _choice(spec: SweepSpec, program: Program, run: Run) -> tuple[Strategy, str, Measured | None]:
+    """The fastest strategy measured here that [engine] allows, or else the usual one."""
+    devices = jax.local_device_count()
+    known = remembered(spec, run)
+    allowed = [m for m in known if forced(m.strategy, spec.engine, devices) == m.strategy]
+    if allowed:
+        return allowed[0].strategy, 'measured', allowed[0]
+    best = usual(program.convolves, jax.default_backend(), devices)
+    taken = forced(best, spec.engine, devices)
+    return taken, 'usual' if taken == best else 'forced', None
 
 
 def counts_of(program: Program, run: Run) -> plan.Plan:
@@ -109,6 +122,8 @@ def make_plan(spec: SweepSpec, source: str = 'spec') -> dict[str, Any]:
         program = _abstractly(spec, group, source)
         _check_runs(spec, program, group, source)
         cost = costs(spec, program, group)
+        if group.measured and group.measured.bytes_per_run > 0:
+            cost['bytes_per_run'] = round(group.measured.bytes_per_run)
         chunk_runs = _chunk_size(spec, group, cost['bytes_per_run'])
         table['chunks'] += cut(group.id, [run.run_id for run in group.runs], chunk_runs)
         methods = {event_program(r.method): None for r in group.runs if r.method.name != 'dense'}
@@ -117,6 +132,8 @@ def make_plan(spec: SweepSpec, source: str = 'spec') -> dict[str, Any]:
                 'id': group.id,
                 'differs': {k: group.settings.get(k) for k in sorted(differing)},
                 'strategy': group.strategy._asdict(),
+                'chosen': group.chosen,
+                'seconds_per_step': group.measured and group.measured.seconds,
                 'runs': len(group.runs),
                 'chunk': chunk_runs,
                 'steps': program.steps * group.settings['epochs'],
@@ -298,30 +315,65 @@ def data_bytes(spec: SweepSpec) -> int:
 
 def _chunk_size(spec: SweepSpec, group: Group, bytes_per_run: int) -> int:
     """Runs per chunk: as many as are sensible and fit, shared out evenly."""
-    devices = group.strategy.devices
+    places = group.strategy.devices // group.strategy.batch_devices
     most = spec.engine.chunk
     if not most:
-        fits = int(_MEMORY_SHARE * memory_limit() / bytes_per_run)
-        if group.strategy.batching == 'vmap':
-            fits *= devices
+        fits = int(_MEMORY_SHARE * memory_limit() / bytes_per_run) * places
         most = max(min(_MOST[group.strategy.batching], fits), 1)
     chunks = math.ceil(len(group.runs) / most)
     even = math.ceil(len(group.runs) / chunks)
-    return min(math.ceil(even / devices) * devices, most) if most >= devices else most
+    return min(math.ceil(even / places) * places, most) if most >= places else most
 
 
 def estimate(plan_table: dict[str, Any], spec: SweepSpec) -> dict[str, float]:
     """Peak memory of a chunk in bytes and training time in seconds, both rough.
 
-    Time is the arithmetic of all steps at the speed of one short matrix product on this
-    machine; convolutions and small layers reach less of it.
+    Time is that of measured steps; where nothing was measured, the arithmetic of all steps at the
+    speed of one short matrix product on this machine. Convolutions and small layers reach less.
     """
     speed = matmul_speed()
     seconds, peak = 0.0, 0
     for program in plan_table['programs']:
-        seconds += program['runs'] * program['steps'] * program['flops_per_step'] / speed
+        step = program['seconds_per_step'] or program['flops_per_step'] / speed
+        seconds += program['runs'] * program['steps'] * step
         peak = max(peak, program['chunk'] * program['bytes_per_run'])
     return {'seconds': seconds, 'bytes': peak + data_bytes(spec), 'flops_per_second': speed}
+
+
+def measure(
+    spec: SweepSpec,
+    plan_table: Mapping[str, Any],
+    told: Callable[[Measured], None],
+    always: bool = False,
+) -> dict[str, list[Measured]]:
+    """Tries the ways to train each program where that is worth it, and remembers what was found.
+
+    Args:
+      plan_table: from `make_plan`.
+      told: called after each trial.
+      always: also for short sweeps, and for programs that were measured before.
+
+    Returns:
+      Program -> what was found, the fastest first.
+    """
+    found, speed = {}, 0.0
+    for group in groups(spec):
+        program = next(p for p in plan_table['programs'] if p['id'] == group.id)
+        run_steps = program['runs'] * program['steps']
+        if not always:
+            if group.measured or spec.engine.probe == 'never':
+                continue
+            flops = run_steps * program['flops_per_step']
+            if flops < _WORTH_PROBING * 1e9:  # any machine is faster than that
+                continue
+            speed = speed or matmul_speed()
+            if not flops / speed > _WORTH_PROBING or len(possible(spec, group.runs[0])) < 2:
+                continue
+        run = group.runs[0]
+        limit = math.inf if always else run_steps
+        found[group.id] = probe(spec, run, run_steps=limit, told=told)
+        remember(spec, run, found[group.id])
+    return found
 
 
 def matmul_speed(seconds: float = 0.3) -> float:

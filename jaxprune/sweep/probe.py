@@ -9,10 +9,11 @@ import importlib.metadata
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jaxlib
@@ -23,18 +24,21 @@ from jax.sharding import PartitionSpec as P
 from jaxprune import data
 from jaxprune.errors import first_line
 from jaxprune.rng import run_key
-from jaxprune.sweep.engine import Rows, jitted, mesh_of, training
+from jaxprune.sweep.devices import cache_directory
+from jaxprune.sweep.engine import Rows, bytes_taken, jitted, mesh_of, training
 from jaxprune.sweep.grid import Run, digest, static_settings
 from jaxprune.sweep.parse import plain
 from jaxprune.sweep.program import DeviceData, hyper_of, make_program
 from jaxprune.sweep.spec import SweepSpec
 from jaxprune.sweep.store import write_json
-from jaxprune.sweep.strategy import Strategy, candidates
+from jaxprune.sweep.strategy import Strategy, candidates, forced
 
 #: Runs per device in a trial: enough to see what batching them brings.
 _RUNS = 4
 #: Seconds of a trial after compiling, and fewest calls.
 _SECONDS, _CALLS = 1.0, 3
+#: The part of a sweep's time that trying may take.
+_SHARE = 0.1
 #: Steps per call of a trial of 'scan'.
 _STEPS = 4
 
@@ -62,23 +66,42 @@ def probe(
     run: Run,
     *,
     tried: Sequence[Strategy] | None = None,
+    run_steps: float = math.inf,
     told: Callable[[Measured], None] = lambda found: None,
 ) -> list[Measured]:
-    """Tries every strategy that may be fastest; the fastest first.
+    """Tries the strategies that may be fastest; the fastest first.
 
     Args:
       run: any run of the program.
-      tried: strategies to try; None for all `candidates`.
+      tried: strategies to try; None for all that [engine] leaves open.
+      run_steps: runs times steps to be trained. Once trying has taken a tenth of what they will
+        take by what is known so far, the strategies left are not tried.
       told: called after each trial.
     """
-    program = make_program(spec, run.train)
-    if tried is None:
-        tried = candidates(program.convolves, jax.default_backend(), jax.local_device_count())
-    found = []
+    tried = possible(spec, run) if tried is None else tried
+    found, began = [], time.perf_counter()
     for strategy in tried:
         found.append(_trial(spec, run, strategy))
         told(found[-1])
+        best = min(measured.seconds for measured in found)
+        if time.perf_counter() - began > _SHARE * best * run_steps:
+            break
     return sorted(found, key=lambda measured: measured.seconds)
+
+
+def possible(spec: SweepSpec, run: Run) -> list[Strategy]:
+    """The strategies worth timing that [engine] allows, the usual one first."""
+    devices = jax.local_device_count()
+    program = make_program(spec, run.train)
+    found = candidates(program.convolves, jax.default_backend(), devices)
+    return list(dict.fromkeys(forced(strategy, spec.engine, devices) for strategy in found))
+
+
+def tried(measured: Measured) -> str:
+    """One line on a trial."""
+    if measured.error:
+        return f'tried {measured.strategy}: {measured.error}'
+    return f'tried {measured.strategy}: {1e3 * measured.seconds:.3g} ms per run and step'
 
 
 def _trial(spec: SweepSpec, run: Run, strategy: Strategy) -> Measured:
@@ -89,9 +112,10 @@ def _trial(spec: SweepSpec, run: Run, strategy: Strategy) -> Measured:
 
 
 def _measure(spec: SweepSpec, run: Run, strategy: Strategy) -> Measured:
-    program = make_program(spec, run.train, strategy.convolution)
+    program = make_program(spec, run.train, strategy.convolution, strategy.batch_devices)
     mesh = mesh_of(strategy, jax.local_devices())
-    runs = strategy.devices * (1 if strategy.batching == 'unroll' else _RUNS)
+    places = mesh.shape['run']
+    runs = places * (1 if strategy.batching == 'unroll' else _RUNS)
     length = 1 if strategy.stepping == 'host' else min(_STEPS, program.steps)
     on_device = jax.device_put(_pictures(spec, run), NamedSharding(mesh, P()))
     rows = Rows(
@@ -107,35 +131,19 @@ def _measure(spec: SweepSpec, run: Run, strategy: Strategy) -> Measured:
     step = training(strategy, program, mesh, length)
     step = step.lower(clock, start, on_device, *placed, states).compile()
     compiled = time.perf_counter() - before
-    took, calls = 0.0, 0
-    while calls < _CALLS + 1 or took < _SECONDS:
+    times: list[float] = []
+    while len(times) <= _CALLS or sum(times[1:]) < _SECONDS:
         before = time.perf_counter()
         states, loss = step(clock, start, on_device, *placed, states)
         jax.block_until_ready(loss)
-        if calls:  # the first one warms up
-            took += time.perf_counter() - before
-        calls += 1
-    return Measured(
-        strategy,
-        took / (calls - 1) / length / runs,
-        compiled,
-        _bytes_per_run(step.memory_analysis(), on_device, runs / strategy.devices),
-        '',
-    )
-
-
-def _bytes_per_run(memory: Any, on_device: DeviceData, runs: float) -> float:
-    """Arguments, results and temporaries of one device, without the data, over its runs."""
-    if memory is None:
-        return math.nan
+        times.append(time.perf_counter() - before)
+        if times[0] > _SECONDS:  # so slow that warming up makes no difference
+            break
+    seconds = statistics.median(times[1:] or times) / length / runs
+    whole = bytes_taken(step.memory_analysis())
     shared = sum(leaf.nbytes for leaf in jax.tree.leaves(on_device))
-    whole = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )
-    return max(whole - shared, 0) / runs
+    per_run = max(whole - shared, 0) / (runs // places) if whole else math.nan
+    return Measured(strategy, seconds, compiled, per_run, '')
 
 
 def _pictures(spec: SweepSpec, run: Run) -> DeviceData:
@@ -152,11 +160,8 @@ def _pictures(spec: SweepSpec, run: Run) -> DeviceData:
 
 
 def cache_file() -> Path:
-    """Where measurements are kept; `JAXPRUNE_CACHE_DIR` moves it."""
-    home = os.environ.get('JAXPRUNE_CACHE_DIR')
-    if home is None:
-        home = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'jaxprune'
-    return Path(home) / 'probes.json'
+    """Where measurements are kept."""
+    return cache_directory() / 'probes.json'
 
 
 def key_of(spec: SweepSpec, run: Run) -> str:

@@ -5,14 +5,15 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
-from jaxprune import data, method, nn, optim, problem, structure, train
+from jaxprune import data, flow, method, nn, optim, problem, structure, train
 from jaxprune.data import Dataset, DeviceSplit
 from jaxprune.errors import SpecError
 from jaxprune.rng import stream
 from jaxprune.structure import Connect
 from jaxprune.sweep.grid import Run, split_options
-from jaxprune.sweep.spec import MethodSpec, SweepSpec, TrainSpec
+from jaxprune.sweep.spec import MethodSpec, RecordSpec, SweepSpec, TrainSpec
 from jaxprune.types import Batch, Counts, Hyper, Key, Problem, PruneInfo, RunState
 
 #: Examples per evaluation batch; any number gives the same sums up to rounding.
@@ -61,6 +62,8 @@ class Program(NamedTuple):
       step: `(clock, data, key, hyper, indices, state) -> (state, loss)`.
       evaluate: `(data, state, indices, valid) -> (sum of losses, number correct)` on the test set.
       prune: method -> `Events`.
+      record: what is recorded along training.
+      flow: `(data, key, state) -> quantity -> path -> scalar`, or None if none is asked for.
       convolves: has the network convolutions?
     """
 
@@ -73,16 +76,21 @@ class Program(NamedTuple):
     step: Callable
     evaluate: Callable
     prune: Callable[[MethodSpec], Events]
+    record: RecordSpec
+    flow: Callable | None
     convolves: bool
 
 
-def make_program(spec: SweepSpec, settings: TrainSpec, convolution: str = 'native') -> Program:
+def make_program(
+    spec: SweepSpec, settings: TrainSpec, convolution: str = 'native', batch_devices: int = 1
+) -> Program:
     """The functions that all runs with these static settings share.
 
     Args:
       settings: any one run's training settings; numbers in it that are traced are not used.
       convolution: how training and evaluation convolve. Scores and paths always see XLA's own, so
         that masks do not depend on it.
+      batch_devices: if more than 1, batches are split over the mesh axis 'batch' of that length.
     """
     facts = data.facts(spec.data.name)
     examples = spec.data.train_examples or facts.train_size
@@ -105,6 +113,8 @@ def make_program(spec: SweepSpec, settings: TrainSpec, convolution: str = 'nativ
     )
     fetch = data.fetcher(facts.mean, facts.std, spec.data.augment)
     plain_fetch = data.fetcher(facts.mean, facts.std, ())
+    if batch_devices > 1:
+        fetch, plain_fetch = _divided(fetch), _divided(plain_fetch)
     step = train.fetch_step(train.train_step(trained, optimizer), fetch)
     evaluate = train.evaluate_batch(trained, plain_fetch)
 
@@ -153,6 +163,17 @@ def make_program(spec: SweepSpec, settings: TrainSpec, convolution: str = 'nativ
         last = pruner.finish and train.last_event(net, optimizer, pruner)
         return Events(begin, once, last)
 
+    quantities = {name: flow.quantity(name).make(trained) for name in spec.record.flow}
+
+    def flows(data_: DeviceData, key: Key, state: RunState):
+        # The same examples at every step, and for all methods of a seed.
+        batches = None
+        if any(flow.quantity(name).needs_data for name in quantities):
+            batches = score_batches(data_, key, jax.numpy.int32(0))
+        view = problem.view_of(trained, state)
+        draw = stream(key, 'dropout')
+        return {name: measure(draw, view, batches) for name, measure in quantities.items()}
+
     return Program(
         problem=net,
         shapes=shapes,
@@ -163,8 +184,19 @@ def make_program(spec: SweepSpec, settings: TrainSpec, convolution: str = 'nativ
         step=lambda clock, data_, *rest: step(clock, data_.train, *rest),
         evaluate=lambda data_, *rest: evaluate(data_.test, *rest),
         prune=prune,
+        record=spec.record,
+        flow=flows if quantities else None,
         convolves=nn.convolves(module),
     )
+
+
+def _divided(fetch: data.FetchFn) -> data.FetchFn:
+    """Fetches batches whose examples are split over the mesh axis 'batch'."""
+
+    def divided(*args):
+        return jax.lax.with_sharding_constraint(fetch(*args), P('batch'))
+
+    return divided
 
 
 def hyper_of(run: Run) -> Hyper:
@@ -208,5 +240,6 @@ def device_data(spec: SweepSpec, dataset: Dataset) -> DeviceData:
 
 
 def scores_need_data(spec: SweepSpec) -> bool:
-    """Does a method of the sweep look at training examples before pruning?"""
-    return any('data' in method.method(m.name).needs for m in spec.grid.method)
+    """Does a method or a recorded quantity of the sweep look at class-balanced examples?"""
+    scores = any('data' in method.method(m.name).needs for m in spec.grid.method)
+    return scores or any(flow.quantity(name).needs_data for name in spec.record.flow)

@@ -17,12 +17,14 @@ class Shown(NamedTuple):
       resume: so many run-steps were taken before, in an earlier session.
       steps: so many run-steps were just taken.
       finish: so many runs are now stored.
+      note: something worth a line of its own.
     """
 
     skip: Callable[[int], None]
     resume: Callable[[int], None]
     steps: Callable[[int], None]
     finish: Callable[[int], None]
+    note: Callable[[str], None]
 
 
 #: `(plan, out) -> context manager of Shown`.
@@ -35,10 +37,10 @@ _INTERVAL = 5.0
 def ignored() -> Shown:
     """Tells nobody."""
 
-    def ignore(count: int) -> None:
-        del count
+    def ignore(what: object) -> None:
+        del what
 
-    return Shown(ignore, ignore, ignore, ignore)
+    return Shown(ignore, ignore, ignore, ignore, ignore)
 
 
 @contextlib.contextmanager
@@ -56,7 +58,7 @@ def shown_on(stream=None) -> Progress:
     def show(plan: dict[str, Any], out: Path) -> Iterator[Shown]:
         meter = _Meter(plan)
         print(f'jaxprune: {meter.runs} runs -> {out}', file=stream, flush=True)
-        with (_bar if stream.isatty() else _lines)(meter, stream) as refresh:
+        with (_bar if stream.isatty() else _lines)(meter, stream) as (refresh, note):
 
             def skip(runs: int) -> None:
                 meter.done += runs
@@ -75,7 +77,7 @@ def shown_on(stream=None) -> Progress:
                 meter.done += runs
                 refresh()
 
-            yield Shown(skip, resume, steps, finish)
+            yield Shown(skip, resume, steps, finish, note)
 
     return show
 
@@ -121,7 +123,7 @@ def clock(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _lines(meter: _Meter, stream) -> Iterator[Callable[[], None]]:
+def _lines(meter: _Meter, stream) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
     last = -_INTERVAL
 
     def refresh() -> None:
@@ -131,11 +133,11 @@ def _lines(meter: _Meter, stream) -> Iterator[Callable[[], None]]:
             last = now
             print(meter.text(), file=stream, flush=True)
 
-    yield refresh
+    yield refresh, lambda text: print(f'jaxprune: {text}', file=stream, flush=True)
 
 
 @contextlib.contextmanager
-def _bar(meter: _Meter, stream) -> Iterator[Callable[[], None]]:
+def _bar(meter: _Meter, stream) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
@@ -146,4 +148,4 @@ def _bar(meter: _Meter, stream) -> Iterator[Callable[[], None]]:
         def refresh() -> None:
             bar.update(task, completed=meter.before + meter.steps, description=meter.text())
 
-        yield refresh
+        yield refresh, lambda text: bar.console.print(f'jaxprune: {text}', markup=False)

@@ -121,6 +121,16 @@ class RecordSpec:
     """[record]"""
 
     every_epochs: int = _key('evaluate after so many epochs, and at the end', default=1, low=1)
+    every: int = _key(
+        'along training, after every so many steps of an epoch and at its end, record the mean '
+        'training loss since; 0 for never',
+        default=0,
+        low=0,
+    )
+    evaluate: bool = _key('evaluate at these steps too', default=False)
+    flow: tuple[str, ...] = _key(
+        "quantities recorded at these steps too: 'weight_norm', 'gradient_norm'", default=()
+    )
 
 
 @dataclass(frozen=True)
@@ -147,7 +157,18 @@ class EngineSpec:
         default='auto',
         choices=('auto', *CONVOLUTIONS),
     )
-    devices: int = _key('devices to split the runs over; 0 for all', default=0, low=0)
+    devices: int = _key('devices to use; 0 for all', default=0, low=0)
+    batch_devices: int = _key(
+        'devices that share the batch of each run, where one is too small for it',
+        default=1,
+        low=1,
+    )
+    probe: str = _key(
+        "time the ways to train first: 'auto' (if the sweep is long and this was not done before "
+        "on this machine), 'never'",
+        default='auto',
+        choices=('auto', 'never'),
+    )
 
 
 @dataclass(frozen=True)

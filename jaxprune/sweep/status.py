@@ -10,8 +10,8 @@ def status(out: Path) -> dict[str, Any]:
     """Counts of a sweep directory.
 
     Returns:
-      name, runs and chunks with how many are finished, the number of sessions, and whether a
-      process is at work there now.
+      name, runs and chunks with how many are finished, the number of sessions, where the time of
+      finished chunks went, and whether a process is at work there now.
 
     Raises:
       StoreError: not a sweep directory.
@@ -27,6 +27,7 @@ def status(out: Path) -> dict[str, Any]:
         'chunks_finished': len(finished),
         'sessions': len(sessions),
         'last_started': sessions[-1]['started'] if sessions else 'never',
+        'timing': store.read_timing(out),
         'running': store.is_locked(out),
         'report': (out / 'report.html').exists(),
     }

@@ -5,8 +5,11 @@
     DIR/provenance.json         versions, git state, device, seeds, one entry per session
     DIR/results/<chunk>.parquet one row per run and evaluation
     DIR/layers/<chunk>.parquet  one row per run and prunable leaf
+    DIR/curves/<chunk>.parquet  one row per run and step recorded, if [record] asks for any
+    DIR/flow/<chunk>.parquet    one row per run, step, leaf and quantity, likewise
+    DIR/timing/<chunk>.json     where its time went
 
-A chunk is finished when both its files exist; results are written last.
+A chunk is finished when its results and layers exist; results are written last.
 """
 
 import contextlib
@@ -16,10 +19,12 @@ import json
 import os
 from collections.abc import Iterator, Set
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 
 from jaxprune.errors import StoreError
+from jaxprune.sweep.timing import PHASES
 
 RESULTS = {
     'run_id': pl.String,
@@ -60,6 +65,44 @@ LAYERS = {
 }
 """Columns of a layers row: how many of a leaf's `size` weights the run keeps, and how many of these
 lie on a path from input to output."""
+
+
+CURVES = {
+    'run_id': pl.String,
+    'step': pl.Int64,
+    'train_loss': pl.Float64,
+    'test_loss': pl.Float64,
+    'test_accuracy': pl.Float64,
+}
+"""Columns of a curves row: the mean training loss since the row before; test loss and accuracy at
+this step, null where they were not asked for."""
+
+FLOW = {
+    'run_id': pl.String,
+    'step': pl.Int64,
+    'path': pl.String,
+    'quantity': pl.String,
+    'value': pl.Float64,
+}
+"""Columns of a flow row: a quantity of `jaxprune.flow` at one leaf and step."""
+
+
+class Chunk(NamedTuple):
+    """What a finished chunk leaves behind.
+
+    Attributes:
+      results: columns `RESULTS`.
+      layers: columns `LAYERS`.
+      curves: columns `CURVES`; no row if nothing was recorded along training.
+      flow: columns `FLOW`, likewise.
+      timing: seconds of `timing.PHASES`, and 'run_steps', the runs times steps they paid for.
+    """
+
+    results: pl.DataFrame
+    layers: pl.DataFrame
+    curves: pl.DataFrame
+    flow: pl.DataFrame
+    timing: dict[str, float]
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -138,10 +181,26 @@ def finished(out: Path, chunk: str) -> bool:
     return results_path(out, chunk).exists() and layers_path(out, chunk).exists()
 
 
-def write_chunk(out: Path, chunk: str, results: pl.DataFrame, layers: pl.DataFrame) -> None:
-    """Commits a finished chunk. Layers first: the results file is what says 'finished'."""
-    write_frame(layers_path(out, chunk), layers)
-    write_frame(results_path(out, chunk), results)
+def curves_path(out: Path, chunk: str) -> Path:
+    return out / 'curves' / f'{chunk}.parquet'
+
+
+def flow_path(out: Path, chunk: str) -> Path:
+    return out / 'flow' / f'{chunk}.parquet'
+
+
+def timing_path(out: Path, chunk: str) -> Path:
+    return out / 'timing' / f'{chunk}.json'
+
+
+def write_chunk(out: Path, chunk: str, made: Chunk) -> None:
+    """Commits a finished chunk. Results last: their file is what says 'finished'."""
+    for path, frame in ((curves_path, made.curves), (flow_path, made.flow)):
+        if len(frame):
+            write_frame(path(out, chunk), frame)
+    write_json(timing_path(out, chunk), made.timing)
+    write_frame(layers_path(out, chunk), made.layers)
+    write_frame(results_path(out, chunk), made.results)
 
 
 def chunk_ids(out: Path) -> list[str]:
@@ -149,9 +208,11 @@ def chunk_ids(out: Path) -> list[str]:
     return [chunk['id'] for chunk in read_plan(out)['chunks']]
 
 
-def _read(out: Path, where, schema: dict) -> pl.DataFrame:
+def _read(out: Path, where, schema: dict, *, everywhere: bool = True) -> pl.DataFrame:
     frames = [
-        _read_frame(where(out, chunk), schema) for chunk in chunk_ids(out) if finished(out, chunk)
+        _read_frame(where(out, chunk), schema)
+        for chunk in chunk_ids(out)
+        if finished(out, chunk) and (everywhere or where(out, chunk).exists())
     ]
     return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
 
@@ -176,6 +237,27 @@ def read_results(out: Path) -> pl.DataFrame:
 def read_layers(out: Path) -> pl.DataFrame:
     """Kept weights per run and leaf of all finished chunks."""
     return _read(out, layers_path, LAYERS)
+
+
+def read_curves(out: Path) -> pl.DataFrame:
+    """What was recorded along training; an empty frame if nothing was."""
+    return _read(out, curves_path, CURVES, everywhere=False)
+
+
+def read_flow(out: Path) -> pl.DataFrame:
+    """Quantities of gradient flow along training; an empty frame if none were recorded."""
+    return _read(out, flow_path, FLOW, everywhere=False)
+
+
+def read_timing(out: Path) -> dict[str, float]:
+    """Seconds by phase, and the runs times steps they paid for, of all finished chunks."""
+    keys = (*PHASES, 'run_steps')
+    total = dict.fromkeys(keys, 0.0)
+    for chunk in chunk_ids(out):
+        if finished(out, chunk) and timing_path(out, chunk).exists():
+            spent = read_json(timing_path(out, chunk), set(keys))
+            total = {key: total[key] + spent[key] for key in keys}
+    return total
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from jaxprune import nn
+from jaxprune.errors import SpecError
 
 BATCHINGS = ('vmap', 'map', 'unroll')
 STEPPINGS = ('scan', 'host')
@@ -16,17 +17,21 @@ class Strategy(NamedTuple):
         the compiled program; 'unroll' loops over them outside, a run per device at a time.
       stepping: 'scan' takes many steps per call of the compiled program, 'host' one.
       convolution: how to convolve, see `nn.conv`; events always convolve natively.
-      devices: how many devices the runs are split over.
+      devices: how many devices are used.
+      batch_devices: how many of them share the batch of each run; the runs are split over the
+        others.
     """
 
     batching: str
     stepping: str
     convolution: str
     devices: int
+    batch_devices: int = 1
 
     def __str__(self) -> str:
         devices = f'{self.devices} device' + ('s' if self.devices > 1 else '')
-        return f'{self.batching}, {self.stepping}, {self.convolution}, {devices}'
+        shared = f', {self.batch_devices} per run' if self.batch_devices > 1 else ''
+        return f'{self.batching}, {self.stepping}, {self.convolution}, {devices}{shared}'
 
 
 def usual(convolving: bool, platform: str, devices: int) -> Strategy:
@@ -59,10 +64,24 @@ def candidates(convolving: bool, platform: str, devices: int) -> list[Strategy]:
 
 
 def forced(strategy: Strategy, engine: Any, devices: int) -> Strategy:
-    """A strategy with what a specification's [engine] asks for in place."""
+    """A strategy with what a specification's [engine] asks for in place.
+
+    Args:
+      engine: an `EngineSpec`.
+      devices: how many there are.
+
+    Raises:
+      SpecError: a run is to be split over more devices than there are.
+    """
     asked = {
         name: getattr(engine, name)
         for name in ('batching', 'stepping', 'convolution')
         if getattr(engine, name) != 'auto'
     }
-    return strategy._replace(**asked, devices=min(engine.devices or strategy.devices, devices))
+    used = min(engine.devices or strategy.devices, devices)
+    if engine.batch_devices > used:
+        raise SpecError(
+            f'engine.batch_devices: a run on {engine.batch_devices} devices, where {used} are used'
+        )
+    used -= used % engine.batch_devices
+    return strategy._replace(**asked, devices=used, batch_devices=engine.batch_devices)

@@ -1,6 +1,6 @@
 """A plan as tables for a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -9,6 +9,7 @@ from rich.table import Table
 from jaxprune.sweep.probe import Measured
 from jaxprune.sweep.progress import clock
 from jaxprune.sweep.strategy import Strategy
+from jaxprune.sweep.timing import PHASES
 
 
 def plan_tables(plan: dict[str, Any], estimate: dict[str, float]) -> list[Any]:
@@ -24,9 +25,13 @@ def plan_tables(plan: dict[str, Any], estimate: dict[str, float]) -> list[Any]:
     head.add_row('memory', f'about {human_bytes(estimate["bytes"])} for the largest chunk and data')
     head.add_row(
         'training time',
-        f'roughly {clock(estimate["seconds"])} if all of it ran at the '
-        f'{estimate["flops_per_second"] / 1e9:,.0f} GFLOP/s of a matrix product here; '
-        'small layers and convolutions take longer',
+        f'roughly {clock(estimate["seconds"])}'
+        + (
+            ', as measured'
+            if all(program['seconds_per_step'] for program in plan['programs'])
+            else f' if all of it ran at the {estimate["flops_per_second"] / 1e9:,.0f} GFLOP/s of a '
+            'matrix product here; small layers and convolutions take longer'
+        ),
     )
     programs = Table(box=box.SIMPLE, title='programs')
     for column in ('program', 'differs in', 'strategy', 'runs', 'per chunk', 'steps', 'events'):
@@ -36,7 +41,7 @@ def plan_tables(plan: dict[str, Any], estimate: dict[str, float]) -> list[Any]:
         programs.add_row(
             program['id'],
             differs,
-            str(Strategy(**program['strategy'])),
+            f'{Strategy(**program["strategy"])} ({program["chosen"]})',
             str(program['runs']),
             str(program['chunk']),
             str(program['steps']),
@@ -70,6 +75,14 @@ def probe_table(found: Sequence[Measured]) -> Table:
             human_bytes(measured.bytes_per_run),
         )
     return table
+
+
+def time_line(timing: Mapping[str, float]) -> str:
+    """One line on where the time of finished chunks went."""
+    words = {'compile': 'compiling', 'prune': 'pruning', 'train': 'training'}
+    spent = [f'{words.get(name, "evaluating")} {clock(timing[name])}' for name in PHASES]
+    speed = timing['run_steps'] / timing['train'] if timing['train'] else 0
+    return f'time: {", ".join(spent)}; {speed:,.0f} runs x steps/s while training'
 
 
 def human_bytes(count: float) -> str:

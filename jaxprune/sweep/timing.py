@@ -1,0 +1,68 @@
+"""Where the time of a chunk goes. Compiling is told apart from running."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import jax.monitoring
+
+#: What a chunk's time is spent on, in the order in which it is told.
+PHASES = ('compile', 'prune', 'train', 'evaluate')
+#: JAX tells of tracing, lowering and compiling under these names.
+_COMPILING = '/jax/core/compile/'
+
+
+class Stopwatch(NamedTuple):
+    """Adds up seconds by phase.
+
+    Attributes:
+      phase: a context manager: what happens inside belongs to this phase, but for compiling.
+      seconds: phase -> seconds so far.
+    """
+
+    phase: Callable[[str], AbstractContextManager[None]]
+    seconds: Callable[[], dict[str, float]]
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[Callable[[], float]]:
+    """Listens to JAX; gives a function that tells the seconds it has spent compiling so far."""
+    spans: list[tuple[float, float]] = []
+
+    def heard(event: str, start: float, end: float, **_: object) -> None:
+        if event.startswith(_COMPILING):
+            spans.append((start, end))
+
+    jax.monitoring.register_event_time_span_listener(heard)
+    try:
+        yield lambda: covered(spans)
+    finally:
+        jax.monitoring.unregister_event_time_span_listener(heard)
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """How much of the time is covered by intervals that may lie within one another."""
+    total, reached = 0.0, float('-inf')
+    for start, end in sorted(spans):
+        total += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return total
+
+
+@contextlib.contextmanager
+def stopwatch() -> Iterator[Stopwatch]:
+    """A stopwatch at zero."""
+    seconds = dict.fromkeys(PHASES, 0.0)
+    with compiling() as compiled:
+
+        @contextlib.contextmanager
+        def phase(name: str) -> Iterator[None]:
+            began, before = time.perf_counter(), compiled()
+            yield
+            compiles = compiled() - before
+            seconds['compile'] += compiles
+            seconds[name] += max(time.perf_counter() - began - compiles, 0.0)
+
+        yield Stopwatch(phase, lambda: dict(seconds))

@@ -1,0 +1,463 @@
+"""The engine: several devices, memory, donation, batch statistics, records along training."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+import jaxprune as jp
+from jaxprune import data, flow, nn, tree
+from jaxprune.errors import JaxpruneError, SpecError
+from jaxprune.sweep import make_plan, make_spec, store
+from jaxprune.sweep.chunk import rows_of
+from jaxprune.sweep.devices import keep_compiled
+from jaxprune.sweep.engine import make_engine
+from jaxprune.sweep.grid import runs
+from jaxprune.sweep.plan import measure
+from jaxprune.sweep.probe import probe, remembered
+from jaxprune.sweep.program import device_data, make_program
+from jaxprune.sweep.progress import ignored
+from jaxprune.sweep.strategy import Strategy
+from jaxprune.sweep.timing import covered, stopwatch
+
+DENSE = {
+    'name': 'engine',
+    'model': {'name': 'mlp', 'widths': [12]},
+    'data': {'name': 'mnist_small', 'train_examples': 240, 'test_examples': 60},
+    'train': {'epochs': 2, 'batch_size': 24, 'momentum': 0.9},
+    'prune': {'samples_per_class': 1},
+    'grid': {'method': ['magnitude', 'snip'], 'compression': [1, 4], 'seed': [0]},
+}
+CONV = {**DENSE, 'model': {'name': 'small_vgg', 'widths': [3]}}
+ONE = Strategy('vmap', 'scan', 'taps', 1)
+NUMBERS = ('train_loss', 'test_loss', 'test_accuracy')
+
+
+def parts(table, strategy=ONE, steps_per_call=0):
+    """Engine and rows of all runs of a specification."""
+    spec = make_spec(table)
+    members = runs(spec)
+    program = make_program(spec, members[0].train, strategy.convolution, strategy.batch_devices)
+    on_device = device_data(spec, data.load(spec.data.name))
+    engine = make_engine(strategy, program, on_device, jax.local_devices(), steps_per_call)
+    return engine, rows_of(members, len(members), engine)[0]
+
+
+# --- devices ------------------------------------------------------------------------------------
+
+FOUR = """
+import json, sys
+import jax, jaxprune as jp
+assert jax.local_device_count() == 4
+for name, table in json.load(open(sys.argv[1])).items():
+    jp.run_sweep(table, f'{sys.argv[2]}/{name}').write_parquet(f'{sys.argv[2]}/{name}.parquet')
+"""
+
+
+def test_four_devices_train_what_one_trains(tmp_path):
+    """Expectation: the same sweep on one of four devices. Three runs, so there is padding; bit for
+    bit where runs are looped over, up to rounding where they or their batches are split.
+    """
+    cases = {
+        'one': (DENSE, {'batching': 'map', 'devices': 1}),
+        'map': (DENSE, {'batching': 'map'}),
+        'vmap': (DENSE, {'batching': 'vmap'}),
+        'shared': (DENSE, {'batching': 'map', 'batch_devices': 4}),
+        'conv_one': (CONV, {'devices': 1}),
+        'conv': (CONV, {}),
+        'conv_shared': (
+            CONV,
+            {'batching': 'vmap', 'stepping': 'scan', 'convolution': 'taps', 'batch_devices': 2},
+        ),
+    }
+    tables = {name: {**table, 'engine': engine} for name, (table, engine) in cases.items()}
+    (tmp_path / 'tables.json').write_text(json.dumps(tables))
+    environment = {
+        **os.environ,
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # compiles three times as fast
+    }
+    command = [sys.executable, '-c', FOUR, str(tmp_path / 'tables.json'), str(tmp_path)]
+    subprocess.run(command, env=environment, check=True, timeout=400)
+    found = {n: pl.read_parquet(tmp_path / f'{n}.parquet').sort('run_id', 'step') for n in cases}
+    strategies = {n: store.read_plan(tmp_path / n)['programs'][0]['strategy'] for n in cases}
+    assert strategies['map']['devices'] == 4 and strategies['shared']['batch_devices'] == 4
+    assert len(found['one']) == 6
+    for name, exactly in (('map', True), ('vmap', False), ('shared', False)):
+        assert_frame_equal(found[name], found['one'], check_exact=exactly, rel_tol=1e-4)
+    assert_frame_equal(found['conv'], found['conv_one'], check_exact=True)
+    assert_frame_equal(found['conv_shared'], found['conv_one'], rel_tol=5e-3)
+
+
+#: Small forms of every registered model that a few seconds suffice to compile.
+SMALL = {
+    'mlp': {'widths': [8]},
+    'small_vgg': {'widths': [2]},
+    'vit': {'patch': 14, 'dim': 8, 'depth': 2, 'heads': 2},
+    'transformer': {'dim': 8, 'depth': 1, 'heads': 2},
+}
+DEEP = ('vgg13', 'vgg16', 'vgg19', 'resnet32', 'resnet56', 'resnet18', 'mobilenet')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param(m, marks=pytest.mark.slow if m in DEEP else ()) for m in nn.MODELS],
+)
+def test_no_model_makes_devices_talk(name):
+    """Law: runs are independent: no collective in what two devices train, whatever the network."""
+    options = SMALL.get(name, {'width': 0.05} if 'width' in nn.model(name).options else {})
+    table = {
+        **DENSE,
+        'model': {'name': name, **options},
+        'data': {'name': 'cifar10', 'train_examples': 32},
+        'train': {'batch_size': 8},
+    }
+    if name in ('vit', 'small_vgg', 'mlp', 'lenet300100'):
+        table['data']['name'] = 'mnist_small'
+    spec = make_spec(table)
+    run = runs(spec)[0]
+    for strategy in {'vmap': 'taps', 'unroll': 'native'}.items():
+        batching, convolution = strategy
+        found = _compiled(spec, run, Strategy(batching, 'host', convolution, 2))
+        assert 'num_partitions=2' in found
+        for word in ('all-', 'collective-', 'reduce-scatter'):
+            assert word not in found, (batching, word)
+
+
+def _compiled(spec, run, strategy):
+    """The training step of two runs, as the compiler leaves it."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jaxprune.sweep.engine import mesh_of, training
+    from jaxprune.sweep.plan import _abstract_data
+    from jaxprune.sweep.program import hyper_of
+
+    program = make_program(spec, run.train, strategy.convolution)
+    mesh = mesh_of(strategy, jax.local_devices())
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+    hyper = jax.tree.map(lambda leaf: np.stack([leaf] * 2), hyper_of(run))
+    state = jax.eval_shape(jax.vmap(program.init), keys, hyper)
+    order = jax.ShapeDtypeStruct((2, 1, run.train.batch_size), np.int32)
+    by_run = NamedSharding(mesh, PartitionSpec('run'))
+    args = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_run),
+        (keys, hyper, order, state),
+    )
+    step = training(strategy, program, mesh, 1)
+    return step.lower(np.int32(0), np.int32(0), _abstract_data(spec), *args).compile().as_text()
+
+
+def test_a_run_on_more_devices_than_there_are_is_refused():
+    """Expectation: one line, before anything is written."""
+    with pytest.raises(SpecError, match='batch_devices: a run on 3 devices, where 2 are used'):
+        make_plan(make_spec({**DENSE, 'engine': {'batch_devices': 3}}))
+    planned = make_plan(make_spec({**DENSE, 'engine': {'batch_devices': 2}}))['programs'][0]
+    assert planned['strategy']['batch_devices'] == 2
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+def _exhausted():
+    """What JAX raises when it asks for more memory than there is."""
+    try:
+        jax.numpy.zeros(2**50, np.float32).block_until_ready()
+    except jax.errors.JaxRuntimeError as error:
+        return error
+    raise AssertionError('four petabytes were found')
+
+
+def _failing_above(monkeypatch, most, devices=1):
+    """Makes epochs run out of memory where more rows are trained at once on so many devices."""
+    real, error, made = make_engine, _exhausted(), []
+    assert 'RESOURCE_EXHAUSTED' in str(error)
+
+    def engine(strategy, *args, **kwargs):
+        built = real(strategy, *args, **kwargs)
+        made.append(strategy)
+
+        def epoch(number, rows, *rest):
+            if number == 1 and len(rows.keys) > most * strategy.batch_devices // devices:
+                raise error
+            return built.epoch(number, rows, *rest)
+
+        return built._replace(epoch=epoch)
+
+    monkeypatch.setattr('jaxprune.sweep.run.make_engine', engine)
+    return made
+
+
+SIX = {
+    **DENSE,
+    'grid': {'method': ['magnitude'], 'compression': [4], 'seed': [0, 1, 2, 3, 4, 5]},
+    'engine': {'batching': 'map', 'chunk': 6},
+}
+
+
+@pytest.mark.optimised
+def test_out_of_memory_halves_the_chunk_and_goes_on(tmp_path, monkeypatch):
+    """Expectation: the sweep that never ran out, value for value; the plan tells the new size, and
+    a finished sweep is not touched again. Steps are not counted twice.
+    """
+    whole = jp.run_sweep(SIX, tmp_path / 'whole')
+    _failing_above(monkeypatch, most=2)
+    notes, steps = [], []
+
+    def progress(plan, out):
+        import contextlib
+
+        shown = ignored()._replace(note=notes.append, steps=steps.append)
+        return contextlib.nullcontext(shown)
+
+    out = tmp_path / 'halved'
+    found = jp.run_sweep(SIX, out, progress=progress)
+    assert_frame_equal(found.sort('run_id', 'step'), whole.sort('run_id', 'step'), check_exact=True)
+    planned = store.read_plan(out)
+    assert planned['programs'][0]['chunk'] == 2 and len(planned['chunks']) == 3
+    assert [('with 6' in n, 'with 4' in n) for n in notes] == [(True, True), (False, True)]
+    assert sum(steps) == 6 * 2 * 10
+    assert not (out / 'checkpoints').exists()
+    again = jp.run_sweep(SIX, out)
+    assert_frame_equal(again, found, check_exact=True)
+
+
+def test_a_run_too_large_for_a_device_is_split_over_several(tmp_path, monkeypatch):
+    """Expectation: two devices per run once one run per device fails; then one clear line."""
+    made = _failing_above(monkeypatch, most=0.5)
+    table = {**SIX, 'engine': {'batching': 'map', 'chunk': 2}}
+    jp.run_sweep(table, tmp_path / 'split')
+    assert [s.batch_devices for s in made] == [1, 2]
+    made = _failing_above(monkeypatch, most=0)
+    with pytest.raises(JaxpruneError, match=r'not even 1 run at a time fit.*RESOURCE_EXHAUSTED'):
+        jp.run_sweep(table, tmp_path / 'never')
+
+
+def test_what_the_compiler_says_is_too_large_is_not_started(tmp_path, monkeypatch):
+    """Expectation: halved before a step is taken, and the training program compiled but once."""
+    engine, rows = parts(DENSE, Strategy('map', 'scan', 'native', 1))
+    with stopwatch() as watch:
+        with watch.phase('train'):
+            needed = engine.bytes_needed(rows)
+        first = watch.seconds()['compile']
+        with watch.phase('train'):
+            states = engine.init(rows)
+            engine.epoch(0, rows, states)
+    state = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.pack(engine.init(rows))))
+    images = 300 * 28 * 28
+    assert needed > state + images  # and not much more: a batch and its activations
+    assert needed < 3 * state + 2 * images
+    assert first > 0 and engine.traces()['steps 10'] == 1
+    limits = iter([0.5 * needed, *[100 * needed] * 10])
+    monkeypatch.setattr('jaxprune.sweep.run.memory_limit', lambda: next(limits))
+    jp.run_sweep(SIX, tmp_path)
+    assert store.read_plan(tmp_path)['programs'][0]['chunk'] == 4
+
+
+def test_donated_states_are_used_up():
+    """Expectation: the engine hands on what it was given, and reads none of it again."""
+    for strategy in (ONE, Strategy('unroll', 'host', 'native', 1)):
+        table = {**CONV, 'record': {'every': 4, 'evaluate': True, 'flow': ['weight_norm']}}
+        engine, rows = parts(table, strategy)
+        states = engine.init(rows)
+        given = jax.tree.leaves(states)
+        trained = engine.epoch(0, rows, states)
+        assert all(leaf.is_deleted() for leaf in given)
+        with pytest.raises(RuntimeError, match='deleted'):
+            np.asarray(given[0])
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trained.states))
+        jax.device_get(trained.states)
+
+
+# --- runs keep to themselves --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('strategy', [ONE, Strategy('unroll', 'host', 'native', 2)], ids=str)
+def test_batch_statistics_belong_to_their_run(strategy):
+    """Expectation: each run's running averages are those it has when it is trained alone, and no
+    two runs of different seeds have the same.
+    """
+    table = {**CONV, 'grid': {'method': ['magnitude'], 'compression': [4], 'seed': [0, 1]}}
+    engine, rows = parts(table, strategy)
+    together = engine.pack(engine.epoch(0, rows, engine.init(rows)).states)
+    alone, _ = parts(table, strategy._replace(devices=1))
+    for i in range(2):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], rows)
+        single = alone.pack(alone.epoch(0, one, alone.init(one)).states)
+        for (path, a), (_, b) in zip(
+            tree.paths(together.model_state), tree.paths(single.model_state), strict=True
+        ):
+            np.testing.assert_allclose(a[i], b[0], rtol=1e-3, atol=1e-5, err_msg=path)
+    means = together.model_state['batch_stats']['bn_0']['mean']
+    assert np.abs(means[0] - means[1]).max() > 1e-3
+
+
+# --- records along training ---------------------------------------------------------------------
+
+
+@pytest.mark.optimised
+def test_records_along_training(tmp_path):
+    """Expectation: rows at every third step of an epoch of ten and at its end; the last agrees
+    with the epoch's own evaluation and mean loss; norms as numpy has them; and training itself is
+    the same, bit for bit, with and without.
+    """
+    watched = {'every': 3, 'evaluate': True, 'flow': ['weight_norm', 'gradient_norm']}
+    results = jp.run_sweep({**DENSE, 'record': watched}, tmp_path / 'watched')
+    plain = jp.run_sweep(DENSE, tmp_path / 'plain')
+    assert_frame_equal(results, plain, check_exact=True)
+    curves, flows = store.read_curves(tmp_path / 'watched'), store.read_flow(tmp_path / 'watched')
+    steps = [3, 6, 9, 10, 13, 16, 19, 20]
+    assert curves['step'].unique().sort().to_list() == steps and len(curves) == 3 * 8
+    both = results.join(curves, on=['run_id', 'step'], suffix='_curve')
+    assert len(both) == len(results) == 6
+    for column in ('test_loss', 'test_accuracy'):
+        assert both[column].to_list() == both[f'{column}_curve'].to_list()
+    weights = pl.Series([3, 3, 3, 1])
+    for run in results.filter(pl.col('epoch') == 1).iter_rows(named=True):
+        losses = curves.filter((pl.col('run_id') == run['run_id']) & (pl.col('step') <= 10))
+        mean = (losses['train_loss'] * weights).sum() / 10
+        assert mean == pytest.approx(run['train_loss'], rel=1e-5)
+    assert len(flows) == 3 * 8 * 2 * 2 and set(flows['quantity']) == set(watched['flow'])
+    assert store.read_curves(tmp_path / 'plain').is_empty()
+    assert not (tmp_path / 'plain' / 'curves').exists()
+    # The norms of a run, from its state.
+    engine, rows = parts({**DENSE, 'record': watched}, Strategy('map', 'scan', 'native', 1))
+    trained = engine.epoch(0, rows, engine.init(rows))
+    state = engine.pack(trained.states)
+    for i in range(3):
+        for path, kernel in tree.paths(state.params):
+            if path.endswith('kernel'):
+                found = trained.seen[-1].flow['weight_norm'][path][i]
+                assert found == pytest.approx(np.linalg.norm(kernel[i]), rel=1e-5)
+                assert trained.seen[-1].flow['gradient_norm'][path][i] > 0
+
+
+def test_gradient_norms_are_those_of_the_loss():
+    """Expectation: jax.grad of the mean loss on the batch, pruned weights left out."""
+    problem = jp.linen(nn.MLP((5,), classes=3), (4,))
+    key = jax.random.key(0)
+    params, model_state = problem.init(key)
+    x, y = jax.random.normal(key, (1, 20, 4)), jax.numpy.arange(20)[None] % 3
+    masks = {
+        path: jax.random.bernoulli(jax.random.key(1), 0.5, leaf.shape)
+        for path, leaf in tree.pick(params).items()
+    }
+    view = jp.view(problem, params, model_state, masks)
+    found = flow.gradient_norm(problem)(key, view, jp.Batch(x, y))
+
+    def loss(p):
+        logits = problem.apply(tree.apply_masks(p, masks), {}, x[0], train=True, key=None)[0]
+        return problem.loss(logits, y[0]).mean()
+
+    expected = tree.pick(jax.grad(loss)(params))
+    for path, value in found.items():
+        # The mask's own derivative takes the pruned weights out.
+        np.testing.assert_allclose(value, np.linalg.norm(expected[path]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('record', 'said'),
+    [
+        ({'flow': ['weight_norms'], 'every': 2}, r"record\.flow\[0\].*did you mean 'weight_norm'"),
+        ({'flow': ['weight_norm']}, r'record\.every: expected after how many steps'),
+        ({'evaluate': True}, r'record\.every: expected after how many steps'),
+    ],
+)
+def test_what_cannot_be_recorded_is_told(record, said):
+    """Expectation: one line with the key and the nearest name."""
+    with pytest.raises(SpecError, match=said):
+        make_spec({**DENSE, 'record': record})
+
+
+# --- time ---------------------------------------------------------------------------------------
+
+
+def test_compiling_is_told_apart_from_running():
+    """Expectation: intervals by hand; a new program compiles within its phase, a known one not."""
+    assert covered([(0, 4), (1, 2), (6, 7), (6.5, 9)]) == 7 and covered([]) == 0
+    square = jax.jit(lambda x: (x @ x).sum() ** 2)
+    with stopwatch() as watch:
+        with watch.phase('train'):
+            square(np.ones((7, 7))).block_until_ready()
+        once = watch.seconds()
+        with watch.phase('train'):
+            square(np.ones((7, 7))).block_until_ready()
+            time.sleep(0.05)
+        twice = watch.seconds()
+    assert 0 < once['compile'] == twice['compile']
+    assert twice['train'] - once['train'] >= 0.05 and twice['prune'] == 0
+
+
+def test_a_sweep_tells_where_its_time_went(tmp_path):
+    """Expectation: all phases, the runs times steps, and the sum of all chunks."""
+    table = {**DENSE, 'engine': {'chunk': 1}}
+    began = time.perf_counter()
+    jp.run_sweep(table, tmp_path)
+    whole = time.perf_counter() - began
+    timing = store.read_timing(tmp_path)
+    assert timing.pop('run_steps') == 3 * 2 * 10
+    assert all(seconds > 0 for seconds in timing.values()) and sum(timing.values()) < whole
+
+
+def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch):
+    """Expectation: with the threshold at nothing any sweep is long: the ways are tried, told and
+    remembered, the plan takes one of them, the next plan knows it; not if [engine] says never, nor
+    if it leaves no choice.
+    """
+    monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path / 'cache'))
+    monkeypatch.setattr('jaxprune.sweep.plan._WORTH_PROBING', 0.0)
+    spec = make_spec(DENSE)
+    for engine in ({'probe': 'never'}, {'batching': 'map', 'devices': 1}):
+        quiet = make_spec({**DENSE, 'engine': engine})
+        assert measure(quiet, make_plan(quiet), lambda found: None) == {}
+    plan = make_plan(spec)
+    assert plan['programs'][0]['chosen'] == 'usual'
+    notes = []
+
+    def progress(plan, out):
+        import contextlib
+
+        return contextlib.nullcontext(ignored()._replace(note=notes.append))
+
+    jp.run_sweep(spec, tmp_path / 'out', progress=progress)
+    planned = store.read_plan(tmp_path / 'out')['programs'][0]
+    best = remembered(spec, runs(spec)[0])[0]
+    assert planned['chosen'] == 'measured' and planned['seconds_per_step'] == best.seconds > 0
+    assert planned['strategy'] == best.strategy._asdict()
+    assert sum('tried' in note for note in notes) >= 1
+    assert make_plan(spec)['programs'][0]['chosen'] == 'measured'
+    # What was measured is taken only where [engine] allows it.
+    other = make_plan(make_spec({**DENSE, 'engine': {'stepping': 'host'}}))['programs'][0]
+    assert other['chosen'] == 'forced' and other['strategy']['stepping'] == 'host'
+
+
+def test_trying_stops_when_it_costs_too_much(tmp_path, monkeypatch):
+    """Expectation: of a sweep of one step, a tenth is over after the first trial."""
+    monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path))
+    spec = make_spec(DENSE)
+    tried = [Strategy(b, 'scan', 'native', 1) for b in ('map', 'vmap')]
+    assert len(probe(spec, runs(spec)[0], tried=tried, run_steps=1)) == 1
+    assert len(probe(spec, runs(spec)[0], tried=tried)) == 2
+
+
+def test_compiled_programs_are_kept_unless_someone_said_where(tmp_path, monkeypatch):
+    """Expectation: a directory under the cache of ours, but never over a setting of the user's."""
+    monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    keep_compiled()
+    assert jax.config.jax_compilation_cache_dir == before
+    command = (
+        'import jax; from jaxprune.sweep import keep_compiled; keep_compiled(); '
+        'print(jax.config.jax_compilation_cache_dir)'
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith('JAX_')}
+    out = subprocess.run(
+        [sys.executable, '-c', command], env=environment, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() == str(tmp_path / 'compiled')
