@@ -216,3 +216,35 @@ def test_published_ways_of_residual_blocks():
         f'stage{i}_block0_skip_{what}' for i, what in itertools.product((1, 2), ('conv', 'bn'))
     }
     assert not shapes['pad'] - shapes['projection']
+
+
+DEVIATIONS = {
+    'kaiming_normal': lambda fan_in, fan_out: (2 / fan_in) ** 0.5,
+    'kaiming_normal_out': lambda fan_in, fan_out: (2 / fan_out) ** 0.5,
+    'kaiming_normal_average': lambda fan_in, fan_out: (4 / (fan_in + fan_out)) ** 0.5,
+    'xavier_normal': lambda fan_in, fan_out: (2 / (fan_in + fan_out)) ** 0.5,
+    'xavier_uniform': lambda fan_in, fan_out: (2 / (fan_in + fan_out)) ** 0.5,
+    'lecun_normal': lambda fan_in, fan_out: (1 / fan_in) ** 0.5,
+    # uniform within 1 / sqrt(fan in)
+    'pytorch': lambda fan_in, fan_out: (1 / (3 * fan_in)) ** 0.5,
+    # columns of length 1 where there are no more of them than rows
+    'orthogonal': lambda fan_in, fan_out: (1 / fan_in) ** 0.5,
+}
+
+
+@pytest.mark.parametrize('name', nn.INITIALISATIONS)
+def test_kernels_are_drawn_as_asked(name):
+    """Expectation: the standard deviations of the papers, within five standard errors."""
+    for module, shape, path, fans in (
+        (nn.build('mlp', 10, widths=[120], init=name), (10, 10, 3), 'dense_0/kernel', (300, 120)),
+        (nn.build('small_vgg', 10, widths=[40], init=name), (8, 8, 3), 'conv_1/kernel', (360, 360)),
+    ):
+        params = module.init(jax.random.key(0), jnp.zeros((1, *shape)))['params']
+        kernel = np.asarray(tree.pick(params)[path])
+        wanted = DEVIATIONS[name](*fans)
+        assert abs(kernel.std() / wanted - 1) < 5 / (2 * kernel.size) ** 0.5
+        if name == 'orthogonal':
+            flat = kernel.reshape(-1, kernel.shape[-1])
+            np.testing.assert_allclose(flat.T @ flat, np.eye(flat.shape[1]), atol=1e-5)
+    with pytest.raises(JaxpruneError, match="did you mean 'kaiming_normal'"):
+        nn.build('mlp', 10, init='kaiming_norm')

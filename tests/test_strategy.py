@@ -92,7 +92,8 @@ def test_all_strategies_train_the_same(strategy, steps):
 
 def test_calls_of_an_epoch():
     """Expectation: by hand. Every length is compiled: an even one, if there is one nearby."""
-    assert pieces(10, 4) == [(0, 2), (2, 2), (4, 2), (6, 2), (8, 2)]
+    assert pieces(12, 5) == [(0, 4), (4, 4), (8, 4)]
+    assert pieces(10, 4) == [(0, 4), (4, 4), (8, 2)]
     assert pieces(11, 4) == [(0, 4), (4, 4), (8, 3)] and pieces(3, 3) == [(0, 3)]
     assert pieces(7, 4, every=3) == [(0, 3), (3, 3), (6, 1)]
     assert pieces(12, 4, every=6) == [(0, 3), (3, 3), (6, 3), (9, 3)]

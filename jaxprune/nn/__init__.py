@@ -2,6 +2,7 @@
 
 from jaxprune.nn.conv import CONVOLUTIONS, convolution
 from jaxprune.nn.dense import MLP
+from jaxprune.nn.initial import INITIALISATIONS, initialisation
 from jaxprune.nn.lenet import LeNet5
 from jaxprune.nn.mobilenet import MobileNet
 from jaxprune.nn.registry import MODELS, Model, build, convolves, convolving, model
@@ -11,6 +12,7 @@ from jaxprune.nn.vgg import VGG, SmallVGG
 
 __all__ = [
     'CONVOLUTIONS',
+    'INITIALISATIONS',
     'MLP',
     'MODELS',
     'VGG',
@@ -25,5 +27,6 @@ __all__ = [
     'convolution',
     'convolves',
     'convolving',
+    'initialisation',
     'model',
 ]

@@ -5,9 +5,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.nn.initializers import Initializer
 
 from jaxprune.nn.conv import ConvFn
-from jaxprune.nn.dense import he_normal
+from jaxprune.nn.initial import kaiming_normal
 
 
 def convolved(
@@ -20,6 +21,7 @@ def convolved(
     stride: int = 1,
     groups: int = 1,
     dtype: Any = None,
+    kernel_init: Initializer = kaiming_normal,
 ) -> jax.Array:
     """A convolution without bias that keeps height and width but for its stride."""
     return nn.Conv(
@@ -30,7 +32,7 @@ def convolved(
         feature_group_count=groups,
         use_bias=False,
         dtype=dtype,
-        kernel_init=he_normal,
+        kernel_init=kernel_init,
         conv_general_dilated=conv,
         name=name,
     )(x)
@@ -43,9 +45,11 @@ def normed(x: jax.Array, name: str, *, train: bool, dtype: Any = None) -> jax.Ar
     )(x)
 
 
-def classified(x: jax.Array, classes: int, dtype: Any) -> jax.Array:
+def classified(
+    x: jax.Array, classes: int, dtype: Any, kernel_init: Initializer = kaiming_normal
+) -> jax.Array:
     """Logits, float32, of maps averaged over height and width."""
-    head = nn.Dense(classes, dtype=dtype, kernel_init=he_normal, name='dense_0')
+    head = nn.Dense(classes, dtype=dtype, kernel_init=kernel_init, name='dense_0')
     return head(x.mean(axis=(1, 2))).astype(jnp.float32)
 
 

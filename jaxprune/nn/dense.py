@@ -4,27 +4,30 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+from jax.nn.initializers import Initializer
 
-he_normal = nn.initializers.variance_scaling(2.0, 'fan_in', 'normal')
+from jaxprune.nn.initial import kaiming_normal
 
 
 class MLP(nn.Module):
-    """Flatten, hidden ReLU layers, a linear classifier. Kaiming-normal kernels, zero biases.
+    """Flatten, hidden ReLU layers, a linear classifier. Zero biases.
 
     Attributes:
       widths: units of the hidden layers.
       classes: number of logits.
+      kernel_init: how kernels are drawn, see `nn.initial`.
     """
 
     widths: Sequence[int]
     classes: int
+    kernel_init: Initializer = kaiming_normal
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         del train
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate((*self.widths, self.classes)):
-            x = nn.Dense(width, kernel_init=he_normal, name=f'dense_{i}')(x)
+            x = nn.Dense(width, kernel_init=self.kernel_init, name=f'dense_{i}')(x)
             if i < len(self.widths):
                 x = nn.relu(x)
         return x

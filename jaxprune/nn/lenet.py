@@ -2,22 +2,25 @@
 
 import flax.linen as nn
 import jax
+from jax.nn.initializers import Initializer
 
 from jaxprune.nn.conv import ConvFn, native
-from jaxprune.nn.dense import he_normal
+from jaxprune.nn.initial import kaiming_normal
 
 
 class LeNet5(nn.Module):
     """LeNet-5 with ReLU and average pooling: 6 and 16 maps of 5x5 valid convolutions, 120, 84.
 
-    Kaiming-normal kernels, zero biases. 28x28 or 32x32 inputs, any number of channels.
+    Zero biases. 28x28 or 32x32 inputs, any number of channels.
 
     Attributes:
       classes: number of logits.
+      kernel_init: how kernels are drawn, see `nn.initial`.
       conv: how to convolve, see `nn.conv`.
     """
 
     classes: int
+    kernel_init: Initializer = kaiming_normal
     conv: ConvFn = native
 
     @nn.compact
@@ -28,12 +31,12 @@ class LeNet5(nn.Module):
                 maps,
                 (5, 5),
                 padding='VALID',
-                kernel_init=he_normal,
+                kernel_init=self.kernel_init,
                 conv_general_dilated=self.conv,
                 name=f'conv_{i}',
             )(x)
             x = nn.avg_pool(nn.relu(x), (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate((120, 84)):
-            x = nn.relu(nn.Dense(width, kernel_init=he_normal, name=f'dense_{i}')(x))
-        return nn.Dense(self.classes, kernel_init=he_normal, name='dense_2')(x)
+            x = nn.relu(nn.Dense(width, kernel_init=self.kernel_init, name=f'dense_{i}')(x))
+        return nn.Dense(self.classes, kernel_init=self.kernel_init, name='dense_2')(x)

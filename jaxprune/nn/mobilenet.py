@@ -5,9 +5,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.nn.initializers import Initializer
 
 from jaxprune.nn.blocks import classified, convolved, normed, scaled
 from jaxprune.nn.conv import ConvFn, native
+from jaxprune.nn.initial import kaiming_normal
 
 #: (maps, stride) of the separable blocks after a stem of 32 maps and stride 1.
 BLOCKS = (
@@ -26,19 +28,21 @@ BLOCKS = (
 class MobileNet(nn.Module):
     """Depthwise 3x3 and pointwise convolutions, each with batch norm and ReLU; global average.
 
-    Kaiming-normal kernels (fan in), convolutions without bias. Strides as the gradient-flow study
+    Convolutions without bias. Strides as the gradient-flow study
     has them for CIFAR: 32x32 images end as 2x2 maps.
 
     Attributes:
       classes: number of logits.
       width: factor on the number of maps.
       dtype: of the computation; parameters and statistics stay float32.
+      kernel_init: how kernels are drawn, see `nn.initial`.
       conv: how to convolve, see `nn.conv`.
     """
 
     classes: int
     width: float = 1.0
     dtype: Any = jnp.float32
+    kernel_init: Initializer = kaiming_normal
     conv: ConvFn = native
 
     @nn.compact
@@ -53,6 +57,7 @@ class MobileNet(nn.Module):
                 stride=stride,
                 groups=groups,
                 dtype=self.dtype,
+                kernel_init=self.kernel_init,
             )
             return nn.relu(normed(x, f'{name}_bn', train=train, dtype=self.dtype))
 
@@ -61,4 +66,4 @@ class MobileNet(nn.Module):
             maps = x.shape[-1]
             x = conv_bn(x, maps, f'block{i}_depth', side=3, stride=stride, groups=maps)
             x = conv_bn(x, scaled(wide, self.width), f'block{i}_point', side=1)
-        return classified(x, self.classes, self.dtype)
+        return classified(x, self.classes, self.dtype, self.kernel_init)

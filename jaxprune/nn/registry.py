@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxprune.errors import JaxpruneError, nearest
 from jaxprune.nn.conv import ConvFn
 from jaxprune.nn.dense import MLP
+from jaxprune.nn.initial import initialisation
 from jaxprune.nn.lenet import LeNet5
 from jaxprune.nn.mobilenet import MobileNet
 from jaxprune.nn.resnet import ResNet, cifar_blocks
@@ -32,7 +33,8 @@ class Model(NamedTuple):
     min_side: int = 1
 
 
-_wide = {'width': 1.0, 'dtype': 'float32'}
+_drawn = {'init': 'kaiming_normal'}
+_wide = {'width': 1.0, 'dtype': 'float32', **_drawn}
 
 
 def _vgg(depth: int) -> Model:
@@ -52,11 +54,16 @@ def _cifar_resnet(depth: int) -> Model:
 
 
 MODELS: dict[str, Model] = {
-    'lenet300100': Model(lambda classes: MLP((300, 100), classes)),
-    'mlp': Model(lambda classes, widths: MLP(tuple(widths), classes), {'widths': [256, 256]}),
-    'lenet5': Model(LeNet5, min_side=16),
+    'lenet300100': Model(lambda classes, **options: MLP((300, 100), classes, **options), _drawn),
+    'mlp': Model(
+        lambda classes, widths, **options: MLP(tuple(widths), classes, **options),
+        {'widths': [256, 256], **_drawn},
+    ),
+    'lenet5': Model(LeNet5, _drawn, 16),
     'small_vgg': Model(
-        lambda classes, widths: SmallVGG(tuple(widths), classes), {'widths': [16, 32, 64]}, 8
+        lambda classes, widths, **options: SmallVGG(tuple(widths), classes, **options),
+        {'widths': [16, 32, 64], **_drawn},
+        8,
     ),
     **{f'vgg{depth}': _vgg(depth) for depth in (11, 13, 16, 19)},
     **{f'resnet{depth}': _cifar_resnet(depth) for depth in (20, 32, 56)},
@@ -87,6 +94,8 @@ def build(name: str, classes: int, **options: Any) -> nn.Module:
                 f"model '{name}' has no option '{option}': {nearest(option, card.options)}"
             )
     options = {**card.options, **options}
+    if 'init' in options:
+        options['kernel_init'] = initialisation(options.pop('init'))
     if 'dtype' in options:
         if options['dtype'] not in DTYPES:
             raise JaxpruneError(

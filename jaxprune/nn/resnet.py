@@ -6,10 +6,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.nn.initializers import Initializer
 
 from jaxprune.errors import JaxpruneError
 from jaxprune.nn.blocks import classified, convolved, normed, scaled
 from jaxprune.nn.conv import ConvFn, native
+from jaxprune.nn.initial import kaiming_normal
 
 SHORTCUTS = ('projection', 'pad')
 
@@ -17,8 +19,8 @@ SHORTCUTS = ('projection', 'pad')
 class ResNet(nn.Module):
     """A 3x3 stem, stages of basic blocks (two 3x3 convolutions), global average, a classifier.
 
-    The first block of every stage but the first halves the maps' sides. Kaiming-normal kernels
-    (fan in), convolutions without bias.
+    The first block of every stage but the first halves the maps' sides. Convolutions without
+    bias.
 
     Attributes:
       blocks: blocks per stage.
@@ -28,6 +30,7 @@ class ResNet(nn.Module):
       shortcut: where a block changes the shape, 'projection' (1x1 convolution and batch norm), or
         'pad' (every second pixel, new maps zero: the paper's option A).
       dtype: of the computation; parameters and statistics stay float32.
+      kernel_init: how kernels are drawn, see `nn.initial`.
       conv: how to convolve, see `nn.conv`.
     """
 
@@ -37,6 +40,7 @@ class ResNet(nn.Module):
     width: float = 1.0
     shortcut: str = 'projection'
     dtype: Any = jnp.float32
+    kernel_init: Initializer = kaiming_normal
     conv: ConvFn = native
 
     @nn.compact
@@ -46,7 +50,14 @@ class ResNet(nn.Module):
 
         def conv_bn(x, maps, name, side=3, stride=1):
             x = convolved(
-                x, maps, f'{name}_conv', self.conv, side=side, stride=stride, dtype=self.dtype
+                x,
+                maps,
+                f'{name}_conv',
+                self.conv,
+                side=side,
+                stride=stride,
+                dtype=self.dtype,
+                kernel_init=self.kernel_init,
             )
             return normed(x, f'{name}_bn', train=train, dtype=self.dtype)
 
@@ -66,7 +77,7 @@ class ResNet(nn.Module):
                         x = x[:, ::stride, ::stride]
                         x = jnp.pad(x, ((0, 0),) * 3 + ((more // 2, more - more // 2),))
                 x = nn.relu(x + y)
-        return classified(x, self.classes, self.dtype)
+        return classified(x, self.classes, self.dtype, self.kernel_init)
 
 
 def cifar_blocks(depth: int) -> tuple[int, int, int]:

@@ -6,11 +6,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.nn.initializers import Initializer
 
 from jaxprune.errors import JaxpruneError
 from jaxprune.nn.blocks import classified, convolved, normed, scaled
 from jaxprune.nn.conv import ConvFn, native
-from jaxprune.nn.dense import he_normal
+from jaxprune.nn.initial import kaiming_normal
 
 #: Maps of the 3x3 convolutions of each stage; a max pool follows every stage.
 STAGES: dict[int, tuple[tuple[int, ...], ...]] = {
@@ -25,7 +26,7 @@ ORDERS = ('conv_bn_relu', 'conv_relu_bn')
 class VGG(nn.Module):
     """3x3 convolutions without bias, each with batch norm and ReLU; max pools; a linear classifier.
 
-    Kaiming-normal kernels (fan in). Images of 32x32 or more; maps left after the last pool are
+    Images of 32x32 or more; maps left after the last pool are
     averaged.
 
     Attributes:
@@ -34,6 +35,7 @@ class VGG(nn.Module):
       width: factor on the number of maps.
       order: 'conv_bn_relu', or 'conv_relu_bn' as the gradient-flow study has it.
       dtype: of the computation; parameters and statistics stay float32.
+      kernel_init: how kernels are drawn, see `nn.initial`.
       conv: how to convolve, see `nn.conv`.
     """
 
@@ -42,6 +44,7 @@ class VGG(nn.Module):
     width: float = 1.0
     order: str = 'conv_bn_relu'
     dtype: Any = jnp.float32
+    kernel_init: Initializer = kaiming_normal
     conv: ConvFn = native
 
     @nn.compact
@@ -54,7 +57,12 @@ class VGG(nn.Module):
         for stage in STAGES[self.depth]:
             for maps in stage:
                 x = convolved(
-                    x, scaled(maps, self.width), f'conv_{layer}', self.conv, dtype=self.dtype
+                    x,
+                    scaled(maps, self.width),
+                    f'conv_{layer}',
+                    self.conv,
+                    dtype=self.dtype,
+                    kernel_init=self.kernel_init,
                 )
 
                 def norm(x, name=f'bn_{layer}'):
@@ -63,7 +71,7 @@ class VGG(nn.Module):
                 x = nn.relu(norm(x)) if self.order == 'conv_bn_relu' else norm(nn.relu(x))
                 layer += 1
             x = nn.max_pool(x, (2, 2), (2, 2))
-        return classified(x, self.classes, self.dtype)
+        return classified(x, self.classes, self.dtype, self.kernel_init)
 
 
 class SmallVGG(nn.Module):
@@ -74,6 +82,7 @@ class SmallVGG(nn.Module):
     Attributes:
       widths: maps of the stages; each stage halves height and width.
       classes: number of logits.
+      kernel_init: how kernels are drawn, see `nn.initial`.
       conv: how to convolve, see `nn.conv`.
 
     Raises:
@@ -82,6 +91,7 @@ class SmallVGG(nn.Module):
 
     widths: Sequence[int]
     classes: int
+    kernel_init: Initializer = kaiming_normal
     conv: ConvFn = native
 
     @nn.compact
@@ -94,9 +104,9 @@ class SmallVGG(nn.Module):
         layer = 0
         for width in self.widths:
             for _ in range(2):
-                x = convolved(x, width, f'conv_{layer}', self.conv)
+                x = convolved(x, width, f'conv_{layer}', self.conv, kernel_init=self.kernel_init)
                 x = nn.relu(normed(x, f'bn_{layer}', train=train))
                 layer += 1
             x = nn.max_pool(x, (2, 2), (2, 2))
         x = x.reshape(x.shape[0], -1)
-        return nn.Dense(self.classes, kernel_init=he_normal, name='dense_0')(x)
+        return nn.Dense(self.classes, kernel_init=self.kernel_init, name='dense_0')(x)

@@ -1,0 +1,31 @@
+"""How kernels are drawn, by the names that a specification gives. Biases start at zero."""
+
+from flax.linen import initializers
+from jax.nn.initializers import Initializer
+
+from jaxprune.errors import JaxpruneError, nearest
+
+#: What every network takes by default; the variance is 2 / fan in.
+kaiming_normal = initializers.variance_scaling(2.0, 'fan_in', 'normal')
+
+INITIALISATIONS: dict[str, Initializer] = {
+    'kaiming_normal': kaiming_normal,
+    # variance 2 / fan out: the residual networks of torchvision and of the FORCE authors
+    'kaiming_normal_out': initializers.variance_scaling(2.0, 'fan_out', 'normal'),
+    # variance 4 / (fan in + fan out): the effective-sparsity study
+    'kaiming_normal_average': initializers.variance_scaling(2.0, 'fan_avg', 'normal'),
+    'xavier_normal': initializers.xavier_normal(),
+    'xavier_uniform': initializers.xavier_uniform(),
+    'lecun_normal': initializers.variance_scaling(1.0, 'fan_in', 'normal'),
+    # uniform within 1 / sqrt(fan in): what PyTorch's layers start from
+    'pytorch': initializers.variance_scaling(1 / 3, 'fan_in', 'uniform'),
+    # the dynamical-isometry study
+    'orthogonal': initializers.orthogonal(),
+}
+
+
+def initialisation(name: str) -> Initializer:
+    """How to draw kernels, by name."""
+    if name not in INITIALISATIONS:
+        raise JaxpruneError(f"unknown initialisation '{name}': {nearest(name, INITIALISATIONS)}")
+    return INITIALISATIONS[name]
