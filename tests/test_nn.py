@@ -2,14 +2,17 @@
 
 import itertools
 
+import flax.linen as flax_nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from jaxprune import nn, tree
+import jaxprune as jp
+from jaxprune import nn, structure, tree
 from jaxprune.errors import JaxpruneError
+from jaxprune.nn.blocks import pooled
 from jaxprune.nn.conv import native, patches, taps
 
 CASES = [
@@ -248,3 +251,43 @@ def test_kernels_are_drawn_as_asked(name):
             np.testing.assert_allclose(flat.T @ flat, np.eye(flat.shape[1]), atol=1e-5)
     with pytest.raises(JaxpruneError, match="did you mean 'kaiming_normal'"):
         nn.build('mlp', 10, init='kaiming_norm')
+
+
+@pytest.mark.parametrize('sides', [(4, 6), (5, 7), (2, 3)])
+def test_pooling_is_max_pooling(sides):
+    """Expectation: flax's max pool and its gradient bit for bit, with many ties, and where values
+    are not numbers.
+    """
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.randint(keys[0], (3, *sides, 2), 0, 3).astype(jnp.float32)
+
+    def flax_pooled(x):
+        return flax_nn.max_pool(x, (2, 2), (2, 2))
+
+    wanted, pull = jax.vjp(flax_pooled, x)
+    found, mine = jax.vjp(pooled, x)
+    np.testing.assert_array_equal(found, wanted)
+    weights = jax.random.normal(keys[1], wanted.shape)
+    np.testing.assert_array_equal(mine(weights)[0], pull(weights)[0])
+    broken = x.at[0, 0, 0, 0].set(jnp.nan).at[1, 1, 1, 1].set(jnp.nan)
+    np.testing.assert_array_equal(pooled(broken), flax_pooled(broken))
+
+
+def test_paths_go_through_pooling(monkeypatch):
+    """Expectation: the effective masks of the same net with flax's max pool."""
+    module = nn.build('small_vgg', 10, widths=[3, 4])
+
+    def effective():
+        params = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))['params']
+        masks = {
+            path: jax.random.bernoulli(jax.random.fold_in(jax.random.key(1), i), 0.1, leaf.shape)
+            for i, (path, leaf) in enumerate(sorted(tree.pick(params).items()))
+        }
+        problem = jp.linen(module, (8, 8, 1))
+        return masks, structure.connectivity_of(problem, (8, 8, 1))(masks)
+
+    masks, found = effective()
+    monkeypatch.setattr('jaxprune.nn.vgg.pooled', lambda x: flax_nn.max_pool(x, (2, 2), (2, 2)))
+    _, wanted = effective()
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert 0 < sum(int(m.sum()) for m in found.values()) < sum(int(m.sum()) for m in masks.values())

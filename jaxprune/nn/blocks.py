@@ -45,6 +45,24 @@ def normed(x: jax.Array, name: str, *, train: bool, dtype: Any = None) -> jax.Ar
     )(x)
 
 
+def pooled(x: jax.Array) -> jax.Array:
+    """The maxima of 2x2 windows, an odd last row or column left out: `nn.max_pool`, but faster.
+
+    XLA scatters the gradient of its own pooling, which takes a quarter of a VGG's step on CPU. As
+    there, of equal values the first one, row by row, gets the gradient.
+    """
+    batch, height, width, maps = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    x = x.reshape(batch, -1, width // 2, 2, maps)
+    x = _larger(x[:, :, :, 0], x[:, :, :, 1])
+    x = x.reshape(batch, -1, 2, width // 2, maps)
+    return _larger(x[:, :, 0], x[:, :, 1])
+
+
+def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.where((a >= b) | jnp.isnan(a), a, b)
+
+
 def classified(
     x: jax.Array, classes: int, dtype: Any, kernel_init: Initializer = kaiming_normal
 ) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from jaxprune.errors import JaxpruneError
-from jaxprune.nn.blocks import classified, convolved, normed, scaled
+from jaxprune.nn.blocks import classified, convolved, normed, pooled, scaled
 from jaxprune.nn.conv import ConvFn, native
 from jaxprune.nn.initial import kaiming_normal
 
@@ -70,7 +70,7 @@ class VGG(nn.Module):
 
                 x = nn.relu(norm(x)) if self.order == 'conv_bn_relu' else norm(nn.relu(x))
                 layer += 1
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            x = pooled(x)
         return classified(x, self.classes, self.dtype, self.kernel_init)
 
 
@@ -107,6 +107,6 @@ class SmallVGG(nn.Module):
                 x = convolved(x, width, f'conv_{layer}', self.conv, kernel_init=self.kernel_init)
                 x = nn.relu(normed(x, f'bn_{layer}', train=train))
                 layer += 1
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            x = pooled(x)
         x = x.reshape(x.shape[0], -1)
         return nn.Dense(self.classes, kernel_init=self.kernel_init, name='dense_0')(x)
