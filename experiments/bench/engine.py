@@ -1,0 +1,599 @@
+"""Many runs in one program: how much faster than one after another, and how near to the peak.
+
+    pip install -e '.[bench]' && python experiments/bench/engine.py --out engine.md
+
+LeNet-300-100, VGG-11 (quarter width), ResNet-20 (quarter and full width) and a small vision
+transformer, batch 128, SGD with momentum, masks of 10 % density, on noise (times do not depend on
+what pictures show). No data are needed. N = 1, 4, 16, 64 runs (LeNet-300-100 on accelerators also
+256 and 1024), each as
+
+  sweep     the sweep's own engine with the strategy that a probe found fastest for the net
+  JAX       the same runs one after another: one compiled program of one run, called in turn
+  PyTorch   a plain loop over runs with the same initial weights, masks and batches
+  graphs    the same as a CUDA graph per run (on a GPU)
+
+all in one process, in turns. The cost of a run trained alone does not depend on how many follow it,
+so JAX and PyTorch train no more than a few of the runs. Printed per N: milliseconds per run and
+step, what the sweep is faster by, floating-point operations per second against the fastest matrix
+product of this machine, seconds to compile, memory per run as the compiler laid it out. Then, what
+recording along training costs. All ways must reach the same mean training loss in their first
+steps: a row that does not is marked WRONG, and the exit status is 1.
+
+Written anew after every row to `--out`, and drawn beside it. What fails, or has no time left, is
+left out with the reason.
+"""
+
+import argparse
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import data, tree
+from jaxprune.errors import first_line
+from jaxprune.sweep import make_spec
+from jaxprune.sweep.chunk import rows_of
+from jaxprune.sweep.devices import cores, use_all_cores
+from jaxprune.sweep.engine import Engine, Rows, make_engine, segment_of
+from jaxprune.sweep.grid import runs as all_runs
+from jaxprune.sweep.plan import _abstract_data, counts_of
+from jaxprune.sweep.probe import possible, probe
+from jaxprune.sweep.program import DeviceData, Program, hyper_of, make_program
+from jaxprune.sweep.strategy import Strategy, usual
+from jaxprune.sweep.timing import stopwatch
+
+NETS: dict[str, tuple[dict[str, Any], str]] = {
+    'LeNet-300-100': ({'name': 'lenet300100'}, 'mnist'),
+    'VGG-11 (1/4)': ({'name': 'vgg11', 'width': 0.25}, 'cifar10'),
+    'ResNet-20 (1/4)': ({'name': 'resnet20', 'width': 0.25}, 'cifar10'),
+    'ResNet-20': ({'name': 'resnet20'}, 'cifar10'),
+    'ViT-tiny': ({'name': 'vit'}, 'cifar10'),
+}
+COLUMNS = (
+    'net', 'N', 'strategy', 'sweep ms', 'JAX ms', 'PyTorch ms', 'graphs ms', 'x JAX', 'x PyTorch',
+    'x graphs', 'GFLOP/s', '% of peak', 'compile s', 'MiB per run', 'left out',
+)  # fmt: skip
+#: Runs that JAX and PyTorch train one after another.
+FEW = 4
+#: How far the mean losses of the first steps may differ, relatively: sums in another order.
+AGREE = 5e-3
+
+
+class Case(NamedTuple):
+    """A net, and what all contenders start from."""
+
+    name: str
+    spec: Any
+    program: Program
+    data: DeviceData
+    flops: float
+    strategy: Strategy
+
+
+def main() -> None:
+    settings = parse()
+    use_all_cores()
+    # Else a second call would report the time to read a file as the time to compile.
+    jax.config.update('jax_enable_compilation_cache', False)
+    end = time.monotonic() + 60 * settings.minutes
+    peak = matmul_peak()
+    head = machine_line(peak)
+    print(head, flush=True)
+    rows, notes, costs = [], [], []
+
+    def publish() -> None:
+        text = markdown(head, rows, notes, costs)
+        if settings.out:
+            Path(settings.out).write_text(text)
+            draw(rows, Path(settings.out).with_suffix('.png'))
+
+    publish()
+    for place, name in enumerate(settings.nets):
+        # What a net leaves of its share goes to those after it; recording is the last of them.
+        left = len(settings.nets) - place + (0 if settings.quick else 1)
+        stop = time.monotonic() + (end - time.monotonic()) / left
+        try:
+            case = prepare(settings, name, stop, notes)
+        except Exception as error:
+            rows.append({'net': name, 'left out': first_line(error)})
+            continue
+        publish()
+        for runs in settings.runs or sizes(name):
+            row = {'net': name, 'N': runs, **measured(settings, case, runs, peak, stop, rows)}
+            rows.append(row)
+            print({k: v for k, v in row.items() if v != ''}, flush=True)
+            publish()
+    if not settings.quick:
+        for name, runs in (('LeNet-300-100', 16), ('VGG-11 (1/4)', 4)):
+            if name in settings.nets:
+                costs += recording(settings, name, runs, end)
+                publish()
+    print('\n' + markdown(head, rows, notes, costs))
+    if any('WRONG' in str(row.get('left out', '')) for row in rows):
+        raise SystemExit('not the same training, see the table')
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('--nets', nargs='+', choices=NETS, default=list(NETS), metavar='NET',
+        help=f'some of {", ".join(NETS)} (default all)')  # fmt: skip
+    add('--runs', nargs='+', type=int, metavar='N', help='numbers of runs (default 1 4 16 64)')
+    add('--rounds', type=int, default=3, help='timed turns of each contender (default 3)')
+    add('--steps', type=int, default=0,
+        help='of a turn (default 32 for LeNet-300-100, 4 for others, or 16 on a GPU)')  # fmt: skip
+    add('--batch', type=int, default=128, help='examples per step (default 128)')
+    add('--minutes', type=float, default=8.5, help='nothing new is begun after these (default 8.5)')
+    add('--no-probe', action='store_true', help='take the usual strategy, measure none')
+    add('--out', help='a markdown file for the tables; the figure lies beside it')
+    add('--quick', action='store_true', help='seconds, to see whether all runs')
+    settings = parser.parse_args()
+    if settings.quick:
+        settings.rounds, settings.steps, settings.batch = 1, 2, 8
+        settings.runs, settings.no_probe = settings.runs or [2], True
+    if min(settings.rounds, settings.batch, *(settings.runs or [1])) < 1:
+        parser.error('--rounds, --batch and --runs must be above 0')
+    if settings.out and not Path(settings.out).parent.is_dir():
+        parser.error(f'--out: there is no folder {Path(settings.out).parent}')
+    return settings
+
+
+def sizes(name: str) -> list[int]:
+    more = [256, 1024] if name == 'LeNet-300-100' and accelerated() else []
+    return [1, 4, 16, 64, *more]
+
+
+def accelerated() -> bool:
+    return jax.default_backend() != 'cpu'
+
+
+# --- what is trained --------------------------------------------------------------------------
+
+
+def specification(settings, name: str, runs: int, **more: Any):
+    model, data_name = NETS[name]
+    steps = settings.steps or (32 if name == 'LeNet-300-100' else 16 if accelerated() else 4)
+    return make_spec(
+        {
+            'name': 'engine',
+            'model': model,
+            'data': {'name': data_name, 'train_examples': steps * settings.batch},
+            'train': {
+                'batch_size': settings.batch,
+                'momentum': 0.9,
+                'learning_rate': 0.01,
+                'schedule': 'constant',
+                'epochs': 1000,
+            },
+            'grid': {'method': ['magnitude'], 'compression': [10], 'seed': list(range(runs))},
+            **more,
+        }
+    )
+
+
+def noise(spec) -> DeviceData:
+    """Pictures of noise, as many as the specification asks for; 500 to evaluate on."""
+    facts = data.facts(spec.data.name)
+    rng = np.random.default_rng(0)
+
+    def split(examples):
+        images = rng.integers(0, 256, (examples, *facts.shape), np.uint8)
+        labels = np.arange(examples, dtype=np.int32) % facts.classes
+        return data.DeviceSplit(images, labels)
+
+    training = split(spec.data.train_examples)
+    by_class = data.class_balanced(training.labels, facts.classes)
+    return DeviceData(training, split(500), jnp.asarray(by_class))
+
+
+def prepare(settings, name: str, stop: float, notes: list[str]) -> Case:
+    """A net with its fastest strategy; every trial is noted."""
+    spec = specification(settings, name, 1)
+    run = all_runs(spec)[0]
+    program = make_program(spec, run.train)
+    key = jax.random.key(0)
+    state = jax.eval_shape(program.init, key, hyper_of(run))
+    indices = jax.ShapeDtypeStruct((settings.batch,), np.int32)
+    step = jax.jit(program.step).lower(
+        np.int32(0), _abstract_data(spec), key, hyper_of(run), indices, state
+    )
+    flops = float((step.cost_analysis() or {}).get('flops', math.nan))
+    strategy = usual(program.convolves, jax.default_backend(), jax.local_device_count())
+    if not settings.no_probe:
+        found, began = [], time.monotonic()
+        for tried in possible(spec, run):
+            if found and time.monotonic() - began > 0.25 * (stop - began):
+                notes.append(f'{name}: {tried} and those after it were not tried, no time')
+                break
+            found += probe(spec, run, tried=[tried])
+            how = found[-1].error or f'{1e3 * found[-1].seconds:.3g} ms per run and step'
+            notes.append(f'{name}: {tried}: {how}')
+        strategy = min(found, key=lambda measured: measured.seconds).strategy
+    return Case(name, spec, program, noise(spec), flops, strategy)
+
+
+# --- contenders -------------------------------------------------------------------------------
+
+
+class Start(NamedTuple):
+    """N runs before their first step; `each` are the first few of them on the host."""
+
+    engine: Engine
+    rows: Rows
+    states: Any
+    each: list[Any]
+
+
+def started(settings, case: Case, runs: int) -> tuple[Start, dict[str, Any]]:
+    """The sweep's own functions up to the first step; what compiling took, and the memory."""
+    spec = specification(settings, case.name, runs)
+    members = all_runs(spec)
+    devices = jax.local_devices()
+    strategy = case.strategy._replace(devices=math.gcd(runs, case.strategy.devices))
+    if runs == 1:
+        strategy = usual(case.program.convolves, jax.default_backend(), 1)
+    program = make_program(spec, members[0].train, strategy.convolution)
+    engine = make_engine(strategy, program, case.data, devices)
+    rows, _ = rows_of(members, runs, engine)
+    tables = [counts_of(program, run).counts for run in members]
+    counts = {path: np.stack([t[path] for t in tables]) for path in tables[0]}
+    states = engine.init(rows)
+    states, _ = engine.prune(
+        members[0].method, rows, range(runs), counts, np.zeros(runs, np.int32), states
+    )
+    host = engine.pack(states)
+    each = [jax.tree.map(lambda a, i=i: a[i], host) for i in range(min(runs, FEW))]
+    with stopwatch() as watch:
+        with watch.phase('train'):
+            needed = engine.bytes_needed(rows)
+        seconds = watch.seconds()['compile']
+    in_flight = 1 if strategy.batching == 'unroll' else runs // strategy.devices
+    shared = sum(leaf.nbytes for leaf in jax.tree.leaves(case.data))
+    facts = {
+        'strategy': str(strategy),
+        'compile s': f'{seconds:.1f}',
+        'MiB per run': f'{max(needed - shared, 0) / in_flight / 2**20:.3g}',
+    }
+    return Start(engine, rows, states, each), facts
+
+
+def sweep(start: Start) -> Callable[[int], np.ndarray]:
+    """The engine's epoch; returns the mean losses of the first few runs."""
+    states = start.states
+
+    def epoch(number: int) -> np.ndarray:
+        nonlocal states
+        states, losses, _ = start.engine.epoch(number, start.rows, states)
+        return losses[: len(start.each)].mean(axis=1)
+
+    return epoch
+
+
+def one_by_one(case: Case, start: Start) -> Callable[[int], np.ndarray]:
+    """One compiled program of one run, called for each in turn.
+
+    On the CPU a convolution inside a loop is many times slower, so there the steps are calls too.
+    """
+    program, device = case.program, jax.local_devices()[0]
+    stepped = program.convolves and not accelerated()
+    fn = jax.jit(program.step if stepped else segment_of(program), donate_argnums=5)
+    order = jax.jit(program.order)
+    data_ = jax.device_put(case.data, device)
+    states = jax.device_put(start.each, device)
+    rows = [
+        jax.device_put(jax.tree.map(lambda leaf, i=i: leaf[i], start.rows), device)
+        for i in range(len(states))
+    ]
+
+    def epoch(number: int) -> np.ndarray:
+        losses = []
+        for i, (key, hyper) in enumerate(rows):
+            clock = np.int32(number * program.steps)
+            batches = order(key, np.int32(number))
+            if stepped:
+                found = []
+                for step in range(program.steps):
+                    states[i], loss = fn(
+                        clock + np.int32(step), data_, key, hyper, batches[step], states[i]
+                    )
+                    found.append(loss)
+            else:
+                states[i], found = fn(clock, data_, key, hyper, batches, states[i])
+            losses.append(found)
+        return np.array(jax.device_get(losses), np.float32).mean(axis=1)
+
+    return epoch
+
+
+def pytorch(case: Case, start: Start, graphs: bool) -> Callable[[int], np.ndarray]:
+    """A plain loop over the runs, one after another; with `graphs`, a CUDA graph of a step."""
+    import torch
+    import torch_nets
+    from torch.nn import functional
+
+    device = torch.device('cuda' if accelerated() else 'cpu')
+    if graphs and not torch.cuda.is_available():
+        raise LookupError('no CUDA')
+    if accelerated() and not torch.cuda.is_available():
+        raise LookupError('PyTorch sees no GPU')
+    torch.set_num_threads(cores())
+    facts, program = data.facts(case.spec.data.name), case.program
+    split = jax.device_get(case.data.train)
+    images = (split.images.astype(np.float32) / 255 - np.float32(facts.mean)) / np.float32(
+        facts.std
+    )
+    images = torch.tensor(images.transpose(0, 3, 1, 2), device=device).contiguous()
+    labels = torch.tensor(np.array(split.labels), device=device).long()
+    order = jax.jit(program.order)
+    net = torch_nets.net(case.spec.model.name)
+
+    def loaded(state):
+        parameters = {
+            path: torch.tensor(torch_nets.laid_out(path, np.asarray(leaf)), device=device)
+            .contiguous()
+            .requires_grad_()
+            for path, leaf in tree.paths(state.params)
+        }
+        masks = {
+            path: torch.tensor(torch_nets.laid_out(path, np.asarray(mask)), device=device)
+            for path, mask in state.masks.items()
+        }
+        optimizer = torch.optim.SGD(parameters.values(), lr=0.01, momentum=0.9)
+
+        def step(indices):
+            optimizer.zero_grad(set_to_none=not graphs)
+            loss = functional.cross_entropy(net(parameters, images[indices]), labels[indices])
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                for path, mask in masks.items():
+                    parameters[path] *= mask
+            return loss.detach()
+
+        if not graphs:
+            return step
+        # As PyTorch's notes on CUDA graphs have it: warm up on another stream, put all back as it
+        # was, capture once, then copy the indices in and replay.
+        static = torch.zeros(case.spec.train.batch_size, dtype=torch.long, device=device)
+        before = {path: p.detach().clone() for path, p in parameters.items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(static)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = step(static)
+        with torch.no_grad():
+            for path, p in parameters.items():
+                p.copy_(before[path])
+                optimizer.state[p]['momentum_buffer'].zero_()
+
+        def replayed(indices):
+            static.copy_(indices)
+            graph.replay()
+            return loss.clone()
+
+        return replayed
+
+    steps = [loaded(state) for state in start.each]
+    keys = [start.rows.keys[i] for i in range(len(steps))]
+
+    def epoch(number: int) -> np.ndarray:
+        means = []
+        for key, step in zip(keys, steps, strict=True):
+            batches = torch.tensor(np.array(order(key, np.int32(number))), device=device).long()
+            means.append(torch.stack([step(indices) for indices in batches]).mean())
+        return np.array([float(mean) for mean in means])
+
+    return epoch
+
+
+# --- measuring --------------------------------------------------------------------------------
+
+
+def measured(settings, case: Case, runs: int, peak: float, stop: float, rows: list) -> dict:
+    """A row of the table."""
+    known = [r for r in rows if r['net'] == case.name and 'sweep ms' in r]
+    if known:
+        last = known[-1]
+        each = float(last['sweep ms']) / 1e3 * runs * case.program.steps
+        foreseen = (settings.rounds + 1) * each + float(last['compile s'])
+        if time.monotonic() + foreseen > stop:
+            return {'left out': f'would take {foreseen:.0f} s more'}
+    elif time.monotonic() > stop:
+        return {'left out': 'no time left (--minutes)'}
+    try:
+        start, row = started(settings, case, runs)
+    except Exception as error:
+        return {'left out': first_line(error)}
+    contenders, left = {'sweep': sweep(start), 'JAX': one_by_one(case, start)}, []
+    for name, graphs in (('PyTorch', False), ('graphs', True)):
+        try:
+            contenders[name] = pytorch(case, start, graphs)
+        except Exception as error:
+            if name == 'PyTorch' or accelerated():
+                left.append(f'{name}: {first_line(error)}')
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    losses = {}
+    for number in range(settings.rounds + 1):
+        for name, epoch in list(contenders.items()):
+            try:
+                began = time.perf_counter()
+                loss = epoch(number)
+                elapsed = time.perf_counter() - began
+            except Exception as error:
+                left.append(f'{name}: {first_line(error)}')
+                del contenders[name], seconds[name]
+                continue
+            if number == 0:
+                losses[name] = loss  # from equal weights; this round also compiles
+            else:
+                count = runs if name == 'sweep' else len(start.each)
+                seconds[name].append(elapsed / count / case.program.steps)
+        if number and time.monotonic() > stop:
+            break
+    for name, loss in losses.items():
+        if not np.allclose(loss, losses['JAX'], rtol=AGREE):
+            left.append(f'WRONG: {name} has losses {loss}, JAX {losses["JAX"]}')
+    row['left out'] = '; '.join(left)
+    if 'sweep' not in seconds:
+        return row
+    own = seconds['sweep']
+    rate = case.flops / statistics.median(own)
+    row |= {'GFLOP/s': f'{rate / 1e9:.4g}', '% of peak': f'{100 * rate / peak:.3g}'}
+    for name, times in seconds.items():
+        row[f'{name} ms'] = f'{1e3 * statistics.median(times):.4g}'
+        if name != 'sweep':
+            ratios = [a / b for a, b in zip(times, own, strict=True)]
+            row[f'x {name}'] = f'{statistics.median(ratios):.3g}'
+    return row
+
+
+def recording(settings, name: str, runs: int, end: float) -> list[dict[str, str]]:
+    """What records along training cost: epochs with and without, in turns."""
+    if time.monotonic() > end:
+        return [{'net': name, 'recorded': 'left out: no time left (--minutes)'}]
+    steps = 200 if name == 'LeNet-300-100' or accelerated() else 50
+    longer = argparse.Namespace(**{**vars(settings), 'steps': steps})
+    every = {'every': 50}
+    kinds = {
+        'nothing': {},
+        'training loss, every step': {'every': 1},
+        'weight norms, every 50 steps': {**every, 'flow': ['weight_norm']},
+        'gradient norms on 100 examples, every 50': {**every, 'flow': ['gradient_norm']},
+        'evaluation on 500 examples, every 50': {**every, 'evaluate': True},
+    }
+    epochs = {}
+    for kind, record in kinds.items():
+        spec = specification(longer, name, runs, record=record)
+        members = all_runs(spec)
+        program = make_program(spec, members[0].train)
+        strategy = usual(
+            program.convolves, jax.default_backend(), math.gcd(runs, jax.local_device_count())
+        )
+        engine = make_engine(strategy, program, noise(spec), jax.local_devices())
+        rows, _ = rows_of(members, runs, engine)
+        epochs[kind] = sweep(Start(engine, rows, engine.init(rows), []))
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for number in range(settings.rounds + 3):
+        for kind, epoch in epochs.items():
+            began = time.perf_counter()
+            epoch(number)
+            if number:
+                seconds[kind].append(time.perf_counter() - began)
+    found = []
+    for kind in list(kinds)[1:]:
+        more = [a / b - 1 for a, b in zip(seconds[kind], seconds['nothing'], strict=True)]
+        spread = f'{100 * min(more):+.1f} to {100 * max(more):+.1f}'
+        found.append(
+            {
+                'net': name,
+                'N': str(runs),
+                'recorded': kind,
+                'cost %': f'{100 * statistics.median(more):+.1f}',
+                'range': spread,
+            }
+        )
+        print(found[-1], flush=True)
+    return found
+
+
+def matmul_peak() -> float:
+    """Floating-point operations per second of the fastest float32 matrix product tried here."""
+    best = 0.0
+    for batch, side in ((1, 1024), (1, 2048), *(((16, 2048), (1, 8192)) if accelerated() else ())):
+        a = jnp.asarray(np.random.default_rng(0).normal(size=(batch, side, side)), jnp.float32)
+        product = jax.jit(lambda a, side=side: a @ a / side)
+        product(a).block_until_ready()
+        times = []
+        while sum(times) < 0.5:
+            began = time.perf_counter()
+            product(a).block_until_ready()
+            times.append(time.perf_counter() - began)
+        best = max(best, 2 * batch * side**3 / min(times))
+    return best
+
+
+# --- telling ----------------------------------------------------------------------------------
+
+
+def machine_line(peak: float) -> str:
+    device = jax.local_devices()[0]
+    try:
+        import torch
+
+        torch_version = torch.__version__
+    except ImportError:
+        torch_version = 'absent'
+    return (
+        f'{jax.local_device_count()} x {device.device_kind}, {cores()} cores, '
+        f'{platform.machine()}; jax {jax.__version__}, torch {torch_version}, Python '
+        f'{platform.python_version()}; matrix products reach {peak / 1e9:,.0f} GFLOP/s.'
+    )
+
+
+def markdown(head: str, rows: list[dict], notes: list[str], costs: list[dict]) -> str:
+    parts = [head, '', '### N runs', '', *table(COLUMNS, rows)]
+    if costs:
+        parts += ['', '### What recording along training costs', '']
+        parts += table(('net', 'N', 'recorded', 'cost %', 'range'), costs)
+    if notes:
+        parts += ['', '### Strategies tried', '', *(f'- {note}' for note in notes)]
+    return '\n'.join(parts) + '\n'
+
+
+def table(columns, rows: list[dict]) -> list[str]:
+    # A column that no row has anything to say in is left out.
+    shown = [c for c in columns if any(str(row.get(c, '')) for row in rows)]
+    lines = ['| ' + ' | '.join(shown) + ' |', '|' + '---|' * len(shown)]
+    return [*lines, *('| ' + ' | '.join(str(row.get(c, '')) for c in shown) + ' |' for row in rows)]
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Cost per run and step as N grows, a panel per net."""
+    from matplotlib.figure import Figure
+
+    nets = list(dict.fromkeys(r['net'] for r in rows if 'sweep ms' in r))
+    if not nets:
+        return
+    figure = Figure(figsize=(3 * len(nets), 3.2), layout='constrained')
+    axes = figure.subplots(1, len(nets), squeeze=False)[0]
+    looks = {
+        'sweep': ('#0072B2', 'o', '-'),
+        'JAX': ('#E69F00', 's', '--'),
+        'PyTorch': ('#009E73', '^', '--'),
+        'graphs': ('#CC79A7', 'v', '--'),
+    }
+    words = {'sweep': 'the sweep', 'JAX': 'JAX, one by one', 'graphs': 'PyTorch, CUDA graphs'}
+    for ax, name in zip(axes, nets, strict=True):
+        mine = [r for r in rows if r['net'] == name and 'sweep ms' in r]
+        for way, (colour, marker, line) in looks.items():
+            points = [(r['N'], float(r[f'{way} ms'])) for r in mine if f'{way} ms' in r]
+            if points:
+                label = words.get(way, way)
+                ax.plot(*zip(*points, strict=True), line, color=colour, marker=marker, label=label)
+        ax.set_xscale('log', base=2)
+        ax.set_xticks([r['N'] for r in mine], [str(r['N']) for r in mine])
+        ax.set_ylim(bottom=0)
+        ax.set_title(name, fontsize=10)
+        ax.set_xlabel('runs')
+        ax.spines[['top', 'right']].set_visible(False)
+    axes[0].set_ylabel('ms per run and step')
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == '__main__':
+    main()
