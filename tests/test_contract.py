@@ -18,8 +18,9 @@ from jaxprune.problem import view_of
 from jaxprune.rng import run_key
 from jaxprune.sweep import make_spec
 from jaxprune.sweep.chunk import run_chunk
-from jaxprune.sweep.engine import Rows, make_engine, mesh_of, over_runs, segment_of
+from jaxprune.sweep.engine import Rows, make_engine
 from jaxprune.sweep.grid import DENSE, runs
+from jaxprune.sweep.layout import mesh_of, over_runs, segment_of
 from jaxprune.sweep.plan import counts_of
 from jaxprune.sweep.program import device_data, hyper_of, make_program
 from jaxprune.sweep.strategy import Strategy

@@ -135,7 +135,7 @@ def _compiled(spec, run, strategy):
     """The training step of two runs, as the compiler leaves it."""
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from jaxprune.sweep.engine import mesh_of, training
+    from jaxprune.sweep.layout import mesh_of, training
     from jaxprune.sweep.plan import _abstract_data
     from jaxprune.sweep.program import hyper_of
 
@@ -460,4 +460,4 @@ def test_compiled_programs_are_kept_unless_someone_said_where(tmp_path, monkeypa
     out = subprocess.run(
         [sys.executable, '-c', command], env=environment, capture_output=True, text=True, check=True
     )
-    assert out.stdout.strip() == str(tmp_path / 'compiled')
+    assert out.stdout.startswith(str(tmp_path / 'compiled'))

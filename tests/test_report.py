@@ -993,3 +993,28 @@ def test_no_colour_deficiency_confuses_the_added_colours():
     lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)]).T
     apart = np.linalg.norm(lab[:, :, None] - lab[:, None], axis=-1) + 1e9 * np.eye(11)
     assert apart.min() == apart[:, :6, :6].min() > 15
+
+
+def test_curves_recorded_along_training_are_drawn():
+    """Expectation: the recorded steps by step, accuracy where there is any; without a record the
+    evaluations as before.
+    """
+    sweep = Sweep()
+    runs = sweep.results['run_id'].unique(maintain_order=True)
+    last = sweep.results['step'].max()
+    curves = pl.DataFrame(
+        [[run, step, float(step), None, None] for run in runs for step in (1, 2, last)],
+        schema=store.CURVES,
+        orient='row',
+    )
+    rows = tables.along(sweep.results, curves)
+    assert tables.time_unit(rows) == 'step' and len(rows) == 3 * len(runs)
+    ends = rows.filter(pl.col('step') == last).sort('run_id')
+    wanted = sweep.results.filter(pl.col('step') == last).sort('run_id')
+    assert ends['test_accuracy'].to_list() == wanted['test_accuracy'].to_list()
+    assert ends['train_loss'].to_list() == [float(last)] * len(runs)
+    assert rows.filter(pl.col('step') == 1)['test_accuracy'].null_count() == len(runs)
+    assert tables.learning(rows)['time'].unique().sort().to_list() == [1, 2, last]
+    assert tables.along(sweep.results, curves.clear()) is sweep.results
+    drawn = page.figures(sweep.results, sweep.layers, curves)
+    assert 'against the step' in drawn['learning_loss'][1]['caption']

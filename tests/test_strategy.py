@@ -13,8 +13,9 @@ from jaxprune.cli import main
 from jaxprune.errors import SpecError
 from jaxprune.rng import run_key
 from jaxprune.sweep import make_plan, make_spec
-from jaxprune.sweep.engine import Rows, make_engine, pieces
+from jaxprune.sweep.engine import Rows, make_engine
 from jaxprune.sweep.grid import runs
+from jaxprune.sweep.layout import pieces
 from jaxprune.sweep.plan import counts_of
 from jaxprune.sweep.probe import cache_file, probe, remember, remembered
 from jaxprune.sweep.program import device_data, hyper_of, make_program

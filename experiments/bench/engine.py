@@ -41,8 +41,9 @@ from jaxprune.errors import first_line
 from jaxprune.sweep import make_spec
 from jaxprune.sweep.chunk import rows_of
 from jaxprune.sweep.devices import cores, use_all_cores
-from jaxprune.sweep.engine import Engine, Rows, make_engine, segment_of
+from jaxprune.sweep.engine import Engine, Rows, make_engine
 from jaxprune.sweep.grid import runs as all_runs
+from jaxprune.sweep.layout import segment_of
 from jaxprune.sweep.plan import _abstract_data, counts_of
 from jaxprune.sweep.probe import possible, probe
 from jaxprune.sweep.program import DeviceData, Program, hyper_of, make_program
@@ -86,7 +87,7 @@ def main() -> None:
     peak = matmul_peak()
     head = machine_line(peak)
     print(head, flush=True)
-    rows, notes, costs = [], [], []
+    rows, notes, costs, cases = [], [], [], {}
 
     def publish() -> None:
         text = markdown(head, rows, notes, costs)
@@ -100,7 +101,7 @@ def main() -> None:
         left = len(settings.nets) - place + (0 if settings.quick else 1)
         stop = time.monotonic() + (end - time.monotonic()) / left
         try:
-            case = prepare(settings, name, stop, notes)
+            case = cases[name] = prepare(settings, name, stop, notes)
         except Exception as error:
             rows.append({'net': name, 'left out': first_line(error)})
             continue
@@ -111,9 +112,9 @@ def main() -> None:
             print({k: v for k, v in row.items() if v != ''}, flush=True)
             publish()
     if not settings.quick:
-        for name, runs in (('LeNet-300-100', 16), ('VGG-11 (1/4)', 4)):
-            if name in settings.nets:
-                costs += recording(settings, name, runs, end)
+        for name, runs, every in (('LeNet-300-100', 16, 100), ('VGG-11 (1/4)', 2, 50)):
+            if name in cases:
+                costs += recording(settings, cases[name], runs, every, end)
                 publish()
     print('\n' + markdown(head, rows, notes, costs))
     if any('WRONG' in str(row.get('left out', '')) for row in rows):
@@ -460,33 +461,31 @@ def measured(settings, case: Case, runs: int, peak: float, stop: float, rows: li
     return row
 
 
-def recording(settings, name: str, runs: int, end: float) -> list[dict[str, str]]:
+def recording(settings, case: Case, runs: int, every: int, end: float) -> list[dict[str, str]]:
     """What records along training cost: epochs with and without, in turns."""
+    name = case.name
     if time.monotonic() > end:
         return [{'net': name, 'recorded': 'left out: no time left (--minutes)'}]
-    steps = 200 if name == 'LeNet-300-100' or accelerated() else 50
-    longer = argparse.Namespace(**{**vars(settings), 'steps': steps})
-    every = {'every': 50}
+    longer = argparse.Namespace(**{**vars(settings), 'steps': 4 * every if runs > 2 else every})
+    stride = {'every': every}
     kinds = {
         'nothing': {},
         'training loss, every step': {'every': 1},
-        'weight norms, every 50 steps': {**every, 'flow': ['weight_norm']},
-        'gradient norms on 100 examples, every 50': {**every, 'flow': ['gradient_norm']},
-        'evaluation on 500 examples, every 50': {**every, 'evaluate': True},
+        f'weight norms, every {every} steps': {**stride, 'flow': ['weight_norm']},
+        f'gradient norms on 100 examples, every {every}': {**stride, 'flow': ['gradient_norm']},
+        f'evaluation on 500 examples, every {every}': {**stride, 'evaluate': True},
     }
+    strategy = case.strategy._replace(devices=math.gcd(runs, case.strategy.devices))
     epochs = {}
     for kind, record in kinds.items():
         spec = specification(longer, name, runs, record=record)
         members = all_runs(spec)
-        program = make_program(spec, members[0].train)
-        strategy = usual(
-            program.convolves, jax.default_backend(), math.gcd(runs, jax.local_device_count())
-        )
+        program = make_program(spec, members[0].train, strategy.convolution)
         engine = make_engine(strategy, program, noise(spec), jax.local_devices())
         rows, _ = rows_of(members, runs, engine)
         epochs[kind] = sweep(Start(engine, rows, engine.init(rows), []))
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for number in range(settings.rounds + 3):
+    for number in range(settings.rounds + 2):
         for kind, epoch in epochs.items():
             began = time.perf_counter()
             epoch(number)

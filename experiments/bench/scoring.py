@@ -30,16 +30,14 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
-from jaxprune import structure
+from jaxprune import nn, structure
 from jaxprune.errors import first_line
 from jaxprune.method import METHODS, method
-from jaxprune.nn import MLP
 from jaxprune.score.loss import mean_loss
 from jaxprune.select import flatten, top_k_mask
 from jaxprune.sweep.devices import cores, memory_limit
@@ -163,52 +161,10 @@ def jobs_of(settings, tables: dict[str, 'Table'], publish: Callable[[], None]) -
 
 # --- nets -------------------------------------------------------------------------------------
 
-# Written out here because jaxprune.nn has no models of this size yet.
-
-
-class VGG16(nn.Module):
-    """VGG-16 for CIFAR: 13 convolutions with batch norm, five poolings, one linear classifier."""
-
-    width: float = 1.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        for maps, layers in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-            for _ in range(layers):
-                x = nn.relu(conv(x, maps * self.width, train))
-            x = nn.max_pool(x, (2, 2), (2, 2))
-        return nn.Dense(10)(x.reshape(x.shape[0], -1))
-
-
-class ResNet18(nn.Module):
-    """ResNet-18 for CIFAR: a 3x3 stem without pooling, four stages of two blocks."""
-
-    width: float = 1.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        x = nn.relu(conv(x, 64 * self.width, train))
-        for stage, maps in enumerate((64, 128, 256, 512)):
-            for block in range(2):
-                stride = 2 if stage and not block else 1
-                y = nn.relu(conv(x, maps * self.width, train, stride=stride))
-                y = conv(y, maps * self.width, train)
-                if y.shape != x.shape:
-                    x = conv(x, maps * self.width, train, side=1, stride=stride)
-                x = nn.relu(x + y)
-        return nn.Dense(10)(x.mean((1, 2)))
-
-
-def conv(x, maps: float, train: bool, *, side: int = 3, stride: int = 1):
-    """A convolution without bias, then batch norm; called inside a compact module."""
-    x = nn.Conv(max(round(maps), 1), (side, side), (stride, stride), use_bias=False)(x)
-    return nn.BatchNorm(use_running_average=not train)(x)
-
-
 NETS = {
-    'LeNet-300-100': (lambda width: MLP((300, 100), 10), (28, 28, 1)),
-    'VGG-16': (VGG16, (32, 32, 3)),
-    'ResNet-18': (ResNet18, (32, 32, 3)),
+    'LeNet-300-100': (lambda width: nn.build('lenet300100', 10), (28, 28, 1)),
+    'VGG-16': (lambda width: nn.build('vgg16', 10, width=width), (32, 32, 3)),
+    'ResNet-18': (lambda width: nn.build('resnet18', 10, width=width), (32, 32, 3)),
 }
 
 

@@ -34,7 +34,7 @@ def write(out: Path) -> Path:
     if results.is_empty():
         raise StoreError(f'{out}: no run has finished yet, so there is nothing to report')
 
-    drawn = figures(results, layers)
+    drawn = figures(results, layers, store.read_curves(out))
     images = {name: style.png(drawing) for name, (drawing, _) in drawn.items()}
     for name, content in images.items():
         store.write_bytes(out / 'figures' / f'{name}.png', content)
@@ -65,8 +65,13 @@ def write(out: Path) -> Path:
     return out / 'report.html'
 
 
-def figures(results: pl.DataFrame, layers: pl.DataFrame) -> dict[str, tuple[Figure, dict]]:
+def figures(
+    results: pl.DataFrame, layers: pl.DataFrame, recorded: pl.DataFrame | None = None
+) -> dict[str, tuple[Figure, dict]]:
     """Draws everything.
+
+    Args:
+      recorded: rows of `store.read_curves`, if there are any.
 
     Returns:
       `{name: (figure, words)}` in the order of the page; `words` holds `section`, `alt`, `caption`.
@@ -84,9 +89,10 @@ def figures(results: pl.DataFrame, layers: pl.DataFrame) -> dict[str, tuple[Figu
 
     drawn = {'accuracy': (curves.accuracy(summary, settings), _accuracy_words(summary, some))}
     drawn |= _effective_figures(results, summary, every, settings, some)
-    learning = tables.learning(results)
+    recorded = results if recorded is None else tables.along(results, recorded)
+    learning = tables.learning(recorded)
     densities = tables.densities(results, layers)
-    unit = tables.time_unit(results)
+    unit = tables.time_unit(recorded)
     for i, setting in enumerate(settings, start=1):
         suffix = f'_{i}' if keys else ''
         where = f' Setting: {text.setting_name(setting)}.' if keys else ''

@@ -300,8 +300,30 @@ def breaking_points(summary: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def along(results: pl.DataFrame, curves: pl.DataFrame) -> pl.DataFrame:
+    """The rows of `results` at every step that was recorded; `results` itself if none was.
+
+    Args:
+      curves: rows of `store.read_curves`.
+    """
+    if curves.is_empty():
+        return results
+    values = ['train_loss', 'test_loss', 'test_accuracy']
+    runs = results.drop('step', *values).unique('run_id', maintain_order=True)
+    # Where training was not evaluated along the way, the ends of epochs still were.
+    ends = results.select('run_id', 'step', *values)
+    rows = curves.join(
+        ends, on=['run_id', 'step'], how='left', suffix='_end', maintain_order='left'
+    )
+    rows = rows.select('run_id', 'step', *(pl.coalesce(v, f'{v}_end') for v in values))
+    return runs.join(rows, on='run_id', maintain_order='left_right')
+
+
 def learning(results: pl.DataFrame) -> pl.DataFrame:
     """Mean curves over training.
+
+    Args:
+      results: rows of `store.read_results`, or of `along`.
 
     Returns:
       Settings, `label`, `method`, `target`, `target_compression`, `time`, and the means over seeds

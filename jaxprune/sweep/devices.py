@@ -1,6 +1,8 @@
 """The machine: how many devices, how much memory, where things are kept between sweeps."""
 
+import hashlib
 import os
+import platform
 from pathlib import Path
 
 import jax
@@ -38,8 +40,19 @@ def keep_compiled() -> None:
     What the environment or the user has set up already is left alone.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update('jax_compilation_cache_dir', str(cache_directory() / 'compiled'))
+        place = cache_directory() / 'compiled' / _processor()
+        jax.config.update('jax_compilation_cache_dir', str(place))
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+def _processor() -> str:
+    """A hash of what the processor can do: programs compiled for one may crash another."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        able = sorted({line for line in lines if line.startswith(('flags', 'Features'))})
+    except OSError:
+        able = [platform.machine(), platform.node()]
+    return hashlib.sha256('\n'.join(able).encode()).hexdigest()[:12]
 
 
 def memory_limit() -> int:

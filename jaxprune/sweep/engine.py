@@ -7,7 +7,6 @@ axis where runs are unrolled. How a slot's rows and steps are looped over is the
 and changes no number but by rounding.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,12 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxprune import train
 from jaxprune.select import kept
+from jaxprune.sweep.events import compiled_events
 from jaxprune.sweep.grid import event_program
+from jaxprune.sweep.layout import bytes_taken, jitted, mesh_of, pieces, training
 from jaxprune.sweep.program import EVAL_BATCH, DeviceData, Program
 from jaxprune.sweep.strategy import Strategy
 from jaxprune.types import Hyper, PruneInfo, PyTree
@@ -104,120 +104,12 @@ class Engine(NamedTuple):
     traces: Callable[[], dict[str, int]]
 
 
-def over_runs(fn: Callable, axes: Sequence[int | None], batching: str, mesh: Mesh) -> Callable:
-    """A one-run function as a function of stacked runs, sharded over the mesh; not yet jitted.
-
-    Args:
-      fn: for one run.
-      axes: per argument 0 (has a run axis) or None (shared by all runs).
-      batching: see `Strategy`; with 'unroll' the run axis is as long as the mesh's.
-    """
-
-    def rows_apart(args):
-        moving = [a for a, axis in zip(args, axes, strict=True) if axis is not None]
-
-        def one(rows):
-            rows = iter(rows)
-            return fn(*[a if x is None else next(rows) for a, x in zip(args, axes, strict=True)])
-
-        return one, moving
-
-    def stacked(*args):
-        if batching == 'vmap':
-            return jax.vmap(fn, in_axes=tuple(axes))(*args)
-        one, moving = rows_apart(args)
-        if batching == 'map':
-            return jax.lax.map(one, moving)
-        out = one(jax.tree.map(lambda leaf: leaf[0], moving))
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], out)
-
-    specs = tuple(P() if axis is None else P('run') for axis in axes)
-    # Along 'batch' the compiler divides the work; along 'run' there is nothing to divide.
-    manual = set(mesh.axis_names) if mesh.shape['batch'] == 1 else {'run'}
-    return jax.shard_map(
-        stacked,
-        mesh=mesh,
-        in_specs=specs,
-        out_specs=P('run'),
-        axis_names=manual,
-        check_vma=False,
-    )
-
-
 def eval_indices(examples: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices `(batches, EVAL_BATCH)` of all test examples, and which of them are no padding."""
     size = min(EVAL_BATCH, examples)
     count = -(-examples // size)
     indices = np.arange(count * size, dtype=np.int32).reshape(count, size)
     return np.minimum(indices, examples - 1), indices < examples
-
-
-def segment_of(program: Program) -> Callable:
-    """The steps of `order` of one run as a scan: what is compiled for stepping 'scan'."""
-    return train.train_segment(program.step)
-
-
-def steps_of(program: Program, length: int, stepping: str) -> Callable:
-    """So many steps of one run, from step `start` of its epoch on.
-
-    Returns:
-      `(clock, start, data, key, hyper, order, state) -> (state, losses (steps,))`; `clock` is the
-      number of steps before the epoch, `order` the indices of the whole epoch.
-    """
-    segment = segment_of(program)
-
-    def some(clock, start, data, key, hyper, order, state):
-        if stepping == 'host':
-            indices = jax.lax.dynamic_index_in_dim(order, start, keepdims=False)
-            state, loss = program.step(clock + start, data, key, hyper, indices, state)
-            return state, loss[None]
-        part = jax.lax.dynamic_slice_in_dim(order, start, length)
-        return segment(clock + start, data, key, hyper, part, state)
-
-    return some
-
-
-def pieces(steps: int, length: int, every: int = 0) -> list[tuple[int, int]]:
-    """`(start, length)` of the calls that an epoch takes.
-
-    Args:
-      steps: of the epoch.
-      length: most steps of a call. Where a slightly shorter one divides all evenly it is taken, as
-        every length is compiled.
-      every: a call ends after every so many steps; 0 for no matter.
-    """
-    borders = [*range(0, steps, every or steps), steps]
-    whole = borders[1] - borders[0]
-    calls = range(-(-whole // length), -(-2 * whole // length))
-    length = next((whole // n for n in calls if whole % n == 0), length)
-    return [
-        (start, min(length, end - start))
-        for first, end in itertools.pairwise(borders)
-        for start in range(first, end, length)
-    ]
-
-
-def mesh_of(strategy: Strategy, devices: Sequence[jax.Device]) -> Mesh:
-    """The devices of a strategy, `(places for runs, devices per run)`."""
-    grid = np.array(devices[: strategy.devices]).reshape(-1, strategy.batch_devices)
-    return Mesh(grid, ('run', 'batch'), axis_types=(AxisType.Auto,) * 2)
-
-
-def jitted(fn: Callable, axes: Sequence[int | None], batching: str, mesh: Mesh, **kwargs: Any):
-    """`over_runs`, compiled.
-
-    The layout is always spelled out: on one device XLA would return another name for the same
-    layout, and the next call would compile again.
-    """
-    layout = NamedSharding(mesh, P('run'))
-    return jax.jit(over_runs(fn, axes, batching, mesh), out_shardings=layout, **kwargs)
-
-
-def training(strategy: Strategy, program: Program, mesh: Mesh, length: int):
-    """`steps_of` over stacked runs, compiled; the states are donated."""
-    steps = steps_of(program, length, strategy.stepping)
-    axes = (None, None, None, 0, 0, 0, 0)
-    return jitted(steps, axes, strategy.batching, mesh, donate_argnums=6)
 
 
 def make_engine(
@@ -289,7 +181,9 @@ def make_engine(
     def prune(method, rows, at, counts, active, states):
         name = event_program(method)
         if name not in pruners:
-            pruners[name] = _events(program, method, program_of, event_batching, apart or hosted)
+            pruners[name] = compiled_events(
+                program, method, program_of, event_batching, apart or hosted
+            )
         states, infos, at = list(states), [], np.asarray(at)
         for number, slot in enumerate(slots(len(rows.keys))):
             inside = np.flatnonzero((at >= slot.start) & (at < slot.stop))
@@ -407,14 +301,6 @@ def _filled(rows: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows))])
 
 
-def bytes_taken(memory: Any) -> int:
-    """What a compiled program takes of one device at its peak; 0 where the compiler is silent."""
-    if memory is None:
-        return 0
-    whole = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return max(whole + memory.temp_size_in_bytes - memory.alias_size_in_bytes, 0)
-
-
 def _by_border(watched: Sequence[Sequence[tuple]]) -> list[tuple]:
     """What was seen slot by slot, as one entry per border: tests per slot, flow of all runs."""
     return [
@@ -439,58 +325,3 @@ def _evaluate_all(program: Program, indices: np.ndarray, valid: np.ndarray) -> C
         return jax.lax.scan(body, zero, (jnp.asarray(indices), jnp.asarray(valid)))[0]
 
     return evaluate_all
-
-
-class _Events(NamedTuple):
-    """All events of a method for a few rows.
-
-    Attributes:
-      run: `(data, keys, hyper, counts, active, states) -> (states, info)`.
-      once: the compiled function that scores and selects.
-    """
-
-    run: Callable
-    once: Callable
-
-
-def _events(program: Program, method, program_of: Callable, batching: str, hosted: bool) -> _Events:
-    """The rounds of a method, as a loop inside one program, or as calls from the host."""
-    begin, once, last_event = program.prune(method)
-
-    def rounds(data, key, hyper, counts, active, state):
-        def body(state, at):
-            return once(at[0], data, key, hyper, at[1], state)
-
-        number = jnp.arange(len(next(iter(counts.values()))), dtype=jnp.int32)
-        state, infos = jax.lax.scan(body, begin(key, state), (number, counts))
-        last = jax.tree.map(lambda leaf: leaf[-1], infos)
-        if last_event is not None:
-            state = last_event(hyper, state, active)
-            last = last._replace(kept=kept(state.masks))
-        # What later events carry is not part of a state that all methods share.
-        info = last._replace(nonfinite=infos.nonfinite.sum(), nonzero=infos.nonzero[0])
-        return state._replace(method_state=()), info
-
-    if not hosted:
-        compiled = program_of(rounds, (None, 0, 0, 0, 0, 0), batching)
-        return _Events(compiled, compiled)
-
-    first = program_of(begin, (0, 0), batching)
-    single = program_of(once, (None, None, 0, 0, 0, 0), batching)
-    last = last_event and program_of(last_event, (0, 0, 0), batching)
-    keeps = program_of(lambda state: kept(state.masks), (0,), batching)
-
-    def run(data, keys, hyper, counts, active, states):
-        states, seen = first(keys, states), []
-        for number in range(next(iter(counts.values())).shape[1]):
-            now = {path: column[:, number] for path, column in counts.items()}
-            states, info = single(np.int32(number), data, keys, hyper, now, states)
-            seen.append(info)
-        if last is not None:
-            states = last(hyper, states, active)
-            info = info._replace(kept=keeps(states))
-        nonfinite = np.sum(jax.device_get([s.nonfinite for s in seen]), axis=0)
-        info = info._replace(nonfinite=nonfinite, nonzero=seen[0].nonzero)
-        return states._replace(method_state=()), info
-
-    return _Events(run, single)

@@ -356,24 +356,29 @@ def measure(
     Returns:
       Program -> what was found, the fastest first.
     """
-    found, speed = {}, 0.0
-    for group in groups(spec):
-        program = next(p for p in plan_table['programs'] if p['id'] == group.id)
-        run_steps = program['runs'] * program['steps']
-        if not always:
-            if group.measured or spec.engine.probe == 'never':
-                continue
-            flops = run_steps * program['flops_per_step']
-            if flops < _WORTH_PROBING * 1e9:  # any machine is faster than that
-                continue
-            speed = speed or matmul_speed()
-            if not flops / speed > _WORTH_PROBING or len(possible(spec, group.runs[0])) < 2:
-                continue
+    programs = plan_table['programs']
+    if not always:
+        programs = [] if spec.engine.probe == 'never' else _worth_probing(programs)
+    run_steps = {p['id']: p['runs'] * p['steps'] for p in programs}
+    found = {}
+    for group in groups(spec) if run_steps else ():
         run = group.runs[0]
-        limit = math.inf if always else run_steps
-        found[group.id] = probe(spec, run, run_steps=limit, told=told)
-        remember(spec, run, found[group.id])
+        if group.id in run_steps and (always or len(possible(spec, run)) > 1):
+            limit = math.inf if always else run_steps[group.id]
+            found[group.id] = probe(spec, run, run_steps=limit, told=told)
+            remember(spec, run, found[group.id])
     return found
+
+
+def _worth_probing(programs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Programs never measured here that would train long, were all as fast as a matrix product."""
+    flops = {p['id']: p['runs'] * p['steps'] * p['flops_per_step'] for p in programs}
+    # Any machine is faster than a gigaflop per second.
+    new = [p for p in programs if p['chosen'] != 'measured']
+    if not any(flops[p['id']] > _WORTH_PROBING * 1e9 for p in new):
+        return []
+    speed = matmul_speed()
+    return [p for p in new if flops[p['id']] / speed > _WORTH_PROBING]
 
 
 def matmul_speed(seconds: float = 0.3) -> float:

@@ -25,8 +25,9 @@ from jaxprune import data
 from jaxprune.errors import first_line
 from jaxprune.rng import run_key
 from jaxprune.sweep.devices import cache_directory
-from jaxprune.sweep.engine import Rows, bytes_taken, jitted, mesh_of, training
+from jaxprune.sweep.engine import Rows
 from jaxprune.sweep.grid import Run, digest, static_settings
+from jaxprune.sweep.layout import bytes_taken, jitted, mesh_of, training
 from jaxprune.sweep.parse import plain
 from jaxprune.sweep.program import DeviceData, hyper_of, make_program
 from jaxprune.sweep.spec import SweepSpec

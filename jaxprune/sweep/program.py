@@ -121,16 +121,16 @@ def make_program(
     def order(key: Key, epoch: jax.Array) -> jax.Array:
         return data.epoch_order(stream(key, 'data'), epoch, examples, settings.batch_size)
 
+    per_class, several = spec.prune.samples_per_class, spec.prune.batches
+
+    def fetched(data_: DeviceData, indices: jax.Array) -> Batch:
+        rows = [plain_fetch(data_.train, None, at) for at in indices]
+        return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *rows)
+
     def score_batches(data_: DeviceData, key: Key, at: jax.Array) -> Batch:
         # Fresh data in every round, the same for all methods of a seed.
-        indices = data.balanced_indices(
-            jax.random.fold_in(stream(key, 'score'), at),
-            data_.by_class,
-            spec.prune.samples_per_class,
-            spec.prune.batches,
-        )
-        rows = [plain_fetch(data_.train, None, indices[i]) for i in range(spec.prune.batches)]
-        return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *rows)
+        draw = jax.random.fold_in(stream(key, 'score'), at)
+        return fetched(data_, data.balanced_indices(draw, data_.by_class, per_class, several))
 
     def prune(spec_: MethodSpec):
         pruner = method.build(
@@ -165,14 +165,14 @@ def make_program(
 
     quantities = {name: flow.quantity(name).make(trained) for name in spec.record.flow}
 
+    look = any(flow.quantity(name).needs_data for name in quantities)
+
     def flows(data_: DeviceData, key: Key, state: RunState):
-        # The same examples at every step, and for all methods of a seed.
-        batches = None
-        if any(flow.quantity(name).needs_data for name in quantities):
-            batches = score_batches(data_, key, jax.numpy.int32(0))
-        view = problem.view_of(trained, state)
-        draw = stream(key, 'dropout')
-        return {name: measure(draw, view, batches) for name, measure in quantities.items()}
+        # The first examples of each class: the same at every step and for every run.
+        first = data_.by_class[:, : per_class * several].reshape(facts.classes, several, per_class)
+        rows = fetched(data_, first.swapaxes(0, 1).reshape(several, -1)) if look else None
+        view, noise = problem.view_of(trained, state), stream(key, 'dropout')
+        return {name: measure(noise, view, rows) for name, measure in quantities.items()}
 
     return Program(
         problem=net,

@@ -48,16 +48,15 @@ def usual(convolving: bool, platform: str, devices: int) -> Strategy:
 
 
 def candidates(convolving: bool, platform: str, devices: int) -> list[Strategy]:
-    """The ways worth timing, the usual one first."""
+    """The ways worth timing, the usual one first and the least likely last."""
     first = usual(convolving, platform, devices)
-    if not convolving:
-        found = [Strategy(b, 'scan', 'native', devices) for b in ('map', 'vmap', 'unroll')]
-    else:
+    found = []
+    if not convolving or platform != 'cpu':
+        found += [Strategy(b, 'scan', 'native', devices) for b in ('map', 'vmap', 'unroll')]
+    if convolving:
         matrices = [name for name in nn.CONVOLUTIONS if name != 'native']
-        found = [Strategy(b, 'scan', c, devices) for b in ('vmap', 'map') for c in matrices]
+        found += [Strategy(b, 'scan', c, devices) for c in matrices for b in ('map', 'vmap')]
         found.append(Strategy('unroll', 'host', 'native', devices))
-        if platform != 'cpu':
-            found += [Strategy(b, 'scan', 'native', devices) for b in ('vmap', 'map', 'unroll')]
     if platform == 'cpu' and devices > 1:
         found.append(first._replace(devices=1))  # all cores for one run at a time
     return list(dict.fromkeys([first, *found]))
