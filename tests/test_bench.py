@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 BENCH = Path(__file__).parents[1] / 'experiments' / 'bench'
 SCORING = BENCH / 'scoring.py'
+QUICK = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
 
 
 def test_scoring_runs_and_all_ways_agree(tmp_path):
@@ -17,8 +18,7 @@ def test_scoring_runs_and_all_ways_agree(tmp_path):
     Iter-SNIP's round is SNIP's."""
     out = tmp_path / 'scoring.md'
     command = [sys.executable, SCORING, '--quick', '--methods', 'snip', 'iter_snip', '--out', out]
-    quick = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-    done = subprocess.run(command, env=quick, capture_output=True, text=True)
+    done = subprocess.run(command, env=QUICK, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split('|')[1:-1] for line in out.read_text().splitlines() if '266,200' in line]
     assert len(rows) == 3 + 6 + 4
@@ -26,12 +26,19 @@ def test_scoring_runs_and_all_ways_agree(tmp_path):
     assert [reason for reason in reasons if reason] == ['the same program as snip']
 
 
-def test_throughput_runs_and_all_train_the_same():
-    """Expectation: the script's own check that all ways reach the same training loss."""
-    command = [sys.executable, BENCH / 'throughput.py', '--runs', '2', '--rounds', '1']
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_the_engine_benchmark_runs_and_all_train_the_same(tmp_path):
+    """Expectation: the script's own check that all ways reach the same training losses (PyTorch
+    among them where it is installed), the table, and the figure beside it.
+    """
+    out = tmp_path / 'engine.md'
+    nets = ('LeNet-300-100', 'VGG-11 (1/4)')
+    command = [sys.executable, BENCH / 'engine.py', '--quick', '--nets', *nets, '--out', out]
+    done = subprocess.run(command, env=QUICK, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert '2 runs of LeNet-300-100' in done.stdout and 'one by one' in done.stdout
+    for net in nets:
+        row = next(line for line in out.read_text().splitlines() if line.startswith(f'| {net}'))
+        assert row.split('|')[2].strip() == '2' and 'WRONG' not in row
+    assert out.with_suffix('.png').stat().st_size > 10_000
 
 
 def test_a_failure_is_told_and_the_rest_goes_on():

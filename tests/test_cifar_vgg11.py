@@ -35,7 +35,6 @@ def test_the_specifications_plan_what_the_study_says():
         table = make_plan(spec)
         assert len(table['runs']) == 8 * 6 * 3 + 3 and len(table['programs']) == 1
     assert full.model == small.model and full.grid == small.grid and full.prune == small.prune
-    assert full.train.learning_rate == small.train.learning_rate
     assert full.train.weight_decay == small.train.weight_decay
     assert full.data.augment == small.data.augment and not full.data.train_examples
 

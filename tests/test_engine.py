@@ -136,7 +136,7 @@ def _compiled(spec, run, strategy):
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jaxprune.sweep.layout import mesh_of, training
-    from jaxprune.sweep.plan import _abstract_data
+    from jaxprune.sweep.plan import abstract_data
     from jaxprune.sweep.program import hyper_of
 
     program = make_program(spec, run.train, strategy.convolution)
@@ -151,7 +151,7 @@ def _compiled(spec, run, strategy):
         (keys, hyper, order, state),
     )
     step = training(strategy, program, mesh, 1)
-    return step.lower(np.int32(0), np.int32(0), _abstract_data(spec), *args).compile().as_text()
+    return step.lower(np.int32(0), np.int32(0), abstract_data(spec), *args).compile().as_text()
 
 
 def test_a_run_on_more_devices_than_there_are_is_refused():

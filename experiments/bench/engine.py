@@ -44,7 +44,7 @@ from jaxprune.sweep.devices import cores, use_all_cores
 from jaxprune.sweep.engine import Engine, Rows, make_engine
 from jaxprune.sweep.grid import runs as all_runs
 from jaxprune.sweep.layout import segment_of
-from jaxprune.sweep.plan import _abstract_data, counts_of
+from jaxprune.sweep.plan import abstract_data, counts_of
 from jaxprune.sweep.probe import possible, probe
 from jaxprune.sweep.program import DeviceData, Program, hyper_of, make_program
 from jaxprune.sweep.strategy import Strategy, usual
@@ -205,7 +205,7 @@ def prepare(settings, name: str, stop: float, notes: list[str]) -> Case:
     state = jax.eval_shape(program.init, key, hyper_of(run))
     indices = jax.ShapeDtypeStruct((settings.batch,), np.int32)
     step = jax.jit(program.step).lower(
-        np.int32(0), _abstract_data(spec), key, hyper_of(run), indices, state
+        np.int32(0), abstract_data(spec), key, hyper_of(run), indices, state
     )
     flops = float((step.cost_analysis() or {}).get('flops', math.nan))
     strategy = usual(program.convolves, jax.default_backend(), jax.local_device_count())

@@ -182,7 +182,7 @@ def _abstractly(spec: SweepSpec, group: Group, source: str) -> Program:
             raise SpecError(f'model: {total} prunable weights are more than 2**31')
         state = jax.eval_shape(program.init, key, hyper)
         indices = jax.ShapeDtypeStruct((run.train.batch_size,), jnp.int32)
-        on_device = _abstract_data(spec)
+        on_device = abstract_data(spec)
         jax.eval_shape(program.step, clock, on_device, key, hyper, indices, state)
         pruned_runs = [r for r in group.runs if r.method.name != 'dense']
         for pruned in {event_program(r.method): r for r in pruned_runs}.values():
@@ -196,7 +196,7 @@ def _abstractly(spec: SweepSpec, group: Group, source: str) -> Program:
     return program
 
 
-def _abstract_data(spec: SweepSpec) -> DeviceData:
+def abstract_data(spec: SweepSpec) -> DeviceData:
     """Shapes of the data on the device."""
     facts = data.facts(spec.data.name)
 
