@@ -27,7 +27,7 @@ class Plan:
     set: Set
     """Replace a value of the file, TOML syntax; may be repeated."""
     probe: bool = False
-    """First time the ways to train on this machine; the fastest is remembered for the sweep."""
+    """Time the ways to train on this machine first; the fastest is remembered for the sweep."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 def _plan(command: Plan) -> None:
     from jaxprune.sweep import keep_compiled, load_spec, make_plan, use_all_cores
     from jaxprune.sweep.plan import estimate, measure
-    from jaxprune.sweep.probe import tried
+    from jaxprune.sweep.probe import trial_line
     from jaxprune.sweep.tables import plan_tables, probe_table
 
     use_all_cores()
@@ -101,7 +101,7 @@ def _plan(command: Plan) -> None:
         keep_compiled()
 
         def told(measured) -> None:
-            print(f'jaxprune: {tried(measured)}', file=sys.stderr, flush=True)
+            print(f'jaxprune: {trial_line(measured)}', file=sys.stderr, flush=True)
 
         for found in measure(spec, plan, told, always=True).values():
             _print(probe_table(found))

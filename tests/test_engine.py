@@ -14,14 +14,15 @@ from polars.testing import assert_frame_equal
 
 import jaxprune as jp
 from jaxprune import data, flow, nn, tree
-from jaxprune.errors import JaxpruneError, SpecError
-from jaxprune.sweep import make_plan, make_spec, store
+from jaxprune.errors import JaxpruneError, SpecError, StoreError
+from jaxprune.sweep import chunk as chunk_tables
+from jaxprune.sweep import make_plan, make_spec, plan, store
 from jaxprune.sweep.chunk import rows_of
 from jaxprune.sweep.devices import keep_compiled
-from jaxprune.sweep.engine import make_engine
+from jaxprune.sweep.engine import Seen, Trained, make_engine
 from jaxprune.sweep.grid import runs
 from jaxprune.sweep.plan import measure
-from jaxprune.sweep.probe import probe, remembered
+from jaxprune.sweep.probe import Measured, probe, remember, remembered
 from jaxprune.sweep.program import device_data, make_program
 from jaxprune.sweep.progress import ignored
 from jaxprune.sweep.strategy import Strategy
@@ -235,7 +236,9 @@ def test_a_run_too_large_for_a_device_is_split_over_several(tmp_path, monkeypatc
     jp.run_sweep(table, tmp_path / 'split')
     assert [s.batch_devices for s in made] == [1, 2]
     made = _failing_above(monkeypatch, most=0)
-    with pytest.raises(JaxpruneError, match=r'not even 1 run at a time fit.*RESOURCE_EXHAUSTED'):
+    with pytest.raises(
+        JaxpruneError, match=r'not even one run on all 2 devices fits.*RESOURCE_EXHAUSTED'
+    ):
         jp.run_sweep(table, tmp_path / 'never')
 
 
@@ -430,7 +433,7 @@ def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch):
     best = remembered(spec, runs(spec)[0])[0]
     assert planned['chosen'] == 'measured' and planned['seconds_per_step'] == best.seconds > 0
     assert planned['strategy'] == best.strategy._asdict()
-    assert sum('tried' in note for note in notes) >= 1
+    assert sum('tried' in note for note in notes) == len(remembered(spec, runs(spec)[0])) >= 1
     assert make_plan(spec)['programs'][0]['chosen'] == 'measured'
     # What was measured is taken only where [engine] allows it.
     other = make_plan(make_spec({**DENSE, 'engine': {'stepping': 'host'}}))['programs'][0]
@@ -442,8 +445,11 @@ def test_trying_stops_when_it_costs_too_much(tmp_path, monkeypatch):
     monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path))
     spec = make_spec(DENSE)
     tried = [Strategy(b, 'scan', 'native', 1) for b in ('map', 'vmap')]
-    assert len(probe(spec, runs(spec)[0], tried=tried, run_steps=1)) == 1
-    assert len(probe(spec, runs(spec)[0], tried=tried)) == 2
+    assert len(probe(spec, runs(spec)[0], tried, run_steps=1)) == 1
+    found = probe(spec, runs(spec)[0], tried)
+    assert len(found) == 2
+    # What is known already is weighed too: nothing is tried for a sweep that is over at once.
+    assert probe(spec, runs(spec)[0], tried, run_steps=1, known=found) == []
 
 
 def test_compiled_programs_are_kept_unless_someone_said_where(tmp_path, monkeypatch):
@@ -461,3 +467,132 @@ def test_compiled_programs_are_kept_unless_someone_said_where(tmp_path, monkeypa
         [sys.executable, '-c', command], env=environment, capture_output=True, text=True, check=True
     )
     assert out.stdout.startswith(str(tmp_path / 'compiled'))
+
+
+# --- going on elsewhere, or with other settings ---------------------------------------------------
+
+
+def rewritten(out, change):
+    """Changes the plan in a directory, and takes a finished chunk away so that there is work."""
+    table = store.read_plan(out)
+    change(table)
+    store.write_json(out / 'plan.json', table)
+    store.results_path(out, table['chunks'][-1]['id']).unlink()
+
+
+def test_a_sweep_goes_on_on_a_machine_with_other_devices(tmp_path):
+    """Expectation: this machine's strategy, the same chunks, the same values."""
+    before = jp.run_sweep(DENSE, tmp_path)
+    ids = store.chunk_ids(tmp_path)
+
+    def elsewhere(table):
+        table['machine'] = {'platform': 'tpu', 'devices': 8}
+        table['programs'][0]['strategy'] |= {'devices': 8, 'batch_devices': 8}
+
+    rewritten(tmp_path, elsewhere)
+    after = jp.run_sweep(DENSE, tmp_path)
+    assert_frame_equal(after, before, rel_tol=1e-5)
+    planned = store.read_plan(tmp_path)
+    assert planned['programs'][0]['strategy']['devices'] == 2 and store.chunk_ids(tmp_path) == ids
+
+
+def test_settings_that_shape_no_chunk_leave_the_plan_alone(tmp_path, monkeypatch):
+    """Expectation: the chunks stay under another `checkpoint_minutes`; under another `chunk` they
+    are cut anew, but not larger than what once ran out of memory.
+    """
+    _failing_above(monkeypatch, most=2)
+    jp.run_sweep(SIX, tmp_path)
+    ids = store.chunk_ids(tmp_path)
+    for engine, size in (({'checkpoint_minutes': 3.0, 'probe': 'never'}, 2), ({'chunk': 5}, 2)):
+        rewritten(tmp_path, lambda table: None)
+        jp.run_sweep({**SIX, 'engine': {**SIX['engine'], **engine}}, tmp_path)
+        assert store.read_plan(tmp_path)['programs'][0]['chunk'] == size
+        assert store.chunk_ids(tmp_path) == ids
+
+
+@pytest.mark.parametrize(('batching', 'devices', 'chunk'), [('unroll', 8, 16), ('map', 3, 30)])
+def test_chunks_fill_the_devices(batching, devices, chunk):
+    """Expectation: by hand: two unrolled runs per device, 32 mapped ones at most; no padding."""
+    spec = make_spec({**DENSE, 'grid': {**DENSE['grid'], 'seed': list(range(300))}})
+    strategy = Strategy(batching, 'scan', 'native', devices)
+    group = plan.groups(spec)[0]._replace(strategy=strategy)
+    assert plan._chunk_size(spec, group, 1000) == chunk
+
+
+def test_quantities_without_data_need_none(tmp_path):
+    """Expectation: neither method nor quantity looks at examples, so none are laid out."""
+    methods = {**DENSE['grid'], 'method': ['magnitude']}
+    record = {'every': 5, 'flow': ['weight_norm']}
+    jp.run_sweep({**DENSE, 'grid': methods, 'record': record}, tmp_path)
+    assert len(store.read_flow(tmp_path)) == 2 * 4 * 2
+
+
+def test_a_run_with_broken_scores_has_no_quantities():
+    """Expectation: its mask means nothing, and neither do norms under it; other runs keep theirs."""
+    members = runs(make_spec(DENSE))[:2]
+    seen = Seen(10, None, {'weight_norm': {'a': np.array([1.0, 2.0])}})
+    trained = Trained(None, np.ones((2, 10)), [seen])
+    program = make_program(make_spec({**DENSE, 'record': {'every': 10}}), members[0].train)
+    values = [row[-1] for row in chunk_tables._flow(members, [None, 'broken'], trained)]
+    assert values[0] == 1.0 and np.isnan(values[1])
+    rows = chunk_tables._curves(program, members, [None, 'broken'], trained, 0)
+    assert rows[0][2] == 1.0 and np.isnan(rows[1][2])
+
+
+def test_files_in_the_way_are_told_in_one_line(tmp_path):
+    """Expectation: a StoreError; timing, on which nothing depends, is left out where it is broken,
+    and a broken curves file takes its results along when it is made anew.
+    """
+    table = {**DENSE, 'record': {'every': 5}}
+    out = tmp_path / 'out'
+    out.mkdir()
+    (out / 'curves').touch()
+    with pytest.raises(StoreError, match=r'curves.*cannot be written'):
+        jp.run_sweep(table, out)
+    (out / 'curves').unlink()
+    jp.run_sweep(table, out)
+    chunk = store.chunk_ids(out)[0]
+    store.timing_path(out, chunk).write_text('junk')
+    assert store.read_timing(out)['run_steps'] == 0
+    curves = store.read_curves(out)
+    store.curves_path(out, chunk).write_bytes(b'junk')
+    with pytest.raises(StoreError, match=f'delete it and .*results/{chunk}.parquet'):
+        store.read_curves(out)
+    store.curves_path(out, chunk).unlink()
+    store.results_path(out, chunk).unlink()
+    jp.run_sweep(table, out)
+    assert_frame_equal(store.read_curves(out), curves, check_exact=True)
+    assert not store.is_locked(out)
+    with store.locked(out):
+        assert store.is_locked(out)
+
+
+def test_what_is_remembered_adds_up(tmp_path, monkeypatch):
+    """Expectation: trials under a forced [engine] do not stand for the others; rows that no version
+    wrote are no rows; two devices may share a run although one alone was fastest.
+    """
+    monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr('jaxprune.sweep.plan._WORTH_PROBING', 0.0)
+    spec = make_spec({**DENSE, 'train': {**DENSE['train'], 'epochs': 10**6}})
+    run = runs(spec)[0]
+    slow = Measured(Strategy('unroll', 'host', 'native', 1), 0.5, 1.0, 100.0, '')
+    fast = Measured(Strategy('map', 'scan', 'native', 1), 0.1, 1.0, 100.0, '')
+    remember(spec, run, [slow])
+    remember(spec, run, [fast])
+    assert remembered(spec, run) == [fast, slow]
+    shared = make_plan(make_spec({**DENSE, 'engine': {'batch_devices': 2}}))
+    assert shared['programs'][0]['strategy']['batch_devices'] == 2
+    tried = []
+    measure(spec, make_plan(spec), lambda found: tried.append(found.strategy))
+    assert tried and fast.strategy not in tried
+    assert {m.strategy for m in remembered(spec, run)} == {*tried, fast.strategy, slow.strategy}
+    key = next(iter(json.loads((tmp_path / 'probes.json').read_text())))
+    for row in (
+        [],
+        [['bogus', 'scan', 'native', 2, 1], 0.1, 1, 1, ''],
+        [['map', 'scan', 'native', '2', 1], 0.1, 1, 1, ''],
+        [['map'], 0.1],
+    ):
+        (tmp_path / 'probes.json').write_text(json.dumps({key: [row]}))
+        assert remembered(spec, run) == []
+        assert make_plan(spec)['programs'][0]['chosen'] == 'usual'

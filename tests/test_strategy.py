@@ -148,13 +148,13 @@ def test_probing_finds_a_strategy_and_remembers_it(tmp_path, monkeypatch):
     ]
     assert remembered(spec, run) == []
     heard = []
-    found = probe(spec, run, tried=tried, told=heard.append)
+    found = probe(spec, run, tried, told=heard.append)
     assert [m.strategy for m in heard] == tried
     assert 0 < found[0].seconds <= found[1].seconds < found[2].seconds == math.inf
     assert "unknown convolution 'nonsense'" in found[2].error
     assert all(m.bytes_per_run > 0 and m.compile_seconds > 0 for m in found[:2])
     remember(spec, run, found)
-    assert remembered(spec, run) == found[:2]
+    assert remembered(spec, run) == found[:2]  # 'nonsense' is nothing to remember
     assert make_plan(spec)['programs'][0]['strategy'] == found[0].strategy._asdict()
     other = make_spec({**DENSE, 'model': {'name': 'mlp', 'widths': [9]}})
     assert remembered(other, runs(other)[0]) == []

@@ -215,7 +215,7 @@ def prepare(settings, name: str, stop: float, notes: list[str]) -> Case:
             if found and time.monotonic() - began > 0.25 * (stop - began):
                 notes.append(f'{name}: {tried} and those after it were not tried, no time')
                 break
-            found += probe(spec, run, tried=[tried])
+            found += probe(spec, run, [tried])
             how = found[-1].error or f'{1e3 * found[-1].seconds:.3g} ms per run and step'
             notes.append(f'{name}: {tried}: {how}')
         strategy = min(found, key=lambda measured: measured.seconds).strategy

@@ -309,14 +309,17 @@ def along(results: pl.DataFrame, curves: pl.DataFrame) -> pl.DataFrame:
     if curves.is_empty():
         return results
     values = ['train_loss', 'test_loss', 'test_accuracy']
-    runs = results.drop('step', *values).unique('run_id', maintain_order=True)
+    steps = pl.col('step') // pl.col('epoch')  # of an epoch
+    runs = results.with_columns(steps=steps).drop('step', 'epoch', *values)
+    runs = runs.unique('run_id', maintain_order=True)
     # Where training was not evaluated along the way, the ends of epochs still were.
     ends = results.select('run_id', 'step', *values)
     rows = curves.join(
         ends, on=['run_id', 'step'], how='left', suffix='_end', maintain_order='left'
     )
     rows = rows.select('run_id', 'step', *(pl.coalesce(v, f'{v}_end') for v in values))
-    return runs.join(rows, on='run_id', maintain_order='left_right')
+    rows = runs.join(rows, on='run_id', maintain_order='left_right')
+    return rows.with_columns(epoch=(pl.col('step') - 1) // pl.col('steps') + 1).drop('steps')
 
 
 def learning(results: pl.DataFrame) -> pl.DataFrame:

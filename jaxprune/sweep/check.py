@@ -49,6 +49,8 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
             spec.model.options, nn.model(spec.model.name).options, spec.model.name, 'model', fail
         ),
     )
+    if 'init' in model.options:
+        known('model.init', model.options['init'], nn.INITIALISATIONS)
     facts = data.facts(spec.data.name)
     if min(facts.shape[:2]) < nn.model(model.name).min_side:
         small = f'{facts.shape} of {spec.data.name}'
@@ -145,6 +147,8 @@ def _like(value: Any, default: Any, at: str, fail) -> Any:
             if not fits_device(v, int):
                 fail(f'{at}[{i}]', f'expected {limits(int)}, not {v}')
         return list(value)
+    elif isinstance(default, str) and not isinstance(value, str):
+        fail(at, f'expected a string, not {value!r}')
     return value
 
 

@@ -95,7 +95,7 @@ def _run_chunk(
         states = trained.states
         losses.append(trained.losses[:count].mean(axis=1))
         curves += _curves(program, members, errors, trained, (epoch - 1) * program.steps)
-        flow += _flow(members, trained)
+        flow += _flow(members, errors, trained)
         if epoch % spec.record.every_epochs == 0 or epoch == epochs:
             with watch.phase('evaluate'):
                 test_loss, accuracy = engine.evaluate(states)
@@ -149,10 +149,10 @@ def _curves(
     return rows
 
 
-def _flow(members: Sequence[Run], trained: Trained) -> list[list]:
+def _flow(members: Sequence[Run], errors: Sequence[str | None], trained: Trained) -> list[list]:
     """Rows of `store.FLOW` of an epoch."""
     return [
-        [run.run_id, seen.step, path, quantity, float(values[i])]
+        [run.run_id, seen.step, path, quantity, math.nan if errors[i] else float(values[i])]
         for seen in trained.seen
         for quantity, by_path in seen.flow.items()
         for path, values in by_path.items()
@@ -223,7 +223,7 @@ def _identity(
     active: Mapping[str, int],
 ) -> dict[str, Any]:
     """The columns of a results row that say which run it is."""
-    size = sum(math.prod(shape) for shape in program.shapes.values())
+    size = program.size
     left, working = sum(kept.values()), sum(active.values())
     numbers, flags = split_options(run.train)
     settings = {**plain(run.train), **numbers, **flags}

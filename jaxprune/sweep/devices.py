@@ -29,9 +29,9 @@ def use_all_cores() -> None:
 def cache_directory() -> Path:
     """What is kept between sweeps: `$JAXPRUNE_CACHE_DIR`, or the user's cache directory."""
     given = os.environ.get('JAXPRUNE_CACHE_DIR')
-    if given is not None:
+    if given:
         return Path(given)
-    return Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache')) / 'jaxprune'
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'jaxprune'
 
 
 def keep_compiled() -> None:

@@ -1,4 +1,4 @@
-"""Many runs of one program on the machine at hand: the only place that knows jit and meshes.
+"""Many runs of one program on the machine at hand: what the driver calls.
 
 Runs are rows of stacked states, sharded over the mesh axis 'run' by one `shard_map`. A second axis,
 'batch', shares the examples of each run's batches where a run needs more than one device. A slot is
@@ -169,7 +169,7 @@ def make_engine(
         size = places if strategy.batching == 'unroll' else runs
         return [range(first, first + size) for first in range(0, runs, size)]
 
-    def cut(rows: Rows) -> list[Rows]:
+    def by_slot(rows: Rows) -> list[Rows]:
         return [take(rows, np.array(slot)) for slot in slots(len(rows.keys))]
 
     def few(at: Sequence[int], runs: int) -> list[tuple[np.ndarray, int]]:
@@ -204,7 +204,7 @@ def make_engine(
         clock, states = np.int32(number * program.steps), list(states)
         losses, watched = [], []
         looked, before = time.perf_counter(), 0
-        for slot, (keys, hyper) in enumerate(cut(rows)):
+        for slot, (keys, hyper) in enumerate(by_slot(rows)):
             batches = order(keys, np.int32(number))
             losses.append([])
             watched.append([])
@@ -222,12 +222,12 @@ def make_engine(
                     looked, before = time.perf_counter(), start * len(keys)
             told(program.steps * len(keys) - before)
             before = 0
-        by_slot = [np.concatenate(found, axis=1) for found in jax.device_get(losses)]
+        whole = [np.concatenate(found, axis=1) for found in jax.device_get(losses)]
         seen = [
             Seen(int(clock) + step, tested(tests) if program.record.evaluate else None, flows)
             for step, (tests, flows) in zip(marks, _by_border(watched), strict=True)
         ]
-        return Trained(states, np.concatenate(by_slot), seen)
+        return Trained(states, np.concatenate(whole), seen)
 
     def watch(keys, state):
         """What is recorded of a slot, still on the device."""
@@ -266,7 +266,7 @@ def make_engine(
         ]
 
     def bytes_needed(rows):
-        keys, hyper = cut(rows)[0]
+        keys, hyper = by_slot(rows)[0]
         start, (_, length) = np.int32(0), calls[0]
         state, batches = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_run),
@@ -283,7 +283,7 @@ def make_engine(
 
     return Engine(
         multiple=places,
-        init=lambda rows: [init(*part) for part in cut(rows)],
+        init=lambda rows: [init(*part) for part in by_slot(rows)],
         prune=prune,
         epoch=epoch,
         evaluate=lambda states: tested([testing(state) for state in states]),

@@ -23,11 +23,13 @@ from jaxprune.sweep.spec import FORMAT, SweepSpec
 from jaxprune.sweep.strategy import Strategy, forced, usual
 from jaxprune.types import GLOBAL
 
-#: Most runs in a chunk, by batching. A chunk is what an interruption loses, so none is long;
-#: 'unroll' gains nothing from more runs at a time.
-_MOST = {'map': 32, 'vmap': 1024, 'unroll': 4}
-#: The part of a device's memory that the runs of a chunk may take, by estimate.
-_MEMORY_SHARE = 0.5
+#: Most runs of a chunk, by batching: 'map' by memory and patience, 'vmap' the more the better,
+#: 'unroll' gains nothing from more than a few per device at a time.
+_MOST = {'map': 32, 'vmap': 1024}
+_MOST_UNROLLED = 2
+#: The part of a device's memory that the runs of a chunk may take by estimate; the compiler's own
+#: account is looked at before the first step.
+_ESTIMATE_SHARE = 0.5
 #: Seconds that a sweep must take, by a low estimate, for the ways to train to be tried first.
 _WORTH_PROBING = 60.0
 
@@ -72,7 +74,7 @@ def _choice(spec: SweepSpec, program: Program, run: Run) -> tuple[Strategy, str,
     devices = jax.local_device_count()
     known = remembered(spec, run)
     allowed = [m for m in known if forced(m.strategy, spec.engine, devices) == m.strategy]
-    if allowed:
+    if allowed and not allowed[0].error:
         return allowed[0].strategy, 'measured', allowed[0]
     best = usual(program.convolves, jax.default_backend(), devices)
     taken = forced(best, spec.engine, devices)
@@ -95,8 +97,7 @@ def counts_of(program: Program, run: Run) -> plan.Plan:
 
 def active_of(program: Program, run: Run) -> int:
     """How many active weights a run that targets effective compression must have at least."""
-    size = sum(math.prod(shape) for shape in program.shapes.values())
-    return structure.active_wanted(size, run.compression)
+    return structure.active_wanted(program.size, run.compression)
 
 
 def make_plan(spec: SweepSpec, source: str = 'spec') -> dict[str, Any]:
@@ -111,6 +112,7 @@ def make_plan(spec: SweepSpec, source: str = 'spec') -> dict[str, Any]:
         'format': FORMAT,
         'name': spec.name,
         'spec': spec_hash(spec),
+        'machine': {'platform': jax.default_backend(), 'devices': jax.local_device_count()},
         'programs': [],
         'chunks': [],
         'runs': [],
@@ -177,13 +179,14 @@ def _abstractly(spec: SweepSpec, group: Group, source: str) -> Program:
     key, clock, hyper = jax.random.key(0), np.int32(0), hyper_of(run)
     with _library_errors(source):
         program = make_program(spec, run.train)
-        total = sum(math.prod(shape) for shape in program.shapes.values())
-        if total >= 2**31:
-            raise SpecError(f'model: {total} prunable weights are more than 2**31')
+        if program.size >= 2**31:
+            raise SpecError(f'model: {program.size} prunable weights are more than 2**31')
         state = jax.eval_shape(program.init, key, hyper)
         indices = jax.ShapeDtypeStruct((run.train.batch_size,), jnp.int32)
         on_device = abstract_data(spec)
         jax.eval_shape(program.step, clock, on_device, key, hyper, indices, state)
+        if program.flow is not None:
+            jax.eval_shape(program.flow, on_device, key, state)
         pruned_runs = [r for r in group.runs if r.method.name != 'dense']
         for pruned in {event_program(r.method): r for r in pruned_runs}.values():
             whole = pruned.method.allocation in SHARED
@@ -206,7 +209,8 @@ def abstract_data(spec: SweepSpec) -> DeviceData:
             jax.ShapeDtypeStruct((examples,), jnp.int32),
         )
 
-    wanted = spec.prune.samples_per_class * spec.prune.batches
+    looked_at = spec.prune.samples_per_class * spec.prune.batches
+    wanted = looked_at if scores_need_data(spec) else 0
     return DeviceData(
         split(spec.data.train_examples or facts.train_size),
         split(spec.data.test_examples or facts.test_size),
@@ -242,10 +246,10 @@ def _check_runs(spec: SweepSpec, program: Program, group: Group, source: str) ->
     most = _most_active(program, group)
     for run in group.runs:
         if run.method.target == 'effective' and active_of(program, run) > most:
-            size = sum(math.prod(shape) for shape in program.shapes.values())
             raise SpecError(
                 f'{source}: grid.compression: {run.compression:g} with {run.method.label}: even '
-                f'with all weights kept the effective compression is {size / max(most, 1):.4g}'
+                f'with all weights kept the effective compression is '
+                f'{program.size / max(most, 1):.4g}'
             )
     if not scores_need_data(spec):
         return
@@ -318,8 +322,9 @@ def _chunk_size(spec: SweepSpec, group: Group, bytes_per_run: int) -> int:
     places = group.strategy.devices // group.strategy.batch_devices
     most = spec.engine.chunk
     if not most:
-        fits = int(_MEMORY_SHARE * memory_limit() / bytes_per_run) * places
-        most = max(min(_MOST[group.strategy.batching], fits), 1)
+        fits = int(_ESTIMATE_SHARE * memory_limit() / bytes_per_run) * places
+        most = min(_MOST.get(group.strategy.batching, _MOST_UNROLLED * places), fits)
+        most = max(most // places * places, places)  # more would be padding
     chunks = math.ceil(len(group.runs) / most)
     even = math.ceil(len(group.runs) / chunks)
     return min(math.ceil(even / places) * places, most) if most >= places else most
@@ -348,10 +353,12 @@ def measure(
 ) -> dict[str, list[Measured]]:
     """Tries the ways to train each program where that is worth it, and remembers what was found.
 
+    What was measured before is not measured again, what was left out then for a shorter sweep is.
+
     Args:
       plan_table: from `make_plan`.
       told: called after each trial.
-      always: also for short sweeps, and for programs that were measured before.
+      always: all ways, also for short sweeps and if they were measured before.
 
     Returns:
       Program -> what was found, the fastest first.
@@ -363,22 +370,33 @@ def measure(
     found = {}
     for group in groups(spec) if run_steps else ():
         run = group.runs[0]
-        if group.id in run_steps and (always or len(possible(spec, run)) > 1):
-            limit = math.inf if always else run_steps[group.id]
-            found[group.id] = probe(spec, run, run_steps=limit, told=told)
-            remember(spec, run, found[group.id])
+        if group.id not in run_steps:
+            continue
+        known = remembered(spec, run)
+        open_ones = possible(spec, run)
+        if not always:
+            done = {m.strategy for m in known}
+            open_ones = [s for s in open_ones if s not in done] if len(open_ones) > 1 else []
+
+        def heard(measured: Measured, run=run) -> None:
+            remember(spec, run, [measured])  # at once: an interruption loses none
+            told(measured)
+
+        limit = math.inf if always else run_steps[group.id]
+        trials = probe(spec, run, open_ones, run_steps=limit, known=known, told=heard)
+        if trials:
+            found[group.id] = trials
     return found
 
 
 def _worth_probing(programs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Programs never measured here that would train long, were all as fast as a matrix product."""
+    """Programs that would train long, were all as fast as a matrix product."""
     flops = {p['id']: p['runs'] * p['steps'] * p['flops_per_step'] for p in programs}
     # Any machine is faster than a gigaflop per second.
-    new = [p for p in programs if p['chosen'] != 'measured']
-    if not any(flops[p['id']] > _WORTH_PROBING * 1e9 for p in new):
+    if not any(flops[p['id']] > _WORTH_PROBING * 1e9 for p in programs):
         return []
     speed = matmul_speed()
-    return [p for p in new if flops[p['id']] / speed > _WORTH_PROBING]
+    return [p for p in programs if flops[p['id']] / speed > _WORTH_PROBING]
 
 
 def matmul_speed(seconds: float = 0.3) -> float:

@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxprune import data
-from jaxprune.errors import first_line
+from jaxprune import data, nn
+from jaxprune.errors import StoreError, first_line
 from jaxprune.rng import run_key
 from jaxprune.sweep.devices import cache_directory
 from jaxprune.sweep.engine import Rows
@@ -32,7 +32,7 @@ from jaxprune.sweep.parse import plain
 from jaxprune.sweep.program import DeviceData, hyper_of, make_program
 from jaxprune.sweep.spec import SweepSpec
 from jaxprune.sweep.store import write_json
-from jaxprune.sweep.strategy import Strategy, candidates, forced
+from jaxprune.sweep.strategy import BATCHINGS, STEPPINGS, Strategy, candidates, forced
 
 #: Runs per device in a trial: enough to see what batching them brings.
 _RUNS = 4
@@ -66,27 +66,31 @@ def probe(
     spec: SweepSpec,
     run: Run,
     *,
-    tried: Sequence[Strategy] | None = None,
+    strategies: Sequence[Strategy],
     run_steps: float = math.inf,
+    known: Sequence[Measured] = (),
     told: Callable[[Measured], None] = lambda found: None,
 ) -> list[Measured]:
-    """Tries the strategies that may be fastest; the fastest first.
+    """Tries strategies; the fastest first.
 
     Args:
       run: any run of the program.
-      tried: strategies to try; None for all that [engine] leaves open.
-      run_steps: runs times steps to be trained. Once trying has taken a tenth of what they will
-        take by what is known so far, the strategies left are not tried.
+      strategies: to be tried, see `possible`.
+      run_steps: runs times steps to be trained. Another strategy is only tried while all trials
+        will foreseeably take less than a tenth of what they take by what is known so far.
+      known: of earlier trials.
       told: called after each trial.
     """
-    tried = possible(spec, run) if tried is None else tried
     found, began = [], time.perf_counter()
-    for strategy in tried:
+    for strategy in strategies:
+        worked = [m for m in (*known, *found) if not m.error]
+        if worked:
+            next_one = statistics.mean(m.compile_seconds for m in worked) + _SECONDS
+            spent = time.perf_counter() - began + next_one
+            if spent > _SHARE * run_steps * min(m.seconds for m in worked):
+                break
         found.append(_trial(spec, run, strategy))
         told(found[-1])
-        best = min(measured.seconds for measured in found)
-        if time.perf_counter() - began > _SHARE * best * run_steps:
-            break
     return sorted(found, key=lambda measured: measured.seconds)
 
 
@@ -98,7 +102,7 @@ def possible(spec: SweepSpec, run: Run) -> list[Strategy]:
     return list(dict.fromkeys(forced(strategy, spec.engine, devices) for strategy in found))
 
 
-def tried(measured: Measured) -> str:
+def trial_line(measured: Measured) -> str:
     """One line on a trial."""
     if measured.error:
         return f'tried {measured.strategy}: {measured.error}'
@@ -175,24 +179,40 @@ def key_of(spec: SweepSpec, run: Run) -> str:
 
 
 def remembered(spec: SweepSpec, run: Run) -> list[Measured]:
-    """What was measured before for such a program on such a machine; empty if nothing was."""
+    """What was measured before for such a program on such a machine, the fastest first.
+
+    What failed is among it, last. Empty if nothing was measured.
+    """
     try:
         rows = json.loads(cache_file().read_text())[key_of(spec, run)]
-        return [Measured(Strategy(*row[0]), *row[1:]) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = [Measured(Strategy(*row[0]), *row[1:]) for row in rows]
+        return sorted(filter(_sound, found), key=lambda measured: measured.seconds)
+    except (OSError, ValueError, LookupError, TypeError):
         return []  # no cache is no mistake; a broken one is written anew
 
 
+def _sound(measured: Measured) -> bool:
+    """Is a row of the cache one that this version wrote?"""
+    way, numbers = measured.strategy, measured[1:4]
+    return (
+        way.batching in BATCHINGS
+        and way.stepping in STEPPINGS
+        and way.convolution in nn.CONVOLUTIONS
+        and all(type(n) is int and n > 0 for n in (way.devices, way.batch_devices))
+        and all(isinstance(n, (int, float)) for n in numbers)
+        and isinstance(measured.error, str)
+    )
+
+
 def remember(spec: SweepSpec, run: Run, found: Sequence[Measured]) -> None:
-    """Keeps what was measured; a cache that cannot be written is no mistake either."""
+    """Adds to what was measured before; a cache that cannot be written is no mistake either."""
     place = cache_file()
     try:
         known = dict(json.loads(place.read_text()))
     except (OSError, ValueError, TypeError):
         known = {}
-    kept = [m for m in found if not m.error]
+    by_strategy = {m.strategy: m for m in (*remembered(spec, run), *found)}
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(place, {**known, key_of(spec, run): kept})
-    except OSError:
+        write_json(place, {**known, key_of(spec, run): list(by_strategy.values())})
+    except StoreError:
         return

@@ -1,5 +1,6 @@
 """The pure functions of one program: everything its runs do, written for one run, not jitted."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -62,6 +63,7 @@ class Program(NamedTuple):
       step: `(clock, data, key, hyper, indices, state) -> (state, loss)`.
       evaluate: `(data, state, indices, valid) -> (sum of losses, number correct)` on the test set.
       prune: method -> `Events`.
+      size: number of prunable weights.
       record: what is recorded along training.
       flow: `(data, key, state) -> quantity -> path -> scalar`, or None if none is asked for.
       convolves: has the network convolutions?
@@ -76,6 +78,7 @@ class Program(NamedTuple):
     step: Callable
     evaluate: Callable
     prune: Callable[[MethodSpec], Events]
+    size: int
     record: RecordSpec
     flow: Callable | None
     convolves: bool
@@ -168,9 +171,11 @@ def make_program(
     look = any(flow.quantity(name).needs_data for name in quantities)
 
     def flows(data_: DeviceData, key: Key, state: RunState):
-        # The first examples of each class: the same at every step and for every run.
-        first = data_.by_class[:, : per_class * several].reshape(facts.classes, several, per_class)
-        rows = fetched(data_, first.swapaxes(0, 1).reshape(several, -1)) if look else None
+        rows = None
+        if look:  # at the first examples of each class: the same at every step and for every run
+            first = data_.by_class[:, : per_class * several]
+            first = first.reshape(facts.classes, several, per_class).swapaxes(0, 1)
+            rows = fetched(data_, first.reshape(several, -1))
         view, noise = problem.view_of(trained, state), stream(key, 'dropout')
         return {name: measure(noise, view, rows) for name, measure in quantities.items()}
 
@@ -184,6 +189,7 @@ def make_program(
         step=lambda clock, data_, *rest: step(clock, data_.train, *rest),
         evaluate=lambda data_, *rest: evaluate(data_.test, *rest),
         prune=prune,
+        size=sum(math.prod(shape) for shape in shapes.values()),
         record=spec.record,
         flow=flows if quantities else None,
         convolves=nn.convolves(module),

@@ -1,9 +1,10 @@
 """The driver: plan -> chunks -> store, resumable at any moment."""
 
+import dataclasses
 import datetime
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ from jaxprune.sweep.engine import Engine, make_engine
 from jaxprune.sweep.grid import Run, runs
 from jaxprune.sweep.load import identity, load_spec, make_spec, spec_hash, to_toml
 from jaxprune.sweep.plan import cut, make_plan, measure
-from jaxprune.sweep.probe import tried
+from jaxprune.sweep.probe import trial_line
 from jaxprune.sweep.program import Program, device_data, make_program
 from jaxprune.sweep.progress import Progress, Shown, silent
 from jaxprune.sweep.provenance import provenance
-from jaxprune.sweep.spec import SweepSpec
+from jaxprune.sweep.spec import EngineSpec, SweepSpec
 from jaxprune.sweep.strategy import Strategy
+from jaxprune.sweep.timing import stopwatch
 
-#: The part of a device's memory that a compiled training program may take.
-_MEMORY_SHARE = 0.85
+#: The part of a device's memory that a training program may take, by the compiler's own account.
+_COMPILED_SHARE = 0.85
 #: Seconds that a call of a compiled training program should last: what progress waits for.
 _CALL_SECONDS = 2.0
 
@@ -63,6 +65,7 @@ def run_sweep(
       SpecError, DataError: before anything is written.
       StoreError: `out` holds another sweep or broken files, cannot be written, or another process
         is at work there.
+      JaxpruneError: not even one run at a time fits into memory; finished chunks are kept.
     """
     if isinstance(spec, (str, Path)):
         source = str(spec)
@@ -88,8 +91,8 @@ def run_sweep(
 def _open(spec: SweepSpec, out: Path, plan_table: dict[str, Any]) -> None:
     """Makes or re-opens the directory.
 
-    The plan in the directory wins over a new one, as another machine might cut other chunks,
-    unless [engine] now asks for others.
+    The chunks in the directory win over new ones, as another machine might cut others, unless
+    [engine] now asks for others. How they are trained is this machine's affair.
     """
     text = to_toml(spec)
     spec_file, plan_file = out / 'spec.toml', out / 'plan.json'
@@ -102,8 +105,16 @@ def _open(spec: SweepSpec, out: Path, plan_table: dict[str, Any]) -> None:
             raise StoreError(
                 f'{out} was written by another version of jaxprune: choose another --out'
             )
-        same_engine = spec_file.exists() and spec_file.read_bytes() == text.encode()
-        plan_table = stored if same_engine else recut(stored, plan_table, out)
+        before = load_spec(spec_file).engine if spec_file.exists() else None
+        if before is None or _shape(before) != _shape(spec.engine):
+            plan_table = recut(stored, plan_table, out)
+        elif stored['machine'] != plan_table['machine']:
+            by_id = {program['id']: program for program in plan_table['programs']}
+            how = ('strategy', 'chosen', 'seconds_per_step')
+            programs = [{**p, **{k: by_id[p['id']][k] for k in how}} for p in stored['programs']]
+            plan_table = {**stored, 'programs': programs, 'machine': plan_table['machine']}
+        else:
+            plan_table = stored
     session = provenance(spec, datetime.datetime.now(datetime.UTC))
     record = out / 'provenance.json'
     sessions = store.read_json(record, {'sessions'})['sessions'] if record.exists() else []
@@ -113,8 +124,21 @@ def _open(spec: SweepSpec, out: Path, plan_table: dict[str, Any]) -> None:
     store.write_json(plan_file, plan_table)
 
 
+def _shape(engine: EngineSpec) -> EngineSpec:
+    """What of [engine] a plan depends on."""
+    return dataclasses.replace(engine, checkpoint_minutes=0.0, probe='never')
+
+
 def recut(stored: dict[str, Any], plan_table: dict[str, Any], out: Path) -> dict[str, Any]:
-    """The plan for other chunk sizes: finished chunks stay, the runs left are cut anew."""
+    """The plan for other chunk sizes: finished chunks stay, the runs left are cut anew.
+
+    What once ran out of memory in this directory is not made larger again.
+    """
+    tight = {p['id']: p for p in stored['programs'] if p.get('ran_out')}
+    programs = [
+        _no_larger(p, tight[p['id']]) if p['id'] in tight else p for p in plan_table['programs']
+    ]
+    plan_table = {**plan_table, 'programs': programs}
     chunks = [chunk for chunk in stored['chunks'] if store.finished(out, chunk['id'])]
     done = {run_id for chunk in chunks for run_id in chunk['runs']}
     for program in plan_table['programs']:
@@ -129,12 +153,22 @@ def recut(stored: dict[str, Any], plan_table: dict[str, Any], out: Path) -> dict
     return {**plan_table, 'chunks': chunks}
 
 
+def _no_larger(planned: dict[str, Any], tight: dict[str, Any]) -> dict[str, Any]:
+    """A planned program within the memory that another plan of it was cut down to."""
+    strategy, shared = Strategy(**planned['strategy']), tight['strategy']['batch_devices']
+    if strategy.devices % shared == 0:
+        strategy = strategy._replace(batch_devices=max(shared, strategy.batch_devices))
+    chunk = min(planned['chunk'], tight['chunk'])
+    return {**planned, 'chunk': chunk, 'strategy': strategy._asdict(), 'ran_out': True}
+
+
 def _measure_first(spec: SweepSpec, out: Path, shown: Shown) -> None:
     """Where the ways to train are worth trying, tries them and plans what is left anew."""
     stored = store.read_plan(out)
-    if all(store.finished(out, chunk['id']) for chunk in stored['chunks']):
+    begun = any(store.finished(out, chunk['id']) for chunk in stored['chunks'])
+    if begun or (out / 'checkpoints').exists():  # whose chunks would be cut anew
         return
-    if measure(spec, stored, lambda measured: shown.note(tried(measured))):
+    if measure(spec, stored, lambda measured: shown.note(trial_line(measured))):
         plan_table = recut(stored, make_plan(spec), out)
         for program in plan_table['programs']:
             shown.note(f'program {program["id"]}: {Strategy(**program["strategy"])}')
@@ -154,30 +188,32 @@ def _run_chunks(spec: SweepSpec, out: Path, on_device, shown: Shown) -> None:
             left.pop(0)
             continue
         planned = next(p for p in plan_table['programs'] if p['id'] == chunk['program'])
-        told = []
-
-        def steps(count: int, told=told) -> None:
-            told.append(count)
-            shown.steps(count)
-
+        heard, undo = _undoable(shown)
+        compiling = 0.0
         try:
             if current is None or current[0] != chunk['program']:
                 # One program at a time: its compiled functions are freed with it.
-                current = chunk['program'], *_engine(spec, planned, members, on_device)
+                current = None
+                with stopwatch() as watch:
+                    with watch.phase('compile'):
+                        parts = _engine(spec, planned, members, on_device)
+                    compiling = watch.seconds()['compile']
+                current = chunk['program'], *parts
             saved = checkpoint(out / 'checkpoints' / chunk['id'], spec.engine.checkpoint_minutes)
             made = run_chunk(
                 spec,
                 *current[1:],
                 members,
                 planned['chunk'],
-                shown=shown._replace(steps=steps),
+                shown=heard,
                 saved=saved,
             )
+            made.timing['compile'] += compiling
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
             current = None
-            shown.steps(-sum(told))
+            undo()
             smaller = _smaller(planned, first_line(error))
             programs = [smaller if p is planned else p for p in plan_table['programs']]
             plan_table = recut(plan_table, {**plan_table, 'programs': programs}, out)
@@ -196,6 +232,24 @@ def _run_chunks(spec: SweepSpec, out: Path, on_device, shown: Shown) -> None:
     shutil.rmtree(out / 'checkpoints', ignore_errors=True)
 
 
+def _undoable(shown: Shown) -> tuple[Shown, Callable[[], None]]:
+    """The same listener, and a function that takes back the steps it was told of."""
+    counts: dict[str, list[int]] = {'steps': [], 'resume': []}
+
+    def hearing(name: str) -> Callable[[int], None]:
+        def hear(count: int) -> None:
+            counts[name].append(count)
+            getattr(shown, name)(count)
+
+        return hear
+
+    def undo() -> None:
+        for name, told in counts.items():
+            getattr(shown, name)(-sum(told))
+
+    return shown._replace(**{name: hearing(name) for name in counts}), undo
+
+
 def _engine(
     spec: SweepSpec, planned: Mapping[str, Any], members: Sequence[Run], on_device
 ) -> tuple[Program, Engine]:
@@ -206,12 +260,13 @@ def _engine(
     """
     strategy = Strategy(**planned['strategy'])
     program = make_program(spec, members[0].train, strategy.convolution, strategy.batch_devices)
-    at_once = strategy.devices if strategy.batching == 'unroll' else planned['chunk']
+    places = strategy.devices // strategy.batch_devices
+    at_once = places if strategy.batching == 'unroll' else planned['chunk']
     seconds = (planned['seconds_per_step'] or 0) * at_once
     steps_per_call = max(int(_CALL_SECONDS / seconds), 1) if seconds else 0
     engine = make_engine(strategy, program, on_device, jax.local_devices(), steps_per_call)
     rows, _ = rows_of(members, planned['chunk'], engine)
-    needed, limit = engine.bytes_needed(rows), _MEMORY_SHARE * memory_limit()
+    needed, limit = engine.bytes_needed(rows), _COMPILED_SHARE * memory_limit()
     if needed > limit:
         raise MemoryError(f'{needed / 1e9:.3g} GB are needed where {limit / 1e9:.3g} GB are left')
     return program, engine
@@ -230,11 +285,19 @@ def _smaller(planned: dict[str, Any], reason: str) -> dict[str, Any]:
     strategy = Strategy(**planned['strategy'])
     places = strategy.devices // strategy.batch_devices
     if planned['chunk'] > places:
-        return {**planned, 'chunk': math.ceil(planned['chunk'] / 2 / places) * places}
-    if places % 2:
+        smaller = math.ceil(planned['chunk'] / 2 / places) * places
+        return {**planned, 'chunk': smaller, 'ran_out': True}
+    more = range(strategy.batch_devices + 1, strategy.devices + 1)
+    shared = next((n for n in more if strategy.devices % n == 0), None)
+    if shared is None:
+        where = f'all {strategy.devices} devices' if strategy.devices > 1 else 'the device'
         raise JaxpruneError(
-            f'not even {places} run{"s" * (places > 1)} at a time fit into memory ({reason}); a '
-            'smaller train.batch_size or model.dtype = "bfloat16" may help'
+            f'not even one run on {where} fits into memory ({reason}); a smaller '
+            'train.batch_size or model.dtype = "bfloat16" may help'
         )
-    shared = strategy._replace(batch_devices=2 * strategy.batch_devices)
-    return {**planned, 'chunk': places // 2, 'strategy': shared._asdict()}
+    return {
+        **planned,
+        'chunk': strategy.devices // shared,
+        'strategy': strategy._replace(batch_devices=shared)._asdict(),
+        'ran_out': True,
+    }

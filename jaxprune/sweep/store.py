@@ -107,6 +107,13 @@ class Chunk(NamedTuple):
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file so that a reader, or a crash at any moment, sees all of it or nothing."""
+    try:
+        _write_bytes(path, content)
+    except OSError as error:
+        raise StoreError(f'{path}: cannot be written ({error})') from error
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps two writers apart; readers glob on the final suffix and never see it.
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
@@ -218,7 +225,10 @@ def _read(out: Path, where, schema: dict, *, everywhere: bool = True) -> pl.Data
 
 
 def _read_frame(path: Path, schema: dict) -> pl.DataFrame:
-    broken = 'delete it and give the same `jaxprune sweep` command again'
+    again = 'and give the same `jaxprune sweep` command again'
+    # What says that a chunk is finished must go too, or nothing would be made anew.
+    results = path.parent.parent / 'results' / path.name
+    broken = f'delete it {again}' if path == results else f'delete it and {results}, {again}'
     try:
         frame = pl.read_parquet(path, glob=False)  # a directory may be called 'lr[0.1]'
     except (OSError, pl.exceptions.PolarsError) as error:
@@ -250,20 +260,31 @@ def read_flow(out: Path) -> pl.DataFrame:
 
 
 def read_timing(out: Path) -> dict[str, float]:
-    """Seconds by phase, and the runs times steps they paid for, of all finished chunks."""
+    """Seconds by phase, and the runs times steps they paid for, of all finished chunks.
+
+    A chunk whose timing is lost or broken is left out: nothing else depends on it.
+    """
     keys = (*PHASES, 'run_steps')
     total = dict.fromkeys(keys, 0.0)
     for chunk in chunk_ids(out):
-        if finished(out, chunk) and timing_path(out, chunk).exists():
+        if not finished(out, chunk):
+            continue
+        try:
             spent = read_json(timing_path(out, chunk), set(keys))
-            total = {key: total[key] + spent[key] for key in keys}
+            total = {key: total[key] + float(spent[key]) for key in keys}
+        except (StoreError, TypeError, ValueError):
+            continue
     return total
 
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Holds the directory for one process; the lock dies with it, however it dies."""
-    with open(out / '.lock', 'w') as file:
+    try:
+        file = open(out / '.lock', 'w')  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise StoreError(f'{out}: cannot be written ({error})') from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -272,9 +293,15 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def is_locked(out: Path) -> bool:
-    """Is a process at work in the directory?"""
+    """Is a process at work in the directory? Looks without writing, also where it may not write."""
     try:
-        with locked(out):
-            return False
-    except StoreError:
+        file = os.open(out / '.lock', os.O_RDONLY)
+    except OSError:  # none was ever at work, or none that we may see
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    finally:
+        os.close(file)
+    return False

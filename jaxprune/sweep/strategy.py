@@ -77,7 +77,8 @@ def forced(strategy: Strategy, engine: Any, devices: int) -> Strategy:
         for name in ('batching', 'stepping', 'convolution')
         if getattr(engine, name) != 'auto'
     }
-    used = min(engine.devices or strategy.devices, devices)
+    wanted = strategy.devices if engine.batch_devices <= strategy.devices else devices
+    used = min(engine.devices or wanted, devices)
     if engine.batch_devices > used:
         raise SpecError(
             f'engine.batch_devices: a run on {engine.batch_devices} devices, where {used} are used'
