@@ -528,7 +528,7 @@ def test_quantities_without_data_need_none(tmp_path):
 
 
 def test_a_run_with_broken_scores_has_no_quantities():
-    """Expectation: its mask means nothing, and neither do norms under it; other runs keep theirs."""
+    """Expectation: its mask means nothing, nor do norms under it; other runs keep theirs."""
     members = runs(make_spec(DENSE))[:2]
     seen = Seen(10, None, {'weight_norm': {'a': np.array([1.0, 2.0])}})
     trained = Trained(None, np.ones((2, 10)), [seen])

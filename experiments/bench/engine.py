@@ -112,7 +112,7 @@ def main() -> None:
             print({k: v for k, v in row.items() if v != ''}, flush=True)
             publish()
     if not settings.quick:
-        for name, runs, every in (('LeNet-300-100', 16, 100), ('VGG-11 (1/4)', 2, 50)):
+        for name, runs, every in (('LeNet-300-100', 16, 200), ('VGG-11 (1/4)', 2, 50)):
             if name in cases:
                 costs += recording(settings, cases[name], runs, every, end)
                 publish()
@@ -466,7 +466,7 @@ def recording(settings, case: Case, runs: int, every: int, end: float) -> list[d
     name = case.name
     if time.monotonic() > end:
         return [{'net': name, 'recorded': 'left out: no time left (--minutes)'}]
-    longer = argparse.Namespace(**{**vars(settings), 'steps': 4 * every if runs > 2 else every})
+    longer = argparse.Namespace(**{**vars(settings), 'steps': 2 * every if runs > 2 else every})
     stride = {'every': every}
     kinds = {
         'nothing': {},

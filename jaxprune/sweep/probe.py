@@ -65,8 +65,8 @@ class Measured(NamedTuple):
 def probe(
     spec: SweepSpec,
     run: Run,
-    *,
     strategies: Sequence[Strategy],
+    *,
     run_steps: float = math.inf,
     known: Sequence[Measured] = (),
     told: Callable[[Measured], None] = lambda found: None,

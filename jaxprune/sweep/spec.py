@@ -69,7 +69,9 @@ class TrainSpec:
 class PruneSpec:
     """[prune]: the data that scores look at, drawn class-balanced from the training set."""
 
-    samples_per_class: int = _key('examples of each class in a batch', default=10, low=1)
+    samples_per_class: int = _key(
+        'examples of each class in a batch, also for record.flow', default=10, low=1
+    )
     batches: int = _key('batches per scoring round', default=1, low=1)
 
 
@@ -157,7 +159,7 @@ class EngineSpec:
         default='auto',
         choices=('auto', *CONVOLUTIONS),
     )
-    devices: int = _key('devices to use; 0 for all', default=0, low=0)
+    devices: int = _key('most devices to use; 0 for as many as is fastest', default=0, low=0)
     batch_devices: int = _key(
         'devices that share the batch of each run, where one is too small for it',
         default=1,
@@ -165,7 +167,7 @@ class EngineSpec:
     )
     probe: str = _key(
         "time the ways to train first: 'auto' (if the sweep is long and this was not done before "
-        "on this machine), 'never'",
+        "on this machine), 'never' (what is remembered is still used)",
         default='auto',
         choices=('auto', 'never'),
     )

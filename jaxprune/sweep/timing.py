@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import jax.monitoring
 
-#: What a chunk's time is spent on, in the order in which it is told.
+#: What a chunk's time is spent on, in the order in which it is told; 'train' includes what [record]
+#: asks for along the way.
 PHASES = ('compile', 'prune', 'train', 'evaluate')
 #: JAX tells of tracing, lowering and compiling under these names.
 _COMPILING = '/jax/core/compile/'
