@@ -33,6 +33,8 @@ ROUNDS = {name: min(card.rounds, 2) for name, card in method.METHODS.items()}
 #: are, whether weights return. Where a law is about the engine, the others are slow tests.
 KINDS = ('random', 'snip', 'grasp', 'synflow', 'force')
 SOME = [m if m in KINDS else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+#: Of strategies that all run the same compiled parts.
+FEW = [m if m in KINDS[:3] else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 OTHER_WAYS = [('plain', 'global'), ('plain', 'erk'), ('jit', 'erk'), ('vmap', 'global')]
 
 
@@ -187,7 +189,7 @@ def test_many_runs_equal_single_runs(benches, net, name):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize('name', SOME)
+@pytest.mark.parametrize('name', FEW)
 def test_strategies_agree(benches, engines, name):
     """Law: the numbers do not depend on how runs are batched; float32, so up to rounding."""
     bench = benches['dense']
@@ -308,7 +310,6 @@ def test_density_one_is_the_dense_control(benches, engines, name):
     assert set(b['density']) == {1.0} and DENSE.label == 'dense'
 
 
-@pytest.mark.optimised
 @pytest.mark.parametrize('strategy', ['map', 'vmap', 'host'])
 def test_two_traces_at_most(dataset, strategy):
     """Law: methods, seeds, densities, learning rates share one trace of every compiled function."""

@@ -104,7 +104,7 @@ SMALL = {
     'vit': {'patch': 14, 'dim': 8, 'depth': 2, 'heads': 2},
     'transformer': {'dim': 8, 'depth': 1, 'heads': 2},
 }
-DEEP = ('vgg13', 'vgg16', 'vgg19', 'resnet32', 'resnet56', 'resnet18', 'mobilenet')
+DEEP = ('resnet20', 'vgg13', 'vgg16', 'vgg19', 'resnet32', 'resnet56', 'resnet18', 'mobilenet')
 
 
 @pytest.mark.parametrize(

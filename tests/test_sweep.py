@@ -299,6 +299,7 @@ assert jax.local_device_count() == int(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_values_are_independent_of_the_number_of_devices(tmp_path):
     """Five runs on one, two and three devices: two of six rows are padding on three."""
     table = changed(grid__method=ONE, grid__compression=[5], grid__seed=[0, 1, 2, 3, 4])
