@@ -23,11 +23,12 @@ os.environ['JAXPRUNE_CACHE_DIR'] = str(_cache.with_name(f'{_cache.name}-probes')
 
 
 def pytest_sessionfinish(session):
-    """Deletes what was compiled, when the last worker is done."""
+    """Deletes what was compiled and measured, when the last worker is done."""
     if not hasattr(session.config, 'workerinput'):
         uid = getattr(session.config.pluginmanager.getplugin('dsession'), 'nodemanager', None)
         name = uid.testrunuid if uid is not None else _run
-        shutil.rmtree(_cache.with_name(f'jaxprune-tests-{name}'), ignore_errors=True)
+        for kept in (f'jaxprune-tests-{name}', f'jaxprune-tests-{name}-probes'):
+            shutil.rmtree(_cache.with_name(kept), ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -33,8 +33,8 @@ ROUNDS = {name: min(card.rounds, 2) for name, card in method.METHODS.items()}
 #: are, whether weights return. Where a law is about the engine, the others are slow tests.
 KINDS = ('random', 'snip', 'grasp', 'synflow', 'force')
 SOME = [m if m in KINDS else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
-#: Of strategies that all run the same compiled parts.
-FEW = [m if m in KINDS[:3] else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+#: Without the one that takes longest to compile, where three engines are compared.
+FEW = [pytest.param(m, marks=pytest.mark.slow) if m == 'force' else m for m in SOME]
 OTHER_WAYS = [('plain', 'global'), ('plain', 'erk'), ('jit', 'erk'), ('vmap', 'global')]
 
 
