@@ -11,14 +11,13 @@ import tomli_w
 from jaxprune import data, tree
 from jaxprune.cli import main
 from jaxprune.errors import SpecError
-from jaxprune.rng import run_key
 from jaxprune.sweep import make_plan, make_spec
-from jaxprune.sweep.engine import Rows, make_engine
+from jaxprune.sweep.engine import make_engine, stacked
 from jaxprune.sweep.grid import runs
 from jaxprune.sweep.layout import pieces
 from jaxprune.sweep.plan import counts_of
 from jaxprune.sweep.probe import cache_file, probe, remember, remembered
-from jaxprune.sweep.program import device_data, hyper_of, make_program
+from jaxprune.sweep.program import device_data, make_program
 from jaxprune.sweep.strategy import Strategy, candidates, usual
 
 TABLE = {
@@ -52,10 +51,7 @@ def trained(strategy, steps_per_call=0):
     program = make_program(spec, members[0].train, strategy.convolution)
     on_device = device_data(spec, data.load('mnist_small'))
     engine = make_engine(strategy, program, on_device, jax.local_devices(), steps_per_call)
-    rows = Rows(
-        jax.numpy.stack([run_key(run.seed) for run in members]),
-        jax.tree.map(lambda *leaves: np.stack(leaves), *map(hyper_of, members)),
-    )
+    rows = stacked(members)
     tables = [counts_of(program, run).counts for run in members]
     counts = {path: np.stack([t[path] for t in tables]) for path in tables[0]}
     states, info = engine.prune(

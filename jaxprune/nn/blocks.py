@@ -45,6 +45,21 @@ def normed(x: jax.Array, name: str, *, train: bool, dtype: Any = None) -> jax.Ar
     )(x)
 
 
+def conv_bn(
+    net: Any, x: jax.Array, maps: int, name: str, *, train: bool, **shape: int
+) -> jax.Array:
+    """A convolution and its batch norm, `<name>_conv` and `<name>_bn`.
+
+    Args:
+      net: the module being set up; its fields `conv`, `dtype` and `kernel_init` apply.
+      shape: `side`, `stride`, `groups` of `convolved`.
+    """
+    x = convolved(
+        x, maps, f'{name}_conv', net.conv, dtype=net.dtype, kernel_init=net.kernel_init, **shape
+    )
+    return normed(x, f'{name}_bn', train=train, dtype=net.dtype)
+
+
 def pooled(x: jax.Array) -> jax.Array:
     """The maxima of 2x2 windows, an odd last row or column left out: `nn.max_pool`, but faster.
 

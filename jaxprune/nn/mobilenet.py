@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
-from jaxprune.nn.blocks import classified, convolved, normed, scaled
+from jaxprune.nn.blocks import classified, conv_bn, scaled
 from jaxprune.nn.conv import ConvFn, native
 from jaxprune.nn.initial import kaiming_normal
 
@@ -47,23 +47,12 @@ class MobileNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        def conv_bn(x, maps, name, *, side, stride=1, groups=1):
-            x = convolved(
-                x,
-                maps,
-                f'{name}_conv',
-                self.conv,
-                side=side,
-                stride=stride,
-                groups=groups,
-                dtype=self.dtype,
-                kernel_init=self.kernel_init,
-            )
-            return nn.relu(normed(x, f'{name}_bn', train=train, dtype=self.dtype))
+        def layer(x, maps, name, **shape):
+            return nn.relu(conv_bn(self, x, maps, name, train=train, **shape))
 
-        x = conv_bn(x, scaled(32, self.width), 'stem', side=3)
+        x = layer(x, scaled(32, self.width), 'stem', side=3)
         for i, (wide, stride) in enumerate(BLOCKS):
             maps = x.shape[-1]
-            x = conv_bn(x, maps, f'block{i}_depth', side=3, stride=stride, groups=maps)
-            x = conv_bn(x, scaled(wide, self.width), f'block{i}_point', side=1)
+            x = layer(x, maps, f'block{i}_depth', side=3, stride=stride, groups=maps)
+            x = layer(x, scaled(wide, self.width), f'block{i}_point', side=1)
         return classified(x, self.classes, self.dtype, self.kernel_init)

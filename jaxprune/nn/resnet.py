@@ -1,5 +1,6 @@
 """Residual networks in their CIFAR forms (He et al., CVPR 2016, arXiv:1512.03385)."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from jaxprune.errors import JaxpruneError
-from jaxprune.nn.blocks import classified, convolved, normed, scaled
+from jaxprune.nn.blocks import classified, conv_bn, scaled
 from jaxprune.nn.conv import ConvFn, native
 from jaxprune.nn.initial import kaiming_normal
 
@@ -48,30 +49,18 @@ class ResNet(nn.Module):
         if self.shortcut not in SHORTCUTS:
             raise JaxpruneError(f'shortcut must be {" or ".join(SHORTCUTS)}, not {self.shortcut}')
 
-        def conv_bn(x, maps, name, side=3, stride=1):
-            x = convolved(
-                x,
-                maps,
-                f'{name}_conv',
-                self.conv,
-                side=side,
-                stride=stride,
-                dtype=self.dtype,
-                kernel_init=self.kernel_init,
-            )
-            return normed(x, f'{name}_bn', train=train, dtype=self.dtype)
-
-        x = nn.relu(conv_bn(x, scaled(self.maps[0], self.width), 'stem'))
+        layer = functools.partial(conv_bn, self, train=train)
+        x = nn.relu(layer(x, scaled(self.maps[0], self.width), 'stem'))
         for stage, (count, wide) in enumerate(zip(self.blocks, self.maps, strict=True)):
             maps = scaled(wide, self.width)
             for block in range(count):
                 stride = 2 if stage and not block else 1
                 name = f'stage{stage}_block{block}'
-                y = nn.relu(conv_bn(x, maps, f'{name}_a', stride=stride))
-                y = conv_bn(y, maps, f'{name}_b')
+                y = nn.relu(layer(x, maps, f'{name}_a', stride=stride))
+                y = layer(y, maps, f'{name}_b')
                 if x.shape != y.shape:
                     if self.shortcut == 'projection':
-                        x = conv_bn(x, maps, f'{name}_skip', side=1, stride=stride)
+                        x = layer(x, maps, f'{name}_skip', side=1, stride=stride)
                     else:
                         more = maps - x.shape[-1]
                         x = x[:, ::stride, ::stride]

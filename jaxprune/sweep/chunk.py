@@ -9,10 +9,9 @@ import numpy as np
 import polars as pl
 
 from jaxprune.errors import PruneError
-from jaxprune.rng import run_key
 from jaxprune.sweep import store
 from jaxprune.sweep.checkpoint import Checkpoint, Saved, nowhere
-from jaxprune.sweep.engine import Engine, Rows, Trained
+from jaxprune.sweep.engine import Engine, Rows, Trained, stacked
 from jaxprune.sweep.grid import Run, event_program, split_options
 from jaxprune.sweep.parse import plain
 from jaxprune.sweep.plan import active_of, counts_of
@@ -28,9 +27,7 @@ def rows_of(members: Sequence[Run], size: int, engine: Engine) -> tuple[Rows, li
     """The rows that a chunk is computed as, and their runs: the last is repeated as padding."""
     wanted = -(-max(size, len(members)) // engine.multiple) * engine.multiple
     padded = [*members, *[members[-1]] * (wanted - len(members))]
-    keys = jax.numpy.stack([run_key(run.seed) for run in padded])
-    hyper = jax.tree.map(lambda *leaves: np.stack(leaves), *map(hyper_of, padded))
-    return Rows(keys, hyper), padded
+    return stacked(padded), padded
 
 
 def run_chunk(
@@ -97,8 +94,11 @@ def _run_chunk(
         curves += _curves(program, members, errors, trained, (epoch - 1) * program.steps)
         flow += _flow(members, errors, trained)
         if epoch % spec.record.every_epochs == 0 or epoch == epochs:
-            with watch.phase('evaluate'):
-                test_loss, accuracy = engine.evaluate(states)
+            if program.record.evaluate:  # the epoch's end was among what was recorded
+                test_loss, accuracy = trained.seen[-1].test
+            else:
+                with watch.phase('evaluate'):
+                    test_loss, accuracy = engine.evaluate(states)
             train_loss = np.mean(losses, axis=0)
             losses = []
             for i, run in enumerate(members):

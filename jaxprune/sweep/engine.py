@@ -17,11 +17,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxprune.rng import run_key
 from jaxprune.select import kept
 from jaxprune.sweep.events import compiled_events
-from jaxprune.sweep.grid import event_program
+from jaxprune.sweep.grid import Run, event_program
 from jaxprune.sweep.layout import bytes_taken, jitted, mesh_of, pieces, training
-from jaxprune.sweep.program import EVAL_BATCH, DeviceData, Program
+from jaxprune.sweep.program import EVAL_BATCH, DeviceData, Program, hyper_of
 from jaxprune.sweep.strategy import Strategy
 from jaxprune.types import Hyper, PruneInfo, PyTree
 
@@ -39,6 +40,12 @@ class Rows(NamedTuple):
 
     keys: jax.Array
     hyper: Hyper
+
+
+def stacked(runs: Sequence[Run]) -> Rows:
+    """The rows of so many runs."""
+    keys = jnp.stack([run_key(run.seed) for run in runs])
+    return Rows(keys, jax.tree.map(lambda *leaves: np.stack(leaves), *map(hyper_of, runs)))
 
 
 class Seen(NamedTuple):

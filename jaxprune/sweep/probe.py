@@ -23,13 +23,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxprune import data, nn
 from jaxprune.errors import StoreError, first_line
-from jaxprune.rng import run_key
 from jaxprune.sweep.devices import cache_directory
-from jaxprune.sweep.engine import Rows
+from jaxprune.sweep.engine import stacked
 from jaxprune.sweep.grid import Run, digest, static_settings
 from jaxprune.sweep.layout import bytes_taken, jitted, mesh_of, training
 from jaxprune.sweep.parse import plain
-from jaxprune.sweep.program import DeviceData, hyper_of, make_program
+from jaxprune.sweep.program import DeviceData, make_program
 from jaxprune.sweep.spec import SweepSpec
 from jaxprune.sweep.store import write_json
 from jaxprune.sweep.strategy import BATCHINGS, STEPPINGS, Strategy, candidates, forced
@@ -123,10 +122,7 @@ def _measure(spec: SweepSpec, run: Run, strategy: Strategy) -> Measured:
     runs = places * (1 if strategy.batching == 'unroll' else _RUNS)
     length = 1 if strategy.stepping == 'host' else min(_STEPS, program.steps)
     on_device = jax.device_put(_pictures(spec, run), NamedSharding(mesh, P()))
-    rows = Rows(
-        jax.numpy.stack([run_key(seed) for seed in range(runs)]),
-        jax.tree.map(lambda *leaves: np.stack(leaves), *[hyper_of(run)] * runs),
-    )
+    rows = stacked([run._replace(seed=seed) for seed in range(runs)])
     states = jitted(program.init, (0, 0), strategy.batching, mesh)(*rows)
     order = np.zeros((runs, length, run.train.batch_size), np.int32)
     order += np.arange(run.train.batch_size, dtype=np.int32)
