@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxprune import data, flow, method, nn, optim, problem, structure, train
+from jaxprune import data, flow, method, nn, optim, problem, structure, train, tree
 from jaxprune.data import Dataset, DeviceSplit
 from jaxprune.errors import SpecError
 from jaxprune.rng import stream
@@ -166,9 +166,10 @@ def make_program(
         last = pruner.finish and train.last_event(net, optimizer, pruner)
         return Events(begin, once, last)
 
-    quantities = {name: flow.quantity(name).make(trained) for name in spec.record.flow}
-
-    look = any(flow.quantity(name).needs_data for name in quantities)
+    cards = {name: flow.quantity(name) for name in spec.record.flow}
+    quantities = {name: card.make(trained, tuple(shapes)) for name, card in cards.items()}
+    look = any(card.needs_data for card in cards.values())
+    compare = any(card.needs_initial for card in cards.values())
 
     def flows(data_: DeviceData, key: Key, state: RunState):
         rows = None
@@ -177,6 +178,9 @@ def make_program(
             first = first.reshape(facts.classes, several, per_class).swapaxes(0, 1)
             rows = fetched(data_, first.reshape(several, -1))
         view, noise = problem.view_of(trained, state), stream(key, 'dropout')
+        if compare:  # drawn again rather than carried along
+            fresh, _ = net.init(stream(key, 'init'))
+            view = view._replace(initial=tree.pick(fresh, net.prunable))
         return {name: measure(noise, view, rows) for name, measure in quantities.items()}
 
     return Program(

@@ -131,7 +131,8 @@ class RecordSpec:
     )
     evaluate: bool = _key('evaluate at these steps too', default=False)
     flow: tuple[str, ...] = _key(
-        "quantities recorded at these steps too: 'weight_norm', 'gradient_norm'", default=()
+        'quantities recorded at these steps too, such as \'weight_norm\'; README, "Gradient flow"',
+        default=(),
     )
 
 

@@ -1,0 +1,94 @@
+"""How far two measures of importance agree: on values, on ranks, on what they would keep."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxprune.errors import PruneError
+from jaxprune.select import top_k_mask
+from jaxprune.tree import check_same_paths
+from jaxprune.types import GLOBAL, Masks, Weights
+
+
+class Agreement(NamedTuple):
+    """Agreement of two measures, path -> scalar, and at '*' over all leaves together.
+
+    Attributes:
+      pearson: linear correlation of the values.
+      spearman: the same of the ranks; equal values share their mean rank.
+      overlap: of the weights that either would keep, the share that both keep, |A ∩ B| / k; their
+        Jaccard index is `overlap / (2 - overlap)`.
+    """
+
+    pearson: dict[str, jax.Array]
+    spearman: dict[str, jax.Array]
+    overlap: dict[str, jax.Array]
+
+
+def agreement(
+    one: Weights, other: Weights, masks: Masks | None = None, *, density: ArrayLike = 0.1
+) -> Agreement:
+    """Compares two measures over the weights in force, or over units where the arrays are theirs.
+
+    Args:
+      one: path -> values, such as scores or `units.grouped` of them.
+      other: the same paths and shapes.
+      masks: which entries count; None for all.
+      density: of `overlap`: the share of entries each measure would keep.
+
+    Raises:
+      PruneError: other paths or shapes.
+    """
+    check_same_paths('measures', other, one)
+    for path, leaf in one.items():
+        if leaf.shape != other[path].shape:
+            raise PruneError(f"'{path}' has shapes {leaf.shape} and {other[path].shape}")
+
+    def flat(tree: Weights) -> dict[str, jax.Array]:
+        leaves = {path: tree[path].ravel() for path in sorted(one)}
+        return {**leaves, GLOBAL: jnp.concatenate(list(leaves.values()))}
+
+    keep = (
+        {path: jnp.ones(leaf.shape, bool) for path, leaf in one.items()} if masks is None else masks
+    )
+    a, b, keep = flat(one), flat(other), flat(keep)
+    each = {path: (a[path], b[path], keep[path]) for path in a}
+    return Agreement(
+        {path: pearson(*values) for path, values in each.items()},
+        {path: spearman(*values) for path, values in each.items()},
+        {path: top_overlap(*values, density=density) for path, values in each.items()},
+    )
+
+
+def pearson(a: jax.Array, b: jax.Array, keep: jax.Array) -> jax.Array:
+    """Linear correlation of the entries that count; NaN where either does not vary."""
+    count = keep.sum()
+    a, b = (jnp.where(keep, v - jnp.where(keep, v, 0).sum() / count, 0) for v in (a, b))
+    # Scaled first: squares of small gradients leave float32.
+    a, b = (v / jnp.where(v.any(), jnp.abs(v).max(), 1) for v in (a, b))
+    lengths = jnp.sqrt((a**2).sum() * (b**2).sum())
+    return jnp.where(lengths > 0, (a * b).sum() / jnp.where(lengths > 0, lengths, 1), jnp.nan)
+
+
+def spearman(a: jax.Array, b: jax.Array, keep: jax.Array) -> jax.Array:
+    """Correlation of the ranks of the entries that count."""
+    return pearson(_ranks(a, keep), _ranks(b, keep), keep)
+
+
+def top_overlap(a: jax.Array, b: jax.Array, keep: jax.Array, *, density: ArrayLike) -> jax.Array:
+    """Of the entries that count, the share of the largest that is common to both."""
+    k = jnp.maximum(jnp.round(density * keep.sum()).astype(jnp.int32), 1)
+    first, second = (top_k_mask(jnp.where(keep, v, -jnp.inf), k) for v in (a, b))
+    return (first & second).sum() / k
+
+
+def _ranks(values: jax.Array, keep: jax.Array) -> jax.Array:
+    """Ranks among the entries that count, ties at their mean; float, from 0."""
+    held = jnp.where(keep, values, jnp.inf)
+    order = jnp.sort(held)
+    low, high = (
+        jnp.searchsorted(order, held, side=side, method='sort') for side in ('left', 'right')
+    )
+    return (low + high - 1) / 2

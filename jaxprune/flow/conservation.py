@@ -1,0 +1,94 @@
+"""What gradient flow leaves unchanged: monitors that are zero, or constant, where a law holds.
+
+Lubana & Dick, ICLR 2021, arXiv:2009.11839; Du, Hu & Lee, NeurIPS 2018, arXiv:1806.00900; Kunin et
+al., ICLR 2021, arXiv:2012.04728. A mask leaves the laws as they are: pruned weights drop out of
+the sums.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.errors import PruneError, nearest
+from jaxprune.score.derivatives import derivatives, parameters
+from jaxprune.types import Batch, Key, Problem, View
+
+#: Below this a cosine is one of rounding errors.
+_TINY = 1e-30
+
+
+def imbalance(view: View, order: Sequence[str], *, biases: Sequence[str | None] = ()) -> dict:
+    """`‖W_l‖² - ‖W_(l+1)‖²` of layers that feed each other, path of the first -> scalar.
+
+    Constant under gradient flow where the map between the two is homogeneous: linear, ReLU, max or
+    average pooling, without bias or with the bias counted on the input side; with dropout or batch
+    norm between them there is no such law. Discrete steps change it by η² (‖g_l‖² - ‖g_(l+1)‖²).
+
+    Args:
+      order: paths of the layers, input first.
+      biases: path of each layer's bias, None where it has none; without any, none are counted.
+
+    Raises:
+      PruneError: an unknown path.
+    """
+    params = parameters(view)
+    extra = list(biases) or [None] * len(order)
+    for path in (*order, *(p for p in extra if p is not None)):
+        if path not in params:
+            raise PruneError(f"no parameter '{path}': {nearest(path, params)}")
+
+    def square(path: str | None) -> jax.Array:
+        return jnp.zeros(()) if path is None else (params[path] ** 2).sum()
+
+    pairs = itertools.pairwise(range(len(order)))
+    return {order[i]: square(order[i]) + square(extra[i]) - square(order[j]) for i, j in pairs}
+
+
+def unit_imbalance(first: jax.Array, second: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """`‖w_in,u‖² + b_u² - ‖w_out,u‖²` of every hidden unit u, `(units,)`.
+
+    The law of `imbalance`, unit by unit: the layers' is the sum.
+
+    Args:
+      first: kernel that computes the units, `(..., units)`.
+      second: kernel that reads them, `(..., units, outputs)`; a dense kernel that reads flattened
+        maps, `(positions * units, outputs)`, will do, channels last.
+      bias: `(units,)`.
+
+    Raises:
+      PruneError: kernels that do not fit.
+    """
+    units = first.shape[-1]
+    if second.shape[-2] % units:
+        raise PruneError(f'a kernel of {second.shape} does not read {units} units')
+    incoming = (first**2).reshape(-1, units).sum(0)
+    outgoing = (second**2).reshape(-1, units, second.shape[-1]).sum((0, 2))
+    return incoming - outgoing + (0 if bias is None else bias**2)
+
+
+def radial_gradient(problem: Problem, *, train: bool = True, axis: int = -1):
+    """`(key, view, batches) -> path -> root mean square over units of cos(w_u, g_u)`, scalars.
+
+    Zero for filters followed by batch norm with batch statistics, which do not feel their own
+    length: `w_uᵀ g_u = 0`, ‖w_u‖ stands still under the flow and grows by `η² ‖g_u‖²` per step
+    (but for the norm's ε). One where the gradient only lengthens or shortens.
+    """
+
+    def measure(key: Key, view: View, batches: Batch | None) -> dict[str, jax.Array]:
+        at = derivatives(problem, key, view, batches, train=train)
+
+        def cosine(path: str, w: jax.Array) -> jax.Array:
+            w, g = (
+                jnp.moveaxis(leaf, axis, 0).reshape(leaf.shape[axis], -1)
+                for leaf in (w, at.gradient[path])
+            )
+            lengths = (w**2).sum(1) * (g**2).sum(1)
+            alive = lengths > _TINY
+            squares = jnp.where(alive, (w * g).sum(1) ** 2 / jnp.where(alive, lengths, 1), 0)
+            return jnp.sqrt(squares.sum() / jnp.maximum(alive.sum(), 1))
+
+        return {path: cosine(path, w) for path, w in view.weights.items()}
+
+    return measure

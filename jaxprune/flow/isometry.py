@@ -1,0 +1,138 @@
+"""Dynamical isometry: the singular values of the Jacobian from inputs to logits.
+
+Saxe, McClelland & Ganguli, ICLR 2014, arXiv:1312.6120; of pruned networks: Lee et al., ICLR 2020,
+arXiv:1906.06307; Wang et al., arXiv:2105.05916. Evaluation mode: with batch statistics an example
+has no Jacobian of its own. Matrix products at full precision: seven in a row would lose the third
+digit on hardware that rounds them.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.errors import PruneError
+from jaxprune.flow.krylov import first, ritz
+from jaxprune.rng import stream
+from jaxprune.tree import put
+from jaxprune.types import Batch, Key, Problem, View, Weights
+
+
+def jacobian(problem: Problem):
+    """`(key, view, batches) -> (examples, classes, inputs)`: `∂ logits / ∂ x`, one per example."""
+
+    def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+        del key
+        examples = _examples(batches)
+        with jax.default_matmul_precision('highest'):
+            found = jax.vmap(jax.jacrev(_logits(problem, view)))(examples)
+        return found.reshape(examples.shape[0], -1, examples[0].size)
+
+    return measure
+
+
+def jacobian_singular_values(problem: Problem):
+    """`(key, view, batches) -> (examples, min(classes, inputs))`, falling, all of them.
+
+    One backward pass per class, and a decomposition per example. A masked network has the values of
+    the network with the pruned units cut out.
+    """
+    measured = jacobian(problem)
+
+    def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+        return jnp.linalg.svd(measured(key, view, batches), compute_uv=False)
+
+    return measure
+
+
+def largest_jacobian_singular_values(problem: Problem, *, count: int = 1, steps: int = 20):
+    """`(key, view, batches) -> (examples, count)`, falling, for networks with many outputs.
+
+    Lanczos on `J Jᵀ`, by products with J and Jᵀ alone. Squared on the way: values below `1e-3` of
+    the largest are lost in float32.
+
+    Args:
+      steps: products; with as many as there are outputs all values are found.
+    """
+
+    def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+        f = _logits(problem, view)
+
+        def one(x: jax.Array) -> jax.Array:
+            logits, back = jax.vjp(f, x)
+
+            def product(u: jax.Array) -> jax.Array:
+                return jax.jvp(f, (x,), back(u))[1]
+
+            start = jax.random.normal(stream(key, 'start'), logits.shape, logits.dtype)
+            squares = first(ritz(product, start, max(steps, count)).values, count)
+            return jnp.sqrt(jnp.maximum(squares, 0))
+
+        with jax.default_matmul_precision('highest'):
+            return jax.lax.map(one, _examples(batches))
+
+    return measure
+
+
+class Isometry(NamedTuple):
+    """Singular values of Jacobians in a few numbers, as Wang et al. log them.
+
+    Attributes:
+      mean: over all values of all examples: mean JSV. All of them are 1 under dynamical isometry.
+      std: likewise.
+      largest: likewise.
+      smallest: likewise.
+      condition: largest over smallest of each example, averaged; examples without any slope do not
+        count, one that lost a direction makes it infinite.
+      deviation: the mean of `(s - 1)²`.
+    """
+
+    mean: jax.Array
+    std: jax.Array
+    largest: jax.Array
+    smallest: jax.Array
+    condition: jax.Array
+    deviation: jax.Array
+
+
+def isometry_of(values: jax.Array) -> Isometry:
+    """What singular values `(examples, n)` come to."""
+    ratio = values.max(-1) / values.min(-1)
+    return Isometry(
+        mean=values.mean(),
+        std=values.std(),
+        largest=values.max(),
+        smallest=values.min(),
+        condition=jnp.nanmean(ratio),
+        deviation=((values - 1) ** 2).mean(),
+    )
+
+
+def kernel_singular_values(view: View) -> Weights:
+    """Path -> singular values `(min(inputs, outputs),)` of each kernel in force, falling.
+
+    Kernels are flattened to `(everything else, outputs)`. For a dense layer these are the values of
+    the layer's linear map; for a convolution they are not, see `conv_singular_values`.
+    """
+    return {
+        path: jnp.linalg.svd(w.reshape(-1, w.shape[-1]), compute_uv=False)
+        for path, w in view.weights.items()
+    }
+
+
+def _logits(problem: Problem, view: View):
+    """`x -> logits` of one example."""
+    params = put(view.frozen, view.weights)
+
+    def f(x: jax.Array) -> jax.Array:
+        logits, _ = problem.apply(params, view.model_state, x[None], train=False, key=None)
+        return logits.reshape(-1)
+
+    return f
+
+
+def _examples(batches: Batch | None) -> jax.Array:
+    """Inputs of all batches, `(examples, ...)`."""
+    if batches is None:
+        raise PruneError('a Jacobian needs data: pass batches with leaves (batches, batch, ...)')
+    return batches.x.reshape(-1, *batches.x.shape[2:])

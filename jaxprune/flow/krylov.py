@@ -1,0 +1,60 @@
+"""Spectra of matrices that are only known by their products: Lanczos by matfree."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from matfree import decomp
+
+from jaxprune.types import PyTree
+
+
+class Ritz(NamedTuple):
+    """What a Krylov space knows of a symmetric matrix, seen from its starting vector.
+
+    Attributes:
+      values: `(steps,)`, falling; the outermost approximate eigenvalues. NaN, at the end, where the
+        space was exhausted before: the matrix has no more eigenvalues that the start knows of.
+      weights: `(steps,)`, how much of the start each takes: nodes and weights of a quadrature of
+        the spectral density; they add up to 1.
+    """
+
+    values: jax.Array
+    weights: jax.Array
+
+
+def ritz(product: Callable[[PyTree], PyTree], start: PyTree, steps: int) -> Ritz:
+    """Lanczos with full reorthogonalisation, which holds `steps` vectors like `start` in memory.
+
+    Args:
+      product: `v -> A v`, A symmetric.
+      start: any vector; what is orthogonal to it is never seen, such as the entries of pruned
+        weights where it is zero.
+      steps: products taken; as many as entries at most.
+    """
+    steps = min(steps, sum(leaf.size for leaf in jax.tree.leaves(start)))
+    flat, shaped = ravel_pytree(start)
+    matrix = decomp.tridiag_sym(steps, materialize=False, custom_vjp=False)
+    found = matrix(lambda v: ravel_pytree(product(shaped(v)))[0], flat)
+    diagonal, off = found.J_small
+    # Once the space is exhausted, a next vector is made of rounding errors, or NaN: cut it off.
+    seen = jax.lax.cummax(jnp.maximum(jnp.abs(diagonal[:-1]), jnp.abs(off)))
+    before = jnp.concatenate([jnp.zeros(1, seen.dtype), seen[:-1]])
+    size = jnp.maximum(jnp.abs(diagonal[:-1]), before)
+    goes_on = jnp.abs(off) > size * jnp.finfo(flat.dtype).eps * 10 * max(steps, 10)
+    alive = jnp.concatenate([jnp.ones(1, bool), jnp.cumprod(goes_on) > 0])
+    off = jnp.where(alive[1:], off, 0)
+    diagonal = jnp.where(alive, diagonal, 0)
+    values, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1))
+    inside = (vectors**2 * alive[:, None]).sum(0) > 0.5
+    values = jnp.where(inside, values, jnp.nan)
+    order = jnp.argsort(-values)  # NaN last
+    return Ritz(values[order], jnp.where(inside, vectors[0] ** 2, 0)[order])
+
+
+def first(values: jax.Array, count: int) -> jax.Array:
+    """The first `count` entries, NaN where there are fewer."""
+    missing = max(count - values.shape[0], 0)
+    return jnp.concatenate([values[:count], jnp.full(missing, jnp.nan, values.dtype)])

@@ -1,0 +1,176 @@
+"""The neural tangent kernel: how outputs move each other when the parameters follow the gradient.
+
+Jacot, Gabriel & Hongler, NeurIPS 2018, arXiv:1806.07572. `K = J Jᵀ` with the Jacobian of outputs
+with respect to all parameters that move: of a masked network, `J(m Θ) diag(m)`. Kernels of examples
+in evaluation mode; batch statistics would tie the examples together.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.errors import PruneError, nearest
+from jaxprune.flow.krylov import ritz
+from jaxprune.rng import stream
+from jaxprune.score.derivatives import moving, parameters
+from jaxprune.tree import put
+from jaxprune.types import Batch, Key, Problem, View, Weights
+
+OUTPUTS = ('logits', 'sum')
+
+
+def tangent_kernel(problem: Problem, *, outputs: str = 'logits'):
+    """`(key, view, batches) -> K`, of all examples of all batches.
+
+    Holds the Jacobian in memory, rows of K times parameters: for few examples.
+
+    Args:
+      outputs: 'logits' gives `(examples * classes)²` entries, row `example * classes + class`;
+        'sum' the kernel of the sum of the logits, `(examples, examples)`: cheap, and as telling
+        where classes behave alike.
+    """
+    _check(outputs)
+
+    def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+        del key
+        params, examples = parameters(view), _examples(batches)
+
+        def one(x: jax.Array) -> Weights:
+            f = _outputs(problem, view, x[None], outputs)
+            return moving_rows(view, jax.jacrev(f)(params))
+
+        jacobian = jax.vmap(one)(examples)
+        with jax.default_matmul_precision('highest'):
+            rows = (leaf.reshape(-1, params[path].size) for path, leaf in jacobian.items())
+            return sum(leaf @ leaf.T for leaf in rows)
+
+    return measure
+
+
+def moving_rows(view: View, jacobian: Weights) -> Weights:
+    """The Jacobian with the columns of pruned weights zero; leaves `(outputs, ...)`."""
+    return {
+        path: jnp.where(view.masks[path], leaf, 0) if path in view.masks else leaf
+        for path, leaf in jacobian.items()
+    }
+
+
+class KernelSpectrum(NamedTuple):
+    """What the eigenvalues of a kernel say.
+
+    Attributes:
+      trace: the sum of the eigenvalues.
+      largest: the largest.
+      condition: largest over smallest; in float32 it means nothing above 1e6.
+      effective_rank: `(tr K)² / tr K²`, between 1 and the number of rows.
+    """
+
+    trace: jax.Array
+    largest: jax.Array
+    condition: jax.Array
+    effective_rank: jax.Array
+
+
+def kernel_spectrum(kernel: jax.Array) -> KernelSpectrum:
+    """Of a symmetric matrix `(n, n)` without negative eigenvalues.
+
+    A smallest eigenvalue that rounding made zero or negative gives an infinite condition.
+    """
+    values = jnp.linalg.eigvalsh(kernel)
+    trace, smallest, largest = jnp.trace(kernel), values[0], values[-1]
+    condition = jnp.where(smallest > 0, largest / jnp.where(smallest > 0, smallest, 1), jnp.inf)
+    return KernelSpectrum(trace, largest, condition, trace**2 / (kernel**2).sum())
+
+
+def kernel_distance(one: jax.Array, other: jax.Array) -> jax.Array:
+    """`1 - <K, K'> / (‖K‖ ‖K'‖)`: 0 for kernels that differ by a factor (Fort et al., NeurIPS
+    2020, arXiv:2010.15110)."""
+    scale = jnp.linalg.norm(one) * jnp.linalg.norm(other)
+    # The halved squared difference of the normalised kernels: exact near zero.
+    difference = one / jnp.linalg.norm(one) - other / jnp.linalg.norm(other)
+    return jnp.where(scale > 0, (difference**2).sum() / 2, jnp.nan)
+
+
+def ntk_largest(problem: Problem, *, steps: int = 20, outputs: str = 'logits'):
+    """`(key, view, batches) -> ` largest eigenvalue, by Lanczos on `u -> J (Jᵀ u)`.
+
+    One vector-Jacobian and one Jacobian-vector product per step, and no Jacobian in memory.
+    """
+    _check(outputs)
+
+    def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+        params, f = parameters(view), _outputs(problem, view, _examples(batches), outputs)
+        back = jax.linear_transpose(jax.linearize(f, params)[1], params)
+
+        def product(u: jax.Array) -> jax.Array:
+            return jax.jvp(f, (params,), (moving(view, back(u)[0]),))[1]
+
+        shape = jax.eval_shape(f, params)
+        start = jax.random.normal(stream(key, 'start'), shape.shape, shape.dtype)
+        return ritz(product, start, steps).values[0]
+
+    return measure
+
+
+def ntk_trace(problem: Problem, *, probes: int = 0, outputs: str = 'logits'):
+    """`(key, view, batches) -> tr K = ‖J‖²`, the sum of squared gradients of all outputs.
+
+    Args:
+      probes: 0 for the exact sum, one backward pass per class; else Hutchinson's estimate from so
+        many vectors of signs, one backward pass each: `E ‖Jᵀ v‖²`.
+    """
+    _check(outputs)
+
+    def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+        params, examples = parameters(view), _examples(batches)
+
+        def squares(tree: Weights) -> jax.Array:
+            return sum((leaf**2).sum() for leaf in moving_rows(view, tree).values())
+
+        if not probes:
+
+            def one(x: jax.Array) -> jax.Array:
+                return squares(jax.jacrev(_outputs(problem, view, x[None], outputs))(params))
+
+            return jax.lax.map(one, examples, batch_size=16).sum()
+        value, back = jax.vjp(_outputs(problem, view, examples, outputs), params)
+        draws = jax.random.split(stream(key, 'probe'), probes)
+
+        def estimate(probe: Key) -> jax.Array:
+            signs = jax.random.rademacher(probe, value.shape, value.dtype)
+            return squares(back(signs)[0])
+
+        return jax.lax.map(estimate, draws).mean()
+
+    return measure
+
+
+def _outputs(
+    problem: Problem, view: View, x: jax.Array, outputs: str
+) -> Callable[[Weights], jax.Array]:
+    """`params -> ` all outputs at some inputs, flat."""
+
+    def f(params: Weights) -> jax.Array:
+        logits, _ = problem.apply(
+            put(view.frozen, params), view.model_state, x, train=False, key=None
+        )
+        logits = logits.reshape(x.shape[0], -1)
+        return (logits.sum(1) if outputs == 'sum' else logits).reshape(-1)
+
+    return f
+
+
+def _examples(batches: Batch | None) -> jax.Array:
+    """Inputs of all batches, `(examples, ...)`."""
+    if batches is None:
+        raise PruneError(
+            'a tangent kernel needs data: pass batches with leaves (batches, batch, ...)'
+        )
+    return batches.x.reshape(-1, *batches.x.shape[2:])
+
+
+def _check(outputs: str) -> None:
+    if outputs not in OUTPUTS:
+        raise PruneError(f"unknown outputs '{outputs}': {nearest(outputs, OUTPUTS)}")

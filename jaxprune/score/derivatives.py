@@ -1,0 +1,83 @@
+"""The gradient and the Hessian of all parameters that move: what gradient flow is made of."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.score.loss import mean_loss, mean_over_batches
+from jaxprune.tree import paths, put
+from jaxprune.types import Batch, Key, Problem, View, Weights
+
+
+class Derivatives(NamedTuple):
+    """A network where it stands, and where gradient flow takes it.
+
+    Attributes:
+      params: path -> value of every floating-point parameter, zero where pruned.
+      gradient: path -> g, the gradient of the mean loss, zero where pruned: what is pruned does not
+        move.
+      product: `vector -> H vector`, likewise zero where pruned; vectors are shaped like `params`.
+    """
+
+    params: Weights
+    gradient: Weights
+    product: Callable[[Weights], Weights]
+
+
+def parameters(view: View) -> Weights:
+    """Path -> value of every floating-point parameter, prunable or not; zero where pruned."""
+    found = {p: leaf for p, leaf in paths(view.frozen) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    return dict(sorted({**found, **view.weights}.items()))
+
+
+def moving(view: View, tree: Weights) -> Weights:
+    """The entries of weights that move; zero where pruned. Leaves without a mask stay."""
+    return {
+        path: jnp.where(view.masks[path], leaf, 0) if path in view.masks else leaf
+        for path, leaf in tree.items()
+    }
+
+
+def derivatives(
+    problem: Problem,
+    key: Key,
+    view: View,
+    batches: Batch | None,
+    *,
+    train: bool,
+    temperature: float = 1.0,
+    weight_decay: float = 0.0,
+) -> Derivatives:
+    """First and second derivatives of the loss at a network.
+
+    Both are averaged over all batches, the gradient before the Hessian sees it, and taken with
+    respect to all parameters: biases and normalisation move as well, so they have their share in
+    every Hessian product (Lubana & Dick, ICLR 2021, arXiv:2009.11839, as in their code).
+
+    Args:
+      train: batch statistics, or running ones.
+      temperature: the logits are divided by it.
+      weight_decay: λ of an L2 term `λ/2 ‖Θ‖²` of all parameters, added to the loss.
+    """
+    loss = mean_loss(problem, view, key, train=train, temperature=temperature)
+    params = parameters(view)
+
+    def gradient(values: Weights, batch: Batch) -> Weights:
+        return jax.grad(lambda v: loss(put(view.frozen, v), batch))(values)
+
+    def decayed(mean: Weights, values: Weights) -> Weights:
+        return moving(
+            view, {path: leaf + weight_decay * values[path] for path, leaf in mean.items()}
+        )
+
+    def product(vector: Weights) -> Weights:
+        def one(batch: Batch) -> Weights:
+            # Forward over reverse: one product costs two to three gradients.
+            return jax.jvp(lambda v: gradient(v, batch), (params,), (vector,))[1]
+
+        return decayed(mean_over_batches(one, batches), vector)
+
+    mean = mean_over_batches(lambda batch: gradient(params, batch), batches)
+    return Derivatives(params, decayed(mean, params), product)

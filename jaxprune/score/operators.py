@@ -1,0 +1,80 @@
+"""The linear map that a convolution is: its singular values."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.errors import PruneError, nearest
+
+PADDINGS = ('circular', 'zero')
+
+
+def conv_singular_values(
+    kernel: jax.Array, side: int | tuple[int, int], *, stride: int = 1, padding: str = 'circular'
+) -> jax.Array:
+    """All singular values of a convolution as a linear map of images, falling.
+
+    The flattened kernel's singular values are others: a kernel with orthonormal filters need not
+    keep lengths, one whose only tap is orthogonal does.
+
+    Args:
+      kernel: `(height, width, in, out)`.
+      side: height and width of the input.
+      stride: of both axes; must divide them for circular padding.
+      padding: 'circular': by the Fourier transform, exactly and cheaply (Sedghi, Gupta & Long, ICLR
+        2019, arXiv:1805.10408; with a stride, `stride²` frequencies share a block); 'zero': 'same'
+        padding of `(k - 1) // 2` before and the rest behind, by the map's full matrix, for small
+        images.
+
+    Returns:
+      `(n,)`; n is the smaller of the map's two dimensions.
+
+    Raises:
+      PruneError: another padding, or a stride that does not divide the side.
+    """
+    height, width = (side, side) if isinstance(side, int) else side
+    if padding not in PADDINGS:
+        raise PruneError(f"unknown padding '{padding}': {nearest(padding, PADDINGS)}")
+    if padding == 'zero':
+        return jnp.linalg.svd(_matrix(kernel, height, width, stride), compute_uv=False)
+    if height % stride or width % stride:
+        raise PruneError(f'a stride of {stride} does not divide images of {height} x {width}')
+    blocks = _blocks(kernel, height, width, stride)
+    return jnp.sort(jnp.linalg.svd(blocks, compute_uv=False).ravel())[::-1]
+
+
+def _blocks(kernel: jax.Array, height: int, width: int, stride: int) -> jax.Array:
+    """The map in the Fourier basis: blocks `(frequencies, out, in * stride²)`.
+
+    Frequencies that a stride makes alike (aliases) feed the same output frequency.
+    """
+    frequencies = _transfer(kernel, height, width)
+    inputs, outputs = kernel.shape[2:]
+    rows, columns = height // stride, width // stride
+    cut = frequencies.reshape(stride, rows, stride, columns, inputs, outputs)
+    cut = cut.transpose(1, 3, 5, 0, 2, 4).reshape(rows * columns, outputs, -1)
+    return cut / stride
+
+
+def _transfer(kernel: jax.Array, height: int, width: int) -> jax.Array:
+    """The kernel's Fourier transform on the grid, taps beyond the image wrapped around."""
+    k_height, k_width = kernel.shape[:2]
+    grid = jnp.zeros((height, width, *kernel.shape[2:]), kernel.dtype)
+    down, right = jnp.arange(k_height) % height, jnp.arange(k_width) % width
+    grid = grid.at[down[:, None], right[None, :]].add(kernel)
+    return jnp.fft.fft2(grid, axes=(0, 1))
+
+
+def _matrix(kernel: jax.Array, height: int, width: int, stride: int) -> jax.Array:
+    """The map's full matrix `(inputs, outputs)`, from its values at unit images."""
+    inputs = height * width * kernel.shape[2]
+    pads = [((k - 1) // 2, k - 1 - (k - 1) // 2) for k in kernel.shape[:2]]
+    images = jnp.eye(inputs, dtype=kernel.dtype).reshape(inputs, height, width, -1)
+    maps = jax.lax.conv_general_dilated(
+        images,
+        kernel,
+        (stride, stride),
+        pads,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        precision='highest',
+    )
+    return maps.reshape(inputs, -1)
