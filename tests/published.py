@@ -1,6 +1,7 @@
 """The files of numbers from published code, see `golden/README.md`."""
 
 import functools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -26,3 +27,12 @@ def numbered_shapes(rows: np.ndarray) -> dict[str, tuple[int, ...]]:
     A number in front keeps the file's order when sorted.
     """
     return {f'{i:02}': tuple(n for n in row if n) for i, row in enumerate(rows.tolist())}
+
+
+@functools.cache
+def described(name: str) -> dict:
+    """What lies beside a file's arrays as JSON."""
+    for folder in FOLDERS:
+        if (folder / f'{name}.json').exists():
+            return json.loads((folder / f'{name}.json').read_text())
+    pytest.skip(f'{name}.json is neither in ' + ' nor in '.join(map(str, FOLDERS)))

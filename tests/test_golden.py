@@ -49,8 +49,9 @@ def layers(file: dict, prefix: str) -> dict[str, np.ndarray]:
 def nested(file: dict, prefix: str, dtype) -> dict:
     result = {}
     for name, value in file.items():
-        first, *inner, last = name.split('/')
+        first, *inner = name.split('/')
         if first == prefix:
+            *inner, last = inner
             place = result
             for part in inner:
                 place = place.setdefault(part, {})

@@ -91,4 +91,4 @@ def _ranks(values: jax.Array, keep: jax.Array) -> jax.Array:
     low, high = (
         jnp.searchsorted(order, held, side=side, method='sort') for side in ('left', 'right')
     )
-    return (low + high - 1) / 2
+    return (low + high - 1).astype(values.dtype) / 2

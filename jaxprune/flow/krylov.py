@@ -36,9 +36,10 @@ def ritz(product: Callable[[PyTree], PyTree], start: PyTree, steps: int) -> Ritz
     """
     steps = min(steps, sum(leaf.size for leaf in jax.tree.leaves(start)))
     flat, shaped = ravel_pytree(start)
-    matrix = decomp.tridiag_sym(steps, materialize=False, custom_vjp=False)
+    # Hessenberg rather than tridiagonal: only its subdiagonal tells when the space is exhausted.
+    matrix = decomp.hessenberg(steps, reortho='full', custom_vjp=False)
     found = matrix(lambda v: ravel_pytree(product(shaped(v)))[0], flat)
-    diagonal, off = found.J_small
+    diagonal, off = jnp.diagonal(found.J_small), jnp.diagonal(found.J_small, -1)
     # Once the space is exhausted, a next vector is made of rounding errors, or NaN: cut it off.
     seen = jax.lax.cummax(jnp.maximum(jnp.abs(diagonal[:-1]), jnp.abs(off)))
     before = jnp.concatenate([jnp.zeros(1, seen.dtype), seen[:-1]])

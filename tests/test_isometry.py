@@ -1,0 +1,410 @@
+"""Isometry: singular values of Jacobians and convolutions, and how they are brought back to 1.
+
+`isometry_*` hold what MingSun-Tse/TPP (a46ae3c) measures on three networks, dense, L1-pruned and
+orthogonalised; `lean_norms` brute-force spectra of convolutions: see `golden/README.md`.
+"""
+
+import functools
+import itertools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from published import described, golden
+from test_golden import nested
+
+import jaxprune as jp
+from jaxprune import flow, tree
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+class Net(nn.Module):
+    """The studied networks: fully connected, or LeNet-5 in its linear form."""
+
+    widths: tuple[int, ...]
+    activation: str
+    conv: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        for i, maps in enumerate((6, 16, 120) if self.conv else ()):
+            x = nn.Conv(maps, (5, 5), padding='VALID', name=f'conv{i + 1}')(x)
+            x = nn.max_pool(x, (2, 2), (2, 2)) if i < 2 else x
+        x = x.reshape(x.shape[0], -1)
+        for i, width in enumerate(self.widths):
+            x = nn.Dense(width, name=f'fc{i + 1}')(x)
+            if self.activation == 'relu' and i < len(self.widths) - 1:
+                x = nn.relu(x)
+        return x
+
+
+NETS = {
+    'isometry_mlp7_linear': Net((100,) * 6 + (10,), 'linear'),
+    'isometry_mlp4_relu': Net((40,) * 3 + (10,), 'relu'),
+    'isometry_lenet5_linear': Net((84, 10), 'linear', conv=True),
+}
+
+
+@functools.cache
+def case(name: str):
+    """File, description, problem, dense view, examples; layers in forward order."""
+    file, said = golden(f'structured/{name}'), described(f'structured/{name}')
+    x = jnp.asarray(file['x'], jnp.float64)
+    problem = jp.linen(NETS[name], x.shape[1:])
+    view = jp.view(problem, nested(file, 'params', jnp.float64))
+    layers = sorted((p.split('/')[0] for p in view.weights), key=lambda p: (p[0] != 'c', p))
+    return file, said, problem, view, jp.Batch(x[None], jnp.zeros((1, len(x)), jnp.int32)), layers
+
+
+@functools.cache
+def values_of(name: str):
+    """The measured spectrum as a compiled function of parameters and masks."""
+    _, _, problem, _, batches, _ = case(name)
+
+    def values(params, masks):
+        here = jp.view(problem, params, None, masks)
+        return flow.jacobian_singular_values(problem)(KEY, here, batches)
+
+    return jax.jit(values)
+
+
+def pruned(view, layers, gone: dict[str, list[int]]):
+    """Masks without these units and without the weights that read them, whole blocks left; and
+    parameters without their biases."""
+    masks = {path: np.ones(w.shape, bool) for path, w in view.weights.items()}
+    params = jax.tree.map(np.array, view.frozen)
+    for layer, after in itertools.pairwise(layers):
+        units = gone[layer]
+        masks[f'{layer}/kernel'][..., units] = False
+        params[layer]['bias'][units] = 0
+        reader = masks[f'{after}/kernel']
+        size = masks[f'{layer}/kernel'].shape[-1]
+        # A dense layer behind maps has a row per place and map; here there is one place.
+        reader.reshape(*reader.shape[:-2], -1, size, reader.shape[-1])[..., units, :] = False
+    return jax.tree.map(jnp.asarray, (params, masks))
+
+
+def close(found, expected, tolerance=1e-4) -> None:
+    """The files are float32: relative to the largest value."""
+    assert np.abs(np.asarray(found) - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize('name', NETS)
+def test_spectra_before_and_after_pruning_and_orthogonalising(name):
+    """Expectation: the authors' singular values at every ratio; ours on masks, theirs on networks
+    cut smaller, so the two are the same."""
+    file, said, _, view, _, layers = case(name)
+    gain = said['act_gain']
+    close(values_of(name)(view.frozen, tree.ones(view.weights)), file['jsv/dense'])
+    stages = {'dense': {layer: [] for layer in layers}}
+    for ratio, of_layer in said['pruned'].items():
+        stages[f'l1_{ratio}'] = {
+            layer: of_layer.get(layer, {'pruned_ascending_score': []})['pruned_ascending_score']
+            for layer in layers
+        }
+    orthogonalise = jax.jit(functools.partial(flow.orthp, activation=gain))
+    for stage, gone in stages.items():
+        params, masks = pruned(view, layers, gone)
+        close(values_of(name)(params, masks), file[f'jsv/{stage}'])
+        made = orthogonalise(tree.pick(params), masks)
+        close(values_of(name)(tree.put(params, made), masks), file[f'jsv/{stage}_orthp'])
+        cut = f'orth_{stage.replace("l1", "pruned")}/params'
+        for layer in layers:
+            key, kernel = f'{cut}/{layer}/kernel', np.asarray(made[f'{layer}/kernel'])
+            if key in file:
+                keep = np.asarray(masks[f'{layer}/kernel'])
+                close(kernel[keep], file[key].ravel())
+                assert not kernel[~keep].any()
+
+
+def test_numbers_of_a_spectrum():
+    """Expectation: the authors' statistics of their own values; by hand where a slope is lost."""
+    _, said, *_ = case('isometry_mlp7_linear')
+    file = golden('structured/isometry_mlp7_linear')
+    assert said['stats']
+    for stage, expected in said['stats'].items():
+        found = flow.isometry_of(jnp.asarray(file[f'jsv/{stage}'], jnp.float64))
+        ours = {'mean': found.mean, 'max': found.largest, 'min': found.smallest, 'std': found.std}
+        for key, value in ours.items():
+            assert abs(value - expected[key]) <= 1e-5 * expected['max'], (stage, key)
+        np.testing.assert_allclose(found.condition, expected['cond_mean'], rtol=1e-3)
+    found = flow.isometry_of(jnp.array([[2.0, 1.0], [0.0, 0.0]]))
+    assert found.condition == 2 and found.mean == 0.75 and found.deviation == 0.75
+    assert np.isinf(flow.isometry_of(jnp.array([[2.0, 0.0]])).condition)
+
+
+def chain(widths, kernels=None, activation='linear'):
+    """A bias-free chain of dense layers and its view."""
+
+    def init(key):
+        keys = jax.random.split(key, len(widths) - 1)
+        return [
+            {'w': jax.random.normal(k, (a, b)) / math.sqrt(a)}
+            for k, (a, b) in zip(keys, itertools.pairwise(widths), strict=True)
+        ]
+
+    def apply(params, x):
+        for i, layer in enumerate(params):
+            x = x @ layer['w']
+            x = jax.nn.relu(x) if activation == 'relu' and i < len(params) - 1 else x
+        return x
+
+    problem = jp.plain(init, apply)
+    params = problem.init(KEY)[0] if kernels is None else [{'w': jnp.asarray(k)} for k in kernels]
+    return problem, jp.view(problem, params)
+
+
+def spectrum(problem, view, examples: int = 2):
+    width = next(iter(view.weights.values())).shape[0]
+    x = jax.random.normal(KEY, (1, examples, width))
+    return flow.jacobian_singular_values(problem)(KEY, view, jp.Batch(x, jnp.zeros((1, examples))))
+
+
+@pytest.mark.parametrize(('kept', 'mean'), [(20, 1.0), (5, 0.5)])
+def test_orthogonal_chains(kept, mean):
+    """Expectation: widths of 20 give isometry; 5 hidden units for 10 logits, five values of 1 and
+    five of 0. By slicing, and by masks of a wider network."""
+    problem, view = chain([64, *[kept] * 6, 10])
+    values = spectrum(problem, view._replace(weights=flow.orthp(view.weights)))
+    assert abs(values.mean() - mean) < 1e-9
+    assert np.abs(np.sort(values) - ([1] * 10 if kept == 20 else [0] * 5 + [1] * 5)).max() < 1e-9
+    problem, wide = chain([64, *[40] * 6, 10])
+    last = len(wide.weights) - 1
+    masks = {
+        p: jnp.zeros(w.shape, bool)
+        .at[
+            (slice(None) if i == 0 else slice(0, 2 * kept, 2)),
+            (slice(None) if i == last else slice(0, 2 * kept, 2)),
+        ]
+        .set(True)
+        for i, (p, w) in enumerate(wide.weights.items())
+    }
+    made = jax.jit(flow.orthp)(wide.weights, masks)
+    assert abs(spectrum(problem, wide._replace(weights=made, masks=masks)).mean() - mean) < 1e-9
+    again = flow.orthp(made, masks)
+    for path, leaf in made.items():
+        np.testing.assert_allclose(again[path], leaf, atol=1e-12)
+
+
+def test_diagonal_chains():
+    """Expectation: a diagonal of a in L layers gives a**L; 2 and 1/2 make isometry in two steps
+    neither of which is one."""
+    problem, view = chain([4] * 4, [0.7 * np.eye(4)] * 3)
+    np.testing.assert_allclose(spectrum(problem, view), 0.7**3, rtol=1e-12)
+    problem, view = chain([4] * 3, [2 * np.eye(4), np.eye(4) / 2])
+    np.testing.assert_allclose(spectrum(problem, view), 1, rtol=1e-12)
+    layers = flow.kernel_singular_values(view)
+    np.testing.assert_allclose(layers['0/w'], 2)
+    np.testing.assert_allclose(layers['1/w'], 0.5)
+
+
+def test_pruning_shrinks_the_spectrum():
+    """Expectation: on a random chain of seven layers, filters pruned by their mean |w|, the mean
+    falls strictly with the ratio, more than fifty times by 0.8."""
+    problem, view = chain([1024, *[100] * 6, 10])
+    means = []
+    for ratio in (0, 0.3, 0.5, 0.7, 0.8, 0.9):
+        masks, keep_in = {}, np.ones(1024, bool)
+        for path, w in view.weights.items():
+            size, last = w.shape[1], path == '6/w'
+            gone = [] if last else np.argsort(np.abs(w).mean(0))[: math.ceil(ratio * size)]
+            keep_out = ~np.isin(np.arange(size), gone)
+            masks[path] = jnp.asarray(np.outer(keep_in, keep_out))
+            keep_in = keep_out
+        means.append(float(spectrum(problem, jp.view(problem, view.frozen, None, masks)).mean()))
+    assert all(a > b for a, b in itertools.pairwise(means))
+    assert means[4] < means[0] / 50
+
+
+def test_gain_of_relu():
+    """Expectation: every kernel of a ReLU network times √2; wrong on a linear one: (√2)^7."""
+    problem, view = chain([64, *[20] * 6, 10])
+    made = flow.orthp(view.weights, activation='relu')
+    np.testing.assert_allclose(spectrum(problem, view._replace(weights=made)), 2**3.5, rtol=1e-9)
+
+
+@pytest.mark.parametrize('shape', [(3, 3, 4, 6), (3, 3, 2, 30), (12, 5), (5, 12)])
+@pytest.mark.parametrize('method', ['qr', 'polar'])
+def test_orthogonalised_kernels(shape, method):
+    """Expectation: orthonormal rows, or columns where there are fewer; QR keeps the first filter's
+    direction, the polar factor is the nearest orthogonal matrix (U Vᵀ)."""
+    kernel = jax.random.normal(KEY, shape)
+    made = np.asarray(flow.orthogonalised(kernel, method=method)).reshape(-1, shape[-1])
+    flat = np.asarray(kernel).reshape(-1, shape[-1])
+    gram = made.T @ made if made.shape[0] >= made.shape[1] else made @ made.T
+    np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-12)
+    if method == 'polar':
+        u, _, vt = np.linalg.svd(flat, full_matrices=False)
+        np.testing.assert_allclose(made, u @ vt, atol=1e-12)
+    elif made.shape[0] > made.shape[1]:
+        np.testing.assert_allclose(made[:, 0], flat[:, 0] / np.linalg.norm(flat[:, 0]), atol=1e-12)
+
+
+def test_masks_without_an_exact_solution_are_told():
+    """Expectation: NaN for a mask that is no block; nothing for a layer that is pruned whole; a
+    block smaller on its narrow side than on its wide one, whichever way round the kernel lies."""
+    kernel = jax.random.normal(KEY, (6, 4))
+    spotted = jnp.ones((6, 4), bool).at[0, 0].set(False)
+    assert np.isnan(flow.orthogonalised(kernel, spotted)).all()
+    for method in ('qr', 'polar'):
+        none = flow.orthogonalised(kernel, jnp.zeros((6, 4), bool), method=method)
+        assert not none.any()
+    few = jnp.zeros((6, 4), bool).at[:2].set(True)  # 2 inputs for 4 outputs
+    made = np.asarray(flow.orthogonalised(kernel, few))
+    np.testing.assert_allclose(made[:2] @ made[:2].T, np.eye(2), atol=1e-12)
+    np.testing.assert_allclose(made[:2], flow.orthogonalised(kernel[:2]), atol=1e-12)
+    assert not made[2:].any()
+    with pytest.raises(jp.PruneError, match="unknown activation 'rellu': did you mean 'relu'"):
+        flow.orthogonalised(kernel, activation='rellu')
+    with pytest.raises(jp.PruneError, match="unknown method 'svd'"):
+        flow.orthogonalised(kernel, method='svd')
+
+
+def test_approximate_isometry_of_any_mask():
+    """Expectation: the distance falls by far, nothing pruned returns."""
+    weights = {'a': jax.random.normal(KEY, (20, 12)), 'b': jax.random.normal(KEY, (12, 12))}
+    masks = {p: jax.random.uniform(KEY, w.shape) < 0.5 for p, w in weights.items()}
+    start = {p: jnp.where(masks[p], w, 0) for p, w in weights.items()}
+    made = flow.approximately_orthogonal(weights, masks, optax.adam(1e-2), steps=500)
+    for path, leaf in made.items():
+        assert not np.asarray(leaf)[~np.asarray(masks[path])].any()
+    assert flow.kernel_orthogonality(made, masks) < 0.2 * flow.kernel_orthogonality(start, masks)
+
+
+def test_penalties_are_zero_at_orthogonal_kernels():
+    """Expectation: KernOrth at an orthonormal kernel, OrthConv at one whose only tap is
+    orthogonal; the first is not the second. By hand: ‖(2I)ᵀ(2I) - I‖ = 3 √n. Gradients exist."""
+    kernel = flow.orthogonalised(jax.random.normal(KEY, (3, 3, 4, 4)))
+    delta = (
+        jnp.zeros((3, 3, 4, 4)).at[1, 1].set(flow.orthogonalised(jax.random.normal(KEY, (4, 4))))
+    )
+    assert flow.kernel_orthogonality({'k': kernel}) < 1e-12
+    assert flow.conv_orthogonality(delta) < 1e-12 and flow.conv_orthogonality(kernel) > 0.5
+    assert flow.conv_orthogonality(delta, stride=2) < 1e-12
+    np.testing.assert_allclose(flow.kernel_orthogonality({'w': 2 * jnp.eye(4)}), 6)
+    half = jnp.diag(jnp.array([2.0, 2, 0, 0]))
+    np.testing.assert_allclose(flow.kernel_orthogonality({'w': half}, {'w': half > 0}), 3 * 2**0.5)
+    for penalty in (flow.conv_orthogonality, lambda k: flow.kernel_orthogonality({'k': k})):
+        assert np.isfinite(jax.grad(penalty)(delta)).all()
+    # The map itself, unit by unit: ‖A Aᵀ - I‖ of the full circular matrix is the same number for
+    # every position of the output.
+    draw = jax.random.normal(KEY, (3, 3, 2, 3))
+    side = 6
+    columns = jax.vmap(lambda image: circular(image, draw).ravel())(
+        jnp.eye(side * side * 2).reshape(-1, side, side, 2)
+    )
+    gram = columns.T @ columns - jnp.eye(side * side * 3)
+    np.testing.assert_allclose(
+        flow.conv_orthogonality(draw), np.linalg.norm(gram) / side, rtol=1e-9
+    )
+
+
+def circular(image, kernel):
+    """A circular convolution, tap by tap."""
+    middle = kernel.shape[0] // 2
+    taps = itertools.product(range(kernel.shape[0]), range(kernel.shape[1]))
+    return sum(jnp.roll(image, (middle - i, middle - j), (0, 1)) @ kernel[i, j] for i, j in taps)
+
+
+def test_tpp():
+    """Expectation: by hand, W = [[1,0],[1,1],[0,2]], filter 1 pruned: 14/9; kept filters feel one
+    another not at all. Gradients: weight λ times the penalty's, and λ times what is pruned."""
+    rows = jnp.array([[1.0, 0], [1, 1], [0, 2]])
+    gone = jnp.array([False, True, False])
+    np.testing.assert_allclose(flow.tpp_penalty(rows.T, gone), 14 / 9)
+    apart = jnp.array([[1.0, 0], [0, 0], [1, 2]])  # the kept ones overlap, the pruned one is zero
+    assert flow.tpp_penalty(apart.T, gone) == 0
+    assert not jax.grad(flow.tpp_penalty)(apart.T, gone).any()
+    push = jax.grad(flow.tpp_penalty)(rows.T, gone).T
+    # d/dW of (WWᵀ)_01² + (WWᵀ)_10² + ... / 9, T fixed: 4/9 of the masked Gram times W.
+    masked = jnp.array([[0.0, 1, 0], [1, 2, 2], [0, 2, 0]])
+    np.testing.assert_allclose(push, 4 / 9 * masked @ rows, rtol=1e-12)
+    params = {'kernel': rows.T, 'bias': jnp.array([1.0, 2, 3]), 'scale': jnp.ones(3)}
+    added = flow.tpp_gradients(params, dict.fromkeys(params, gone), 0.5, weight=10.0)
+    np.testing.assert_allclose(added['bias'], [0, 1, 0])
+    np.testing.assert_allclose(added['scale'], [0, 0.5, 0])
+    np.testing.assert_allclose(added['kernel'].T, 5 * push + 0.5 * rows * gone[:, None])
+    steps = jnp.array([0, 9, 10, 99_999, 100_000, 200_000])
+    np.testing.assert_allclose(flow.tpp_strength(steps), [0, 0, 1e-4, 0.9999, 1, 1], rtol=1e-9)
+
+
+# --- convolutions -------------------------------------------------------------------------------
+
+
+def test_spectra_of_convolutions():
+    """Expectation: brute-force singular values of the operators, circular at strides 1 and 2 and
+    zero padded, from the file."""
+    file, said = golden('structured/lean_norms'), described('structured/lean_norms')
+    cases = {key.split('/')[1] for key in file if key.startswith('multi/')}
+    assert len(cases) > 1 and said
+    for number in sorted(cases):
+        kernel = jnp.asarray(file[f'multi/{number}/kernel'], jnp.float64)
+        channels = min(kernel.shape[2:])
+        side = math.isqrt(len(file[f'multi/{number}/circular_sv_stride1']) // channels)
+        for stride in (1, 2):
+            expected = np.sort(file[f'multi/{number}/circular_sv_stride{stride}'])[::-1]
+            found = flow.conv_singular_values(kernel, side, stride=stride)
+            close(found[: len(expected)], expected, 1e-6)
+            assert np.abs(found[len(expected) :]).max(initial=0) < 1e-9
+        expected = np.sort(file[f'multi/{number}/zero_same_sv'])[::-1]
+        close(flow.conv_singular_values(kernel, side, padding='zero'), expected, 1e-6)
+    for number in range(11):
+        kernel = jnp.asarray(file[f'single/{number}/kernel'], jnp.float64)[..., None, None]
+        expected = file[f'single/{number}/circular_sv']
+        close(
+            flow.conv_singular_values(kernel, math.isqrt(len(expected))),
+            np.sort(expected)[::-1],
+            1e-6,
+        )
+
+
+def test_orthogonal_kernels_are_no_isometry_of_the_map():
+    """Expectation: one orthogonal tap gives only ones; orthonormal rows of 36 a root mean square of
+    1 with a wide spread."""
+    delta = (
+        jnp.zeros((3, 3, 4, 4)).at[1, 1].set(flow.orthogonalised(jax.random.normal(KEY, (4, 4))))
+    )
+    np.testing.assert_allclose(flow.conv_singular_values(delta, 6), 1, atol=1e-12)
+    rows = flow.orthogonalised(jax.random.normal(KEY, (3, 3, 4, 4)))
+    values = flow.conv_singular_values(rows, 6)
+    np.testing.assert_allclose((values**2).mean(), 1, rtol=1e-12)
+    assert np.ptp(values) > 0.5
+
+
+def test_strides_and_paddings_that_cannot_be():
+    kernel = jnp.ones((3, 3, 1, 1))
+    with pytest.raises(jp.PruneError, match='a stride of 2 does not divide images of 5 x 5'):
+        flow.conv_singular_values(kernel, 5, stride=2)
+    with pytest.raises(jp.PruneError, match="unknown padding 'same'"):
+        flow.conv_singular_values(kernel, 4, padding='same')
+
+
+def test_largest_values_by_products_alone():
+    """Expectation: the largest of the full decomposition, for a ReLU network; NaN past the rank."""
+    problem, view = chain([12, 9, 8, 6], activation='relu')
+    x = jax.random.normal(KEY, (1, 3, 12))
+    batches = jp.Batch(x, jnp.zeros((1, 3)))
+    full = flow.jacobian_singular_values(problem)(KEY, view, batches)
+    found = flow.largest_jacobian_singular_values(problem, count=3, steps=6)(KEY, view, batches)
+    close(found, full[:, :3], 1e-6)
+    matrix = flow.jacobian(problem)(KEY, view, batches)
+    assert matrix.shape == (3, 6, 12)
+    by_differences = []
+    logits = lambda x: problem.apply(view.frozen, {}, x, train=False, key=None)[0]  # noqa: E731
+    for i in range(12):
+        step = 1e-6 * jnp.eye(12)[i]
+        by_differences.append((logits(x[0] + step) - logits(x[0] - step)) / 2e-6)
+    close(matrix, np.stack(by_differences, -1), 1e-8)
+    with pytest.raises(jp.PruneError, match='a Jacobian needs data'):
+        flow.jacobian(problem)(KEY, view, None)
