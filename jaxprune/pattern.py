@@ -1,7 +1,7 @@
-"""Masks with a structure inside a kernel: n of every m weights, and whole blocks.
+"""Masks with a structure inside a kernel: n of every m weights, whole blocks, whole units.
 
 Patterns that hardware can use: 2:4 on sparse tensor cores, tiles such as 8x128 or 128x128 on
-matrix units. A mask alone speeds nothing up. Both selections are made of `top_k_mask` and obey
+matrix units. A mask alone speeds nothing up. All selections are made of `top_k_mask` and obey
 its law: ties go to the lowest index, NaN and -inf are never kept, so pruned entries stay pruned
 when their score is -inf.
 
@@ -11,7 +11,7 @@ static; numbers of blocks to keep may be traced.
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -19,7 +19,14 @@ import jax.numpy as jnp
 
 from jaxprune.errors import PruneError, nearest
 from jaxprune.quota import Shape, check_density
-from jaxprune.select import as_floats, global_top_k, layerwise_top_k, top_k_mask
+from jaxprune.select import (
+    as_floats,
+    global_top_k,
+    layerwise_top_k,
+    top_k_mask,
+    within_bounds,
+)
+from jaxprune.tree import check_same_paths
 from jaxprune.types import GLOBAL, Counts, Masks, Scores
 
 TIES = ('lowest', 'highest')
@@ -174,6 +181,53 @@ def block_top_k(
         path: _spread(chosen[path], tiles[path], leaf.shape) & (leaf > -jnp.inf)
         for path, leaf in scores.items()
     }
+
+
+def unit_top_k(
+    scores: Scores,
+    counts: Counts,
+    *,
+    ranked: Collection[str],
+    fewest: Counts | None = None,
+    axis: int = -1,
+) -> Masks:
+    """Keeps or removes whole units, all weights that compute one output: neurons, filters.
+
+    A unit's score is the largest of its entries; give all of them the unit's own, see
+    `score.units`. Entries at -inf, weights pruned before, do not count and are not kept with their
+    unit; a unit of nothing else, or with a NaN, is never kept.
+
+    Args:
+      scores: path -> float scores.
+      counts: how many units to keep, path -> k, or `{'*': k}` for one ranking over all layers. May
+        be traced.
+      ranked: paths of the layers whose units compete. All others keep what is above -inf.
+      fewest: path -> units that a layer keeps at least in one ranking over all layers.
+      axis: of the outputs: the last one in flax and haiku, the first in torch and equinox.
+
+    Raises:
+      PruneError: counts, bounds or ranked layers with other paths; scores that are no floats.
+    """
+    unknown = sorted(set(ranked) - set(scores))
+    if unknown:
+        raise PruneError(f"no scores of '{unknown[0]}': {nearest(unknown[0], scores)}")
+    scores = {path: as_floats(leaf) for path, leaf in sorted(scores.items())}
+    values = {p: jnp.moveaxis(scores[p], axis, 0) for p in scores if p in set(ranked)}
+    values = {p: leaf.reshape(leaf.shape[0], -1).max(1) for p, leaf in values.items()}
+    everywhere = set(counts) == {GLOBAL}
+    if not everywhere:
+        check_same_paths('counts of units', counts, values)
+    select = global_top_k if everywhere else layerwise_top_k
+    chosen = select(within_bounds(values, fewest, None), counts)
+
+    def mask(path: str, leaf: jax.Array) -> jax.Array:
+        alive = leaf > -jnp.inf
+        if path not in chosen:
+            return alive
+        along = chosen[path].reshape(-1, *[1] * (leaf.ndim - 1))
+        return alive & jnp.moveaxis(along, 0, axis)
+
+    return {path: mask(path, leaf) for path, leaf in scores.items()}
 
 
 def n_blocks(

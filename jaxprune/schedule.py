@@ -21,7 +21,20 @@ def linear(density: float, rounds: int) -> list[float]:
     return [1 - (1 - density) * i / rounds for i in range(1, rounds)] + [density]
 
 
-SCHEDULES: dict[str, Schedule] = {'exponential': exponential, 'linear': linear}
+def harmonic(density: float, rounds: int) -> list[float]:
+    """`1 / (1 + (1 / density - 1) * i / rounds)`: compression grows by the same amount each round.
+
+    With p = 1 - density a round removes `p / (i p + rounds (1 - p))` of what is left (Lubana &
+    Dick, ICLR 2021, arXiv:2009.11839, in their code).
+    """
+    return [1 / (1 + (1 / density - 1) * i / rounds) for i in range(1, rounds)] + [density]
+
+
+SCHEDULES: dict[str, Schedule] = {
+    'exponential': exponential,
+    'linear': linear,
+    'harmonic': harmonic,
+}
 
 
 def schedule(name: str) -> Schedule:

@@ -14,7 +14,18 @@ from jaxprune.data import FetchFn
 from jaxprune.optim import Optimizer, mask_opt_state, sparse
 from jaxprune.problem import view_of
 from jaxprune.rng import stream
-from jaxprune.types import Batch, Counts, Hyper, Key, Masks, Problem, Pruner, RunState, View
+from jaxprune.types import (
+    Batch,
+    Counts,
+    Hyper,
+    Key,
+    Masks,
+    Problem,
+    Pruner,
+    RunState,
+    View,
+    Weights,
+)
 
 
 def init_run(problem: Problem, optimizer: Optimizer) -> Callable[[Key, Hyper], RunState]:
@@ -88,21 +99,37 @@ def train_segment(fetched):
     return segment
 
 
-def event(problem: Problem, optimizer: Optimizer, pruner: Pruner):
+def event(problem: Problem, optimizer: Optimizer, pruner: Pruner, *, restart: bool = False):
     """One pruning event, the same order for every method.
 
     View -> score and select -> returning weights take their values -> pruned weights to zero ->
     their optimizer moments to zero.
 
+    Args:
+      restart: the optimizer begins anew: moments of the weights kept are zero as well.
+
     Returns:
-      `(key, hyper, state, counts, batches) -> (state, info)`.
+      `(key, hyper, state, counts, batches, initial) -> (state, info)`; the initial weights are for
+      pruners that need them, else None.
     """
 
-    def prune(key: Key, hyper: Hyper, state: RunState, counts: Counts, batches: Batch | None):
-        view = view_of(problem, state)
+    def prune(
+        key: Key,
+        hyper: Hyper,
+        state: RunState,
+        counts: Counts,
+        batches: Batch | None,
+        initial: Weights | None = None,
+    ):
+        view = view_of(problem, state)._replace(initial=initial)
         method_state, masks, info = pruner.update(key, state.method_state, view, counts, batches)
-        state = state._replace(method_state=method_state)
-        return _masked(optimizer, pruner, hyper, state, view, masks), info
+        state = _masked(
+            optimizer, pruner, hyper, state._replace(method_state=method_state), view, masks
+        )
+        if restart:
+            tx = optimizer.make(hyper, jnp.asarray(hyper.learning_rate))
+            state = state._replace(opt_state=tx.init(state.params))
+        return state, info
 
     return prune
 

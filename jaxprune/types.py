@@ -153,7 +153,8 @@ class Pruner(NamedTuple):
     Attributes:
       init: `(key, view) -> method_state`.
       update: `(key, method_state, view, counts, batches) -> (method_state, masks, info)`.
-      needs: what an event must be given: 'data', 'shape' (an input's shape only) or nothing.
+      needs: what an event must be given: 'data', 'shape' (an input's shape only), 'initial'
+        (the initial weights) or nothing.
       restore: `(method_state, view) -> weights`: the values that weights take after an event,
         before those the new masks prune are zeroed; None where no pruned weight ever returns.
       finish: `(method_state, active) -> masks`: after the last round, masks with at least that

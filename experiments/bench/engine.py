@@ -106,13 +106,13 @@ def main() -> None:
             rows.append({'net': name, 'left out': first_line(error)})
             continue
         publish()
-        for runs in settings.runs or sizes(name):
+        for runs in () if settings.recording else settings.runs or sizes(name):
             row = {'net': name, 'N': runs, **measured(settings, case, runs, peak, stop, rows)}
             rows.append(row)
             print({k: v for k, v in row.items() if v != ''}, flush=True)
             publish()
     if not settings.quick:
-        for name, runs, every in (('LeNet-300-100', 16, 200), ('VGG-11 (1/4)', 2, 50)):
+        for name, runs, every in (('LeNet-300-100', 16, 50), ('VGG-11 (1/4)', 2, 50)):
             if name in cases:
                 costs += recording(settings, cases[name], runs, every, end)
                 publish()
@@ -135,6 +135,7 @@ def parse() -> argparse.Namespace:
     add('--batch', type=int, default=128, help='examples per step (default 128)')
     add('--minutes', type=float, default=8.5, help='nothing new is begun after these (default 8.5)')
     add('--no-probe', action='store_true', help='take the usual strategy, measure none')
+    add('--recording', action='store_true', help='only what recording along training costs')
     add('--out', help='a markdown file for the tables; the figure lies beside it')
     add('--quick', action='store_true', help='seconds, to see whether all runs')
     settings = parser.parse_args()
@@ -473,6 +474,8 @@ def recording(settings, case: Case, runs: int, every: int, end: float) -> list[d
         'training loss, every step': {'every': 1},
         f'weight norms, every {every} steps': {**stride, 'flow': ['weight_norm']},
         f'gradient norms on 100 examples, every {every}': {**stride, 'flow': ['gradient_norm']},
+        f'gᵀHg on 100 examples, every {every}': {**stride, 'flow': ['gradient_curvature']},
+        f'mean singular value of 100 Jacobians, every {every}': {**stride, 'flow': ['jsv_mean']},
         f'evaluation on 500 examples, every {every}': {**stride, 'evaluate': True},
     }
     strategy = case.strategy._replace(devices=math.gcd(runs, case.strategy.devices))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune import linalg
 from jaxprune.errors import PruneError
 from jaxprune.flow.krylov import first, ritz
 from jaxprune.rng import stream
@@ -40,7 +41,7 @@ def jacobian_singular_values(problem: Problem):
     measured = jacobian(problem)
 
     def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
-        return jnp.linalg.svd(measured(key, view, batches), compute_uv=False)
+        return linalg.singular_values(measured(key, view, batches))
 
     return measure
 
@@ -115,8 +116,7 @@ def kernel_singular_values(view: View) -> Weights:
     the layer's linear map; for a convolution they are not, see `conv_singular_values`.
     """
     return {
-        path: jnp.linalg.svd(w.reshape(-1, w.shape[-1]), compute_uv=False)
-        for path, w in view.weights.items()
+        path: linalg.singular_values(w.reshape(-1, w.shape[-1])) for path, w in view.weights.items()
     }
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from matfree import decomp
 
+from jaxprune import linalg
 from jaxprune.types import PyTree
 
 
@@ -48,7 +49,7 @@ def ritz(product: Callable[[PyTree], PyTree], start: PyTree, steps: int) -> Ritz
     alive = jnp.concatenate([jnp.ones(1, bool), jnp.cumprod(goes_on) > 0])
     off = jnp.where(alive[1:], off, 0)
     diagonal = jnp.where(alive, diagonal, 0)
-    values, vectors = jnp.linalg.eigh(jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1))
+    values, vectors = linalg.eigh(jnp.diag(diagonal) + jnp.diag(off, 1) + jnp.diag(off, -1))
     inside = (vectors**2 * alive[:, None]).sum(0) > 0.5
     values = jnp.where(inside, values, jnp.nan)
     order = jnp.argsort(-values)  # NaN last

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune import linalg
 from jaxprune.errors import PruneError, nearest
 from jaxprune.flow.krylov import ritz
 from jaxprune.rng import stream
@@ -78,7 +79,7 @@ def kernel_spectrum(kernel: jax.Array) -> KernelSpectrum:
 
     A smallest eigenvalue that rounding made zero or negative gives an infinite condition.
     """
-    values = jnp.linalg.eigvalsh(kernel)
+    values = linalg.eigenvalues(kernel)
     trace, smallest, largest = jnp.trace(kernel), values[0], values[-1]
     condition = jnp.where(smallest > 0, largest / jnp.where(smallest > 0, smallest, 1), jnp.inf)
     return KernelSpectrum(trace, largest, condition, trace**2 / (kernel**2).sum())

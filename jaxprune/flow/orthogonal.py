@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune import linalg
 from jaxprune.errors import PruneError, nearest
 from jaxprune.types import Masks, Weights
 
@@ -225,14 +226,14 @@ def _gram_schmidt(matrix: jax.Array, keep: jax.Array) -> jax.Array:
     """
     height, width = matrix.shape
     order = jnp.argsort(~keep, stable=True)[: min(height, width)]
-    q, r = jnp.linalg.qr(matrix[:, order])
+    q, r = linalg.qr(matrix[:, order])
     diagonal = jnp.diagonal(r)
     q = jnp.where(keep[order], q * jnp.where(diagonal < 0, -1, 1), 0)
     return jnp.zeros_like(matrix).at[:, order].set(q)
 
 
 def _polar(rows: jax.Array) -> jax.Array:
-    u, s, vt = jnp.linalg.svd(rows, full_matrices=False)
+    u, s, vt = linalg.svd(rows)
     alive = s > s.max() * jnp.finfo(rows.dtype).eps * max(rows.shape)
     return (u * alive) @ vt
 

@@ -2,5 +2,6 @@
 
 from jaxprune.method.pruner import pruner
 from jaxprune.method.registry import METHODS, Method, build, method
+from jaxprune.method.units import GRANULARITIES, unit_shapes
 
-__all__ = ['METHODS', 'Method', 'build', 'method', 'pruner']
+__all__ = ['GRANULARITIES', 'METHODS', 'Method', 'build', 'method', 'pruner', 'unit_shapes']

@@ -62,8 +62,9 @@ def pruner(
       monotone: pruned weights never return: their score is -inf. Otherwise the score sees the
         weights before the first round as `view.initial`, and a weight that returns has its
         initial value.
-      needs: what the score reads from an event's batches: 'data' (inputs and labels) or 'shape'
-        (the shape of an input only); nothing for scores of the weights alone.
+      needs: what the score reads: of an event's batches 'data' (inputs and labels) or 'shape' (the
+        shape of an input only), and 'initial' for the view's initial weights; nothing for scores
+        of the weights alone.
       fewest: path -> how many weights a leaf keeps at least in a ranking over all leaves.
       most: path -> how many at most.
       finish: chooses the masks after the last round from the order in which weights were pruned:
@@ -75,8 +76,8 @@ def pruner(
     """
 
     needs = frozenset(needs)
-    if not needs <= {'data', 'shape'}:
-        raise PruneError(f"needs may hold 'data' and 'shape', not {sorted(needs)}")
+    if not needs <= {'data', 'shape', 'initial'}:
+        raise PruneError(f"needs may hold 'data', 'shape' and 'initial', not {sorted(needs)}")
     remembers = not monotone or finish is not None
 
     def init(key: Key, view: View) -> tuple | Memory:

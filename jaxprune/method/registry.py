@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jaxprune import arguments, score
 from jaxprune.errors import PruneError, nearest
 from jaxprune.method.pruner import pruner
+from jaxprune.method.units import GRANULARITIES, alike, unit_select, unit_shapes
 from jaxprune.quota import ALLOCATIONS, SHARED, Shape, bounds
 from jaxprune.select import global_top_k, layerwise_top_k
 from jaxprune.structure import Connect, chain, prune_to_active
@@ -23,6 +24,7 @@ class Method(NamedTuple):
       rounds: published number of rounds.
       over: published schedule of densities over the rounds.
       monotone: pruned weights never return.
+      grouped: the score takes `by`: what is removed together.
       options: further options of the method with their published values.
     """
 
@@ -33,15 +35,28 @@ class Method(NamedTuple):
     rounds: int = 1
     over: str = 'exponential'
     monotone: bool = True
+    grouped: bool = False
     options: Mapping[str, Any] = {}
 
 
 _data, _shape = frozenset({'data'}), frozenset({'shape'})
+_data_initial = frozenset({'data', 'initial'})
 
 
 def _of(make: Callable[..., ScoreFn]) -> Callable[..., ScoreFn]:
     """A score that knows the problem and the batch-norm mode."""
     return lambda problem, train, **options: make(problem, train=train, **options)
+
+
+def _measure(title: str, name: str) -> Method:
+    """An importance of the gradient-flow study; its temperature is an option."""
+    point = {'temperature': 1.0, **score.MEASURES[name]}
+    temperature = {'temperature': point.pop('temperature')}
+
+    def make(problem: Problem, train: bool, **options: Any) -> ScoreFn:
+        return score.importance(problem, train=train, **point, **options)
+
+    return Method(title, make, _data, grouped=True, options=temperature)
 
 
 METHODS: dict[str, Method] = {
@@ -74,6 +89,19 @@ METHODS: dict[str, Method] = {
         train=True,
         options={'steps': 3, 'learning_rate': 0.1, 'first_order': False},
     ),
+    'loss_preservation': _measure('loss preservation', 'loss_preservation'),
+    'biased_loss_preservation': _measure('biased loss preservation', 'biased_loss_preservation'),
+    'gradient_norm_increase': _measure('gradient-norm increase', 'gradient_norm_increase'),
+    'gradient_norm_preservation': _measure(
+        'gradient-norm preservation', 'gradient_norm_preservation'
+    ),
+    'importance': Method(
+        'importance',
+        _of(score.importance),
+        _data_initial,
+        grouped=True,
+        options={'order': 1, 'mode': 'sum_of_abs', 'bias': 'none', 'temperature': 1.0},
+    ),
 }
 
 
@@ -94,6 +122,8 @@ def build(
     floor: int | Mapping[str, int] = 0,
     cap: float | Mapping[str, float] = 1.0,
     connect: Connect | None = None,
+    granularity: str = 'weight',
+    whole: str = '',
     **options: Any,
 ) -> Pruner:
     """The pruner of a registered method.
@@ -109,7 +139,12 @@ def build(
         them; a ranking over all leaves is held to them here.
       cap: largest density of a leaf, likewise.
       connect: see `structure.connectivity`; with it the pruner's `finish` prunes to a number of
-        active weights, along the chain of the allocation.
+        active weights, along the chain of the allocation; where units are pruned, it finds what
+        reads them.
+      granularity: 'weight', or 'unit' for whole neurons and filters, ranked by the sum of their
+        weights' scores (those of the gradient-flow study by their own rule); counts and floor are
+        units then, and `shapes` and `connect` are needed.
+      whole: regular expression of layers that keep all units, see `unit_shapes`.
       **options: the method's own options.
     """
     card = method(name)
@@ -126,9 +161,19 @@ def build(
         raise PruneError(
             f"allocation 'lamp' goes by the weights left, and '{name}' brings weights back"
         )
+    if granularity not in GRANULARITIES:
+        raise PruneError(
+            f"unknown granularity '{granularity}': {nearest(granularity, GRANULARITIES)}"
+        )
+    if whole and granularity == 'weight':
+        raise PruneError("whole names layers that keep all units, with granularity 'unit'")
+    mode = card.train if train is None else train
+    if granularity == 'unit':
+        return _of_units(
+            problem, name, mode, allocation, shapes, connect, floor, cap, whole, options
+        )
     if shapes is None and (floor or cap != 1.0 or connect is not None):
         raise PruneError('floor, cap and connect need shapes: path -> shape of every prunable leaf')
-    mode = card.train if train is None else train
     scorer = card.score(problem, mode, **{**card.options, **options})
     if allocation == 'lamp':
         scorer = score.ranked_like(scorer, score.lamp())
@@ -150,3 +195,34 @@ def build(
         most=most if cap != 1.0 else None,
         finish=finish,
     )
+
+
+def _of_units(
+    problem: Problem,
+    name: str,
+    train: bool,
+    allocation: str,
+    shapes: Mapping[str, Shape] | None,
+    connect: Connect | None,
+    floor: int | Mapping[str, int],
+    cap: float | Mapping[str, float],
+    whole: str,
+    options: Mapping[str, Any],
+) -> Pruner:
+    """The pruner of a registered method that removes whole units."""
+    card = method(name)
+    if allocation not in ('global', 'uniform'):
+        raise PruneError(f"units are shared out 'global' or 'uniform', not '{allocation}'")
+    if not card.monotone:
+        raise PruneError(f"'{name}' brings weights back, and readers of units do not return")
+    if shapes is None or connect is None:
+        raise PruneError('units need shapes, path -> shape in forward order, and connect')
+    if cap != 1.0:
+        raise PruneError('layers of units have a floor, but no cap')
+    units = unit_shapes(shapes, whole)
+    fewest = bounds(units, floor)[0] if floor and allocation == 'global' else None
+    if card.grouped:
+        scorer = card.score(problem, train, **{**card.options, **options}, by='unit')
+    else:
+        scorer = alike(card.score(problem, train, **{**card.options, **options}))
+    return pruner(scorer, unit_select(connect, list(units), fewest), needs=card.needs)

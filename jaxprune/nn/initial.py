@@ -1,12 +1,20 @@
 """How kernels are drawn, by the names that a specification gives. Biases start at zero."""
 
+import jax.numpy as jnp
 from flax.linen import initializers
 from jax.nn.initializers import Initializer
 
 from jaxprune.errors import JaxpruneError, nearest
+from jaxprune.linalg import one_by_one
 
 #: What every network takes by default; the variance is 2 / fan in.
 kaiming_normal = initializers.variance_scaling(2.0, 'fan_in', 'normal')
+
+
+def orthogonal(key, shape, dtype=jnp.float32):
+    """Rows or columns orthonormal; many runs draw one after another, see `linalg`."""
+    return one_by_one(lambda own: initializers.orthogonal()(own, shape, dtype))(key)
+
 
 INITIALISATIONS: dict[str, Initializer] = {
     'kaiming_normal': kaiming_normal,
@@ -20,7 +28,7 @@ INITIALISATIONS: dict[str, Initializer] = {
     # uniform within 1 / sqrt(fan in): what PyTorch's layers start from
     'pytorch': initializers.variance_scaling(1 / 3, 'fan_in', 'uniform'),
     # the dynamical-isometry study
-    'orthogonal': initializers.orthogonal(),
+    'orthogonal': orthogonal,
 }
 
 

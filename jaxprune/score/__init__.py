@@ -4,6 +4,7 @@ from jaxprune.score.fisher import fisher
 from jaxprune.score.force import force
 from jaxprune.score.gradient_norm import gradient_norm
 from jaxprune.score.grasp import grasp
+from jaxprune.score.importance import MEASURES, importance
 from jaxprune.score.lamp import lamp
 from jaxprune.score.magnitude import magnitude
 from jaxprune.score.ntk_sap import ntk_sap
@@ -15,10 +16,12 @@ from jaxprune.score.synflow import synflow
 from jaxprune.score.taylor import taylor
 
 __all__ = [
+    'MEASURES',
     'fisher',
     'force',
     'gradient_norm',
     'grasp',
+    'importance',
     'lamp',
     'magnitude',
     'ntk_sap',

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxprune import linalg
 from jaxprune.errors import PruneError, nearest
 
 PADDINGS = ('circular', 'zero')
@@ -35,11 +36,11 @@ def conv_singular_values(
     if padding not in PADDINGS:
         raise PruneError(f"unknown padding '{padding}': {nearest(padding, PADDINGS)}")
     if padding == 'zero':
-        return jnp.linalg.svd(_matrix(kernel, height, width, stride), compute_uv=False)
+        return linalg.singular_values(_matrix(kernel, height, width, stride))
     if height % stride or width % stride:
         raise PruneError(f'a stride of {stride} does not divide images of {height} x {width}')
     blocks = _blocks(kernel, height, width, stride)
-    return jnp.sort(jnp.linalg.svd(blocks, compute_uv=False).ravel())[::-1]
+    return jnp.sort(linalg.singular_values(blocks).ravel())[::-1]
 
 
 def _blocks(kernel: jax.Array, height: int, width: int, stride: int) -> jax.Array:
@@ -56,12 +57,17 @@ def _blocks(kernel: jax.Array, height: int, width: int, stride: int) -> jax.Arra
 
 
 def _transfer(kernel: jax.Array, height: int, width: int) -> jax.Array:
-    """The kernel's Fourier transform on the grid, taps beyond the image wrapped around."""
-    k_height, k_width = kernel.shape[:2]
-    grid = jnp.zeros((height, width, *kernel.shape[2:]), kernel.dtype)
-    down, right = jnp.arange(k_height) % height, jnp.arange(k_width) % width
-    grid = grid.at[down[:, None], right[None, :]].add(kernel)
-    return jnp.fft.fft2(grid, axes=(0, 1))
+    """The kernel's Fourier transform at the frequencies of the grid, tap by tap.
+
+    A few taps need no fast transform, and XLA's waits for its own threads on the CPU.
+    """
+
+    def waves(size: int, taps: int) -> jax.Array:
+        angles = jnp.arange(size)[:, None] * jnp.arange(taps)[None, :] % size / size
+        return jnp.exp(-2j * jnp.pi * angles.astype(kernel.dtype))
+
+    rows, columns = waves(height, kernel.shape[0]), waves(width, kernel.shape[1])
+    return jnp.einsum('ya,xb,abio->yxio', rows, columns, kernel, precision='highest')
 
 
 def _matrix(kernel: jax.Array, height: int, width: int, stride: int) -> jax.Array:

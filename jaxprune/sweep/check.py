@@ -81,6 +81,13 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
     for key, size in (('train_examples', facts.train_size), ('test_examples', facts.test_size)):
         if getattr(spec.data, key) > size:
             fail(f'data.{key}', f'{spec.data.name} has only {size}')
+    for i, m in enumerate(methods):
+        last = m.after_epochs * m.rounds
+        if m.after_epochs and last >= min(v.epochs for v in variants(train, grid_train)):
+            fail(
+                f'grid.method[{i}].after_epochs',
+                f'the last round, after {last} epochs, is too late',
+            )
     for variant in variants(train, grid_train):
         _train(variant, 'train', fail)
         if variant.batch_size > examples:
@@ -215,9 +222,26 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
         else f' ({_QUOTA_TITLES.get(spec.allocation, spec.allocation)})'
     )
     aim = ' to effective' if spec.target == 'effective' else ''
+    aim += ' (units)' if spec.granularity == 'unit' else ''
     label = spec.label or card.title + where + aim
     if label == 'dense':
         fail(f'{at}.label', "'dense' is the name of the control: choose another")
+    if spec.granularity == 'unit':
+        for key, wrong in (
+            ('allocation', spec.allocation not in ('global', 'uniform')),
+            ('target', spec.target != 'direct'),
+            ('cap', spec.cap != 1),
+            ('name', not card.monotone),
+        ):
+            if wrong:
+                fail(f'{at}.{key}', f"{getattr(spec, key)!r} does not go with granularity 'unit'")
+    elif spec.whole:
+        fail(f'{at}.whole', "names layers that keep all units, with granularity 'unit'")
+    if spec.after_epochs and (spec.target == 'effective' or not card.monotone):
+        what = "target 'effective'" if spec.target == 'effective' else f"'{spec.name}'"
+        fail(f'{at}.after_epochs', f'{what} prunes before training only')
+    if spec.restart and not spec.after_epochs:
+        fail(f'{at}.restart', 'goes with after_epochs: before training there is nothing to restart')
     published = ('train' if card.train else 'eval') if 'data' in card.needs else ''
     if spec.batch_norm and not published:
         fail(f'{at}.batch_norm', f"'{spec.name}' looks at no data: there is no mode to choose")

@@ -70,23 +70,26 @@ def _run_chunk(
     before = saved.load(_abstract_states(program, members))
     with watch.phase('prune'):
         if before is None:
-            states, errors = _prune(program, engine, rows, padded, engine.init(rows))
+            states, errors = engine.init(rows), [None] * wanted
+            states = _prune(program, engine, rows, padded, states, errors, 0)
             done, losses, records, curves, flow = 0, [], [], [], []
         else:
             done, stacked, errors, losses, records, curves, flow = before
             repeat = np.arange(wanted).clip(max=count - 1)
             states = engine.unpack(jax.tree.map(lambda leaf: leaf[repeat], stacked))
             shown.resume(done * program.steps * count)
-        counted = [
-            [{path: int(k[i]) for path, k in counts.items()} for counts in engine.counts(states)]
-            for i in range(count)
-        ]
+            errors = [errors[i] for i in repeat]
+        counted = _counted(engine, states, count)
     epochs = members[0].train.epochs
 
     def told(steps: int) -> None:  # of all rows, padding included
         shown.steps(steps * count // wanted)
 
     for epoch in range(done + 1, epochs + 1):
+        if epoch > 1 and any(_round_after(run, epoch - 1) is not None for run in members):
+            with watch.phase('prune'):
+                states = _prune(program, engine, rows, padded, states, errors, epoch - 1)
+                counted = _counted(engine, states, count)
         with watch.phase('train'):
             trained = engine.epoch(epoch - 1, rows, states, told)
         states = trained.states
@@ -168,24 +171,55 @@ def _abstract_states(program: Program, members: Sequence[Run]) -> RunState:
     )
 
 
+def _counted(engine: Engine, states: Any, count: int) -> list[list[dict[str, int]]]:
+    """Weights kept and active of each run, path -> number."""
+    both = engine.counts(states)
+    return [
+        [{path: int(k[i]) for path, k in counts.items()} for counts in both] for i in range(count)
+    ]
+
+
+def _round_after(run: Run, epochs: int) -> int | None:
+    """The number of the pruning round that is due after so many epochs of training, if one is.
+
+    All rounds before training are one, number 0.
+    """
+    if run.method.name == 'dense':
+        return None
+    every = run.method.after_epochs
+    if not every or not epochs:
+        return None if every or epochs else 0
+    at, rest = divmod(epochs, every)
+    return at - 1 if not rest and at <= run.method.rounds else None
+
+
 def _prune(
-    program: Program, engine: Engine, rows: Rows, padded: Sequence[Run], states: Any
-) -> tuple[Any, list[str | None]]:
-    """Prunes the rows of a chunk, method by method; the states, and what went wrong with each."""
-    errors: dict[int, str | None] = {}
+    program: Program,
+    engine: Engine,
+    rows: Rows,
+    padded: Sequence[Run],
+    states: Any,
+    errors: list[str | None],
+    epochs: int,
+) -> Any:
+    """Prunes what is due after so many epochs; `errors` is told what went wrong with each row."""
     by_event: dict[tuple, list[int]] = {}
     for i, run in enumerate(padded):
-        if run.method.name != 'dense':
+        due = _round_after(run, epochs)
+        if due is not None:
             # One call per event program; the numbers of rounds and of layers are its shapes.
-            by_event.setdefault((event_program(run.method), run.method.rounds), []).append(i)
-    for at in by_event.values():
+            together = 1 if run.method.after_epochs else run.method.rounds
+            by_event.setdefault((event_program(run.method), together, due), []).append(i)
+    for (_, together, due), at in by_event.items():
         plans = [counts_of(program, padded[i]).counts for i in at]
-        counts = {path: np.stack([p[path] for p in plans]) for path in plans[0]}
+        # Of rounds along training this one alone; methods of fewer rounds are over by then.
+        counts = {p: np.stack([plan[p][due : due + together] for plan in plans]) for p in plans[0]}
         active = np.array([active_of(program, padded[i]) for i in at], np.int32)
-        states, info = engine.prune(padded[at[0]].method, rows, at, counts, active, states)
-        found = _score_errors([padded[i] for i in at], counts, info)
-        errors.update(zip(at, found, strict=True))
-    return states, [errors.get(i) for i in range(len(padded))]
+        method = padded[at[0]].method
+        states, info = engine.prune(method, rows, at, counts, active, states, due)
+        for i, found in zip(at, _score_errors([padded[i] for i in at], counts, info), strict=True):
+            errors[i] = errors[i] or found
+    return states
 
 
 def _score_errors(
@@ -203,7 +237,8 @@ def _score_errors(
         wanted = {path: int(leaf[place][-1]) for path, leaf in counts.items()}
         if GLOBAL in wanted:
             got = {GLOBAL: sum(got.values())}
-        direct = run.method.target == 'direct'
+        # What reads units that go is not counted beforehand.
+        direct = run.method.target == 'direct' and run.method.granularity == 'weight'
         if direct and not bad and got != wanted:
             raise PruneError(
                 f'run {run.run_id} ({run.method.label}, compression {run.compression:g}, seed '

@@ -82,11 +82,11 @@ class Engine(NamedTuple):
     Attributes:
       multiple: the number of rows must be a multiple of this.
       init: `rows -> states`.
-      prune: `(method, rows, at, counts, active, states) -> (states, info)`: all rounds of a method
-        for the rows numbered `at`, rising; counts `(len(at), rounds)`; active `(len(at),)`, how
-        many active weights are wanted, looked at by methods that target them; info of the last
-        event, but `nonfinite` of all rounds and `nonzero` of the first; host arrays
-        `(len(at), ...)`.
+      prune: `(method, rows, at, counts, active, states, before=0) -> (states, info)`: rounds of a
+        method, after so many others, for the rows numbered `at`, rising; counts
+        `(len(at), rounds)`; active `(len(at),)`, how many active weights are wanted, looked at by
+        methods that target them; info of the last event, but `nonfinite` of all rounds and
+        `nonzero` of the first; host arrays `(len(at), ...)`.
       epoch: `(epoch, rows, states, told) -> Trained`; the states handed in are used up. `told` is
         called now and then with the steps x runs done since.
       evaluate: `states -> (test losses (runs,), test accuracies (runs,))`.
@@ -185,7 +185,7 @@ def make_engine(
         parts = [np.asarray(at[first : first + at_once]) for first in range(0, len(at), at_once)]
         return [(_filled(p, at_once), len(p)) for p in parts]
 
-    def prune(method, rows, at, counts, active, states):
+    def prune(method, rows, at, counts, active, states, before=0):
         name = event_program(method)
         if name not in pruners:
             pruners[name] = compiled_events(
@@ -197,6 +197,7 @@ def make_engine(
             for chosen, real in few(inside, len(rows.keys)):
                 where = at[chosen]
                 new, info = pruners[name].run(
+                    np.int32(before),
                     data,
                     *take(rows, where),
                     {path: np.asarray(c)[chosen] for path, c in counts.items()},

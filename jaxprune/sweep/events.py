@@ -15,7 +15,8 @@ class Compiled(NamedTuple):
     """All events of a method for a few rows.
 
     Attributes:
-      run: `(data, keys, hyper, counts, active, states) -> (states, info)`.
+      run: `(first, data, keys, hyper, counts, active, states) -> (states, info)`; `first` is the
+        number of rounds before.
       once: the compiled function that scores and selects.
     """
 
@@ -29,11 +30,11 @@ def compiled_events(
     """The rounds of a method, as a loop inside one program, or as calls from the host."""
     begin, once, last_event = program.prune(method)
 
-    def rounds(data, key, hyper, counts, active, state):
+    def rounds(before, data, key, hyper, counts, active, state):
         def body(state, at):
             return once(at[0], data, key, hyper, at[1], state)
 
-        number = jnp.arange(len(next(iter(counts.values()))), dtype=jnp.int32)
+        number = before + jnp.arange(len(next(iter(counts.values()))), dtype=jnp.int32)
         state, infos = jax.lax.scan(body, begin(key, state), (number, counts))
         last = jax.tree.map(lambda leaf: leaf[-1], infos)
         if last_event is not None:
@@ -44,7 +45,7 @@ def compiled_events(
         return state._replace(method_state=()), info
 
     if not hosted:
-        compiled = program_of(rounds, (None, 0, 0, 0, 0, 0), batching)
+        compiled = program_of(rounds, (None, None, 0, 0, 0, 0, 0), batching)
         return Compiled(compiled, compiled)
 
     first = program_of(begin, (0, 0), batching)
@@ -52,11 +53,11 @@ def compiled_events(
     last = last_event and program_of(last_event, (0, 0, 0), batching)
     keeps = program_of(lambda state: kept(state.masks), (0,), batching)
 
-    def run(data, keys, hyper, counts, active, states):
+    def run(before, data, keys, hyper, counts, active, states):
         states, seen = first(keys, states), []
         for number in range(next(iter(counts.values())).shape[1]):
             now = {path: column[:, number] for path, column in counts.items()}
-            states, info = single(np.int32(number), data, keys, hyper, now, states)
+            states, info = single(np.int32(before + number), data, keys, hyper, now, states)
             seen.append(info)
         if last is not None:
             states = last(hyper, states, active)

@@ -93,11 +93,15 @@ def event_program(method: MethodSpec) -> str:
     parts = [method.name, kind]
     if method.target == 'effective':  # the quota's table is part of the program
         parts = [method.name, method.allocation, 'to effective']
+    if method.granularity == 'unit':
+        parts.append(f'units but {method.whole}' if method.whole else 'units')
     if method.floor:
         parts.append(f'floor {method.floor}')
     if method.cap < 1:
         parts.append(f'cap {method.cap:g}')
-    if method.rounds > 1:
+    if method.after_epochs:  # a round at a time
+        parts.append('restarted' if method.restart else 'along training')
+    elif method.rounds > 1:
         parts.append(f'{method.rounds} rounds')
     if method.batch_norm:
         parts.append(f'batch norm {method.batch_norm}')

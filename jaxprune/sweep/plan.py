@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxprune import data, plan, structure
 from jaxprune.errors import JaxpruneError, SpecError, first_line
+from jaxprune.method import unit_shapes
 from jaxprune.quota import SHARED
 from jaxprune.sweep.devices import memory_limit
 from jaxprune.sweep.grid import Run, digest, event_program, runs, static_settings
@@ -84,8 +85,9 @@ def _choice(spec: SweepSpec, program: Program, run: Run) -> tuple[Strategy, str,
 def counts_of(program: Program, run: Run) -> plan.Plan:
     """A pruned run's table of keep counts."""
     make = structure.rounds_before if run.method.target == 'effective' else plan.at_init
+    units = run.method.granularity == 'unit'
     return make(
-        program.shapes,
+        unit_shapes(program.shapes, run.method.whole) if units else program.shapes,
         1 / run.compression,
         allocation=run.method.allocation,
         rounds=run.method.rounds,

@@ -15,7 +15,7 @@ from jaxprune.rng import stream
 from jaxprune.structure import Connect
 from jaxprune.sweep.grid import Run, split_options
 from jaxprune.sweep.spec import MethodSpec, RecordSpec, SweepSpec, TrainSpec
-from jaxprune.types import Batch, Counts, Hyper, Key, Problem, PruneInfo, RunState
+from jaxprune.types import Batch, Counts, Hyper, Key, Problem, PruneInfo, RunState, Weights
 
 #: Examples per evaluation batch; any number gives the same sums up to rounding.
 EVAL_BATCH = 500
@@ -124,6 +124,9 @@ def make_program(
     def order(key: Key, epoch: jax.Array) -> jax.Array:
         return data.epoch_order(stream(key, 'data'), epoch, examples, settings.batch_size)
 
+    def initial_weights(key: Key) -> Weights:  # drawn again rather than carried along
+        return tree.pick(net.init(stream(key, 'init'))[0], net.prunable)
+
     per_class, several = spec.prune.samples_per_class, spec.prune.batches
 
     def fetched(data_: DeviceData, indices: jax.Array) -> Batch:
@@ -144,10 +147,12 @@ def make_program(
             shapes=shapes,
             floor=spec_.floor,
             cap=spec_.cap,
-            connect=connect if spec_.target == 'effective' else None,
+            connect=connect if spec_.target == 'effective' or spec_.granularity == 'unit' else None,
+            granularity=spec_.granularity,
+            whole=spec_.whole,
             **spec_.options,
         )
-        event = train.event(net, optimizer, pruner)
+        event = train.event(net, optimizer, pruner, restart=spec_.restart)
         begin = train.first_event(net, pruner)
 
         def once(
@@ -161,7 +166,8 @@ def make_program(
                 batches = Batch(shape, jax.numpy.zeros((1, 1), jax.numpy.int32))
             else:
                 batches = None
-            return event(draw, hyper, state, counts, batches)
+            initial = initial_weights(key) if 'initial' in pruner.needs else None
+            return event(draw, hyper, state, counts, batches, initial)
 
         last = pruner.finish and train.last_event(net, optimizer, pruner)
         return Events(begin, once, last)
@@ -178,9 +184,8 @@ def make_program(
             first = first.reshape(facts.classes, several, per_class).swapaxes(0, 1)
             rows = fetched(data_, first.reshape(several, -1))
         view, noise = problem.view_of(trained, state), stream(key, 'dropout')
-        if compare:  # drawn again rather than carried along
-            fresh, _ = net.init(stream(key, 'init'))
-            view = view._replace(initial=tree.pick(fresh, net.prunable))
+        if compare:
+            view = view._replace(initial=initial_weights(key))
         return {name: measure(noise, view, rows) for name, measure in quantities.items()}
 
     return Program(

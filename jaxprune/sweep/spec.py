@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxprune.method import GRANULARITIES
 from jaxprune.nn import CONVOLUTIONS
 from jaxprune.quota import ALLOCATIONS
 from jaxprune.schedule import SCHEDULES
@@ -91,14 +92,30 @@ class MethodSpec:
         default='direct',
         choices=TARGETS,
     )
-    floor: int = _key('fewest weights that any layer keeps', default=0, low=0)
+    granularity: str = _key(
+        "'weight', or 'unit': whole neurons and filters with all that reads them; compression, "
+        'floor and rounds then count units of all layers but the last',
+        default='weight',
+        choices=GRANULARITIES,
+    )
+    whole: str = _key('regular expression of layers that keep all units', default='')
+    floor: int = _key('fewest weights (or units) that any layer keeps', default=0, low=0)
     cap: float = _key('largest density of any layer', default=1.0, above=0, high=1)
     label: str = _key('how figures and tables call it', default='')
     rounds: int = _key('pruning rounds; 0 for the published number', default=0, low=0)
     over: str = _key(
-        "density over the rounds: 'exponential', 'linear'; '' for the published one",
+        "density over the rounds: 'exponential', 'linear', 'harmonic'; '' for the published one",
         default='',
         choices=('', *SCHEDULES),
+    )
+    after_epochs: int = _key(
+        'train so many epochs before each round; 0 for all rounds before training',
+        default=0,
+        low=0,
+    )
+    restart: bool = _key(
+        'begin with a fresh optimizer after each round: moments of the weights kept are zero too',
+        default=False,
     )
     batch_norm: str = _key(
         "while scoring: 'train' (batch statistics), 'eval' (running); '' for the published mode",

@@ -1,0 +1,51 @@
+"""Decompositions of matrices, one after another on the CPU.
+
+XLA's CPU client splits a batch of decompositions over the thread pool that runs the program, and
+waits for it: with several devices (`jax_num_cpu_devices`) all threads may end up waiting, and the
+program never ends (seen with jaxlib 0.10.2, from eight 100x100 QRs on). Single matrices are not
+split. So here a batch, `vmap`'s included, is a loop on the CPU; elsewhere it stays a batch.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
+
+from jaxprune.types import PyTree
+
+
+def one_by_one(fn: Callable[[jax.Array], PyTree]) -> Callable[[jax.Array], PyTree]:
+    """A function of one array that `vmap` turns into a loop on the CPU."""
+    single = sequential_vmap(fn)
+
+    def call(x: jax.Array) -> PyTree:
+        return jax.lax.platform_dependent(x, cpu=single, default=fn)
+
+    return call
+
+
+def _batched(fn: Callable[[jax.Array], PyTree]) -> Callable[[jax.Array], PyTree]:
+    """A function of one matrix `(m, n)` made one of `(..., m, n)`."""
+    single = one_by_one(fn)
+
+    def call(matrices: jax.Array) -> PyTree:
+        batch = matrices.shape[:-2]
+        if not batch:
+            return single(matrices)
+        found = jax.vmap(single)(matrices.reshape(-1, *matrices.shape[-2:]))
+        return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), found)
+
+    return call
+
+
+#: `(..., m, n) -> (..., min(m, n))`, falling.
+singular_values = _batched(lambda a: jnp.linalg.svd(a, compute_uv=False))
+#: `(..., m, n) -> (u, s, vᵀ)`, thin.
+svd = _batched(lambda a: tuple(jnp.linalg.svd(a, full_matrices=False)))
+#: `(..., m, n) -> (q, r)`, thin.
+qr = _batched(lambda a: tuple(jnp.linalg.qr(a)))
+#: Symmetric `(..., n, n) -> (values, vectors)`, rising.
+eigh = _batched(lambda a: tuple(jnp.linalg.eigh(a)))
+#: Symmetric `(..., n, n) -> (..., n)`, rising.
+eigenvalues = _batched(lambda a: jnp.linalg.eigvalsh(a))
