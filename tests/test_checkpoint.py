@@ -35,7 +35,15 @@ TABLE = {
     'data': {'name': 'mnist_small', 'train_examples': 500, 'test_examples': 200},
     'train': {'epochs': 5, 'batch_size': 50, 'optimizer': 'adam', 'learning_rate': 0.01},
     'prune': {'samples_per_class': 2},
-    'grid': {'method': ['random', 'snip'], 'compression': [1, 5], 'seed': [0]},
+    'grid': {
+        'method': [
+            'snip',
+            # Pruned after epochs 1 and 2: before a checkpoint, and between it and what follows.
+            {'name': 'gradient_norm', 'rounds': 3, 'after_epochs': 1, 'restart': True},
+        ],
+        'compression': [1, 5],
+        'seed': [0],
+    },
     # Evaluated after epochs 2, 4 and 5: a checkpoint after epoch 3 holds a loss yet to be averaged.
     'record': {'every_epochs': 2, 'every': 3, 'evaluate': True, 'flow': ['gradient_norm']},
 }
