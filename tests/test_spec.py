@@ -524,3 +524,21 @@ def test_what_a_library_refuses_is_told_in_one_line(monkeypatch):
         make_plan(make_spec(BASE, 'my.toml'), 'my.toml')
     expected = 'my.toml: model or train: refused by the library: no such thing'
     assert str(caught.value) == expected
+
+
+def test_keys_of_every_method():
+    """Expectation: entries have the shared keys where they say nothing; nothing else changes."""
+    grid = {'compression': [2], 'seed': [0]}
+    shared = {'rounds': 3, 'floor': 1}
+    entries = ['snip', {'name': 'magnitude', 'floor': 2}]
+    short = make_spec({**BASE, 'grid': {**grid, 'method': entries, 'every_method': shared}})
+    written = [
+        {'name': 'snip', 'rounds': 3, 'floor': 1},
+        {'name': 'magnitude', 'rounds': 3, 'floor': 2},
+    ]
+    assert short == make_spec({**BASE, 'grid': {**grid, 'method': written}})
+    for wrong in ('snip', {'name': 'snip'}):
+        with pytest.raises(SpecError, match=r'grid\.every_method: expected a table of keys'):
+            make_spec({**BASE, 'grid': {**grid, 'method': entries, 'every_method': wrong}})
+    with pytest.raises(SpecError, match=r'grid\.method\[0\]\.round'):
+        make_spec({**BASE, 'grid': {**grid, 'method': entries, 'every_method': {'round': 1}}})

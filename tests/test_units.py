@@ -95,6 +95,14 @@ def test_rounds_of_the_study():
         np.testing.assert_allclose(1 - left[1:] / left[:-1], file[key], rtol=1e-9)
 
 
+def test_floors_of_units():
+    """Expectation: the study keeps int(0.05 n) + 1 filters of a layer at least."""
+    units = {'a': (64,), 'b': (10,), 'c': (1,)}
+    assert method.unit_floor(units, 0, 0.05) == {'a': 4, 'b': 1, 'c': 1}
+    assert method.unit_floor(units, 2, 0.05) == {'a': 4, 'b': 2, 'c': 1}
+    assert method.unit_floor(units, 0, 0.0) == {'a': 0, 'b': 0, 'c': 0}
+
+
 @functools.cache
 def connected():
     _, problem, view, *_ = study()
@@ -170,7 +178,7 @@ TABLE = {
     'prune': {'samples_per_class': 2},
     'grid': {
         'method': [
-            {'name': 'magnitude', 'granularity': 'unit', 'floor': 2},
+            {'name': 'magnitude', 'granularity': 'unit', 'floor_share': 0.2},
             {'name': 'loss_preservation', 'granularity': 'unit', 'rounds': 2, 'over': 'harmonic',
              'after_epochs': 1},
             {'name': 'snip', 'after_epochs': 2, 'restart': True},
@@ -239,6 +247,8 @@ def test_units_in_a_sweep(swept):
         ({'granularity': 'unit', 'allocation': 'erk'}, "allocation: 'erk' does not go with"),
         ({'granularity': 'unit', 'target': 'effective'}, "target: 'effective' does not go with"),
         ({'granularity': 'unit', 'cap': 0.5}, 'cap: 0.5 does not go with'),
+        ({'floor_share': 0.1}, "floor_share: is a share of units, with granularity 'unit'"),
+        ({'granularity': 'unit', 'floor_share': 1.0}, 'floor_share: expected a share below 1'),
         ({'granularity': 'filter'}, "granularity: 'filter' is unknown, valid: unit, weight"),
         ({'whole': 'dense'}, "whole: names layers that keep all units, with granularity 'unit'"),
         ({'after_epochs': 4}, 'after_epochs: the last round, after 4 epochs, is too late'),

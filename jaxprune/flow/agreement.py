@@ -86,9 +86,10 @@ def top_overlap(a: jax.Array, b: jax.Array, keep: jax.Array, *, density: ArrayLi
 
 def _ranks(values: jax.Array, keep: jax.Array) -> jax.Array:
     """Ranks among the entries that count, ties at their mean; float, from 0."""
-    held = jnp.where(keep, values, jnp.inf)
-    order = jnp.sort(held)
-    low, high = (
-        jnp.searchsorted(order, held, side=side, method='sort') for side in ('left', 'right')
-    )
-    return (low + high - 1).astype(values.dtype) / 2
+    place = jnp.arange(values.size, dtype=jnp.int32)
+    order, back = jax.lax.sort((jnp.where(keep, values, jnp.inf), place), num_keys=1)
+    new = jnp.concatenate([jnp.ones(1, bool), order[1:] != order[:-1]])
+    first = jax.lax.cummax(jnp.where(new, place, 0))
+    last = jax.lax.cummin(jnp.where(jnp.roll(new, -1), place, values.size), reverse=True)
+    ranks = (first + last).astype(values.dtype) / 2
+    return jnp.zeros_like(values).at[back].set(ranks)

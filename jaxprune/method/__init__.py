@@ -2,6 +2,15 @@
 
 from jaxprune.method.pruner import pruner
 from jaxprune.method.registry import METHODS, Method, build, method
-from jaxprune.method.units import GRANULARITIES, unit_shapes
+from jaxprune.method.units import GRANULARITIES, unit_floor, unit_shapes
 
-__all__ = ['GRANULARITIES', 'METHODS', 'Method', 'build', 'method', 'pruner', 'unit_shapes']
+__all__ = [
+    'GRANULARITIES',
+    'METHODS',
+    'Method',
+    'build',
+    'method',
+    'pruner',
+    'unit_floor',
+    'unit_shapes',
+]

@@ -220,7 +220,8 @@ def _of_units(
     if cap != 1.0:
         raise PruneError('layers of units have a floor, but no cap')
     units = unit_shapes(shapes, whole)
-    fewest = bounds(units, floor)[0] if floor and allocation == 'global' else None
+    fewest, _ = bounds(units, floor)
+    fewest = fewest if any(fewest.values()) and allocation == 'global' else None
     if card.grouped:
         scorer = card.score(problem, train, **{**card.options, **options}, by='unit')
     else:

@@ -54,6 +54,20 @@ def unit_shapes(shapes: Mapping[str, Shape], whole: str = '') -> dict[str, Shape
     return found
 
 
+def unit_floor(units: Mapping[str, Shape], floor: int, share: float) -> dict[str, int]:
+    """The fewest units that each layer keeps: a number, or more than a share of its units.
+
+    Args:
+      units: path -> `(units,)`.
+      floor: for all layers.
+      share: in [0, 1); a layer of n units keeps `int(share n) + 1` at least, if it is above 0. The
+        gradient-flow study has 0.05.
+    """
+    return {
+        path: min(max(floor, int(share * n) + 1 if share else 0), n) for path, (n,) in units.items()
+    }
+
+
 def unit_select(
     connect: Connect, ranked: Collection[str], fewest: Counts | None = None
 ) -> SelectFn:

@@ -1,5 +1,6 @@
 """Layers that the convolutional networks share, to be called while a module is being set up."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
+from jaxprune.errors import JaxpruneError, nearest
 from jaxprune.nn.conv import ConvFn
 from jaxprune.nn.initial import kaiming_normal
 
@@ -84,6 +86,21 @@ def classified(
     """Logits, float32, of maps averaged over height and width."""
     head = nn.Dense(classes, dtype=dtype, kernel_init=kernel_init, name='dense_0')
     return head(x.mean(axis=(1, 2))).astype(jnp.float32)
+
+
+#: What a network applies between its layers; 'linear' is nothing.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'relu': nn.relu,
+    'tanh': jnp.tanh,
+    'linear': lambda x: x,
+}
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """An activation by name."""
+    if name not in ACTIVATIONS:
+        raise JaxpruneError(f"unknown activation '{name}': {nearest(name, ACTIVATIONS)}")
+    return ACTIVATIONS[name]
 
 
 def scaled(maps: int, width: float) -> int:

@@ -4,28 +4,39 @@ import flax.linen as nn
 import jax
 from jax.nn.initializers import Initializer
 
+from jaxprune.errors import JaxpruneError, nearest
+from jaxprune.nn.blocks import activation, pooled
 from jaxprune.nn.conv import ConvFn, native
 from jaxprune.nn.initial import kaiming_normal
 
+POOLS = {'average': lambda x: nn.avg_pool(x, (2, 2), (2, 2)), 'max': pooled}
+
 
 class LeNet5(nn.Module):
-    """LeNet-5 with ReLU and average pooling: 6 and 16 maps of 5x5 valid convolutions, 120, 84.
+    """LeNet-5: 6 and 16 maps of 5x5 valid convolutions, each pooled to half, 120, 84.
 
     Zero biases. 28x28 or 32x32 inputs, any number of channels.
 
     Attributes:
       classes: number of logits.
+      activation: 'relu', 'tanh' or 'linear'; the pruning literature has 'relu'.
+      pool: 'average', or 'max' as the isometry study has it.
       kernel_init: how kernels are drawn, see `nn.initial`.
       conv: how to convolve, see `nn.conv`.
     """
 
     classes: int
+    activation: str = 'relu'
+    pool: str = 'average'
     kernel_init: Initializer = kaiming_normal
     conv: ConvFn = native
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         del train
+        if self.pool not in POOLS:
+            raise JaxpruneError(f"unknown pool '{self.pool}': {nearest(self.pool, POOLS)}")
+        act, pool = activation(self.activation), POOLS[self.pool]
         for i, maps in enumerate((6, 16)):
             x = nn.Conv(
                 maps,
@@ -35,8 +46,8 @@ class LeNet5(nn.Module):
                 conv_general_dilated=self.conv,
                 name=f'conv_{i}',
             )(x)
-            x = nn.avg_pool(nn.relu(x), (2, 2), (2, 2))
+            x = pool(act(x))
         x = x.reshape(x.shape[0], -1)
         for i, width in enumerate((120, 84)):
-            x = nn.relu(nn.Dense(width, kernel_init=self.kernel_init, name=f'dense_{i}')(x))
+            x = act(nn.Dense(width, kernel_init=self.kernel_init, name=f'dense_{i}')(x))
         return nn.Dense(self.classes, kernel_init=self.kernel_init, name='dense_2')(x)

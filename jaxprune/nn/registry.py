@@ -57,9 +57,9 @@ MODELS: dict[str, Model] = {
     'lenet300100': Model(lambda classes, **options: MLP((300, 100), classes, **options), _drawn),
     'mlp': Model(
         lambda classes, widths, **options: MLP(tuple(widths), classes, **options),
-        {'widths': [256, 256], **_drawn},
+        {'widths': [256, 256], 'activation': 'relu', **_drawn},
     ),
-    'lenet5': Model(LeNet5, _drawn, 16),
+    'lenet5': Model(LeNet5, {'activation': 'relu', 'pool': 'average', **_drawn}, 16),
     'small_vgg': Model(
         lambda classes, widths, **options: SmallVGG(tuple(widths), classes, **options),
         {'widths': [16, 32, 64], **_drawn},

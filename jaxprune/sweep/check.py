@@ -235,6 +235,10 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
         ):
             if wrong:
                 fail(f'{at}.{key}', f"{getattr(spec, key)!r} does not go with granularity 'unit'")
+        if spec.floor_share >= 1:
+            fail(f'{at}.floor_share', f'expected a share below 1, not {spec.floor_share}')
+    elif spec.floor_share:
+        fail(f'{at}.floor_share', "is a share of units, with granularity 'unit'")
     elif spec.whole:
         fail(f'{at}.whole', "names layers that keep all units, with granularity 'unit'")
     if spec.after_epochs and (spec.target == 'effective' or not card.monotone):

@@ -99,6 +99,8 @@ def event_program(method: MethodSpec) -> str:
         parts.append(f'floor {method.floor}')
     if method.cap < 1:
         parts.append(f'cap {method.cap:g}')
+    if method.floor_share:
+        parts.append(f'floor share {method.floor_share:g}')
     if method.after_epochs:  # a round at a time
         parts.append('restarted' if method.restart else 'along training')
     elif method.rounds > 1:

@@ -44,8 +44,23 @@ def make_spec(table: Mapping[str, Any], source: str = 'spec') -> SweepSpec:
       table: what the file would hold.
       source: what error messages call it.
     """
-    spec = section(SweepSpec, table, source, '')
+    spec = section(SweepSpec, _with_every_method(table, source), source, '')
     return check(spec, source)
+
+
+def _with_every_method(table: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """The table with `grid.every_method` written into every method that does not say otherwise."""
+    grid = table.get('grid') if isinstance(table, Mapping) else None
+    if not isinstance(grid, Mapping) or 'every_method' not in grid:
+        return table
+    shared, methods = grid['every_method'], grid.get('method')
+    if not isinstance(shared, Mapping) or 'name' in shared:
+        raise SpecError(f'{source}: grid.every_method: expected a table of keys other than name')
+    if isinstance(methods, (list, tuple)):
+        named = [{'name': m} if isinstance(m, str) else m for m in methods]
+        methods = [{**shared, **m} if isinstance(m, Mapping) else m for m in named]
+    rest = {key: value for key, value in grid.items() if key != 'every_method'}
+    return {**table, 'grid': {**rest, 'method': methods}}
 
 
 def resolved(spec: SweepSpec) -> dict[str, Any]:

@@ -12,14 +12,20 @@ import numpy as np
 
 from jaxprune import data, plan, structure
 from jaxprune.errors import JaxpruneError, SpecError, first_line
-from jaxprune.method import unit_shapes
 from jaxprune.quota import SHARED
 from jaxprune.sweep.devices import memory_limit
 from jaxprune.sweep.grid import Run, digest, event_program, runs, static_settings
 from jaxprune.sweep.load import spec_hash
 from jaxprune.sweep.parse import plain
 from jaxprune.sweep.probe import Measured, possible, probe, remember, remembered
-from jaxprune.sweep.program import DeviceData, Program, hyper_of, make_program, scores_need_data
+from jaxprune.sweep.program import (
+    DeviceData,
+    Program,
+    competing,
+    hyper_of,
+    make_program,
+    scores_need_data,
+)
 from jaxprune.sweep.spec import FORMAT, SweepSpec
 from jaxprune.sweep.strategy import Strategy, forced, usual
 from jaxprune.types import GLOBAL
@@ -85,14 +91,14 @@ def _choice(spec: SweepSpec, program: Program, run: Run) -> tuple[Strategy, str,
 def counts_of(program: Program, run: Run) -> plan.Plan:
     """A pruned run's table of keep counts."""
     make = structure.rounds_before if run.method.target == 'effective' else plan.at_init
-    units = run.method.granularity == 'unit'
+    shapes, floor = competing(program.shapes, run.method)
     return make(
-        unit_shapes(program.shapes, run.method.whole) if units else program.shapes,
+        shapes,
         1 / run.compression,
         allocation=run.method.allocation,
         rounds=run.method.rounds,
         over=run.method.over,
-        floor=run.method.floor,
+        floor=floor,
         cap=run.method.cap,
     )
 

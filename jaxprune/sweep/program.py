@@ -1,7 +1,7 @@
 """The pure functions of one program: everything its runs do, written for one run, not jitted."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -145,7 +145,7 @@ def make_program(
             allocation=spec_.allocation,
             train=spec_.batch_norm == 'train',
             shapes=shapes,
-            floor=spec_.floor,
+            floor=competing(shapes, spec_)[1],
             cap=spec_.cap,
             connect=connect if spec_.target == 'effective' or spec_.granularity == 'unit' else None,
             granularity=spec_.granularity,
@@ -212,6 +212,16 @@ def _divided(fetch: data.FetchFn) -> data.FetchFn:
         return jax.lax.with_sharding_constraint(fetch(*args), P('batch'))
 
     return divided
+
+
+def competing(
+    shapes: Mapping[str, tuple[int, ...]], spec: MethodSpec
+) -> tuple[Mapping[str, tuple[int, ...]], int | dict[str, int]]:
+    """What a method counts, and the fewest that a layer keeps: weights, or units of some layers."""
+    if spec.granularity == 'weight':
+        return shapes, spec.floor
+    units = method.unit_shapes(shapes, spec.whole)
+    return units, method.unit_floor(units, spec.floor, spec.floor_share)
 
 
 def hyper_of(run: Run) -> Hyper:

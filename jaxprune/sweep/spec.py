@@ -99,6 +99,9 @@ class MethodSpec:
         choices=GRANULARITIES,
     )
     whole: str = _key('regular expression of layers that keep all units', default='')
+    floor_share: float = _key(
+        'with units: share of its own units that any layer keeps more than', default=0.0, low=0
+    )
     floor: int = _key('fewest weights (or units) that any layer keeps', default=0, low=0)
     cap: float = _key('largest density of any layer', default=1.0, above=0, high=1)
     label: str = _key('how figures and tables call it', default='')
@@ -127,7 +130,10 @@ class MethodSpec:
 
 @dataclass(frozen=True)
 class GridSpec:
-    """[grid]: every method x compression x seed x combination of [grid.train]."""
+    """[grid]: every method x compression x seed x combination of [grid.train].
+
+    A table `every_method` holds keys that all entries of `method` have unless they say otherwise.
+    """
 
     method: tuple[MethodSpec, ...] = _key('pruning methods')
     compression: tuple[float, ...] = _key('1 / density; 1 is the dense control', low=1)

@@ -1,0 +1,232 @@
+"""Importances along dense training: how measures agree, and what pruning by each does at once.
+
+    cd experiments/gradient_flow && python measures.py lenet5.toml --out runs/lenet5_measures
+
+Trains the dense runs of a sweep, one per seed, and looks at them before training, after one epoch,
+half-way and at the end. Each time: the correlations that the study is about, over single weights
+and over filters; and for every measure, one-shot pruning at the sweep's ratio, without retraining:
+test loss and accuracy, and what share of each layer goes. Writes `agreement.parquet`,
+`pruned.parquet`, `removed.parquet` and, for scatter plots, `filters.parquet` (the first seed).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import polars as pl
+
+from jaxprune import data, flow, problem, tree
+from jaxprune.method import unit_floor, unit_shapes
+from jaxprune.method.units import unit_select
+from jaxprune.score.importance import MEASURES, importance
+from jaxprune.score.units import grouped
+from jaxprune.sweep import SweepSpec, load_spec, use_all_cores
+from jaxprune.sweep.chunk import rows_of
+from jaxprune.sweep.devices import keep_compiled
+from jaxprune.sweep.engine import Engine, Rows, make_engine
+from jaxprune.sweep.grid import Run, runs
+from jaxprune.sweep.program import Program, device_data, make_program
+from jaxprune.sweep.strategy import usual
+from jaxprune.types import GLOBAL, Batch, RunState
+
+#: Name in the tables -> point of the family; those of the sweeps.
+POINTS = {
+    'magnitude': MEASURES['magnitude'],
+    'loss': MEASURES['loss_preservation'],
+    'biased loss': MEASURES['biased_loss_preservation'],
+    'increase, T = 200': MEASURES['gradient_norm_increase'],
+    'increase, T = 1': {**MEASURES['gradient_norm_increase'], 'temperature': 1.0},
+    'preservation': MEASURES['gradient_norm_preservation'],
+}
+#: Pairs of measures -> (one, other, by what: each a size, or signed).
+PAIRS = {
+    'magnitude, loss': ({'order': 0}, {'order': 1}),
+    'θᵀg, θᵀHg': ({'order': 1, 'mode': 'signed'}, {'order': 2, 'mode': 'signed'}),
+    'θᵀg, θᵀHg, T = 200': (
+        {'order': 1, 'mode': 'signed', 'temperature': 200.0},
+        {'order': 2, 'mode': 'signed', 'temperature': 200.0},
+    ),
+}
+
+
+class Setting(NamedTuple):
+    """A network and its data, ready to be asked.
+
+    Attributes:
+      spec: the sweep.
+      members: its dense runs, one per seed.
+      program: their functions.
+      engine: trains and evaluates them.
+      rows: their keys and hyperparameters.
+      batches: what importances look at: the first examples of each class.
+      units: path -> `(units,)` of the layers whose units compete.
+      keep: how many of them the sweep's ratio keeps.
+    """
+
+    spec: SweepSpec
+    members: list[Run]
+    program: Program
+    engine: Engine
+    rows: Rows
+    batches: Batch
+    units: dict[str, tuple[int, ...]]
+    keep: int
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('spec', help='a sweep of this folder')
+    parser.add_argument('--out', type=Path, required=True, help='directory of the tables')
+    parser.add_argument('--data-dir', help='where prepared TFDS data lie')
+    parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE')
+    arguments = parser.parse_args()
+    use_all_cores()
+    keep_compiled()
+    setting = prepare(arguments)
+    epochs = setting.members[0].train.epochs
+    stages = {0, 1, epochs // 2, epochs}
+    look = looker(setting)
+    tables: dict[str, list[dict[str, Any]]] = {}
+    states = setting.engine.init(setting.rows)
+    initial = setting.engine.pack(states)
+    for epoch in range(epochs + 1):
+        if epoch:
+            states = setting.engine.epoch(epoch - 1, setting.rows, states).states
+        if epoch in stages:
+            for name, rows in look(epoch, setting.engine.pack(states), initial).items():
+                tables.setdefault(name, []).extend(rows)
+            print(f'{setting.spec.name}: after {epoch} of {epochs} epochs', flush=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, rows in tables.items():
+        frame = pl.DataFrame(rows, infer_schema_length=None)
+        frame.with_columns(net=pl.lit(setting.spec.model.name)).write_parquet(
+            arguments.out / f'{name}.parquet'
+        )
+    return 0
+
+
+def prepare(arguments: argparse.Namespace) -> Setting:
+    """The dense runs of the sweep, and what they need."""
+    spec = load_spec(arguments.spec, overrides=arguments.set)
+    members = [run for run in runs(spec) if run.method.name == 'dense']
+    ratios = [c for c in spec.grid.compression if c > 1]
+    if not members or not ratios:
+        raise SystemExit(f'{arguments.spec}: grid.compression needs 1 and a ratio to prune to')
+    dataset = data.load(spec.data.name, arguments.data_dir)
+    on_device = device_data(spec, dataset)
+    facts = data.facts(spec.data.name)
+    indices = on_device.by_class[:, : spec.prune.samples_per_class].reshape(-1)
+    batch = data.fetcher(facts.mean, facts.std, ())(on_device.train, None, indices)
+    convolves = make_program(spec, members[0].train).convolves
+    strategy = usual(convolves, jax.default_backend(), jax.local_device_count())
+    program = make_program(spec, members[0].train, strategy.convolution)
+    engine = make_engine(strategy, program, on_device, jax.local_devices())
+    rows, _ = rows_of(members, len(members), engine)
+    units = unit_shapes(program.shapes, spec.grid.method[0].whole)
+    keep = round(sum(n for (n,) in units.values()) / ratios[0])
+    one = jax.tree.map(lambda leaf: leaf[None], batch)
+    return Setting(spec, members, program, engine, rows, one, units, keep)
+
+
+def looker(setting: Setting):
+    """`(epoch, states, initial states) -> table -> rows`, the functions of a network compiled."""
+    net, units = setting.program.problem, setting.units
+    fewest = unit_floor(units, 1, setting.spec.grid.method[0].floor_share)
+    select = unit_select(setting.program.connect, list(units), fewest)
+
+    @jax.jit
+    def ask(state: RunState, initial: RunState, batches: Batch):
+        view = problem.view(net, state.params, state.model_state)._replace(
+            initial=tree.pick(initial.params, net.prunable)
+        )
+
+        def scored(**options):
+            return importance(net, **options)(jax.random.key(0), view, batches)
+
+        agreements = {}
+        for pair, both in PAIRS.items():
+            weights = [scored(**options) for options in both]
+            sums = [grouped(scored_, 'unit') for scored_ in weights]
+            agreements[pair, 'weight'] = flow.agreement(*weights)
+            agreements[pair, 'filter'] = flow.agreement(*({p: s[p] for p in units} for s in sums))
+        values, masks = {}, {}
+        for name, options in POINTS.items():
+            scores = scored(**options, by='unit')
+            values[name] = {
+                path: leaf.reshape(-1, leaf.shape[-1])[0] for path, leaf in scores.items()
+            }
+            masks[name] = select(scores, {GLOBAL: setting.keep})
+        return agreements, values, masks
+
+    def look(epoch: int, states: RunState, initial: RunState) -> dict[str, list[dict[str, Any]]]:
+        count = len(setting.members)
+        states = jax.tree.map(lambda leaf: leaf[:count], states)
+        found = [
+            jax.device_get(ask(at(states, i), at(initial, i), setting.batches))
+            for i in range(count)
+        ]
+        tables = {'agreement': [], 'pruned': [], 'removed': [], 'filters': []}
+        for run, (agreements, values, masks) in zip(setting.members, found, strict=True):
+            here = {'seed': run.seed, 'epoch': epoch}
+            for (pair, level), agreement in agreements.items():
+                for kind, by_path in agreement._asdict().items():
+                    tables['agreement'] += [
+                        {**here, 'pair': pair, 'level': level, 'kind': kind, 'path': path,
+                         'value': float(value)}
+                        for path, value in by_path.items()
+                    ]  # fmt: skip
+            for name, by_path in masks.items():
+                for depth, path in enumerate(units):
+                    kept = by_path[path].reshape(-1, by_path[path].shape[-1]).any(0)
+                    tables['removed'].append(
+                        {**here, 'measure': name, 'path': path, 'depth': depth,
+                         'units': kept.size, 'removed': int((~kept).sum())}
+                    )  # fmt: skip
+            if run.seed == setting.members[0].seed:
+                tables['filters'] += [
+                    {
+                        **here,
+                        'path': path,
+                        **{name: float(values[name][path][i]) for name in POINTS},
+                    }
+                    for path, (size,) in units.items()
+                    for i in range(size)
+                ]
+        dense = tested(states)
+        for name in POINTS:
+            masks = jax.tree.map(lambda *leaves: np.stack(leaves), *(m[name] for _, _, m in found))
+            pruned = tested(states._replace(params=masked(states.params, masks), masks=masks))
+            for i, run in enumerate(setting.members):
+                tables['pruned'].append(
+                    {'seed': run.seed, 'epoch': epoch, 'measure': name,
+                     'dense_loss': float(dense[0][i]), 'dense_accuracy': float(dense[1][i]),
+                     'loss': float(pruned[0][i]), 'accuracy': float(pruned[1][i])}
+                )  # fmt: skip
+        return tables
+
+    def tested(states: RunState) -> tuple[np.ndarray, np.ndarray]:
+        """Test losses and accuracies; rows are repeated to what the devices take."""
+        repeat = np.arange(len(setting.rows.keys)).clip(max=len(setting.members) - 1)
+        padded = jax.tree.map(lambda leaf: leaf[repeat], states)
+        return setting.engine.evaluate(setting.engine.unpack(padded))
+
+    return look
+
+
+def at(states: Any, i: int) -> Any:
+    """One run of stacked states."""
+    return jax.tree.map(lambda leaf: leaf[i], states)
+
+
+def masked(params: Any, masks: dict[str, np.ndarray]) -> Any:
+    """Stacked parameters under stacked masks."""
+    return jax.tree.map(np.asarray, jax.vmap(tree.apply_masks)(params, masks))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
