@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import jaxprune
-from jaxprune import data, method, nn
+from jaxprune import data, flow, method, nn
 from jaxprune.sweep import make_spec
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ def test_toml_blocks_are_valid_specifications():
 def test_every_name_and_link_exists():
     for target in re.findall(r'\]\((?!https?:)([^)#]+)\)', README):
         assert (ROOT / target).exists(), target
-    for names in (method.METHODS, nn.MODELS, data.FACTS, data.AUGMENTATIONS):
+    for names in (method.METHODS, nn.MODELS, data.FACTS, data.AUGMENTATIONS, flow.QUANTITIES):
         for name in names:
             assert f'`{name}`' in README, name
 
