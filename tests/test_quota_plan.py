@@ -697,5 +697,7 @@ def test_errors_say_how_to_mend():
         quota('unifrom')
     with pytest.raises(PruneError, match="unknown schedule 'expo': did you mean 'exponential'"):
         jp.at_init(LENET, 0.5, over='expo')
-    with pytest.raises(PruneError, match=r"unknown schedule 'cubic': .*exponential, harmonic, linear"):
+    with pytest.raises(
+        PruneError, match=r"unknown schedule 'cubic': .*exponential, harmonic, linear"
+    ):
         jp.at_init(LENET, 0.5, over='cubic')

@@ -39,12 +39,14 @@ from jaxprune.sweep.program import Program, device_data, make_program
 from jaxprune.sweep.strategy import usual
 from jaxprune.types import Batch, RunState
 
+_MLP = {'name': 'mlp', 'widths': [100] * 6, 'init': 'pytorch'}
+_LENET = {'name': 'lenet5', 'pool': 'max', 'init': 'pytorch'}
 #: Name -> (model, activation of OrthP's gain). MLP-7: seven dense layers of 100.
 NETS: dict[str, tuple[dict[str, Any], str]] = {
-    'MLP-7-Linear': ({'name': 'mlp', 'widths': [100] * 6, 'activation': 'linear'}, 'linear'),
-    'LeNet-5-Linear': ({'name': 'lenet5', 'activation': 'linear', 'pool': 'max'}, 'linear'),
-    'MLP-7-ReLU': ({'name': 'mlp', 'widths': [100] * 6}, 'relu'),
-    'LeNet-5-ReLU': ({'name': 'lenet5', 'pool': 'max'}, 'relu'),
+    'MLP-7-Linear': ({**_MLP, 'activation': 'linear'}, 'linear'),
+    'LeNet-5-Linear': ({**_LENET, 'activation': 'linear'}, 'linear'),
+    'MLP-7-ReLU': (_MLP, 'relu'),
+    'LeNet-5-ReLU': (_LENET, 'relu'),
 }
 RATES = (1e-2, 1e-3)
 REPAIRS = ('L1', 'L1 + OrthP')
