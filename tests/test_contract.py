@@ -26,6 +26,14 @@ from jaxprune.sweep.program import device_data, hyper_of, make_program
 from jaxprune.sweep.strategy import Strategy
 
 METHODS = sorted(method.METHODS)
+#: Points of `importance`, which stands for them: the same code with other options.
+POINTS = (
+    'loss_preservation',
+    'biased_loss_preservation',
+    'gradient_norm_increase',
+    'gradient_norm_preservation',
+)
+EACH = [pytest.param(m, marks=pytest.mark.slow) if m in POINTS else m for m in METHODS]
 #: A published number of rounds costs minutes here and proves nothing more than two do.
 ROUNDS = {name: min(card.rounds, 2) for name, card in method.METHODS.items()}
 
@@ -36,6 +44,10 @@ SOME = [m if m in KINDS else pytest.param(m, marks=pytest.mark.slow) for m in ME
 #: Without the one that takes longest to compile, where three engines are compared.
 FEW = [pytest.param(m, marks=pytest.mark.slow) if m == 'force' else m for m in SOME]
 OTHER_WAYS = [('plain', 'global'), ('plain', 'erk'), ('jit', 'erk'), ('vmap', 'global')]
+
+
+def on_dense(name):
+    return pytest.param('dense', name, marks=[pytest.mark.slow] if name in POINTS else [])
 
 
 def on_conv(name):
@@ -147,9 +159,7 @@ def rows_of(states, i):
     return jax.device_get(jax.tree.map(lambda leaf: leaf[i], states))
 
 
-@pytest.mark.parametrize(
-    ('net', 'name'), [*(('dense', m) for m in METHODS), *(on_conv(m) for m in METHODS)]
-)
+@pytest.mark.parametrize(('net', 'name'), [*map(on_dense, METHODS), *map(on_conv, METHODS)])
 def test_many_runs_equal_single_runs(benches, net, name):
     """Law: N vmapped runs = the same N runs one by one, from initialisation to trained weights.
 
@@ -249,9 +259,7 @@ def test_device_count_changes_nothing(benches, engines, strategy):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize(
-    ('net', 'name'), [*(('dense', m) for m in METHODS), *(on_conv(m) for m in METHODS)]
-)
+@pytest.mark.parametrize(('net', 'name'), [*map(on_dense, METHODS), *map(on_conv, METHODS)])
 def test_exact_counts_and_zeros_after_every_segment(benches, engines, net, name):
     """Laws: counts are exact; pruned weights and their moments are zero after every segment.
 
@@ -310,10 +318,16 @@ def test_density_one_is_the_dense_control(benches, engines, name):
     assert set(b['density']) == {1.0} and DENSE.label == 'dense'
 
 
-@pytest.mark.parametrize('strategy', ['map', 'vmap', 'host'])
-def test_two_traces_at_most(dataset, strategy):
+@pytest.mark.parametrize(
+    ('strategy', 'methods'),
+    [
+        *((strategy, KINDS) for strategy in ('map', 'vmap', 'host')),
+        *(pytest.param(s, METHODS, marks=pytest.mark.slow) for s in ('map', 'vmap', 'host')),
+    ],
+)
+def test_two_traces_at_most(dataset, strategy, methods):
     """Law: methods, seeds, densities, learning rates share one trace of every compiled function."""
-    spec = table(DENSE_NET, METHODS, train={'learning_rate': [0.1, 0.01], 'momentum': [0.0, 0.9]})
+    spec = table(DENSE_NET, methods, train={'learning_rate': [0.1, 0.01], 'momentum': [0.0, 0.9]})
     bench = Bench(spec, dataset)
     engine = bench.engine(strategy)
     for first in range(0, len(bench.runs), 24):
@@ -323,7 +337,7 @@ def test_two_traces_at_most(dataset, strategy):
     steps = [count for name, count in traces.items() if name.startswith('steps')]
     assert steps == [1]
     assert all(1 <= count <= 2 for count in traces.values()), traces
-    assert len([name for name in traces if name.startswith('prune')]) == len(METHODS)
+    assert len([name for name in traces if name.startswith('prune')]) == len(methods)
 
 
 @pytest.mark.parametrize('net', NETS)
@@ -384,7 +398,7 @@ def test_segment_on_two_devices_has_no_collective(benches, net, strategy):
         *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHER_WAYS),
     ],
 )
-@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('name', EACH)
 def test_any_density_is_met_exactly_and_nested(benches, how, allocation, name):
     """Laws: exact counts for any traced k; pruned stays pruned; the state keeps its structure."""
     bench = benches['dense']
