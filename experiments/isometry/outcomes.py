@@ -122,7 +122,7 @@ def trainability(frame: pl.DataFrame, nets: Sequence[str]) -> str:
 
 
 def draw(frame: pl.DataFrame, nets: Sequence[str]) -> bytes:
-    """Per net: spectra by ratio; accuracies by ratio; how the spectrum comes back while training."""
+    """Per net: spectra and accuracies by ratio; how the spectrum comes back while training."""
     with style.context():
         drawing = style.figure(style.WIDTH, 2.7 * len(nets))
         grid = drawing.add_gridspec(len(nets), 3)
