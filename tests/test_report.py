@@ -645,7 +645,7 @@ def test_captions_say_what_differs():
     rates = [{'learning_rate': rate} for rate in (0.1, 0.01)]
     (first, second, third), drawn = captions(labels=RANDOM, grid=[10, 100], gap=gap, extra=rates)
     assert 'The target is effective compression for random (IGQ) to effective, direct' in first
-    assert drawn['accuracy'][0].get_supxlabel() == 'target compression (direct or effective)'
+    assert drawn['accuracy'][0].get_supxlabel().startswith('target compression (direct, eff')
     assert 'more than a percent' not in third and 'covered' not in second
     assert third.endswith('The same in every setting, so it is drawn once.')
     assert len(drawn['effective_compression'][0].axes) == 1
@@ -1018,3 +1018,36 @@ def test_curves_recorded_along_training_are_drawn():
     assert tables.along(sweep.results, curves.clear()) is sweep.results
     drawn = page.figures(sweep.results, sweep.layers, curves)
     assert 'against the step' in drawn['learning_loss'][1]['caption']
+
+
+def test_recorded_quantities_as_a_network():
+    """Expectation: norms as the root of the sum of squares, rates as sums, others as means, a value
+    of the whole network as it is; means over seeds, without what is not finite."""
+    from jaxprune.report import recorded
+
+    rows = [
+        *[('a', 1, path, 'weight_norm', value) for path, value in (('x', 3.0), ('y', 4.0))],
+        *[('a', 1, path, 'norm_rate', value) for path, value in (('x', 3.0), ('y', -4.0))],
+        *[('a', 1, path, 'imbalance', value) for path, value in (('x', 3.0), ('y', 4.0))],
+        *[('a', 1, path, 'pearson_magnitude_loss', v) for path, v in (('x', 0.3), ('*', 0.5))],
+        ('b', 1, '*', 'pearson_magnitude_loss', 0.7),
+        ('c', 1, '*', 'pearson_magnitude_loss', math.nan),
+    ]
+    flows = pl.DataFrame(rows, schema=store.FLOW, orient='row')
+    found = recorded.whole(flows).filter(pl.col('run_id') == 'a')
+    assert dict(found.select('quantity', 'value').iter_rows()) == {
+        'weight_norm': 5.0, 'norm_rate': -1.0, 'imbalance': 3.5, 'pearson_magnitude_loss': 0.5
+    }  # fmt: skip
+    results = pl.DataFrame(
+        {
+            'run_id': ['a', 'b', 'c'],
+            'label': ['snip'] * 3,
+            'method': ['snip'] * 3,
+            'target_compression': [4.0] * 3,
+            'learning_rate': [0.1] * 3,
+        }
+    )
+    mean = recorded.means(results, flows).filter(pl.col('quantity') == 'pearson_magnitude_loss')
+    assert mean['value'].to_list() == [0.6]
+    drawing = recorded.quantities(recorded.means(results, flows), {'snip': {'color': 'k'}})
+    assert len(drawing.axes) == 4 and all(axes.has_data() for axes in drawing.axes)

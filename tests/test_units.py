@@ -225,6 +225,7 @@ def test_units_in_a_sweep(swept):
     """Expectation: 10 of the 20 hidden units are left whole, with the weights that read them: no
     weight without a path; the classifier keeps all its outputs."""
     frame, out = swept
+    assert set(frame.filter(pl.col('label').str.contains('units'))['target']) == {'units'}
     rows = frame.filter(
         (pl.col('epoch') == 4) & pl.col('method').is_in(['magnitude', 'loss_preservation'])
     )

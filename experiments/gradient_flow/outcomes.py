@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from jaxprune.report import style, tables
 from jaxprune.stats import bootstrap_interval
@@ -361,6 +362,7 @@ def draw_accuracy(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes
                 curve = _means(here.filter(pl.col('measure') == measure), 'epoch', 'train_loss')
                 right.plot(*curve, **{**looks[measure], 'marker': ''}, label=measure)
             right.set_yscale('log')
+            right.yaxis.set_minor_formatter(NullFormatter())
             right.set_xlabel('epoch (pruned in one round after the first)')
             right.set_ylabel('training loss')
             if not row:
@@ -409,7 +411,6 @@ def _scatter(axes: Axes, filters: pl.DataFrame, title: str) -> None:
         here = filters.filter((pl.col('path') == path) & (pl.col('loss') > 0))
         shade = 0.85 - 0.75 * depth / max(len(paths) - 1, 1)
         axes.plot(here['magnitude'].sqrt(), here['loss'], '.', markersize=3.5, color=str(shade))
-    axes.set_xscale('log')
     axes.set_yscale('log')
     axes.set_title(title, fontsize=9)
     axes.set_xlabel('‖θ‖ of a filter')
@@ -433,6 +434,7 @@ def draw_removal(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
             axes.plot(range(len(dense)), dense, color=style.INK, label='dense')
             axes.set_yscale('log')
             axes.set_xticks(range(4), ['start', '1 epoch', 'half', 'end'])
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_title(f'{NAMES[net]}: test loss right after pruning')
             if not row:
                 axes.legend(frameon=False, fontsize=7.5, ncols=2)
@@ -445,6 +447,7 @@ def draw_removal(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
                 right.plot(*_means(of, 'depth', 'share'), **{**looks[measure], 'markersize': 3})
             right.set_title('share of each layer removed after 1 epoch (%)')
             right.set_xlabel('layer, input first')
+            right.xaxis.set_major_locator(MaxNLocator(integer=True))
             right.set_ylim(-3, 103)
         return style.png(drawing)
 

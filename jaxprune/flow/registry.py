@@ -26,12 +26,15 @@ class Quantity(NamedTuple):
       says: what it is, in a few words.
       needs_data: does it look at batches?
       needs_initial: does it look at the initial weights?
+      together: what layers come to as a network, for figures: 'norm' (root of the sum of squares),
+        'sum', 'mean', or '*' where the network has a value of its own.
     """
 
     make: Callable[[Problem, Sequence[str]], Measure]
     says: str
     needs_data: bool = True
     needs_initial: bool = False
+    together: str = '*'
 
 
 def _of(make: Callable, **options) -> Callable[[Problem, Sequence[str]], Measure]:
@@ -128,25 +131,40 @@ _AGREEMENTS = {
 }
 
 QUANTITIES: dict[str, Quantity] = {
-    'weight_norm': Quantity(_of(norms.weight_norm), '‖w‖', needs_data=False),
-    'gradient_norm': Quantity(_of(norms.gradient_norm), '‖g‖'),
+    'weight_norm': Quantity(_of(norms.weight_norm), '‖w‖', needs_data=False, together='norm'),
+    'gradient_norm': Quantity(_of(norms.gradient_norm), '‖g‖', together='norm'),
     'distance_from_initial': Quantity(
-        _of(norms.distance_from_initial), '‖w - w(0)‖', needs_data=False, needs_initial=True
+        _of(norms.distance_from_initial),
+        '‖w - w(0)‖',
+        needs_data=False,
+        needs_initial=True,
+        together='norm',
     ),
     'norm_rate': Quantity(
-        _part(norms.norm_dynamics, lambda found: found.first, second=False), 'd‖w‖²/dt = -2 wᵀg'
+        _part(norms.norm_dynamics, lambda found: found.first, second=False),
+        'd‖w‖²/dt = -2 wᵀg',
+        together='sum',
     ),
     'norm_acceleration': Quantity(
-        _part(norms.norm_dynamics, lambda found: found.second), 'd²‖w‖²/dt² = 2‖g‖² + 2 wᵀHg'
+        _part(norms.norm_dynamics, lambda found: found.second),
+        'd²‖w‖²/dt² = 2‖g‖² + 2 wᵀHg',
+        together='sum',
     ),
     'saliency_drift': Quantity(
-        _part(norms.norm_dynamics, norms.saliency_drift), 'd(wᵀg)/dt = -‖g‖² - wᵀHg'
+        _part(norms.norm_dynamics, norms.saliency_drift),
+        'd(wᵀg)/dt = -‖g‖² - wᵀHg',
+        together='sum',
     ),
     'imbalance': Quantity(
-        _imbalance, '‖W_l‖² - ‖W_(l+1)‖², kept by the flow of ReLU nets', needs_data=False
+        _imbalance,
+        '‖W_l‖² - ‖W_(l+1)‖², kept by the flow of ReLU nets',
+        needs_data=False,
+        together='mean',
     ),
     'radial_gradient': Quantity(
-        _of(conservation.radial_gradient), 'cos(w, g) of filters, 0 before batch norm'
+        _of(conservation.radial_gradient),
+        'cos(w, g) of filters, 0 before batch norm',
+        together='mean',
     ),
     'gradient_curvature': Quantity(_of(curvature.gradient_curvature), 'gᵀHg'),
     'hessian_largest': Quantity(
@@ -165,7 +183,10 @@ QUANTITIES: dict[str, Quantity] = {
     'jsv_condition': Quantity(_jsv('condition'), 'largest over smallest, mean over examples'),
     'jsv_deviation': Quantity(_jsv('deviation'), 'the mean of (s - 1)²'),
     'spectral_norm': Quantity(
-        _of(_spectral_norm), 'largest singular value of each kernel', needs_data=False
+        _of(_spectral_norm),
+        'largest singular value of each kernel',
+        needs_data=False,
+        together='mean',
     ),
     **_AGREEMENTS,
 }

@@ -13,7 +13,8 @@ from jaxprune.report import style, tables, text
 _AXIS = {
     'direct': 'compression (weights before / weights after)',
     'effective': 'effective compression (weights before / active weights after)',
-    'mixed': 'target compression (direct or effective)',
+    'units': 'compression of units (neurons and filters before / after)',
+    'mixed': 'target compression (direct, effective or of units)',
 }
 
 MOST_PANELS = 12
@@ -127,7 +128,7 @@ def legend(drawing: Figure, looks: dict, *, dense: bool, flags: tuple = (), mark
 
 
 def aim(summary: pl.DataFrame) -> str:
-    """What the target compressions of a sweep are: `'direct'`, `'effective'` or `'mixed'`."""
+    """What the target compressions of a sweep are: 'direct', 'effective', 'units' or 'mixed'."""
     aims = summary.filter(pl.col('method') != tables.DENSE)['target'].unique().to_list()
     return aims[0] if len(aims) == 1 else 'mixed' if aims else 'direct'
 

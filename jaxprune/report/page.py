@@ -10,14 +10,15 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from jaxprune.errors import StoreError
-from jaxprune.report import curves, effective, heatmap, style, tables, text
+from jaxprune.report import curves, effective, heatmap, recorded, style, tables, text
 from jaxprune.sweep import store
 
 MOST_SETTINGS = 6
 """Settings that get figures; tables and sentences always hold all of them."""
 
 _OURS = re.compile(
-    r'(accuracy|accuracy_effective|effective_compression|learning_accuracy|learning_loss|layers)'
+    r'(accuracy|accuracy_effective|effective_compression|learning_accuracy|learning_loss|layers|'
+    r'flow)'
     r'(_\d+)?\.png'
 )
 
@@ -34,7 +35,7 @@ def write(out: Path) -> Path:
     if results.is_empty():
         raise StoreError(f'{out}: no run has finished yet, so there is nothing to report')
 
-    drawn = figures(results, layers, store.read_curves(out))
+    drawn = figures(results, layers, store.read_curves(out), store.read_flow(out))
     images = {name: style.png(drawing) for name, (drawing, _) in drawn.items()}
     for name, content in images.items():
         store.write_bytes(out / 'figures' / f'{name}.png', content)
@@ -66,12 +67,16 @@ def write(out: Path) -> Path:
 
 
 def figures(
-    results: pl.DataFrame, layers: pl.DataFrame, recorded: pl.DataFrame | None = None
+    results: pl.DataFrame,
+    layers: pl.DataFrame,
+    along: pl.DataFrame | None = None,
+    flows: pl.DataFrame | None = None,
 ) -> dict[str, tuple[Figure, dict]]:
     """Draws everything.
 
     Args:
-      recorded: rows of `store.read_curves`, if there are any.
+      along: rows of `store.read_curves`, if there are any.
+      flows: rows of `store.read_flow`, likewise.
 
     Returns:
       `{name: (figure, words)}` in the order of the page; `words` holds `section`, `alt`, `caption`.
@@ -89,10 +94,11 @@ def figures(
 
     drawn = {'accuracy': (curves.accuracy(summary, settings), _accuracy_words(summary, some))}
     drawn |= _effective_figures(results, summary, every, settings, some)
-    recorded = results if recorded is None else tables.along(results, recorded)
-    learning = tables.learning(recorded)
+    evaluated = results if along is None else tables.along(results, along)
+    learning = tables.learning(evaluated)
     densities = tables.densities(results, layers)
-    unit = tables.time_unit(recorded)
+    unit = tables.time_unit(evaluated)
+    quantities = None if flows is None or flows.is_empty() else recorded.means(results, flows)
     for i, setting in enumerate(settings, start=1):
         suffix = f'_{i}' if keys else ''
         where = f' Setting: {text.setting_name(setting)}.' if keys else ''
@@ -103,6 +109,9 @@ def figures(
                     drawing = curves.learning(part, column, unit, looks)
                     words = _learning_words(part, column, unit, where)
                     drawn[f'learning_{name}{suffix}'] = drawing, words
+        if quantities is not None:
+            part = tables.at(quantities, setting)
+            drawn[f'flow{suffix}'] = recorded.quantities(part, looks), _flow_words(part, where)
         part = tables.at(densities, setting)
         if part.filter(pl.col('method') != tables.DENSE).height:
             drawing, complete = heatmap.layers(part)
@@ -235,6 +244,23 @@ def _learning_words(part: pl.DataFrame, column: str, unit: str, where: str) -> d
         'caption': f'{what} against the {unit}, mean over seeds; '
         f'one panel per compression{some}.{dense} Values that are not finite are left out.'
         f'{_aims(part)}{where}',
+    }
+
+
+def _flow_words(part: pl.DataFrame, where: str) -> dict:
+    names = part['quantity'].unique(maintain_order=True).to_list()
+    many = part.filter(pl.col('method') != tables.DENSE)['target_compression'].n_unique()
+    some = (
+        f', {recorded.MOST_COLUMNS} of {many} evenly chosen' if many > recorded.MOST_COLUMNS else ''
+    )
+    dense = ' Dashed: dense.' if tables.DENSE in part['method'] else ''
+    return {
+        'section': 'learning',
+        'alt': f'Small line charts against the step, {text.plural(len(names), "quantity")} by '
+        'compression.',
+        'caption': 'Quantities recorded along training, mean over seeds; layers together (norms as '
+        f'the root of the sum of squares); a column per compression{some}.{dense} Layer by layer '
+        f'they are in flow/.{where}',
     }
 
 

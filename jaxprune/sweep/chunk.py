@@ -270,7 +270,7 @@ def _identity(
         'method': run.method.name,
         'allocation': run.method.allocation,
         'seed': run.seed,
-        'target': run.method.target,
+        'target': 'units' if run.method.granularity == 'unit' else run.method.target,
         'target_compression': run.compression,
         'density': left / size,
         'compression': size / left if left else math.inf,

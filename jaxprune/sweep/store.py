@@ -50,8 +50,9 @@ RESULTS = {
 }
 """Columns of a results row. A grid over further train keys adds one column each.
 
-`target` says what `target_compression` is: 'direct' (weights before / weights after) or 'effective'
-(weights before / weights that lie on a path from input to output). `effective_compression` is
+`target` says what `target_compression` is: 'direct' (weights before / weights after), 'effective'
+(weights before / weights that lie on a path from input to output) or 'units' (neurons and filters
+before / after). `effective_compression` is
 infinite where the network is cut in two. `error` is null, or says why the run means nothing; its
 losses and accuracy are then NaN.
 """

@@ -1,0 +1,104 @@
+"""Quantities recorded along training: a panel for each quantity and compression."""
+
+import polars as pl
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from jaxprune import flow
+from jaxprune.report import style, tables, text
+from jaxprune.report.curves import CONTROL
+from jaxprune.types import GLOBAL
+
+#: Compressions a figure shows, evenly chosen.
+MOST_COLUMNS = 3
+
+
+def whole(recorded: pl.DataFrame) -> pl.DataFrame:
+    """A value per run, step and quantity: layers together, as the quantity's card says.
+
+    Args:
+      recorded: rows of `store.read_flow`.
+    """
+    together = {name: card.together for name, card in flow.QUANTITIES.items()}
+    how = pl.col('quantity').replace_strict(together, default='mean')
+    own = (pl.col('path') == GLOBAL).any().over('run_id', 'step', 'quantity')
+    rows = recorded.with_columns(how=how).filter((pl.col('path') == GLOBAL) | ~own)
+    value = pl.col('value')
+    return (
+        rows.group_by('run_id', 'step', 'quantity', 'how', maintain_order=True)
+        .agg(norm=(value**2).sum().sqrt(), sum=value.sum(), mean=value.mean())
+        .with_columns(
+            value=pl.when(pl.col('how') == 'norm')
+            .then('norm')
+            .when(pl.col('how') == 'sum')
+            .then('sum')
+            .otherwise('mean')
+        )
+        .select('run_id', 'step', 'quantity', 'value')
+    )
+
+
+def means(results: pl.DataFrame, recorded: pl.DataFrame) -> pl.DataFrame:
+    """Means over seeds, numbers that are not finite left out (null if none is).
+
+    Returns:
+      Settings, `label`, `method`, `target_compression`, `quantity`, `step`, `value`.
+    """
+    keys = [*tables.settings(results), 'label', 'method', 'target_compression']
+    runs = results.select('run_id', *keys).unique(maintain_order=True)
+    return (
+        whole(recorded)
+        .join(runs, on='run_id', maintain_order='left')
+        .group_by([*keys, 'quantity', 'step'], maintain_order=True)
+        .agg(pl.col('value').filter(pl.col('value').is_finite()).mean())
+        .sort('step', maintain_order=True)
+    )
+
+
+def quantities(frame: pl.DataFrame, looks: dict[str, dict]) -> Figure:
+    """Rows of quantities, columns of compressions, a line per method and the dense control.
+
+    Args:
+      frame: rows of `means`, of one setting.
+      looks: label -> line, see `style.lines`.
+    """
+    names = frame['quantity'].unique(maintain_order=True).to_list()
+    pruned = frame.filter(pl.col('method') != tables.DENSE)
+    every = sorted(set(pruned['target_compression'])) or [1.0]
+    columns = tables.evenly(every, MOST_COLUMNS)
+    control = frame.filter(pl.col('method') == tables.DENSE)
+    with style.context():
+        drawing = style.figure(style.WIDTH, 2.1 * len(names) + 0.6)
+        grid = drawing.add_gridspec(len(names), len(columns))
+        shown: dict = {}
+        for row, name in enumerate(names):
+            first = None
+            for column, compression in enumerate(columns):
+                axes = drawing.add_subplot(grid[row, column], sharey=first)
+                first = first or axes
+                here = pruned.filter(
+                    (pl.col('quantity') == name) & (pl.col('target_compression') == compression)
+                )
+                for label in tables.labels(here):
+                    of = here.filter(pl.col('label') == label)
+                    look = {**looks[label], 'marker': ''}
+                    shown[label] = axes.plot(of['step'], of['value'], **look)[0]
+                of = control.filter(pl.col('quantity') == name)
+                if of.height:
+                    shown[tables.DENSE] = axes.plot(of['step'], of['value'], **CONTROL)[0]
+                axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+                axes.tick_params(labelleft=column == 0, labelbottom=row == len(names) - 1)
+                if not row:
+                    axes.set_title(f'compression {text.number(compression)}')
+                if not column:
+                    axes.set_ylabel(name.replace('_', ' '))
+                if row == len(names) - 1:
+                    axes.set_xlabel('step')
+        drawing.legend(
+            shown.values(),
+            [style.wrapped(label) for label in shown],
+            loc='outside upper center',
+            ncols=min(len(shown), 4),
+            frameon=False,
+        )
+        return drawing
