@@ -12,17 +12,14 @@ import numpy as np
 import polars as pl
 import pytest
 from published import golden
-from test_importance import CONVS, FIRST, SECOND, study
+from test_importance import CONVS, FIRST, SECOND, compiled, study
 
 import jaxprune as jp
 from jaxprune import method, nn, pattern, structure
 from jaxprune.errors import SpecError
 from jaxprune.schedule import schedule
-from jaxprune.score.importance import importance
 from jaxprune.sweep import make_spec
 from jaxprune.sweep.store import read_flow, read_layers
-
-KEY = jax.random.key(0)
 
 
 # --- selection --------------------------------------------------------------------------------
@@ -131,9 +128,9 @@ def test_filters_kept_are_those_of_the_authors():
             name, _, temperature = measure.rpartition('_T')
             name, temperature = (name, float(temperature)) if name else (measure, 1.0)
             if measure not in made:
-                options = {**{**FIRST, **SECOND}[name], 'temperature': temperature, 'by': 'unit'}
-                rows = classes if name in SECOND else batches
-                made[measure] = jax.jit(importance(problem, **options))(KEY, view, rows)
+                second = name in SECOND
+                measures = compiled(tuple(SECOND if second else FIRST))
+                made[measure] = measures(temperature, view, classes if second else batches)[name]
             gone = int(float(fraction) * total)
             masks = pattern.unit_top_k(made[measure], {'*': total - gone}, ranked=units)
             for conv in CONVS:

@@ -21,8 +21,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from jaxprune.report import style, tables
-from jaxprune.stats import bootstrap_interval
+from jaxprune.report import markdown, style, tables
 from jaxprune.sweep import store
 
 MEASURES = [
@@ -123,9 +122,14 @@ def final_accuracy(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
                 here.filter((pl.col('measure') == m) & (pl.col('rounds') == rounds))['accuracy']
                 for m in MEASURES
             ]
-            cells = [f'{m.mean():.2f} ± {m.std():.2f}' for m in means]
+            cells = [markdown.spread(m.to_numpy()) for m in means]
             rows.append([NAMES[net], rounds, f'{dense:.2f}', *cells])
-    lines = ['## 1. Final accuracy', '', _markdown(['net', 'rounds', 'dense', *MEASURES], rows), '']
+    lines = [
+        '## 1. Final accuracy',
+        '',
+        markdown.table(['net', 'rounds', 'dense', *MEASURES], rows),
+        '',
+    ]
     for better, worse in (
         ('biased loss', 'loss'),
         ('preservation', 'increase, T = 200'),
@@ -135,13 +139,13 @@ def final_accuracy(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
         for net in nets:
             for rounds in ROUNDS:
                 one, other = (_by_seed(last, net, m, rounds, 'accuracy') for m in (better, worse))
-                lines.append(f'  - {NAMES[net]}, rounds {rounds}: {_verdict(one - other)}')
+                lines.append(f'  - {NAMES[net]}, rounds {rounds}: {markdown.verdict(one - other)}')
     lines.append('- **more rounds help** (points from 1 round to 5):')
     for net in nets:
         gains = []
         for m in MEASURES:
             one, five = (_by_seed(last, net, m, rounds, 'accuracy') for rounds in ROUNDS)
-            gains.append(f'{m} {_interval(five - one)}')
+            gains.append(f'{m} {markdown.difference(five - one)}')
         lines.append(f'  - {NAMES[net]}: ' + '; '.join(gains))
     return '\n'.join(lines)
 
@@ -164,9 +168,9 @@ def convergence(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
                 [found[m] for m in MEASURES if m not in ('magnitude', 'biased loss')], 0
             )
             for measure in ('magnitude', 'biased loss'):
-                said = _verdict(others - found[measure])
+                said = markdown.verdict(others - found[measure])
                 verdicts.append(f'  - {NAMES[net]}, rounds {rounds}, {measure}: {said}')
-    lines += [_markdown(['net', 'rounds', *MEASURES], rows), '']
+    lines += [markdown.table(['net', 'rounds', *MEASURES], rows), '']
     return '\n'.join([*lines, '- **faster than the mean of the other four** (loss):', *verdicts])
 
 
@@ -182,7 +186,7 @@ def correlations(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
     stages = ['before training', 'after 1 epoch', 'half-way', 'at the end']
     return '\n'.join(
         ['## 3. Correlations along dense training', '', 'Mean and range over seeds, all layers '
-         'together.', '', _markdown(['net', 'measures', 'of each', *stages], rows)]
+         'together.', '', markdown.table(['net', 'measures', 'of each', *stages], rows)]
     )  # fmt: skip
 
 
@@ -202,7 +206,7 @@ def right_after(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
     head = ['net', 'epochs trained', 'dense', *MEASURES]
     return '\n'.join(
         ['## 4. Right after pruning in one shot, before any retraining', '',
-         'Test loss / test accuracy (%), means over seeds.', '', _markdown(head, rows)]
+         'Test loss / test accuracy (%), means over seeds.', '', markdown.table(head, rows)]
     )  # fmt: skip
 
 
@@ -220,14 +224,14 @@ def early_layers(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
             rows.append([NAMES[net], epoch, *(f'{100 * found[m].mean():.0f}' for m in MEASURES)])
             rest = np.mean([found[m] for m in MEASURES if not m.startswith('increase')], 0)
             for measure in ('increase, T = 200', 'increase, T = 1'):
-                said = _verdict(100 * (found[measure] - rest))
+                said = markdown.verdict(100 * (found[measure] - rest))
                 verdicts.append(f'  - {NAMES[net]}, after {epoch} epochs, {measure}: {said}')
     lines = [
         '## 5. Which layers lose their filters',
         '',
         'Share of the filters of the first half of the layers that one-shot pruning removes (%).',
         '',
-        _markdown(['net', 'epochs trained', *MEASURES], rows),
+        markdown.table(['net', 'epochs trained', *MEASURES], rows),
         '',
         '- **increase removes more of the early layers than the other measures** (points):',
         *verdicts,
@@ -253,7 +257,13 @@ def norms(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
                 rows.append([NAMES[net], title, name, *cells])
     head = ['net', 'of the weights in force', '', 'dense', *MEASURES]
     return '\n'.join(
-        ['## 6. Norms', '', 'Pruned in one round; means over seeds.', '', _markdown(head, rows)]
+        [
+            '## 6. Norms',
+            '',
+            'Pruned in one round; means over seeds.',
+            '',
+            markdown.table(head, rows),
+        ]
     )
 
 
@@ -312,23 +322,6 @@ def _network_norms(frames: dict[str, pl.DataFrame]) -> pl.DataFrame:
         value=(pl.col('value') ** 2).sum().sqrt()
     )
     return whole.join(runs, on='run_id')
-
-
-def _interval(differences: np.ndarray) -> str:
-    low, high = bootstrap_interval(differences)
-    return f'{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}]'
-
-
-def _verdict(differences: np.ndarray) -> str:
-    """The mean difference with its interval, and what that says of an expected plus."""
-    low, high = bootstrap_interval(differences)
-    word = 'holds' if low > 0 else 'reversed' if high < 0 else 'open'
-    return f'{word}, {_interval(differences)}'
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence]) -> str:
-    lines = [head, ['---'] * len(head), *rows]
-    return '\n'.join('| ' + ' | '.join(str(cell) for cell in line) + ' |' for line in lines)
 
 
 # --- figures ----------------------------------------------------------------------------------

@@ -17,8 +17,7 @@ import numpy as np
 import polars as pl
 import scipy.stats
 
-from jaxprune.report import style
-from jaxprune.stats import bootstrap_interval
+from jaxprune.report import markdown, style
 
 REPAIRS = ('L1', 'L1 + OrthP')
 RATES = (1e-2, 1e-3)
@@ -61,7 +60,7 @@ def spectra(frame: pl.DataFrame, nets: Sequence[str]) -> str:
     head = ['net', '', *(f'{r:g}' for r in _ratios(frame))]
     return '\n'.join(
         ['## Mean singular value of the Jacobian right after pruning', '', 'Means over seeds.', '',
-         _markdown(head, rows), '', *notes]
+         markdown.table(head, rows), '', *notes]
     )  # fmt: skip
 
 
@@ -80,17 +79,25 @@ def gaps(frame: pl.DataFrame, nets: Sequence[str]) -> str:
                 for rate in RATES
             }
             plain, repaired = (at[r, RATES[0]] - at[r, RATES[1]] for r in REPAIRS)
-            cells = [f'{a.mean():.1f} ± {a.std(ddof=1):.1f}' for a in at.values()]
+            cells = [markdown.spread(a, 1) for a in at.values()]
             longer = here['epochs'].max()
             more = ''
             if longer > short:
                 slow = _by_seed(last, ratio, 'L1', RATES[1], longer)
-                more = f'{slow.mean():.1f} ± {slow.std(ddof=1):.1f}'
-            rows.append([f'{ratio:g}', *cells, more, _interval(plain), _interval(repaired)])
-            said.append(f'  - {ratio:g}: {_verdict(plain - repaired)}')
+                more = markdown.spread(slow, 1)
+            rows.append(
+                [
+                    f'{ratio:g}',
+                    *cells,
+                    more,
+                    markdown.difference(plain, 1),
+                    markdown.difference(repaired, 1),
+                ]
+            )
+            said.append(f'  - {ratio:g}: {markdown.verdict(plain - repaired, 1)}')
         head = ['removed', *(f'{repair}, {rate:g}' for repair in REPAIRS for rate in RATES),
                 'L1, 0.001, longer', 'gap, L1', 'gap, L1 + OrthP']  # fmt: skip
-        lines += [f'### {net}', '', _markdown(head, rows), '',
+        lines += [f'### {net}', '', markdown.table(head, rows), '',
                   '- **the gap is smaller with OrthP** (points):', *said, '']  # fmt: skip
     return '\n'.join(lines).rstrip()
 
@@ -183,22 +190,6 @@ def _by_seed(
         & (pl.col('epochs') == epochs)
     )
     return found.sort('seed')['accuracy'].to_numpy()
-
-
-def _interval(differences: np.ndarray) -> str:
-    low, high = bootstrap_interval(differences)
-    return f'{differences.mean():+.1f} [{low:+.1f}, {high:+.1f}]'
-
-
-def _verdict(differences: np.ndarray) -> str:
-    low, high = bootstrap_interval(differences)
-    word = 'holds' if low > 0 else 'reversed' if high < 0 else 'open'
-    return f'{word}, {_interval(differences)}'
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence]) -> str:
-    lines = [head, ['---'] * len(head), *rows]
-    return '\n'.join('| ' + ' | '.join(str(cell) for cell in line) + ' |' for line in lines)
 
 
 if __name__ == '__main__':
