@@ -21,7 +21,6 @@ from jaxprune.schedule import schedule
 from jaxprune.sweep import make_spec
 from jaxprune.sweep.store import read_flow, read_layers
 
-
 # --- selection --------------------------------------------------------------------------------
 
 

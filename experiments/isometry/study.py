@@ -90,7 +90,8 @@ def main() -> int:
     for net in settings.nets:
         began = time.monotonic()
         rows += studied(settings, net)
-        pl.DataFrame(rows).write_parquet(settings.out / 'runs.parquet')
+        frame = pl.DataFrame(rows, infer_schema_length=None)
+        frame.write_parquet(settings.out / 'runs.parquet')
         print(f'{net}: {time.monotonic() - began:.0f} s', flush=True)
     return 0
 
