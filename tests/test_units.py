@@ -5,6 +5,7 @@ and the logits of the network cut smaller, see `golden/README.md`.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -273,3 +274,38 @@ def test_methods_that_bring_weights_back_have_no_units():
     ):
         with pytest.raises(jp.PruneError, match=said):
             jp.build(problem, 'magnitude', **options)
+
+
+def test_units_of_someones_own_model():
+    """Expectation: half of the 20 hidden units with what reads them; one clear line else."""
+    draw = np.random.default_rng(0)
+    sizes = (6, 12, 8, 3)
+    params = [
+        {'w': jnp.asarray(draw.normal(size=s), jnp.float32)} for s in itertools.pairwise(sizes)
+    ]
+
+    def model(params, x):
+        for layer in params[:-1]:
+            x = jax.nn.relu(x @ layer['w'])
+        return x @ params[-1]['w']
+
+    data = (draw.normal(size=(5, 6)).astype('float32'), draw.integers(0, 3, 5))
+    pruned = jp.prune(params, 'snip', 0.5, model=model, data=data, granularity='unit', floor=3)
+    masks = [np.asarray(pruned.masks[f'{i}/w']) for i in range(3)]
+    units = [mask.any(0) for mask in masks]
+    assert units[0].sum() + units[1].sum() == 10 and min(u.sum() for u in units[:2]) >= 3
+    assert units[2].all()
+    for before, mask, after in zip([np.ones(6, bool), *units], masks, units, strict=False):
+        np.testing.assert_array_equal(mask, np.outer(before, after))
+    whole = jp.prune(
+        params, 'magnitude', 0.5, model=model, data=data, granularity='unit', whole='^0/'
+    )
+    assert np.asarray(whole.masks['0/w']).any(0).sum() == 12
+    for options, said in (
+        ({'granularity': 'filter'}, "unknown granularity 'filter'"),
+        ({'granularity': 'unit'}, "granularity 'unit' needs model= and data="),
+        ({'granularity': 'unit', 'target': 'effective'}, 'to a density of units'),
+        ({'whole': 'w'}, "with granularity 'unit'"),
+    ):
+        with pytest.raises(jp.PruneError, match=said):
+            jp.prune(params, 'magnitude', 0.5, **options)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxprune import arguments, structure, tree
 from jaxprune import problem as problems
 from jaxprune.errors import PruneError, nearest
-from jaxprune.method import build, method
+from jaxprune.method import GRANULARITIES, build, method, unit_shapes
 from jaxprune.plan import at_init
 from jaxprune.prune_model import check
 from jaxprune.prune_model.report import Report, report_of
@@ -47,6 +47,8 @@ def prune(
     key: Key | None = None,
     allocation: str = 'global',
     target: str = 'direct',
+    granularity: str = 'weight',
+    whole: str = '',
     floor: int | Mapping[str, int] = 0,
     cap: float | Mapping[str, float] = 1.0,
     rounds: int | None = None,
@@ -79,7 +81,10 @@ def prune(
       allocation: 'global', or the name of a quota: how the weights are shared among the layers.
       target: 'direct', or 'effective': the density is that of weights on a path from input to
         output, see `structure.prune_to_active`.
-      floor: fewest weights of a layer, one number or path -> number.
+      granularity: 'weight', or 'unit': whole neurons and filters, with all that reads them; density
+        and floor then count units. Outputs are on the last axis of a kernel, as in flax and haiku.
+      whole: with units, a regular expression of layers that keep all theirs; the last one does.
+      floor: fewest weights (or units) of a layer, one number or path -> number.
       cap: largest density of a layer, likewise.
       rounds: pruning rounds; None for the published number.
       over: schedule of densities over the rounds; None for the published one.
@@ -96,14 +101,23 @@ def prune(
     card = method(method_name)
     if target not in structure.TARGETS:
         raise PruneError(f'unknown target {target!r}: {nearest(str(target), structure.TARGETS)}')
+    if granularity not in GRANULARITIES:
+        valid = nearest(str(granularity), GRANULARITIES)
+        raise PruneError(f'unknown granularity {granularity!r}: {valid}')
+    if granularity == 'unit' and target != 'direct':
+        raise PruneError("units are pruned to a density of units: leave target at 'direct'")
     check.options(options, card.options, inspect.signature(prune).parameters)
     check.types(params, model, model_state, loss, prunable, masks, key)
     density = arguments.real('density', density)
     net = _problem(params, model, loss, prunable)
-    looks = card.needs | ({'shape'} if target == 'effective' else set())
+    by_unit = granularity == 'unit'
+    follow = target == 'effective' or by_unit  # paths through the network, that is
+    looks = (card.needs & {'data', 'shape'}) | ({'shape'} if follow else set())
     if looks and (model is None or data is None):
         missing = ' and '.join(n for n, v in (('model=', model), ('data=', data)) if v is None)
-        what = 'target effective' if not card.needs else f"method '{method_name}'"
+        what = f"method '{method_name}'"
+        if not card.needs:
+            what = "granularity 'unit'" if by_unit else 'target effective'
         raise PruneError(f'{what} needs {missing}')
     batches = check.batches_of(data, 'data' in card.needs)
     view = check.tried('prunable=', problems.view, net, params, model_state, masks)
@@ -124,7 +138,7 @@ def prune(
         try:
             connect, shapes = _paths(net, view, batches)
         except PruneError as error:
-            if target == 'effective' or allocation in ORDERED:
+            if follow or allocation in ORDERED:
                 raise
             note = f'paths not looked at: {error}'
     if allocation in ORDERED and connect is None:
@@ -133,7 +147,7 @@ def prune(
         )
     make = structure.rounds_before if target == 'effective' else at_init
     plan = make(
-        shapes,
+        unit_shapes(shapes, whole) if by_unit else shapes,
         density,
         allocation=allocation,
         rounds=card.rounds if rounds is None else rounds,
@@ -149,7 +163,9 @@ def prune(
         shapes=shapes,
         floor=floor,
         cap=cap,
-        connect=connect if target == 'effective' else None,
+        connect=connect if follow else None,
+        granularity=granularity,
+        whole=whole,
         **options,
     )
     key = jax.random.key(0) if key is None else key
@@ -164,7 +180,7 @@ def prune(
         size = sum(math.prod(shape) for shape in shapes.values())
         wanted = structure.active_wanted(size, 1 / density)
         found = jax.jit(pruner.finish)(state, jnp.int32(wanted))
-    else:
+    elif not by_unit:  # what reads units that go is not counted beforehand
         check.kept(found, plan)
     report = report_of(method_name, params, found, shapes, connect, note)
     if target == 'effective' and report.effective_compression > 1 / density * (1 + 1e-6):
