@@ -21,6 +21,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from jaxprune.errors import JaxpruneError
 from jaxprune.report import markdown, style, tables
 from jaxprune.sweep import store
 
@@ -55,7 +56,10 @@ def main() -> int:
     parser.add_argument('directories', nargs='+', type=Path, help='finished sweeps')
     parser.add_argument('--out', type=Path, default=Path('outcomes.md'), help='a markdown file')
     arguments = parser.parse_args()
-    frames = load(arguments.directories)
+    try:
+        frames = load(arguments.directories)
+    except JaxpruneError as error:
+        raise SystemExit(str(error)) from None
     nets = [net for net in NAMES if net in set(frames['runs']['net'])]
     parts = [
         final_accuracy(frames, nets),
