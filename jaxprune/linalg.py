@@ -30,6 +30,8 @@ def _batched(fn: Callable[[jax.Array], PyTree]) -> Callable[[jax.Array], PyTree]
     single = one_by_one(fn)
 
     def call(matrices: jax.Array) -> PyTree:
+        # There are none for half precision.
+        matrices = matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32))
         batch = matrices.shape[:-2]
         if not batch:
             return single(matrices)
