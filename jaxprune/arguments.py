@@ -50,6 +50,13 @@ def like(name: str, value: Any, default: Any) -> Any:
     return value
 
 
+def least(low: int, **numbers: Any) -> None:
+    """Raises PruneError unless these are whole numbers of at least `low`."""
+    for name, value in numbers.items():
+        if whole(name, value) < low:
+            raise PruneError(f'{name} must be at least {low}, not {value}')
+
+
 def positive(name: str, value: float) -> None:
     """Raises PruneError unless a number is above zero; of a traced one nothing is known yet."""
     if not isinstance(value, jax.core.Tracer) and not value > 0:

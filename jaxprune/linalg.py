@@ -19,8 +19,14 @@ def one_by_one(fn: Callable[[jax.Array], PyTree]) -> Callable[[jax.Array], PyTre
     """A function of one array that `vmap` turns into a loop on the CPU."""
     single = sequential_vmap(fn)
 
+    @jax.custom_jvp
     def call(x: jax.Array) -> PyTree:
         return jax.lax.platform_dependent(x, cpu=single, default=fn)
+
+    @call.defjvp
+    def tangents(primals, directions):
+        # The loop has no reverse mode; derivatives are those of the function itself.
+        return jax.jvp(fn, primals, directions)
 
     return call
 

@@ -41,6 +41,7 @@ def keep_counts(
     *,
     floor: int | Mapping[str, int] = 0,
     cap: float | Mapping[str, float] = 1.0,
+    what: str = 'prunable weights',
 ) -> dict[str, int]:
     """How many weights a density keeps.
 
@@ -51,6 +52,7 @@ def keep_counts(
         event shares out by the weights, or the name of a layerwise quota.
       floor: fewest weights that a layer keeps, for all layers or by path.
       cap: largest density of a layer, for all layers or by path.
+      what: is counted, for messages.
 
     Returns:
       `{'*': round(density * total)}` for 'global' and 'lamp', which only checks that the bounds
@@ -65,7 +67,7 @@ def keep_counts(
     fewest, most = bounds(shapes, floor, cap)
     counts, asked = _counts(shapes, density, allocation, fewest, most)
     total, least, largest = (sum(c.values()) for c in (sizes(shapes), fewest, most))
-    keeps = f'density {density:.3g} keeps {asked or "none"} of {total} prunable weights'
+    keeps = f'density {density:.3g} keeps {asked or "none"} of {total} {what}'
     if asked < least:
         raise PruneError(f'{keeps}, but the floors together are {least}')
     if asked > largest:
@@ -102,6 +104,7 @@ def at_init(
     over: str = 'exponential',
     floor: int | Mapping[str, int] = 0,
     cap: float | Mapping[str, float] = 1.0,
+    what: str = 'prunable weights',
 ) -> Plan:
     """Pruning at initialisation: all events before the first step.
 
@@ -114,13 +117,14 @@ def at_init(
       floor: see `keep_counts`; it holds in every round.
       cap: see `keep_counts`; it holds in every round, and a round whose density is more than the
         caps allow keeps what they allow.
+      what: is counted, for messages.
 
     Returns:
       The plan. No count rises from one event to the next.
     """
     if arguments.whole('rounds', rounds) < 1:
         raise PruneError(f'rounds must be at least 1, not {rounds}')
-    last = keep_counts(shapes, density, allocation, floor=floor, cap=cap)
+    last = keep_counts(shapes, density, allocation, floor=floor, cap=cap, what=what)
     fewest, most = bounds(shapes, floor, cap)
     per_round = [last]
     for earlier in reversed(schedule(over)(density, rounds)[:-1]):

@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import polars as pl
 import pytest
 import scipy.stats
 from jax.flatten_util import ravel_pytree
@@ -20,6 +21,7 @@ from jaxprune import flow, tree
 from jaxprune.flow.krylov import ritz
 from jaxprune.score.derivatives import derivatives, parameters
 from jaxprune.score.importance import importance
+from jaxprune.sweep.store import read_flow
 
 KEY = jax.random.key(0)
 
@@ -552,6 +554,23 @@ def test_agreement_is_that_of_scipy():
     assert_near(flow.pearson(tiny, tiny, jnp.ones(4, bool)), 1.0, 1e-6)
 
 
+def test_agreement_of_broken_measures():
+    """Expectation: NaN where a value that counts is NaN, or none counts, no plausible number."""
+    ramp, none = jnp.arange(5.0), jnp.zeros(5, bool)
+    broken = ramp.at[2].set(jnp.nan)
+    for one, keep in ((broken, ~none), (ramp, none), (jnp.full(5, jnp.nan), ~none)):
+        for found in flow.agreement({'w': one}, {'w': ramp}, {'w': keep}):
+            assert np.isnan(found['w'])
+    elsewhere = flow.agreement({'w': broken}, {'w': ramp}, {'w': (~none).at[2].set(False)})
+    assert elsewhere.spearman['w'] == 1 and elsewhere.pearson['w'] > 1 - 1e-12
+    half = jax.random.normal(KEY, (2000,), jnp.bfloat16)
+    wide = half.astype(jnp.float32)
+    assert_near(flow.spearman(half, wide, wide == wide), 1.0, 1e-6)
+    for options, said in (({'density': 2}, 'density must be in'), ({'masks': {}}, 'masks lack w')):
+        with pytest.raises(jp.PruneError, match=said):
+            flow.agreement({'w': ramp}, {'w': ramp}, **options)
+
+
 def test_training_speed():
     """Expectation: by hand."""
     losses = jnp.array([[4.0, 3.0, 1.0, 2.0, 0.5], [4.0, 4.0, 4.0, 4.0, 4.0]])
@@ -560,6 +579,17 @@ def test_training_speed():
     np.testing.assert_array_equal(flow.steps_to_loss(losses, 2.0), [3, np.inf])
     np.testing.assert_array_equal(flow.steps_to_loss(losses, 1.5, window=2), [4, np.inf])
     np.testing.assert_array_equal(flow.steps_to_loss(losses, jnp.array([0.5, 4.0])), [5, 1])
+    # Small losses behind large ones, in float32: a running sum would lose them.
+    long = jnp.concatenate([jnp.full(1000, 2.3), jnp.full(1000, 1e-4)]).astype(jnp.float32)
+    assert flow.steps_to_loss(long, 1e-5) == np.inf and flow.steps_to_loss(long, 1.5e-4) == 1001
+    assert flow.steps_to_loss(jnp.array([jnp.nan, 1.0]), 1.0) == 2
+    for call in (
+        lambda: flow.steps_to_loss(losses, 1.0, window=0),
+        lambda: flow.steps_to_loss(losses, 1.0, window=6),
+        lambda: flow.training_speed(losses, last=-1),
+    ):
+        with pytest.raises(jp.PruneError, match=r'window must be|last must be'):
+            call()
     a = jnp.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
     b = jnp.array([[1.0, 2.0], [0.0, 3.0], [2.0, 1.0]])
     assert_near(flow.churn(a, b), 2 / 3, 1e-6)
@@ -598,6 +628,87 @@ def test_measures_are_pure_functions_for_vmap(names):
                 # Nearly singular kernels have a condition of rounding errors.
                 if name != 'ntk_condition':
                     assert_near(over[name][path][i, j], value)
+
+
+CONV = {
+    'name': 'recorded',
+    'model': {'name': 'small_vgg', 'widths': [4, 8]},
+    'data': {'name': 'mnist_small', 'train_examples': 64, 'test_examples': 50},
+    'train': {'epochs': 1, 'batch_size': 32, 'learning_rate': 0.01},
+    'prune': {'samples_per_class': 2},
+    'grid': {'method': ['magnitude'], 'compression': [1, 2], 'seed': [0, 1]},
+}
+
+
+@pytest.mark.parametrize(
+    ('batching', 'names'),
+    [
+        ('vmap', ['ntk_trace', 'norm_rate']),
+        *(
+            pytest.param(batching, list(flow.QUANTITIES), marks=pytest.mark.slow)
+            for batching in ('vmap', 'map', 'unroll')
+        ),
+    ],
+)
+def test_recorded_of_convolutions(tmp_path, batching, names):
+    """Expectation: every quantity of every run, however runs are laid out; numbers, but for
+    conditions of singular matrices."""
+    table = {**CONV, 'record': {'every': 2, 'flow': names}, 'engine': {'batching': batching}}
+    with jax.enable_x64(False):
+        jp.run_sweep(table, out=tmp_path / 'runs')
+    found = read_flow(tmp_path / 'runs')
+    assert set(found['quantity']) == set(names) and found['run_id'].n_unique() == 4
+    rest = found.filter(~pl.col('quantity').str.contains('condition|imbalance'))
+    assert rest['value'].is_finite().all()
+
+
+def test_kernels_of_a_sweep_see_all_classes():
+    """Expectation: the examples of the recorded kernel are spread over the classes, whatever the
+    number of examples of each; a kernel of them, by `tangent_kernel` of those examples."""
+    problem, view, _ = network(jnp.tanh)
+    for per_class, several in ((10, 1), (10, 8), (10, 32), (5, 16), (1, 1)):
+        seen = []
+
+        def apply(params, state, x, *, train, key, seen=seen):
+            jax.debug.callback(lambda c: seen.append(int(c)), x[0, 0])
+            return problem.apply(params, state, x, train=train, key=key)
+
+        classes = np.tile(np.repeat(np.arange(10), per_class), (several, 1))
+        x = np.zeros((several, 10 * per_class, SIZES[0]))
+        x[..., 0] = classes
+        measure = flow.quantity('ntk_trace').make(problem._replace(apply=apply), ())
+        measure(KEY, view, jp.Batch(jnp.asarray(x), jnp.asarray(classes)))
+        jax.effects_barrier()
+        assert set(seen) == set(range(10))
+    with pytest.raises(jp.PruneError, match='needs data'):
+        measure(KEY, view, None)
+
+
+def test_numbers_that_cannot_be():
+    problem, view, batches = network(jnp.tanh)
+    for make, said in (
+        (lambda: flow.hessian_eigenvalues(problem, steps=2.5), 'steps must be a whole number'),
+        (lambda: flow.hessian_eigenvalues(problem, count=0), 'count must be at least 1'),
+        (lambda: flow.hessian_trace(problem, probes=0), 'probes must be at least 1'),
+        (lambda: flow.spectral_density(problem, steps=0), 'steps must be at least 1'),
+        (lambda: flow.norm_dynamics(problem, by='filter'), "unknown groups 'filter'"),
+        (
+            lambda: flow.loss_change(problem, temperature=0.0)(KEY, view, view.masks, batches),
+            'above 0',
+        ),
+        (lambda: flow.imbalance(view, ['0/w', '1/w'], biases=[None]), '2 layers have 2 biases'),
+        (lambda: flow.gradient_norm(problem)(KEY, view, None), 'this needs data'),
+    ):
+        with pytest.raises(jp.PruneError, match=said):
+            make()
+    dynamics = flow.norm_dynamics(problem, second=False)(KEY, view, batches)
+    for call, said in (
+        (lambda: flow.predicted_change(dynamics, 0.1, momentum=1.0), 'momentum must be in'),
+        (lambda: flow.predicted_change(dynamics, 0.1, steps=0), 'steps must be at least 1'),
+        (lambda: flow.saliency_drift(dynamics), 'needs norm dynamics with second'),
+    ):
+        with pytest.raises(jp.PruneError, match=said):
+            call()
 
 
 def test_names_of_quantities():

@@ -41,6 +41,18 @@ def test_decompositions_are_those_of_numpy(name, batch):
     assert jax.tree.leaves(fn(jnp.asarray(a, jnp.bfloat16)))[0].dtype == jnp.float32
 
 
+def test_decompositions_have_gradients():
+    """Expectation: those of jnp.linalg, of a single matrix and of a batch."""
+    for shape in ((4, 3), (2, 4, 3)):
+        a = jax.random.normal(jax.random.key(0), shape)
+        found = jax.grad(lambda a: linalg.singular_values(a)[..., 0].sum())(a)
+        expected = jax.grad(lambda a: jnp.linalg.svd(a, compute_uv=False)[..., 0].sum())(a)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        found = jax.grad(lambda a: (linalg.qr(a)[0] ** 3).sum())(a)
+        expected = jax.grad(lambda a: (jnp.linalg.qr(a)[0] ** 3).sum())(a)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 MANY = """
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update('jax_num_cpu_devices', 2)

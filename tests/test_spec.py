@@ -540,5 +540,7 @@ def test_keys_of_every_method():
     for wrong in ('snip', {'name': 'snip'}):
         with pytest.raises(SpecError, match=r'grid\.every_method: expected a table of keys'):
             make_spec({**BASE, 'grid': {**grid, 'method': entries, 'every_method': wrong}})
+    with pytest.raises(SpecError, match=r'grid\.method: missing'):
+        make_spec({**BASE, 'grid': {**grid, 'every_method': shared}})
     with pytest.raises(SpecError, match=r'grid\.method\[0\]\.round'):
         make_spec({**BASE, 'grid': {**grid, 'method': entries, 'every_method': {'round': 1}}})

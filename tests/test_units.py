@@ -239,9 +239,33 @@ def test_units_in_a_sweep(swept):
     ]
 
 
+def test_uniform_units_and_a_broken_run(tmp_path):
+    """Expectation: with 'uniform' every layer but the last loses half of its units; a run that
+    diverges before its rounds has an error, and the others of its chunk their results."""
+    entries = [
+        {'name': 'magnitude', 'granularity': 'unit', 'allocation': 'uniform', 'after_epochs': 1},
+        {'name': 'snip', 'rounds': 2, 'after_epochs': 1},
+    ]
+    grid = {
+        'method': entries,
+        'compression': [2],
+        'seed': [0],
+        'train': {'learning_rate': [0.1, 1e30]},
+    }
+    frame = jp.run_sweep({**TABLE, 'record': {}, 'grid': grid}, out=tmp_path / 'runs')
+    last = frame.filter(pl.col('epoch') == 4)
+    fine = last.filter(pl.col('learning_rate') < 1)
+    assert fine['error'].null_count() == 2 and fine['test_loss'].is_finite().all()
+    assert last.filter((pl.col('method') == 'snip') & pl.col('error').is_not_null()).height == 1
+    layers = read_layers(tmp_path / 'runs').join(fine, on='run_id')
+    kept = dict(layers.filter(pl.col('method') == 'magnitude').select('path', 'kept').iter_rows())
+    assert kept == {'dense_0/kernel': 784 * 6, 'dense_1/kernel': 6 * 4, 'dense_2/kernel': 4 * 10}
+
+
 @pytest.mark.parametrize(
     ('entry', 'said'),
     [
+        ({'granularity': 'unit', 'whole': '('}, r"whole: '\(' is no regular expression"),
         ({'granularity': 'unit', 'allocation': 'erk'}, "allocation: 'erk' does not go with"),
         ({'granularity': 'unit', 'target': 'effective'}, "target: 'effective' does not go with"),
         ({'granularity': 'unit', 'cap': 0.5}, 'cap: 0.5 does not go with'),

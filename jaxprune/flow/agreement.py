@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxprune.errors import PruneError
-from jaxprune.select import top_k_mask
+from jaxprune.quota import check_density
+from jaxprune.select import as_floats, top_k_mask
 from jaxprune.tree import check_same_paths
 from jaxprune.types import GLOBAL, Masks, Weights
 
@@ -18,8 +19,11 @@ class Agreement(NamedTuple):
     Attributes:
       pearson: linear correlation of the values.
       spearman: the same of the ranks; equal values share their mean rank.
-      overlap: of the weights that either would keep, the share that both keep, |A ∩ B| / k; their
+      overlap: of the k weights that each would keep, the share that both keep, |A ∩ B| / k; the
         Jaccard index is `overlap / (2 - overlap)`.
+
+    All three are NaN where nothing counts or a value is NaN; the correlations also where a measure
+    does not vary.
     """
 
     pearson: dict[str, jax.Array]
@@ -39,9 +43,13 @@ def agreement(
       density: of `overlap`: the share of entries each measure would keep.
 
     Raises:
-      PruneError: other paths or shapes.
+      PruneError: other paths or shapes, or a density not in (0, 1].
     """
     check_same_paths('measures', other, one)
+    if masks is not None:
+        check_same_paths('masks', masks, one)
+    if not isinstance(density, jax.core.Tracer):
+        check_density(density)
     for path, leaf in one.items():
         if leaf.shape != other[path].shape:
             raise PruneError(f"'{path}' has shapes {leaf.shape} and {other[path].shape}")
@@ -74,14 +82,21 @@ def pearson(a: jax.Array, b: jax.Array, keep: jax.Array) -> jax.Array:
 
 def spearman(a: jax.Array, b: jax.Array, keep: jax.Array) -> jax.Array:
     """Correlation of the ranks of the entries that count."""
-    return pearson(_ranks(a, keep), _ranks(b, keep), keep)
+    a, b = as_floats(a), as_floats(b)
+    found = pearson(_ranks(a, keep), _ranks(b, keep), keep)
+    return jnp.where(_broken(a, b, keep), jnp.nan, found)
 
 
 def top_overlap(a: jax.Array, b: jax.Array, keep: jax.Array, *, density: ArrayLike) -> jax.Array:
     """Of the entries that count, the share of the largest that is common to both."""
     k = jnp.maximum(jnp.round(density * keep.sum()).astype(jnp.int32), 1)
     first, second = (top_k_mask(jnp.where(keep, v, -jnp.inf), k) for v in (a, b))
-    return (first & second).sum() / k
+    return jnp.where(_broken(a, b, keep) | ~keep.any(), jnp.nan, (first & second).sum() / k)
+
+
+def _broken(a: jax.Array, b: jax.Array, keep: jax.Array) -> jax.Array:
+    """Is a value that counts NaN?"""
+    return ((jnp.isnan(a) | jnp.isnan(b)) & keep).any()
 
 
 def _ranks(values: jax.Array, keep: jax.Array) -> jax.Array:

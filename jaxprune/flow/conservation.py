@@ -31,10 +31,12 @@ def imbalance(view: View, order: Sequence[str], *, biases: Sequence[str | None] 
       biases: path of each layer's bias, None where it has none; without any, none are counted.
 
     Raises:
-      PruneError: an unknown path.
+      PruneError: an unknown path, or another number of biases.
     """
     params = parameters(view)
     extra = list(biases) or [None] * len(order)
+    if len(extra) != len(order):
+        raise PruneError(f'{len(order)} layers have {len(order)} biases or None, not {len(extra)}')
     for path in (*order, *(p for p in extra if p is not None)):
         if path not in params:
             raise PruneError(f"no parameter '{path}': {nearest(path, params)}")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune.arguments import least
 from jaxprune.flow.krylov import first, ritz
 from jaxprune.rng import stream
 from jaxprune.score.derivatives import derivatives, moving, parameters
@@ -42,6 +43,8 @@ def hessian_eigenvalues(problem: Problem, *, count: int = 1, steps: int = 20, tr
       steps: Hessian products; so many copies of the parameters are held.
     """
 
+    least(1, steps=steps, count=count)
+
     def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
         at = derivatives(problem, key, view, batches, train=train)
         return first(ritz(at.product, _normal(key, view), max(steps, count)).values, count)
@@ -54,6 +57,8 @@ def hessian_trace(problem: Problem, *, probes: int = 10, train: bool = True):
 
     Unbiased; of a standard deviation `sqrt(2 Σ_(i≠j) H_ij² / probes)`.
     """
+
+    least(1, probes=probes)
 
     def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
         at = derivatives(problem, key, view, batches, train=train)
@@ -86,6 +91,8 @@ def spectral_density(problem: Problem, *, steps: int = 40, probes: int = 4, trai
     Its k-th moment estimates `tr Hᵏ / n` for k < 2 `steps`, n the number of parameters that move
     (Ghorbani, Krishnan & Xiao, ICML 2019, arXiv:1901.10159). Draw it with `smoothed`.
     """
+
+    least(1, steps=steps, probes=probes)
 
     def measure(key: Key, view: View, batches: Batch | None) -> Density:
         at = derivatives(problem, key, view, batches, train=train)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import linalg
+from jaxprune.arguments import least
 from jaxprune.errors import PruneError
 from jaxprune.flow.krylov import first, ritz
 from jaxprune.rng import stream
@@ -55,6 +56,7 @@ def largest_jacobian_singular_values(problem: Problem, *, count: int = 1, steps:
     Args:
       steps: products; with as many as there are outputs all values are found.
     """
+    least(1, count=count, steps=steps)
 
     def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
         f = _logits(problem, view)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxprune.arguments import whole
 from jaxprune.errors import PruneError
 from jaxprune.score.derivatives import derivatives, parameters
 from jaxprune.score.loss import mean_gradient
-from jaxprune.score.units import grouped
+from jaxprune.score.units import check_groups, grouped
 from jaxprune.types import Batch, Key, Problem, View, Weights
 
 Grouped = dict[str, jax.Array]
@@ -117,6 +118,8 @@ def norm_dynamics(
       axis: of the outputs of a kernel, for units.
     """
 
+    check_groups(by)
+
     def measure(key: Key, view: View, batches: Batch | None) -> NormDynamics:
         at = derivatives(problem, key, view, batches, train=train, weight_decay=weight_decay)
 
@@ -170,8 +173,13 @@ def predicted_change(
       warm: the momentum has built up (True), or starts at zero as after a pruning event (False).
 
     Raises:
-      PruneError: several steps, or momentum that is warm, without second derivatives.
+      PruneError: several steps, or momentum that is warm, without second derivatives; momentum not
+        in [0, 1), or no steps.
     """
+    if whole('steps', steps) < 1:
+        raise PruneError(f'steps must be at least 1, not {steps}')
+    if not 0 <= momentum < 1:
+        raise PruneError(f'momentum must be in [0, 1), not {momentum}')
     reach = 1 - momentum
     if warm:
         # On the slow manifold v = g / (1-μ) + η μ / (1-μ)³ Hg, and the step is η / (1-μ).
@@ -199,7 +207,13 @@ def predicted_change(
 
 
 def saliency_drift(dynamics: NormDynamics) -> Grouped:
-    """`d(Θ_pᵀ g_p)/dt = -‖g_p‖² - Θ_pᵀ (Hg)_p`: how fast a first-order importance goes stale."""
+    """`d(Θ_pᵀ g_p)/dt = -‖g_p‖² - Θ_pᵀ (Hg)_p`: how fast a first-order importance goes stale.
+
+    Raises:
+      PruneError: dynamics without second derivatives.
+    """
+    if not dynamics.second:
+        raise PruneError('a drift needs norm dynamics with second derivatives')
     return {path: -leaf / 2 for path, leaf in dynamics.second.items()}
 
 

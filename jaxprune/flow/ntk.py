@@ -42,7 +42,9 @@ def tangent_kernel(problem: Problem, *, outputs: str = 'logits'):
             f = _outputs(problem, view, x[None], outputs)
             return moving_rows(view, jax.jacrev(f)(params))
 
-        jacobian = jax.vmap(one)(examples)
+        # One after another: with runs vmapped as well, convolutions would be grouped twice, which
+        # XLA has no rule for under a mesh.
+        jacobian = jax.lax.map(one, examples)
         with jax.default_matmul_precision('highest'):
             rows = (leaf.reshape(-1, params[path].size) for path, leaf in jacobian.items())
             return sum(leaf @ leaf.T for leaf in rows)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from jaxprune import linalg
 from jaxprune.errors import PruneError, nearest
+from jaxprune.select import as_floats
+from jaxprune.tree import check_same_paths
 from jaxprune.types import Masks, Weights
 
 #: Of the activation behind a layer; what keeps lengths at a random kernel.
@@ -58,7 +60,7 @@ def orthogonalised(
         raise PruneError(f"unknown activation '{activation}': {nearest(activation, GAINS)}")
     if method not in METHODS:
         raise PruneError(f"unknown method '{method}': {nearest(method, METHODS)}")
-    rows = _rows(kernel)
+    rows = _rows(as_floats(kernel))
     keep = jnp.ones(rows.shape, bool) if mask is None else _rows(mask)
     outputs, inputs = keep.any(1), keep.any(0)
     block = outputs[:, None] & inputs[None, :]
@@ -74,13 +76,15 @@ def orthogonalised(
             )
     made = jnp.where(block, made * GAINS[activation], 0)
     made = jnp.where((keep == block).all(), made, jnp.nan)
-    return _kernel(made, kernel.shape)
+    return _kernel(made, kernel.shape).astype(kernel.dtype)
 
 
 def orthp(
     weights: Weights, masks: Masks | None = None, *, activation: str = 'linear', method: str = 'qr'
 ) -> Weights:
     """`orthogonalised` of every kernel, first and last included."""
+    if masks is not None:
+        check_same_paths('masks', masks, weights)
     return {
         path: orthogonalised(
             w, None if masks is None else masks[path], activation=activation, method=method

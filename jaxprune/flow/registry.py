@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from jaxprune.errors import PruneError, nearest
 from jaxprune.flow import conservation, curvature, isometry, norms, ntk
@@ -73,11 +74,15 @@ def _ntk(take: Callable):
     def make(problem: Problem):
         kernel = ntk.tangent_kernel(problem, outputs='sum')
 
-        def measure(key: Key, view: View, batches: Batch) -> jax.Array:
-            examples = batches.x.shape[0] * batches.x.shape[1]
-            spaced = slice(None, None, -(-examples // NTK_EXAMPLES))
+        def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+            if batches is None:
+                raise PruneError('a tangent kernel needs data: pass batches')
+            examples = batches.y.size
+            # The golden ratio's multiples spread evenly whatever the order of the classes.
+            spread = sorted({int(i * 0.6180339887 % 1 * examples) for i in range(NTK_EXAMPLES)})
             few = jax.tree.map(
-                lambda leaf: leaf.reshape(1, examples, *leaf.shape[2:])[:, spaced], batches
+                lambda leaf: leaf.reshape(1, examples, *leaf.shape[2:])[:, np.array(spread)],
+                batches,
             )
             return ntk.kernel_spectrum(kernel(key, view, few))
 

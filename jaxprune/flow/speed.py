@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxprune.arguments import whole
+from jaxprune.errors import PruneError
+
 
 def training_speed(losses: ArrayLike, *, last: int = 0) -> jax.Array:
     """The sum of training losses over steps, the last axis: small = fast.
@@ -14,7 +17,12 @@ def training_speed(losses: ArrayLike, *, last: int = 0) -> jax.Array:
     Args:
       losses: `(..., steps)`; steps of one stride, or epochs.
       last: only so many steps at the end; 0 for all.
+
+    Raises:
+      PruneError: a negative `last`.
     """
+    if whole('last', last) < 0:
+        raise PruneError(f'last must be 0 or more steps, not {last}')
     losses = jnp.asarray(losses)
     return losses[..., -last:].sum(-1) if last else losses.sum(-1)
 
@@ -26,11 +34,17 @@ def steps_to_loss(losses: ArrayLike, target: ArrayLike, *, window: int = 1) -> j
       losses: `(..., steps)`.
       target: a scalar, or one for each leading index.
       window: losses are averaged over so many steps, which must all have been taken.
+
+    Raises:
+      PruneError: a window of no steps, or of more than there are.
     """
     losses = jnp.asarray(losses)
-    total = jnp.cumsum(losses, -1)
-    before = jnp.concatenate([jnp.zeros_like(total[..., :1]), total[..., :-window]], -1)
-    means = (total[..., window - 1 :] - before) / window
+    steps = losses.shape[-1]
+    if not 1 <= whole('window', window) <= steps:
+        raise PruneError(f'window must be between 1 and the {steps} steps, not {window}')
+    # Summed anew for each window: differences of running sums lose small losses to large ones.
+    shifted = [losses[..., i : steps - window + 1 + i] for i in range(window)]
+    means = sum(shifted) / window
     there = means <= jnp.asarray(target)[..., None]
     return jnp.where(there.any(-1), jnp.argmax(there, -1) + float(window), jnp.inf)
 

@@ -1,5 +1,6 @@
 """The call itself."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -146,6 +147,8 @@ def prune(
             f"allocation '{allocation}' needs model= and data= to see which layer is first"
         )
     make = structure.rounds_before if target == 'effective' else at_init
+    if by_unit:
+        make = functools.partial(at_init, what='units')
     plan = make(
         unit_shapes(shapes, whole) if by_unit else shapes,
         density,

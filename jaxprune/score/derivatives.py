@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune.arguments import positive
 from jaxprune.score.loss import mean_loss, mean_over_batches
 from jaxprune.tree import paths, put
 from jaxprune.types import Batch, Key, Problem, View, Weights
@@ -60,7 +61,11 @@ def derivatives(
       train: batch statistics, or running ones.
       temperature: the logits are divided by it.
       weight_decay: λ of an L2 term `λ/2 ‖Θ‖²` of all parameters, added to the loss.
+
+    Raises:
+      PruneError: no batches, or a temperature that is not above 0.
     """
+    positive('temperature', temperature)
     loss = mean_loss(problem, view, key, train=train, temperature=temperature)
     params = parameters(view)
 

@@ -71,5 +71,5 @@ def split(batches: Batch | None) -> list[Batch]:
       PruneError: there are none.
     """
     if batches is None:
-        raise PruneError('this score needs data: pass batches with leaves (batches, batch, ...)')
+        raise PruneError('this needs data: pass batches with leaves (batches, batch, ...)')
     return [jax.tree.map(lambda a: a[i], batches) for i in range(batches.x.shape[0])]  # noqa: B023

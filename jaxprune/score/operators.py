@@ -30,9 +30,11 @@ def conv_singular_values(
       `(n,)`; n is the smaller of the map's two dimensions.
 
     Raises:
-      PruneError: another padding, or a stride that does not divide the side.
+      PruneError: another padding, a kernel of other axes, a stride that does not divide the side.
     """
     height, width = (side, side) if isinstance(side, int) else side
+    if kernel.ndim != 4:
+        raise PruneError(f'a kernel is (height, width, in, out), not {tuple(kernel.shape)}')
     if padding not in PADDINGS:
         raise PruneError(f"unknown padding '{padding}': {nearest(padding, PADDINGS)}")
     if padding == 'zero':

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -235,6 +236,10 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
         ):
             if wrong:
                 fail(f'{at}.{key}', f"{getattr(spec, key)!r} does not go with granularity 'unit'")
+        try:
+            re.compile(spec.whole)
+        except re.error as error:
+            fail(f'{at}.whole', f'{spec.whole!r} is no regular expression: {error}')
         if spec.floor_share >= 1:
             fail(f'{at}.floor_share', f'expected a share below 1, not {spec.floor_share}')
     elif spec.floor_share:

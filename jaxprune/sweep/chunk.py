@@ -217,21 +217,32 @@ def _prune(
         active = np.array([active_of(program, padded[i]) for i in at], np.int32)
         method = padded[at[0]].method
         states, info = engine.prune(method, rows, at, counts, active, states, due)
-        for i, found in zip(at, _score_errors([padded[i] for i in at], counts, info), strict=True):
-            errors[i] = errors[i] or found
+        told = [errors[i] for i in at]
+        found = _score_errors([padded[i] for i in at], counts, info, told)
+        for i, error in zip(at, found, strict=True):
+            errors[i] = error
     return states
 
 
 def _score_errors(
-    members: Sequence[Run], counts: Mapping[str, np.ndarray], info: PruneInfo
+    members: Sequence[Run],
+    counts: Mapping[str, np.ndarray],
+    info: PruneInfo,
+    told: Sequence[str | None],
 ) -> list[str | None]:
     """What is wrong with each run's scores, None if nothing is.
+
+    A run that is `told` to be broken by an earlier round stays so: its masks mean nothing, and
+    neither does how many weights they keep.
 
     Raises:
       PruneError: a mask keeps another number of weights than planned, from finite scores.
     """
     errors: list[str | None] = []
     for place, run in enumerate(members):
+        if told[place]:
+            errors.append(told[place])
+            continue
         bad = int(info.nonfinite[place])
         got = {path: int(leaf[place]) for path, leaf in info.kept.items()}
         wanted = {path: int(leaf[place][-1]) for path, leaf in counts.items()}

@@ -56,10 +56,12 @@ def _with_every_method(table: Mapping[str, Any], source: str) -> Mapping[str, An
     shared, methods = grid['every_method'], grid.get('method')
     if not isinstance(shared, Mapping) or 'name' in shared:
         raise SpecError(f'{source}: grid.every_method: expected a table of keys other than name')
+    rest = {key: value for key, value in grid.items() if key not in ('every_method', 'method')}
+    if methods is None:  # told as missing
+        return {**table, 'grid': rest}
     if isinstance(methods, (list, tuple)):
         named = [{'name': m} if isinstance(m, str) else m for m in methods]
         methods = [{**shared, **m} if isinstance(m, Mapping) else m for m in named]
-    rest = {key: value for key, value in grid.items() if key != 'every_method'}
     return {**table, 'grid': {**rest, 'method': methods}}
 
 

@@ -1,6 +1,7 @@
 """What a sweep will do, before it does it: runs -> programs -> chunks, memory and time."""
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,6 +92,8 @@ def _choice(spec: SweepSpec, program: Program, run: Run) -> tuple[Strategy, str,
 def counts_of(program: Program, run: Run) -> plan.Plan:
     """A pruned run's table of keep counts."""
     make = structure.rounds_before if run.method.target == 'effective' else plan.at_init
+    if run.method.granularity == 'unit':
+        make = functools.partial(plan.at_init, what='units')
     shapes, floor = competing(program.shapes, run.method)
     return make(
         shapes,
@@ -198,7 +201,8 @@ def _abstractly(spec: SweepSpec, group: Group, source: str) -> Program:
         pruned_runs = [r for r in group.runs if r.method.name != 'dense']
         for pruned in {event_program(r.method): r for r in pruned_runs}.values():
             whole = pruned.method.allocation in SHARED
-            counts = dict.fromkeys([GLOBAL] if whole else program.shapes, np.int32(1))
+            counted, _ = competing(program.shapes, pruned.method)
+            counts = dict.fromkeys([GLOBAL] if whole else counted, np.int32(1))
             begin, prune, last = program.prune(pruned.method)
             begun = jax.eval_shape(begin, key, state)
             done, _ = jax.eval_shape(prune, clock, on_device, key, hyper, counts, begun)

@@ -216,7 +216,8 @@ def chunk_ids(out: Path) -> list[str]:
     return [chunk['id'] for chunk in read_plan(out)['chunks']]
 
 
-def _read(out: Path, where, schema: dict, *, everywhere: bool = True) -> pl.DataFrame:
+def _read(out: Path | str, where, schema: dict, *, everywhere: bool = True) -> pl.DataFrame:
+    out = Path(out)
     frames = [
         _read_frame(where(out, chunk), schema)
         for chunk in chunk_ids(out)
