@@ -164,7 +164,7 @@ def draw(frame: pl.DataFrame, nets: Sequence[str]) -> bytes:
                     right.plot(curve['epoch'], curve['jsv_mean'], line, color=COLOURS[rate])
             left.set_yscale('log')
             right.set_yscale('log')
-            left.set_title(f'{net}: mean singular value after pruning')
+            left.set_title(f'{net}: mean singular value')
             middle.set_title('accuracy after fine-tuning (%)')
             right.set_title(f'mean singular value, {middle_ratio:g} removed')
             right.set_xlabel('epoch of fine-tuning')
