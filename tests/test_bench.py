@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 BENCH = Path(__file__).parents[1] / 'experiments' / 'bench'
 SCORING = BENCH / 'scoring.py'
 QUICK = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
 
 
+@pytest.mark.script
 def test_scoring_runs_and_all_ways_agree(tmp_path):
     """Expectation: the script's own checks, that bisection, argsort and top_k give one mask (with
     ties, vmapped) and that all ways of counting paths agree; it exits with 1 where one does not.
@@ -26,6 +29,7 @@ def test_scoring_runs_and_all_ways_agree(tmp_path):
     assert [reason for reason in reasons if reason] == ['the same program as snip']
 
 
+@pytest.mark.script
 def test_the_engine_benchmark_runs_and_all_train_the_same(tmp_path):
     """Expectation: the script's own check that all ways reach the same training losses (PyTorch
     among them where it is installed), the table, and the figure beside it.

@@ -33,7 +33,6 @@ POINTS = (
     'gradient_norm_increase',
     'gradient_norm_preservation',
 )
-EACH = [pytest.param(m, marks=pytest.mark.slow) if m in POINTS else m for m in METHODS]
 #: A published number of rounds costs minutes here and proves nothing more than two do.
 ROUNDS = {name: min(card.rounds, 2) for name, card in method.METHODS.items()}
 
@@ -41,8 +40,8 @@ ROUNDS = {name: min(card.rounds, 2) for name, card in method.METHODS.items()}
 #: are, whether weights return. Where a law is about the engine, the others are slow tests.
 KINDS = ('random', 'snip', 'grasp', 'synflow', 'force')
 SOME = [m if m in KINDS else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
-#: Without the one that takes longest to compile, where three engines are compared.
-FEW = [pytest.param(m, marks=pytest.mark.slow) if m == 'force' else m for m in SOME]
+#: Without those that take longest to compile, where three engines are compared.
+FEW = [pytest.param(m, marks=pytest.mark.slow) if m in ('force', 'grasp') else m for m in SOME]
 OTHER_WAYS = [('plain', 'global'), ('plain', 'erk'), ('jit', 'erk'), ('vmap', 'global')]
 
 
@@ -390,15 +389,18 @@ def test_segment_on_two_devices_has_no_collective(benches, net, strategy):
         assert word not in hlo
 
 
+def slow_unless(fast, *values):
+    return pytest.param(*values, marks=[] if fast else pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ('how', 'allocation'),
+    ('how', 'allocation', 'name'),
     [
-        ('jit', 'global'),
-        ('vmap', 'erk'),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHER_WAYS),
+        *(slow_unless(m not in POINTS, 'vmap', 'erk', m) for m in METHODS),
+        *(slow_unless(m in KINDS, 'jit', 'global', m) for m in METHODS),
+        *(slow_unless(False, *case, m) for case in OTHER_WAYS for m in METHODS),
     ],
 )
-@pytest.mark.parametrize('name', EACH)
 def test_any_density_is_met_exactly_and_nested(benches, how, allocation, name):
     """Laws: exact counts for any traced k; pruned stays pruned; the state keeps its structure."""
     bench = benches['dense']

@@ -175,11 +175,11 @@ def spectrum(problem, view, examples: int = 2):
 def test_orthogonal_chains(kept, mean):
     """Expectation: widths of 20 give isometry; 5 hidden units for 10 logits, five values of 1 and
     five of 0. By slicing, and by masks of a wider network."""
-    problem, view = chain([64, *[kept] * 6, 10])
+    problem, view = chain([64, *[kept] * 3, 10])
     values = spectrum(problem, view._replace(weights=flow.orthp(view.weights)))
     assert abs(values.mean() - mean) < 1e-9
     assert np.abs(np.sort(values) - ([1] * 10 if kept == 20 else [0] * 5 + [1] * 5)).max() < 1e-9
-    problem, wide = chain([64, *[40] * 6, 10])
+    problem, wide = chain([64, *[40] * 3, 10])
     last = len(wide.weights) - 1
     masks = {
         p: jnp.zeros(w.shape, bool)
@@ -359,7 +359,7 @@ def test_spectra_of_convolutions():
             assert np.abs(found[len(expected) :]).max(initial=0) < 1e-9
         expected = np.sort(file[f'multi/{number}/zero_same_sv'])[::-1]
         close(flow.conv_singular_values(kernel, side, padding='zero'), expected, 1e-6)
-    for number in range(11):
+    for number in (1, 3, 6, 9):
         kernel = jnp.asarray(file[f'single/{number}/kernel'], jnp.float64)[..., None, None]
         expected = file[f'single/{number}/circular_sv']
         close(

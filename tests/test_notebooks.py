@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.script
 NOTEBOOKS = sorted((Path(__file__).parent.parent / 'notebooks').glob('*.py'))
 #: Runs a notebook without a window; every figure shown must have something in it.
 RUN = """
