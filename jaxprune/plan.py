@@ -122,8 +122,7 @@ def at_init(
     Returns:
       The plan. No count rises from one event to the next.
     """
-    if arguments.whole('rounds', rounds) < 1:
-        raise PruneError(f'rounds must be at least 1, not {rounds}')
+    arguments.least(1, rounds=rounds)
     last = keep_counts(shapes, density, allocation, floor=floor, cap=cap, what=what)
     fewest, most = bounds(shapes, floor, cap)
     per_round = [last]

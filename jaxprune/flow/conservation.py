@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from jaxprune.errors import PruneError, nearest
 from jaxprune.score.derivatives import derivatives, parameters
-from jaxprune.types import Batch, Key, Problem, View
+from jaxprune.score.units import grouped
+from jaxprune.types import Batch, Key, Problem, View, Weights
 
 #: Below this a cosine is one of rounding errors.
 _TINY = 1e-30
@@ -81,16 +82,18 @@ def radial_gradient(problem: Problem, *, train: bool = True, axis: int = -1):
     def measure(key: Key, view: View, batches: Batch | None) -> dict[str, jax.Array]:
         at = derivatives(problem, key, view, batches, train=train)
 
-        def cosine(path: str, w: jax.Array) -> jax.Array:
-            w, g = (
-                jnp.moveaxis(leaf, axis, 0).reshape(leaf.shape[axis], -1)
-                for leaf in (w, at.gradient[path])
-            )
-            lengths = (w**2).sum(1) * (g**2).sum(1)
+        def by_unit(one: Weights, other: Weights) -> Weights:
+            return grouped({p: one[p] * other[p] for p in view.weights}, 'unit', axis)
+
+        weights, gradients = by_unit(at.params, at.params), by_unit(at.gradient, at.gradient)
+
+        def cosine(path: str, products: jax.Array) -> jax.Array:
+            lengths = weights[path] * gradients[path]
             alive = lengths > _TINY
-            squares = jnp.where(alive, (w * g).sum(1) ** 2 / jnp.where(alive, lengths, 1), 0)
+            squares = jnp.where(alive, products**2 / jnp.where(alive, lengths, 1), 0)
             return jnp.sqrt(squares.sum() / jnp.maximum(alive.sum(), 1))
 
-        return {path: cosine(path, w) for path, w in view.weights.items()}
+        products = by_unit(at.params, at.gradient)
+        return {path: cosine(path, leaf) for path, leaf in products.items()}
 
     return measure

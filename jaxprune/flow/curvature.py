@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxprune.arguments import least
 from jaxprune.flow.krylov import first, ritz
 from jaxprune.rng import stream
-from jaxprune.score.derivatives import derivatives, moving, parameters
+from jaxprune.score.derivatives import derivatives, dot, moving, parameters
 from jaxprune.score.units import grouped
 from jaxprune.types import Batch, Key, Problem, View, Weights
 
@@ -64,9 +64,8 @@ def hessian_trace(problem: Problem, *, probes: int = 10, train: bool = True):
         at = derivatives(problem, key, view, batches, train=train)
 
         def one(probe: Key) -> jax.Array:
-            v = moving(view, like(jax.random.rademacher, probe, at.params))
-            product = at.product(v)
-            return sum((leaf * product[path]).sum() for path, leaf in v.items())
+            v = moving(view.masks, like(jax.random.rademacher, probe, at.params))
+            return dot(v, at.product(v))
 
         return jax.lax.map(one, jax.random.split(stream(key, 'probe'), probes)).mean()
 
@@ -123,4 +122,4 @@ def like(draw, key: Key, params: Weights) -> Weights:
 
 
 def _normal(key: Key, view: View) -> Weights:
-    return moving(view, like(jax.random.normal, stream(key, 'start'), parameters(view)))
+    return moving(view.masks, like(jax.random.normal, stream(key, 'start'), parameters(view)))

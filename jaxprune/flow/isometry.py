@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from jaxprune import linalg
 from jaxprune.arguments import least
-from jaxprune.errors import PruneError
 from jaxprune.flow.krylov import first, ritz
 from jaxprune.rng import stream
+from jaxprune.score.loss import examples
 from jaxprune.tree import put
 from jaxprune.types import Batch, Key, Problem, View, Weights
 
@@ -25,10 +25,10 @@ def jacobian(problem: Problem):
 
     def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
         del key
-        examples = _examples(batches)
+        inputs = examples(batches, 'a Jacobian')
         with jax.default_matmul_precision('highest'):
-            found = jax.vmap(jax.jacrev(_logits(problem, view)))(examples)
-        return found.reshape(examples.shape[0], -1, examples[0].size)
+            found = jax.vmap(jax.jacrev(_logits(problem, view)))(inputs)
+        return found.reshape(inputs.shape[0], -1, inputs[0].size)
 
     return measure
 
@@ -62,17 +62,18 @@ def largest_jacobian_singular_values(problem: Problem, *, count: int = 1, steps:
         f = _logits(problem, view)
 
         def one(x: jax.Array) -> jax.Array:
-            logits, back = jax.vjp(f, x)
+            logits, forward = jax.linearize(f, x)
+            back = jax.linear_transpose(forward, x)
 
             def product(u: jax.Array) -> jax.Array:
-                return jax.jvp(f, (x,), back(u))[1]
+                return forward(*back(u))
 
             start = jax.random.normal(stream(key, 'start'), logits.shape, logits.dtype)
             squares = first(ritz(product, start, max(steps, count)).values, count)
             return jnp.sqrt(jnp.maximum(squares, 0))
 
         with jax.default_matmul_precision('highest'):
-            return jax.lax.map(one, _examples(batches))
+            return jax.lax.map(one, examples(batches, 'a Jacobian'))
 
     return measure
 
@@ -131,10 +132,3 @@ def _logits(problem: Problem, view: View):
         return logits.reshape(-1)
 
     return f
-
-
-def _examples(batches: Batch | None) -> jax.Array:
-    """Inputs of all batches, `(examples, ...)`."""
-    if batches is None:
-        raise PruneError('a Jacobian needs data: pass batches with leaves (batches, batch, ...)')
-    return batches.x.reshape(-1, *batches.x.shape[2:])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune.score.derivatives import derivatives, parameters
+from jaxprune.score.derivatives import derivatives, dot, moving, parameters
 from jaxprune.score.loss import mean_loss, mean_over_batches
 from jaxprune.score.units import grouped
 from jaxprune.tree import check_same_paths, put
@@ -63,8 +63,8 @@ def loss_change(problem: Problem, *, train: bool = False, temperature: float = 1
             return mean_over_batches(lambda batch: loss(put(view.frozen, values), batch), batches)
 
         near = derivatives(problem, key, view, batches, train=train, temperature=temperature)
-        before, first = at(params), _dot(near.gradient, step)
-        second = first + _dot(step, near.product(step)) / 2
+        before, first = at(params), dot(near.gradient, step)
+        second = first + dot(step, near.product(step)) / 2
         return Change(before, at(pruned) - before, first, second)
 
     return measure
@@ -80,9 +80,6 @@ def gradient_norm_change(problem: Problem, *, train: bool = False, temperature: 
     def measure(key: Key, view: View, masks: Masks, batches: Batch | None) -> GradientChange:
         step = removal(view, masks)
         params = parameters(view)
-        # Expanded around the network before: what it had pruned already stays at zero, but the
-        # gradient there counts as little before as after.
-        kept = {path: _in_force(view, path, leaf) for path, leaf in params.items()}
         loss = mean_loss(problem, view, key, train=train, temperature=temperature)
 
         def gradient(along) -> Weights:
@@ -92,8 +89,8 @@ def gradient_norm_change(problem: Problem, *, train: bool = False, temperature: 
                 here = {path: leaf + along * step[path] for path, leaf in params.items()}
                 return jax.grad(lambda v: loss(put(view.frozen, v), batch))(here)
 
-            mean = mean_over_batches(one, batches)
-            return {path: jnp.where(kept[path], leaf, 0) for path, leaf in mean.items()}
+            # What was pruned before counts as little after.
+            return moving(view.masks, mean_over_batches(one, batches))
 
         def slope(along):
             return jax.jvp(gradient, (along,), (jnp.ones_like(along),))
@@ -102,14 +99,11 @@ def gradient_norm_change(problem: Problem, *, train: bool = False, temperature: 
         start, unit = jnp.zeros((), dtype), jnp.ones((), dtype)
         (g, dg), (_, ddg) = jax.jvp(slope, (start,), (unit,))
         after = gradient(unit)
-        before, first = _dot(g, g), 2 * _dot(g, dg)
-        second = first + _dot(dg, dg) + _dot(g, ddg)
-        left = {
-            path: jnp.where(masks[path], leaf, 0) if path in masks else leaf
-            for path, leaf in after.items()
-        }
-        full = Change(before, _dot(after, after) - before, first, second)
-        return GradientChange(full, _dot(left, left))
+        before, first = dot(g, g), 2 * dot(g, dg)
+        second = first + dot(dg, dg) + dot(g, ddg)
+        left = moving(masks, after)
+        full = Change(before, dot(after, after) - before, first, second)
+        return GradientChange(full, dot(left, left))
 
     return measure
 
@@ -176,11 +170,3 @@ def removal(view: View, masks: Masks) -> Weights:
         path: jnp.where(masks[path], 0, -leaf) if path in masks else jnp.zeros_like(leaf)
         for path, leaf in parameters(view).items()
     }
-
-
-def _in_force(view: View, path: str, leaf: jax.Array) -> jax.Array:
-    return view.masks.get(path, jnp.ones(leaf.shape, bool))
-
-
-def _dot(one: Weights, other: Weights) -> jax.Array:
-    return sum((leaf * other[path]).sum() for path, leaf in one.items())

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxprune.arguments import whole
+from jaxprune.arguments import least
 from jaxprune.errors import PruneError
 from jaxprune.score.derivatives import derivatives, parameters
 from jaxprune.score.loss import mean_gradient
@@ -176,8 +176,7 @@ def predicted_change(
       PruneError: several steps, or momentum that is warm, without second derivatives; momentum not
         in [0, 1), or no steps.
     """
-    if whole('steps', steps) < 1:
-        raise PruneError(f'steps must be at least 1, not {steps}')
+    least(1, steps=steps)
     if not 0 <= momentum < 1:
         raise PruneError(f'momentum must be in [0, 1), not {momentum}')
     reach = 1 - momentum

@@ -16,10 +16,12 @@ from jaxprune.errors import PruneError, nearest
 from jaxprune.flow.krylov import ritz
 from jaxprune.rng import stream
 from jaxprune.score.derivatives import moving, parameters
+from jaxprune.score.loss import examples
 from jaxprune.tree import put
 from jaxprune.types import Batch, Key, Problem, View, Weights
 
 OUTPUTS = ('logits', 'sum')
+_WHAT = 'a tangent kernel'
 
 
 def tangent_kernel(problem: Problem, *, outputs: str = 'logits'):
@@ -36,28 +38,20 @@ def tangent_kernel(problem: Problem, *, outputs: str = 'logits'):
 
     def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
         del key
-        params, examples = parameters(view), _examples(batches)
+        params, inputs = parameters(view), examples(batches, _WHAT)
 
         def one(x: jax.Array) -> Weights:
             f = _outputs(problem, view, x[None], outputs)
-            return moving_rows(view, jax.jacrev(f)(params))
+            return moving(view.masks, jax.jacrev(f)(params))
 
         # One after another: with runs vmapped as well, convolutions would be grouped twice, which
         # XLA has no rule for under a mesh.
-        jacobian = jax.lax.map(one, examples)
+        jacobian = jax.lax.map(one, inputs)
         with jax.default_matmul_precision('highest'):
             rows = (leaf.reshape(-1, params[path].size) for path, leaf in jacobian.items())
             return sum(leaf @ leaf.T for leaf in rows)
 
     return measure
-
-
-def moving_rows(view: View, jacobian: Weights) -> Weights:
-    """The Jacobian with the columns of pruned weights zero; leaves `(outputs, ...)`."""
-    return {
-        path: jnp.where(view.masks[path], leaf, 0) if path in view.masks else leaf
-        for path, leaf in jacobian.items()
-    }
 
 
 class KernelSpectrum(NamedTuple):
@@ -104,14 +98,14 @@ def ntk_largest(problem: Problem, *, steps: int = 20, outputs: str = 'logits'):
     _check(outputs)
 
     def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
-        params, f = parameters(view), _outputs(problem, view, _examples(batches), outputs)
-        back = jax.linear_transpose(jax.linearize(f, params)[1], params)
+        params, f = parameters(view), _outputs(problem, view, examples(batches, _WHAT), outputs)
+        value, forward = jax.linearize(f, params)
+        back = jax.linear_transpose(forward, params)
 
         def product(u: jax.Array) -> jax.Array:
-            return jax.jvp(f, (params,), (moving(view, back(u)[0]),))[1]
+            return forward(moving(view.masks, back(u)[0]))
 
-        shape = jax.eval_shape(f, params)
-        start = jax.random.normal(stream(key, 'start'), shape.shape, shape.dtype)
+        start = jax.random.normal(stream(key, 'start'), value.shape, value.dtype)
         return ritz(product, start, steps).values[0]
 
     return measure
@@ -127,18 +121,18 @@ def ntk_trace(problem: Problem, *, probes: int = 0, outputs: str = 'logits'):
     _check(outputs)
 
     def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
-        params, examples = parameters(view), _examples(batches)
+        params, inputs = parameters(view), examples(batches, _WHAT)
 
         def squares(tree: Weights) -> jax.Array:
-            return sum((leaf**2).sum() for leaf in moving_rows(view, tree).values())
+            return sum((leaf**2).sum() for leaf in moving(view.masks, tree).values())
 
         if not probes:
 
             def one(x: jax.Array) -> jax.Array:
                 return squares(jax.jacrev(_outputs(problem, view, x[None], outputs))(params))
 
-            return jax.lax.map(one, examples, batch_size=16).sum()
-        value, back = jax.vjp(_outputs(problem, view, examples, outputs), params)
+            return jax.lax.map(one, inputs, batch_size=16).sum()
+        value, back = jax.vjp(_outputs(problem, view, inputs, outputs), params)
         draws = jax.random.split(stream(key, 'probe'), probes)
 
         def estimate(probe: Key) -> jax.Array:
@@ -163,15 +157,6 @@ def _outputs(
         return (logits.sum(1) if outputs == 'sum' else logits).reshape(-1)
 
     return f
-
-
-def _examples(batches: Batch | None) -> jax.Array:
-    """Inputs of all batches, `(examples, ...)`."""
-    if batches is None:
-        raise PruneError(
-            'a tangent kernel needs data: pass batches with leaves (batches, batch, ...)'
-        )
-    return batches.x.reshape(-1, *batches.x.shape[2:])
 
 
 def _check(outputs: str) -> None:

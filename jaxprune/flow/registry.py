@@ -11,6 +11,7 @@ from jaxprune.flow import conservation, curvature, isometry, norms, ntk
 from jaxprune.flow.agreement import agreement
 from jaxprune.score.derivatives import parameters
 from jaxprune.score.importance import importance
+from jaxprune.score.loss import examples
 from jaxprune.types import GLOBAL, Batch, Key, Problem, View
 
 Measure = Callable[[Key, View, Batch | None], dict[str, jax.Array]]
@@ -75,15 +76,11 @@ def _ntk(take: Callable):
         kernel = ntk.tangent_kernel(problem, outputs='sum')
 
         def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
-            if batches is None:
-                raise PruneError('a tangent kernel needs data: pass batches')
-            examples = batches.y.size
+            inputs, labels = examples(batches, 'a tangent kernel'), batches.y.reshape(-1)
             # The golden ratio's multiples spread evenly whatever the order of the classes.
-            spread = sorted({int(i * 0.6180339887 % 1 * examples) for i in range(NTK_EXAMPLES)})
-            few = jax.tree.map(
-                lambda leaf: leaf.reshape(1, examples, *leaf.shape[2:])[:, np.array(spread)],
-                batches,
-            )
+            places = {int(i * 0.6180339887 % 1 * labels.size) for i in range(NTK_EXAMPLES)}
+            some = np.array(sorted(places))
+            few = Batch(inputs[None, some], labels[None, some])
             return ntk.kernel_spectrum(kernel(key, view, few))
 
         return measure

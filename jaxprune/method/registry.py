@@ -163,7 +163,7 @@ def build(
         )
     if granularity not in GRANULARITIES:
         raise PruneError(
-            f"unknown granularity '{granularity}': {nearest(granularity, GRANULARITIES)}"
+            f"unknown granularity '{granularity}': {nearest(str(granularity), GRANULARITIES)}"
         )
     if whole and granularity == 'weight':
         raise PruneError("whole names layers that keep all units, with granularity 'unit'")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxprune import arguments, structure, tree
 from jaxprune import problem as problems
 from jaxprune.errors import PruneError, nearest
-from jaxprune.method import GRANULARITIES, build, method, unit_shapes
+from jaxprune.method import build, method, unit_shapes
 from jaxprune.plan import at_init
 from jaxprune.prune_model import check
 from jaxprune.prune_model.report import Report, report_of
@@ -102,9 +102,6 @@ def prune(
     card = method(method_name)
     if target not in structure.TARGETS:
         raise PruneError(f'unknown target {target!r}: {nearest(str(target), structure.TARGETS)}')
-    if granularity not in GRANULARITIES:
-        valid = nearest(str(granularity), GRANULARITIES)
-        raise PruneError(f'unknown granularity {granularity!r}: {valid}')
     if granularity == 'unit' and target != 'direct':
         raise PruneError("units are pruned to a density of units: leave target at 'direct'")
     check.options(options, card.options, inspect.signature(prune).parameters)

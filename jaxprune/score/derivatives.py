@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxprune.arguments import positive
 from jaxprune.score.loss import mean_loss, mean_over_batches
 from jaxprune.tree import paths, put
-from jaxprune.types import Batch, Key, Problem, View, Weights
+from jaxprune.types import Batch, Key, Masks, Problem, View, Weights
 
 
 class Derivatives(NamedTuple):
@@ -33,12 +33,20 @@ def parameters(view: View) -> Weights:
     return dict(sorted({**found, **view.weights}.items()))
 
 
-def moving(view: View, tree: Weights) -> Weights:
-    """The entries of weights that move; zero where pruned. Leaves without a mask stay."""
+def moving(masks: Masks, tree: Weights) -> Weights:
+    """The entries of weights that move; zero where pruned. Leaves without a mask stay.
+
+    Leaves may have leading axes of their own, such as the rows of a Jacobian.
+    """
     return {
-        path: jnp.where(view.masks[path], leaf, 0) if path in view.masks else leaf
+        path: jnp.where(masks[path], leaf, 0) if path in masks else leaf
         for path, leaf in tree.items()
     }
+
+
+def dot(one: Weights, other: Weights) -> jax.Array:
+    """The inner product of two vectors shaped like the parameters."""
+    return sum((leaf * other[path]).sum() for path, leaf in one.items())
 
 
 def derivatives(
@@ -73,9 +81,8 @@ def derivatives(
         return jax.grad(lambda v: loss(put(view.frozen, v), batch))(values)
 
     def decayed(mean: Weights, values: Weights) -> Weights:
-        return moving(
-            view, {path: leaf + weight_decay * values[path] for path, leaf in mean.items()}
-        )
+        total = {path: leaf + weight_decay * values[path] for path, leaf in mean.items()}
+        return moving(view.masks, total)
 
     def product(vector: Weights) -> Weights:
         def one(batch: Batch) -> Weights:

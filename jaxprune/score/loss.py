@@ -64,6 +64,17 @@ def mean_over_batches(fn: Callable[[Batch], PyTree], batches: Batch | None) -> P
     return jax.tree.map(lambda leaf: leaf / len(separate), total)
 
 
+def examples(batches: Batch | None, what: str) -> jax.Array:
+    """Inputs of all batches, `(examples, ...)`, for something that looks at each on its own.
+
+    Raises:
+      PruneError: there are none; `what` needs them.
+    """
+    if batches is None:
+        raise PruneError(f'{what} needs data: pass batches with leaves (batches, batch, ...)')
+    return batches.x.reshape(-1, *batches.x.shape[2:])
+
+
 def split(batches: Batch | None) -> list[Batch]:
     """The batches one by one.
 

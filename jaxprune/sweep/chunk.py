@@ -70,8 +70,9 @@ def _run_chunk(
     before = saved.load(_abstract_states(program, members))
     with watch.phase('prune'):
         if before is None:
-            states, errors = engine.init(rows), [None] * wanted
-            states = _prune(program, engine, rows, padded, states, errors, 0)
+            states, errors = _prune(
+                program, engine, rows, padded, engine.init(rows), [None] * wanted, 0
+            )
             done, losses, records, curves, flow = 0, [], [], [], []
         else:
             done, stacked, errors, losses, records, curves, flow = before
@@ -88,7 +89,7 @@ def _run_chunk(
     for epoch in range(done + 1, epochs + 1):
         if epoch > 1 and any(_round_after(run, epoch - 1) is not None for run in members):
             with watch.phase('prune'):
-                states = _prune(program, engine, rows, padded, states, errors, epoch - 1)
+                states, errors = _prune(program, engine, rows, padded, states, errors, epoch - 1)
                 counted = _counted(engine, states, count)
         with watch.phase('train'):
             trained = engine.epoch(epoch - 1, rows, states, told)
@@ -199,10 +200,11 @@ def _prune(
     rows: Rows,
     padded: Sequence[Run],
     states: Any,
-    errors: list[str | None],
+    errors: Sequence[str | None],
     epochs: int,
-) -> Any:
-    """Prunes what is due after so many epochs; `errors` is told what went wrong with each row."""
+) -> tuple[Any, list[str | None]]:
+    """Prunes what is due after so many epochs; the states, and what went wrong with each row."""
+    errors = list(errors)
     by_event: dict[tuple, list[int]] = {}
     for i, run in enumerate(padded):
         due = _round_after(run, epochs)
@@ -221,7 +223,7 @@ def _prune(
         found = _score_errors([padded[i] for i in at], counts, info, told)
         for i, error in zip(at, found, strict=True):
             errors[i] = error
-    return states
+    return states, errors
 
 
 def _score_errors(
