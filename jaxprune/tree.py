@@ -107,7 +107,7 @@ def apply_masks(params: PyTree, masks: Masks) -> PyTree:
     Raises:
       PruneError: a mask that is not boolean, or fits no leaf.
     """
-    _check_masks(params, masks)
+    check_masks(params, masks)
 
     def keep(path, leaf):
         mask = masks.get(_join(path))
@@ -118,7 +118,7 @@ def apply_masks(params: PyTree, masks: Masks) -> PyTree:
 
 def mask_tree(params: PyTree, masks: Masks) -> PyTree:
     """A tree shaped like `params` that holds the masks, and True for leaves without one."""
-    _check_masks(params, masks)
+    check_masks(params, masks)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: masks.get(_join(path), jnp.ones((), bool)), params
     )
@@ -146,7 +146,7 @@ def check_fits(params: PyTree, flat: Weights) -> None:
             )
 
 
-def _check_masks(params: PyTree, masks: Masks) -> None:
+def check_masks(params: PyTree, masks: Masks) -> None:
     """`check_fits`, and every mask is boolean: a soft mask would silently count as all True."""
     check_fits(params, masks)
     for path, mask in masks.items():

@@ -64,10 +64,10 @@ views = {
 }
 
 # %% [markdown]
-# The signed measures of order 1 and 2, weight by weight. They are all but the same: removing the
-# weights with the most negative θ Hg, to increase the gradient norm, removes those with the most
-# negative θ g, and to first order the loss changes by -θ g on removal. GraSP removes what the loss
-# needs most.
+# The signed measures of order 1 and 2, weight by weight. They go together, more so in a trained
+# network: removing the weights with the most negative θ Hg, to increase the gradient norm, removes
+# mostly those with a very negative θ g, and to first order the loss changes by -θ g on removal.
+# GraSP removes what the loss needs most.
 
 # %%
 signed = {order: jax.jit(importance(problem, order=order, mode='signed')) for order in (1, 2)}
@@ -114,6 +114,6 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# Loss preservation keeps the first-order term at zero by construction; what it loses is the rest of
-# the expansion, which no order near the network can see. Whether that matters after retraining is
-# what `experiments/gradient_flow` asks.
+# Loss preservation keeps the first-order term small, whatever the compression; what it loses is the
+# rest of the expansion, which no order near the network can see. Whether that matters after
+# retraining is what `experiments/gradient_flow` asks.

@@ -11,7 +11,8 @@
 #
 # `flow.norm_dynamics` gives the norm of every layer, filter or weight with its first and second
 # time derivative under gradient flow. `flow.predicted_change` turns them into what steps of SGD
-# with momentum and weight decay will do: an expansion of the iteration, so the step size counts.
+# with momentum and weight decay will do: an expansion of the iteration, so the step size counts. It
+# is good for as long as the loss is well described by its slope and curvature here.
 
 # %%
 import jax
@@ -33,7 +34,8 @@ view = jp.view(problem, pruned.params, state, pruned.masks)
 
 # %% [markdown]
 # Full-batch gradient descent from here, with the momentum and the decay that one would use. The
-# prediction for k steps uses derivatives of the first moment only.
+# prediction for k steps uses derivatives of the first moment only. Along the sharpest direction, of
+# curvature λ, the slope changes sign after a time 1/λ: an expansion says nothing after that.
 
 # %%
 rate, momentum, decay = 0.001, 0.9, 1e-3
@@ -56,7 +58,10 @@ def step(params, speed):
 
 
 dynamics = jax.jit(flow.norm_dynamics(problem, weight_decay=decay))(key, view, batches)
-steps = range(1, 31)
+sharpest = jax.jit(flow.hessian_eigenvalues(problem))(key, view, batches)[0]
+steps = range(1, 16)
+walked = rate * np.cumsum(np.cumsum(momentum ** np.arange(15)))  # η times what steps add up to
+end = np.argmax(walked * sharpest > 1) + 1
 measured, predicted, first_order = [], [], []
 params, speed = view.frozen, jax.tree.map(jnp.zeros_like, view.frozen)
 for k in steps:
@@ -76,7 +81,9 @@ for ax, path in zip(axes, layers, strict=True):
     ax.plot(steps, [m[path] for m in measured], 'k-', label='measured')
     ax.plot(steps, [p[path] for p in predicted], 'C1--', label='to second order')
     ax.plot(steps, [p[path] for p in first_order], 'C0:', label='to first order')
+    ax.axvline(end, color='0.6', linewidth=0.8)
     ax.set(title=path, xlabel='steps of momentum SGD')
+axes[-1].text(end, axes[-1].get_ylim()[1], ' time 1/λ', color='0.4', va='top')
 axes[0].set_ylabel('change of ‖W‖²')
 axes[0].legend()
 plt.show()
@@ -84,13 +91,13 @@ plt.show()
 # %% [markdown]
 # What gradient flow conserves is a test of everything at once. Between ReLU layers, with the bias
 # counted on the input side, ‖W_l‖² + ‖b_l‖² - ‖W_(l+1)‖² stands still; every discrete step moves it
-# by η² times a difference of squared gradients, so halving the step halves the drift over the same
-# time. A mask changes nothing about that.
+# by η² times a difference of squared gradients. There are 1/η steps to a time, so half the step is
+# half the drift, once steps are small. A mask changes nothing about that.
 
 # %%
 biases = [path.replace('kernel', 'bias') for path in layers]
 figure, ax = plt.subplots(figsize=(6.4, 3.6), layout='constrained')
-for eta, color in ((0.1, 'C3'), (0.05, 'C1'), (0.025, 'C0')):
+for eta, color in ((0.02, 'C3'), (0.01, 'C1'), (0.005, 'C0')):
     params, drift = view.frozen, []
     gradient = jax.jit(
         jax.grad(
@@ -98,7 +105,7 @@ for eta, color in ((0.1, 'C3'), (0.05, 'C1'), (0.025, 'C0')):
         )
     )
     start = flow.imbalance(view, layers, biases=biases)
-    for _ in range(int(5 / eta)):
+    for _ in range(int(2 / eta)):
         moved = jp.apply_masks(gradient(params), pruned.masks)
         params = jax.tree.map(lambda p, g, eta=eta: p - eta * g, params, moved)
         now = flow.imbalance(at(params), layers, biases=biases)

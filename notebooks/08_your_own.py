@@ -41,13 +41,13 @@ batches = Batch(x[None, :300], y[None, :300])
 
 
 # %%
-def blame(problem):
-    """`|w| * sqrt(Σ over the unit's weights of g²)`."""
+def blame(problem, *, train=False):
+    """`|w| * sqrt(Σ over the unit's weights of g²)`; batch statistics if `train`."""
 
     def score(key: Key, view: View, batches: Batch | None):
         def loss(weights):
             params = jp.put(view.frozen, weights)
-            logits, _ = problem.apply(params, view.model_state, batches.x[0], train=False, key=None)
+            logits, _ = problem.apply(params, view.model_state, batches.x[0], train=train, key=key)
             return problem.loss(logits, batches.y[0]).mean()
 
         gradient = jax.grad(loss)(view.weights)
@@ -146,13 +146,14 @@ plt.show()
 # %% [markdown]
 # ## A name in specifications
 #
-# A score moves to `jaxprune/score/blame.py`, and one line in `jaxprune/method/registry.py` names
-# it:
+# A score moves to `jaxprune/score/blame.py`, `jaxprune/score/__init__.py` exports it, and one line
+# in `jaxprune/method/registry.py` names it:
 #
 #     'blame': Method('blame', _of(score.blame), _data),
 #
-# The tests of `tests/test_contract.py` then hold it to all laws: N vmapped runs equal N single
-# runs, exact counts, nothing pruned comes back. A quantity moves to `jaxprune/flow/`, with a line
-# in its registry, and `[record] flow = ["evenness"]` records it along every run of a sweep:
+# The README's table of methods gets a row. The tests of `tests/test_contract.py` then hold it to
+# all laws: N vmapped runs equal N single runs, exact counts, nothing pruned comes back. A quantity
+# moves to `jaxprune/flow/`, with a line in its registry, and `[record] flow = ["evenness"]` records
+# it along every run of a sweep:
 #
 #     'evenness': Quantity(_of(norms.evenness), 'how alike the weights are', needs_data=False),

@@ -6,10 +6,12 @@ that `jax.hessian` and `jax.jacobian` write out.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import polars as pl
 import pytest
 import scipy.stats
@@ -550,6 +552,10 @@ def test_agreement_is_that_of_scipy():
         assert_near(found.overlap[path], len(tops[0] & tops[1]) / k)
     constant = flow.pearson(jnp.ones(4), jnp.arange(4.0), jnp.ones(4, bool))
     assert np.isnan(constant)
+    # The mean of many equal numbers is off by a rounding error, alike for all of them.
+    many = [jnp.full(1000, value, jnp.float32) for value in (0.1, 0.2, 0.3)]
+    for one, other in itertools.product([*many, jnp.arange(1000.0)], many):
+        assert np.isnan(flow.pearson(one, other, jnp.ones(1000, bool)))
     tiny = jnp.arange(4.0, dtype=jnp.float32) * 1e-30  # squares would leave float32
     assert_near(flow.pearson(tiny, tiny, jnp.ones(4, bool)), 1.0, 1e-6)
 
@@ -691,7 +697,14 @@ def test_numbers_that_cannot_be():
         (lambda: flow.hessian_eigenvalues(problem, count=0), 'count must be at least 1'),
         (lambda: flow.hessian_trace(problem, probes=0), 'probes must be at least 1'),
         (lambda: flow.spectral_density(problem, steps=0), 'steps must be at least 1'),
+        (lambda: flow.ntk_largest(problem, steps=0), 'steps must be at least 1'),
+        (lambda: flow.ntk_trace(problem, probes=-1), 'probes must be at least 0'),
         (lambda: flow.norm_dynamics(problem, by='filter'), "unknown groups 'filter'"),
+        (lambda: flow.gradient_curvature(problem, by='filter'), "unknown groups 'filter'"),
+        (lambda: flow.evolution_error(problem, by='filter'), "unknown groups 'filter'"),
+        (lambda: flow.distance_rate(problem, by='filter'), "unknown groups 'filter'"),
+        (lambda: flow.agreement({}, {}), 'nothing to compare'),
+        (lambda: flow.churn(jnp.ones((20, 4)), jnp.ones((1, 4))), 'logits have shapes'),
         (
             lambda: flow.loss_change(problem, temperature=0.0)(KEY, view, view.masks, batches),
             'above 0',
@@ -709,6 +722,51 @@ def test_numbers_that_cannot_be():
     ):
         with pytest.raises(jp.PruneError, match=said):
             call()
+
+
+def test_masks_that_cannot_be():
+    """Expectation: soft masks and masks of other shapes are refused, not broadcast or rounded."""
+    problem, view, batches = network(jnp.tanh)
+    soft = {path: jnp.full(w.shape, 0.3) for path, w in view.weights.items()}
+    small = {path: jnp.ones((1, 1), bool) for path in view.weights}
+    optimizer = optax.sgd(0.1)
+    for masks, said in ((soft, 'must be boolean'), (small, 'has shape')):
+        for call in (
+            lambda m: flow.loss_change(problem)(KEY, view, m, batches),
+            lambda m: flow.gradient_norm_change(problem)(KEY, view, m, batches),
+            lambda m: flow.evolution_error(problem)(KEY, view, m, batches),
+            lambda m: flow.agreement(view.weights, view.weights, m),
+            lambda m: flow.approximately_orthogonal(view.weights, m, optimizer, steps=1),
+        ):
+            with pytest.raises(jp.PruneError, match=said):
+                call(masks)
+
+
+def test_momentum_may_be_traced():
+    """Expectation: a vmapped prediction equals that of each momentum."""
+    problem, view, batches = network(jnp.tanh)
+    dynamics = flow.norm_dynamics(problem)(KEY, view, batches)
+    for steps, warm in ((1, False), (5, False), (3, True)):
+        predict = functools.partial(flow.predicted_change, dynamics, 0.1, steps=steps, warm=warm)
+        over = jax.vmap(lambda m, predict=predict: predict(momentum=m))(jnp.array([0.0, 0.9]))
+        for i, momentum in enumerate((0.0, 0.9)):
+            for path, value in predict(momentum=momentum).items():
+                assert_near(over[path][i], value)
+    first = flow.norm_dynamics(problem, second=False)(KEY, view, batches)
+    one = jax.jit(lambda m: flow.predicted_change(first, 0.1, momentum=m))(0.9)
+    assert_near(one['0/w'], flow.predicted_change(dynamics, 0.1, momentum=0.9)['0/w'])
+
+
+def test_imbalance_is_refused_through_normalisation():
+    problem = jp.linen(jp.nn.build('vgg11', 10, width=0.25), input_shape=(32, 32, 3))
+    with pytest.raises(jp.PruneError, match="no flow keeps an 'imbalance' through normalisation"):
+        flow.quantity('imbalance').make(problem, ())
+
+
+def test_diverged_networks_have_no_churn():
+    logits = jnp.array([[[0.0, 1.0], [1.0, 0.0]], [[jnp.nan, 1.0], [1.0, 0.0]]])
+    found = flow.churn(logits, logits[0][:, ::-1])
+    assert found[0] == 1 and jnp.isnan(found[1])
 
 
 def test_names_of_quantities():

@@ -388,18 +388,26 @@ def test_strides_and_paddings_that_cannot_be():
         flow.conv_singular_values(kernel, 5, stride=2)
     with pytest.raises(jp.PruneError, match="unknown padding 'same'"):
         flow.conv_singular_values(kernel, 4, padding='same')
+    with pytest.raises(jp.PruneError, match='stride must be at least 1, not 0'):
+        flow.conv_singular_values(kernel, 4, stride=0)
+    with pytest.raises(jp.PruneError, match='height must be a whole number'):
+        flow.conv_singular_values(kernel, 8.0)
 
 
 def test_largest_values_by_products_alone():
     """Expectation: the largest of the full decomposition, for a ReLU network; NaN past the rank."""
-    problem, view = chain([12, 9, 8, 6], activation='relu')
+    problem, view = chain([12, 9, 4, 8], activation='relu')
     x = jax.random.normal(KEY, (1, 3, 12))
     batches = jp.Batch(x, jnp.zeros((1, 3)))
     full = flow.jacobian_singular_values(problem)(KEY, view, batches)
-    found = flow.largest_jacobian_singular_values(problem, count=3, steps=6)(KEY, view, batches)
+    found = flow.largest_jacobian_singular_values(problem, count=3, steps=5)(KEY, view, batches)
     close(found, full[:, :3], 1e-6)
+    few = flow.largest_jacobian_singular_values(problem, count=7, steps=7)(KEY, view, batches)
+    assert jnp.isnan(few[:, -1]).all()
+    exact = flow.largest_jacobian_singular_values(problem, count=8)(KEY, view, batches)
+    close(exact, full, 1e-12)
     matrix = flow.jacobian(problem)(KEY, view, batches)
-    assert matrix.shape == (3, 6, 12)
+    assert matrix.shape == (3, 8, 12)
     by_differences = []
     logits = lambda x: problem.apply(view.frozen, {}, x, train=False, key=None)[0]  # noqa: E731
     for i in range(12):

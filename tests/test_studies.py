@@ -55,6 +55,9 @@ def test_isometry(tmp_path):
     run(*study, '--nets', 'MLP-7-Linear', 'LeNet-5-ReLU', '--longer', 2)
     text = run(folder / 'outcomes.py', tmp_path, '--out', tmp_path / 'outcomes.md')
     assert (tmp_path / 'isometry.png').exists() and '### LeNet-5-ReLU' in text
+    twice = [sys.executable, folder / 'outcomes.py', tmp_path, tmp_path]
+    done = subprocess.run(twice, capture_output=True, text=True)
+    assert done.returncode == 1 and 'some runs are there twice' in done.stderr
     frame = pl.read_parquet(tmp_path / 'runs.parquet').filter(pl.col('epoch') == 0)
     repaired = frame.filter(pl.col('repair') == 'L1 + OrthP')
     linear = repaired.filter(pl.col('net') == 'MLP-7-Linear')

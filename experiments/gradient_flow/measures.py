@@ -1,6 +1,6 @@
 """Importances along dense training: how measures agree, and what pruning by each does at once.
 
-    cd experiments/gradient_flow && python measures.py lenet5.toml --out runs/lenet5_measures
+    cd experiments/gradient_flow && python measures.py lenet5.toml --out ../../runs/lenet5_measures
 
 Trains the dense runs of a sweep, one per seed, and looks at them before training, after one epoch,
 half-way and at the end. Each time: the correlations that the study is about, over single weights
@@ -19,8 +19,7 @@ import numpy as np
 import polars as pl
 
 from jaxprune import data, flow, problem, tree
-from jaxprune.method import unit_floor, unit_shapes
-from jaxprune.method.units import unit_select
+from jaxprune.method import unit_floor, unit_select, unit_shapes
 from jaxprune.score.importance import MEASURES, importance
 from jaxprune.score.units import grouped
 from jaxprune.sweep import SweepSpec, load_spec, use_all_cores

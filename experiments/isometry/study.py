@@ -27,10 +27,8 @@ import numpy as np
 import polars as pl
 
 from jaxprune import data, flow, problem, tree
-from jaxprune.method import unit_shapes
-from jaxprune.method.units import unit_select
+from jaxprune.method import alike, unit_select, unit_shapes
 from jaxprune.score.magnitude import magnitude
-from jaxprune.score.units import grouped, spread
 from jaxprune.sweep import make_spec, use_all_cores
 from jaxprune.sweep.devices import keep_compiled
 from jaxprune.sweep.engine import Engine, Rows, make_engine, stacked
@@ -78,11 +76,15 @@ def main() -> int:
     add('--ratios', nargs='+', type=float, default=[0.1, 0.3, 0.5, 0.7, 0.8, 0.9])
     add('--seeds', type=int, default=5)
     add('--epochs', type=int, default=30, help='of each phase (default 30)')
-    add('--longer', type=int, default=3, help='also fine-tune 1e-3 so many times as long; 0: not')
+    add('--longer', type=int, default=3, help='also fine-tune 1e-3 so many times as long; 1: not')
     add('--data', default='mnist_small', help='mnist_small (default), mnist or fashion_mnist')
     add('--data-dir', help='where prepared TFDS data lie')
     add('--out', type=Path, required=True, help='directory of the table')
     settings = parser.parse_args()
+    if not all(0 < ratio < 1 for ratio in settings.ratios):
+        parser.error('--ratios are shares of filters to remove, in (0, 1)')
+    if min(settings.seeds, settings.epochs, settings.longer) < 1:
+        parser.error('--seeds, --epochs and --longer are at least 1')
     use_all_cores()
     keep_compiled()
     settings.out.mkdir(parents=True, exist_ok=True)
@@ -108,7 +110,7 @@ def studied(settings: argparse.Namespace, net: str) -> list[dict[str, Any]]:
     trained = engine.pack(states)
     batches = examples(settings)
     lengths = [(settings.epochs, RATES)]
-    if settings.longer:
+    if settings.longer > 1:
         lengths.append((settings.epochs * settings.longer, RATES[1:]))
     found = []
     for epochs, rates in lengths:
@@ -222,8 +224,7 @@ def pruner(program: Program, activation: str):
     @jax.jit
     def prune(params, model_state, counts):
         view = problem.view(net, params, model_state)
-        sizes = magnitude()(jax.random.key(0), view, None)
-        masks = select(spread(grouped(sizes, 'unit'), sizes, 'unit'), counts)
+        masks = select(alike(magnitude())(jax.random.key(0), view, None), counts)
         kept = tree.apply_masks(params, masks)
         made = flow.orthp(tree.pick(kept, net.prunable), masks, activation=activation)
         return masks, kept, tree.put(kept, made)

@@ -1,9 +1,14 @@
 """Gradient flow and dynamical isometry: functions of a network at one moment.
 
 Most are factories: `problem -> measure`, and a measure is a pure function
-`(key, view, batches) -> arrays`, for `jit` and for `vmap` over seeds, masks and checkpoints. They
-see the network as it is trained: what the masks prune does not move. Every path is that of a
-parameter; '*' stands for the whole network.
+`(key, view, batches) -> arrays`, for `jit` and for `vmap` over seeds, masks and checkpoints; what a
+mask would do is asked of `(key, view, masks, batches)`. What the view's masks prune does not move.
+Every path is that of a parameter; '*' stands for the whole network.
+
+Norms, their derivatives and curvature follow training: batch statistics, unless `train=False`.
+Importances and the effect of masks, as the studies have them, look at the network as it is
+evaluated: running statistics, unless `train=True`. `weight_norm`, `gradient_norm` and distances are
+those of kernels; derivatives of norms, curvature and kernels are with respect to all parameters.
 
 norms         weights, gradients, distances; norms to second order in time, measured and predicted
 conservation  what the flow keeps

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxprune.errors import PruneError
 from jaxprune.quota import check_density
 from jaxprune.select import as_floats, top_k_mask
-from jaxprune.tree import check_same_paths
+from jaxprune.tree import check_masks, check_same_paths
 from jaxprune.types import GLOBAL, Masks, Weights
 
 
@@ -43,11 +43,15 @@ def agreement(
       density: of `overlap`: the share of entries each measure would keep.
 
     Raises:
-      PruneError: other paths or shapes, or a density not in (0, 1].
+      PruneError: nothing to compare, other paths or shapes, masks that are not boolean, a density
+        not in (0, 1].
     """
+    if not one:
+        raise PruneError('there is nothing to compare: the measures have no leaves')
     check_same_paths('measures', other, one)
     if masks is not None:
         check_same_paths('masks', masks, one)
+        check_masks(one, masks)
     if not isinstance(density, jax.core.Tracer):
         check_density(density)
     for path, leaf in one.items():
@@ -73,11 +77,14 @@ def agreement(
 def pearson(a: jax.Array, b: jax.Array, keep: jax.Array) -> jax.Array:
     """Linear correlation of the entries that count; NaN where either does not vary."""
     count = keep.sum()
+    # Told apart before: the mean of equal numbers may differ from them by a rounding error.
+    vary = _varies(a, keep) & _varies(b, keep)
     a, b = (jnp.where(keep, v - jnp.where(keep, v, 0).sum() / count, 0) for v in (a, b))
     # Scaled first: squares of small gradients leave float32.
     a, b = (v / jnp.where(v.any(), jnp.abs(v).max(), 1) for v in (a, b))
     lengths = jnp.sqrt((a**2).sum() * (b**2).sum())
-    return jnp.where(lengths > 0, (a * b).sum() / jnp.where(lengths > 0, lengths, 1), jnp.nan)
+    alike = (a * b).sum() / jnp.where(lengths > 0, lengths, 1)
+    return jnp.where(vary & (lengths > 0), alike, jnp.nan)
 
 
 def spearman(a: jax.Array, b: jax.Array, keep: jax.Array) -> jax.Array:
@@ -92,6 +99,12 @@ def top_overlap(a: jax.Array, b: jax.Array, keep: jax.Array, *, density: ArrayLi
     k = jnp.maximum(jnp.round(density * keep.sum()).astype(jnp.int32), 1)
     first, second = (top_k_mask(jnp.where(keep, v, -jnp.inf), k) for v in (a, b))
     return jnp.where(_broken(a, b, keep) | ~keep.any(), jnp.nan, (first & second).sum() / k)
+
+
+def _varies(values: jax.Array, keep: jax.Array) -> jax.Array:
+    """Are there two different values that count?"""
+    low, high = (jnp.where(keep, values, bound) for bound in (jnp.inf, -jnp.inf))
+    return high.max() > low.min()
 
 
 def _broken(a: jax.Array, b: jax.Array, keep: jax.Array) -> jax.Array:

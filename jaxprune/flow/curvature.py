@@ -13,7 +13,7 @@ from jaxprune.arguments import least
 from jaxprune.flow.krylov import first, ritz
 from jaxprune.rng import stream
 from jaxprune.score.derivatives import derivatives, dot, moving, parameters
-from jaxprune.score.units import grouped
+from jaxprune.score.units import check_groups, grouped
 from jaxprune.types import Batch, Key, Problem, View, Weights
 
 
@@ -24,6 +24,7 @@ def gradient_curvature(
 
     Under gradient flow `d‖g‖²/dt = -2 gᵀHg` and `d²L/dt² = 2 gᵀHg`.
     """
+    check_groups(by)
 
     def measure(key: Key, view: View, batches: Batch | None) -> dict[str, jax.Array]:
         at = derivatives(problem, key, view, batches, train=train)

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from jaxprune.score.derivatives import derivatives, dot, moving, parameters
 from jaxprune.score.loss import mean_loss, mean_over_batches
-from jaxprune.score.units import grouped
-from jaxprune.tree import check_same_paths, put
+from jaxprune.score.units import check_groups, grouped
+from jaxprune.tree import check_masks, check_same_paths, put
 from jaxprune.types import Batch, Key, Masks, Problem, View, Weights
 
 
@@ -133,6 +133,7 @@ def evolution_error(
 
     The first-order evolution that loss preservation keeps: with g as it is before pruning.
     """
+    check_groups(by)
 
     def measure(key: Key, view: View, masks: Masks, batches: Batch | None) -> EvolutionError:
         step = removal(view, masks)
@@ -163,9 +164,10 @@ def removal(view: View, masks: Masks) -> Weights:
     """`δ`: what pruning to these masks adds to every parameter, zero where nothing is removed.
 
     Raises:
-      PruneError: masks of other paths than the weights.
+      PruneError: masks of other paths or shapes than the weights, or not boolean.
     """
     check_same_paths('masks', masks, view.weights)
+    check_masks(view.weights, masks)
     return {
         path: jnp.where(masks[path], 0, -leaf) if path in masks else jnp.zeros_like(leaf)
         for path, leaf in parameters(view).items()

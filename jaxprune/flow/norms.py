@@ -117,7 +117,6 @@ def norm_dynamics(
       second: False leaves out the second derivative, and with it the Hessian product.
       axis: of the outputs of a kernel, for units.
     """
-
     check_groups(by)
 
     def measure(key: Key, view: View, batches: Batch | None) -> NormDynamics:
@@ -153,7 +152,7 @@ def predicted_change(
     learning_rate: ArrayLike,
     *,
     steps: int = 1,
-    momentum: float = 0.0,
+    momentum: ArrayLike = 0.0,
     warm: bool = False,
 ) -> Grouped:
     """The change of `‖Θ_p‖²` over steps of gradient descent, to second order in the learning rate.
@@ -163,7 +162,9 @@ def predicted_change(
     `-2 η Θᵀg + η² ‖g‖²`. More steps need the second derivative.
 
     Heavy-ball momentum μ makes steps of `η / (1 - μ)` once it is warm; from rest it moves less.
-    Both are expansions of the iteration itself, which differs from the flow by O(η²).
+    Both are expansions of the iteration itself, which differs from the flow by O(η²), and say
+    nothing once `η` times the steps, each as long as momentum makes it, passes about 1 over the
+    largest curvature.
 
     Args:
       dynamics: at the first step.
@@ -177,7 +178,7 @@ def predicted_change(
         in [0, 1), or no steps.
     """
     least(1, steps=steps)
-    if not 0 <= momentum < 1:
+    if not isinstance(momentum, jax.core.Tracer) and not 0 <= momentum < 1:
         raise PruneError(f'momentum must be in [0, 1), not {momentum}')
     reach = 1 - momentum
     if warm:
@@ -191,14 +192,15 @@ def predicted_change(
         speeds = [(1 - momentum**n) / reach for n in range(steps + 1)]
         walked = [sum(speeds[: i + 1]) for i in range(steps + 1)]
         first = walked[steps]
-        second = sum(speeds[steps - i] * walked[i] for i in range(steps))
-    if second and not dynamics.second:
+        second = sum(speeds[steps - i] * walked[i] for i in range(1, steps))  # walked[0] is 0
+    bends = isinstance(second, jax.core.Tracer) or second
+    if bends and not dynamics.second:
         raise PruneError('this prediction needs norm dynamics with second derivatives')
 
     def change(path: str) -> jax.Array:
         along, square = dynamics.first[path], dynamics.gradient[path]
         quadratic = first**2 * square
-        if second:  # twice Θᵀ(Hg), times its weight
+        if bends:  # twice Θᵀ(Hg), times its weight
             quadratic += second * (dynamics.second[path] - 2 * square)
         return learning_rate * first * along + learning_rate**2 * quadratic
 
@@ -218,6 +220,7 @@ def saliency_drift(dynamics: NormDynamics) -> Grouped:
 
 def distance_rate(problem: Problem, *, by: str = 'layer', train: bool = True, axis: int = -1):
     """`(key, view, batches) -> d‖w - w(0)‖²/dt = -2 (w - w(0))ᵀ g`, over the weights in force."""
+    check_groups(by)
 
     def measure(key: Key, view: View, batches: Batch | None) -> Grouped:
         at = derivatives(problem, key, view, batches, train=train)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import linalg
+from jaxprune.arguments import least
 from jaxprune.errors import PruneError, nearest
 from jaxprune.flow.krylov import ritz
 from jaxprune.rng import stream
@@ -96,6 +97,7 @@ def ntk_largest(problem: Problem, *, steps: int = 20, outputs: str = 'logits'):
     One vector-Jacobian and one Jacobian-vector product per step, and no Jacobian in memory.
     """
     _check(outputs)
+    least(1, steps=steps)
 
     def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
         params, f = parameters(view), _outputs(problem, view, examples(batches, _WHAT), outputs)
@@ -119,6 +121,7 @@ def ntk_trace(problem: Problem, *, probes: int = 0, outputs: str = 'logits'):
         many vectors of signs, one backward pass each: `E ‖Jᵀ v‖²`.
     """
     _check(outputs)
+    least(0, probes=probes)
 
     def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
         params, inputs = parameters(view), examples(batches, _WHAT)

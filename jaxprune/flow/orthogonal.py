@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxprune import linalg
 from jaxprune.errors import PruneError, nearest
 from jaxprune.select import as_floats
-from jaxprune.tree import check_same_paths
+from jaxprune.tree import check_masks, check_same_paths
 from jaxprune.types import Masks, Weights
 
 #: Of the activation behind a layer; what keeps lengths at a random kernel.
@@ -104,7 +104,12 @@ def approximately_orthogonal(
     Args:
       optimizer: from optax; `adam(1e-3)` converges where the paper's 0.1 did not.
       steps: 10,000 as published.
+
+    Raises:
+      PruneError: masks of other paths or shapes than the weights, or not boolean.
     """
+    check_same_paths('masks', masks, weights)
+    check_masks(weights, masks)
 
     def distance(values: Weights) -> jax.Array:
         return sum((_defect(_rows(w), None) ** 2).mean() for w in values.values())
@@ -190,7 +195,11 @@ def tpp_gradients(
       pruned: path -> bool `(outputs,)`, of the same paths.
       strength: λ, see `tpp_strength`.
       weight: 1000 as published.
+
+    Raises:
+      PruneError: `pruned` has other paths than `params`.
     """
+    check_same_paths('pruned', pruned, params)
 
     def penalty(values: Weights) -> jax.Array:
         kernels = (path for path, leaf in values.items() if leaf.ndim > 1)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jaxprune import tree
 from jaxprune.errors import PruneError, nearest
 from jaxprune.flow import conservation, curvature, isometry, norms, ntk
 from jaxprune.flow.agreement import agreement
@@ -60,6 +61,10 @@ def _part(make: Callable, take: Callable, **options):
 
 
 def _imbalance(problem: Problem, paths: Sequence[str]) -> Measure:
+    params, model_state = jax.eval_shape(problem.init, jax.random.key(0))
+    if model_state or any(path.endswith('/scale') for path, _ in tree.paths(params)):
+        raise PruneError("no flow keeps an 'imbalance' through normalisation: leave it out here")
+
     def measure(key: Key, view: View, batches: Batch | None) -> dict[str, jax.Array]:
         params = parameters(view)
         named = [f'{path.removesuffix("kernel")}bias' for path in paths]
@@ -144,17 +149,17 @@ QUANTITIES: dict[str, Quantity] = {
     ),
     'norm_rate': Quantity(
         _part(norms.norm_dynamics, lambda found: found.first, second=False),
-        'd‖w‖²/dt = -2 wᵀg',
+        'd‖w‖²/dt = -2 wᵀg, of the loss without weight decay',
         together='sum',
     ),
     'norm_acceleration': Quantity(
         _part(norms.norm_dynamics, lambda found: found.second),
-        'd²‖w‖²/dt² = 2‖g‖² + 2 wᵀHg',
+        'd²‖w‖²/dt² = 2‖g‖² + 2 wᵀHg, likewise',
         together='sum',
     ),
     'saliency_drift': Quantity(
         _part(norms.norm_dynamics, norms.saliency_drift),
-        'd(wᵀg)/dt = -‖g‖² - wᵀHg',
+        'd(wᵀg)/dt = -‖g‖² - wᵀHg, likewise',
         together='sum',
     ),
     'imbalance': Quantity(

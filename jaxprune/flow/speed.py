@@ -50,8 +50,19 @@ def steps_to_loss(losses: ArrayLike, target: ArrayLike, *, window: int = 1) -> j
 
 
 def churn(logits: jax.Array, other: jax.Array) -> jax.Array:
-    """The share of examples that two networks put into different classes; logits `(..., n, c)`.
+    """The share of examples that two networks put into different classes; NaN where logits are.
 
     Milani Fard et al., NeurIPS 2016.
+
+    Args:
+      logits: `(..., n, classes)`.
+      other: of the same examples and classes; leading axes broadcast.
+
+    Raises:
+      PruneError: logits of other examples or classes.
     """
-    return (logits.argmax(-1) != other.argmax(-1)).mean(-1)
+    if logits.ndim < 2 or logits.shape[-2:] != other.shape[-2:]:
+        raise PruneError(f'logits have shapes {logits.shape} and {other.shape}, not (..., n, c)')
+    broken = jnp.isnan(logits).any((-2, -1)) | jnp.isnan(other).any((-2, -1))
+    differ = (logits.argmax(-1) != other.argmax(-1)).mean(-1)
+    return jnp.where(broken, jnp.nan, differ)

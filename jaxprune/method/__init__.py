@@ -2,15 +2,17 @@
 
 from jaxprune.method.pruner import pruner
 from jaxprune.method.registry import METHODS, Method, build, method
-from jaxprune.method.units import GRANULARITIES, unit_floor, unit_shapes
+from jaxprune.method.units import GRANULARITIES, alike, unit_floor, unit_select, unit_shapes
 
 __all__ = [
     'GRANULARITIES',
     'METHODS',
     'Method',
+    'alike',
     'build',
     'method',
     'pruner',
     'unit_floor',
+    'unit_select',
     'unit_shapes',
 ]

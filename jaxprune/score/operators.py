@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import linalg
+from jaxprune.arguments import least
 from jaxprune.errors import PruneError, nearest
 
 PADDINGS = ('circular', 'zero')
@@ -30,9 +31,11 @@ def conv_singular_values(
       `(n,)`; n is the smaller of the map's two dimensions.
 
     Raises:
-      PruneError: another padding, a kernel of other axes, a stride that does not divide the side.
+      PruneError: another padding, a kernel of other axes, a side or stride that is no whole number
+        above 0, a stride that does not divide the side.
     """
-    height, width = (side, side) if isinstance(side, int) else side
+    height, width = side if isinstance(side, tuple) else (side, side)
+    least(1, height=height, width=width, stride=stride)
     if kernel.ndim != 4:
         raise PruneError(f'a kernel is (height, width, in, out), not {tuple(kernel.shape)}')
     if padding not in PADDINGS:

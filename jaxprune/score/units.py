@@ -20,12 +20,13 @@ def grouped(values: Weights, by: str, axis: int = -1) -> dict[str, jax.Array]:
       values: path -> array.
       by: 'weight' sums nothing; 'unit' gives path -> `(units,)`; 'layer' path -> scalar; 'network'
         one scalar, at the path '*'.
-      axis: of the outputs, for units.
+      axis: of the outputs, for units; a scalar is one unit.
     """
     check_groups(by)
     if by == 'weight':
         return dict(values)
     if by == 'unit':
+        values = {path: jnp.atleast_1d(v) for path, v in values.items()}
         return {
             path: jnp.moveaxis(v, axis, 0).reshape(v.shape[axis], -1).sum(1)
             for path, v in values.items()
