@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from jaxprune.errors import JaxpruneError
 from jaxprune.report import markdown, style, tables
@@ -359,7 +359,6 @@ def draw_accuracy(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes
                 curve = _means(here.filter(pl.col('measure') == measure), 'epoch', 'train_loss')
                 right.plot(*curve, **{**looks[measure], 'marker': ''}, label=measure)
             right.set_yscale('log')
-            right.yaxis.set_minor_formatter(NullFormatter())
             right.set_xlabel('epoch (pruned in one round after the first)')
             right.set_ylabel('training loss')
             if not row:
@@ -431,7 +430,6 @@ def draw_removal(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
             axes.plot(range(len(dense)), dense, color=style.INK, label='dense')
             axes.set_yscale('log')
             axes.set_xticks(range(4), ['start', '1 epoch', 'half', 'end'])
-            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_title(f'{NAMES[net]}: test loss right after pruning')
             if not row:
                 axes.legend(frameon=False, fontsize=7.5, ncols=2)
