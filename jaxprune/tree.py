@@ -154,6 +154,12 @@ def check_masks(params: PyTree, masks: Masks) -> None:
             raise PruneError(f"the mask of '{path}' must be boolean, not {mask.dtype}")
 
 
+def check_masks_of(weights: Weights, masks: Masks) -> None:
+    """`check_masks`, and every weight has one."""
+    check_same_paths('masks', masks, weights)
+    check_masks(weights, masks)
+
+
 def check_same_paths(kind: str, flat: Iterable[str], expected: Iterable[str]) -> None:
     """Raises PruneError unless two path sets are equal; `kind` names the first in the message."""
     flat, expected = set(flat), set(expected)

@@ -757,12 +757,6 @@ def test_momentum_may_be_traced():
     assert_near(one['0/w'], flow.predicted_change(dynamics, 0.1, momentum=0.9)['0/w'])
 
 
-def test_imbalance_is_refused_through_normalisation():
-    problem = jp.linen(jp.nn.build('vgg11', 10, width=0.25), input_shape=(32, 32, 3))
-    with pytest.raises(jp.PruneError, match="no flow keeps an 'imbalance' through normalisation"):
-        flow.quantity('imbalance').make(problem, ())
-
-
 def test_diverged_networks_have_no_churn():
     logits = jnp.array([[[0.0, 1.0], [1.0, 0.0]], [[jnp.nan, 1.0], [1.0, 0.0]]])
     found = flow.churn(logits, logits[0][:, ::-1])

@@ -171,15 +171,16 @@ def spectrum(problem, view, examples: int = 2):
     return flow.jacobian_singular_values(problem)(KEY, view, jp.Batch(x, jnp.zeros((1, examples))))
 
 
+@pytest.mark.parametrize('depth', [3, pytest.param(6, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(('kept', 'mean'), [(20, 1.0), (5, 0.5)])
-def test_orthogonal_chains(kept, mean):
+def test_orthogonal_chains(kept, mean, depth):
     """Expectation: widths of 20 give isometry; 5 hidden units for 10 logits, five values of 1 and
     five of 0. By slicing, and by masks of a wider network."""
-    problem, view = chain([64, *[kept] * 3, 10])
+    problem, view = chain([64, *[kept] * depth, 10])
     values = spectrum(problem, view._replace(weights=flow.orthp(view.weights)))
     assert abs(values.mean() - mean) < 1e-9
     assert np.abs(np.sort(values) - ([1] * 10 if kept == 20 else [0] * 5 + [1] * 5)).max() < 1e-9
-    problem, wide = chain([64, *[40] * 3, 10])
+    problem, wide = chain([64, *[40] * depth, 10])
     last = len(wide.weights) - 1
     masks = {
         p: jnp.zeros(w.shape, bool)
@@ -359,14 +360,19 @@ def test_spectra_of_convolutions():
             assert np.abs(found[len(expected) :]).max(initial=0) < 1e-9
         expected = np.sort(file[f'multi/{number}/zero_same_sv'])[::-1]
         close(flow.conv_singular_values(kernel, side, padding='zero'), expected, 1e-6)
-    for number in (1, 3, 6, 9):
-        kernel = jnp.asarray(file[f'single/{number}/kernel'], jnp.float64)[..., None, None]
-        expected = file[f'single/{number}/circular_sv']
-        close(
-            flow.conv_singular_values(kernel, math.isqrt(len(expected))),
-            np.sort(expected)[::-1],
-            1e-6,
-        )
+
+
+@pytest.mark.parametrize(
+    'number',
+    [n if n in (1, 3, 6, 9) else pytest.param(n, marks=pytest.mark.slow) for n in range(11)],
+)
+def test_spectra_of_single_channels(number):
+    """Expectation: likewise, of kernels with one input and one output."""
+    file = golden('structured/lean_norms')
+    kernel = jnp.asarray(file[f'single/{number}/kernel'], jnp.float64)[..., None, None]
+    expected = file[f'single/{number}/circular_sv']
+    found = flow.conv_singular_values(kernel, math.isqrt(len(expected)))
+    close(found, np.sort(expected)[::-1], 1e-6)
 
 
 def test_orthogonal_kernels_are_no_isometry_of_the_map():

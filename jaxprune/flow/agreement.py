@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxprune.errors import PruneError
 from jaxprune.quota import check_density
 from jaxprune.select import as_floats, top_k_mask
-from jaxprune.tree import check_masks, check_same_paths
+from jaxprune.tree import check_masks_of, check_same_paths
 from jaxprune.types import GLOBAL, Masks, Weights
 
 
@@ -50,8 +50,7 @@ def agreement(
         raise PruneError('there is nothing to compare: the measures have no leaves')
     check_same_paths('measures', other, one)
     if masks is not None:
-        check_same_paths('masks', masks, one)
-        check_masks(one, masks)
+        check_masks_of(one, masks)
     if not isinstance(density, jax.core.Tracer):
         check_density(density)
     for path, leaf in one.items():

@@ -43,7 +43,6 @@ def hessian_eigenvalues(problem: Problem, *, count: int = 1, steps: int = 20, tr
     Args:
       steps: Hessian products; so many copies of the parameters are held.
     """
-
     least(1, steps=steps, count=count)
 
     def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
@@ -58,7 +57,6 @@ def hessian_trace(problem: Problem, *, probes: int = 10, train: bool = True):
 
     Unbiased; of a standard deviation `sqrt(2 Σ_(i≠j) H_ij² / probes)`.
     """
-
     least(1, probes=probes)
 
     def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxprune.score.derivatives import derivatives, dot, moving, parameters
 from jaxprune.score.loss import mean_loss, mean_over_batches
 from jaxprune.score.units import check_groups, grouped
-from jaxprune.tree import check_masks, check_same_paths, put
+from jaxprune.tree import check_masks_of, put
 from jaxprune.types import Batch, Key, Masks, Problem, View, Weights
 
 
@@ -166,8 +166,7 @@ def removal(view: View, masks: Masks) -> Weights:
     Raises:
       PruneError: masks of other paths or shapes than the weights, or not boolean.
     """
-    check_same_paths('masks', masks, view.weights)
-    check_masks(view.weights, masks)
+    check_masks_of(view.weights, masks)
     return {
         path: jnp.where(masks[path], 0, -leaf) if path in masks else jnp.zeros_like(leaf)
         for path, leaf in parameters(view).items()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxprune import linalg
 from jaxprune.errors import PruneError, nearest
 from jaxprune.select import as_floats
-from jaxprune.tree import check_masks, check_same_paths
+from jaxprune.tree import check_masks_of, check_same_paths
 from jaxprune.types import Masks, Weights
 
 #: Of the activation behind a layer; what keeps lengths at a random kernel.
@@ -108,8 +108,7 @@ def approximately_orthogonal(
     Raises:
       PruneError: masks of other paths or shapes than the weights, or not boolean.
     """
-    check_same_paths('masks', masks, weights)
-    check_masks(weights, masks)
+    check_masks_of(weights, masks)
 
     def distance(values: Weights) -> jax.Array:
         return sum((_defect(_rows(w), None) ** 2).mean() for w in values.values())

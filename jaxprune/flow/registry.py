@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxprune import tree
 from jaxprune.errors import PruneError, nearest
 from jaxprune.flow import conservation, curvature, isometry, norms, ntk
 from jaxprune.flow.agreement import agreement
@@ -61,10 +60,6 @@ def _part(make: Callable, take: Callable, **options):
 
 
 def _imbalance(problem: Problem, paths: Sequence[str]) -> Measure:
-    params, model_state = jax.eval_shape(problem.init, jax.random.key(0))
-    if model_state or any(path.endswith('/scale') for path, _ in tree.paths(params)):
-        raise PruneError("no flow keeps an 'imbalance' through normalisation: leave it out here")
-
     def measure(key: Key, view: View, batches: Batch | None) -> dict[str, jax.Array]:
         params = parameters(view)
         named = [f'{path.removesuffix("kernel")}bias' for path in paths]

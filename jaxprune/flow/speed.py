@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxprune.arguments import whole
+from jaxprune.arguments import least, whole
 from jaxprune.errors import PruneError
 
 
@@ -21,8 +21,7 @@ def training_speed(losses: ArrayLike, *, last: int = 0) -> jax.Array:
     Raises:
       PruneError: a negative `last`.
     """
-    if whole('last', last) < 0:
-        raise PruneError(f'last must be 0 or more steps, not {last}')
+    least(0, last=last)
     losses = jnp.asarray(losses)
     return losses[..., -last:].sum(-1) if last else losses.sum(-1)
 
