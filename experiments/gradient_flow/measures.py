@@ -1,12 +1,13 @@
 """Importances along dense training: how measures agree, and what pruning by each does at once.
 
-    cd experiments/gradient_flow && python measures.py lenet5.toml --out ../../runs/lenet5_measures
+    cd experiments/gradient_flow && python measures.py ../../runs/lenet5
 
-Trains the dense runs of a sweep, one per seed, and looks at them before training, after one epoch,
-half-way and at the end. Each time: the correlations that the study is about, over single weights
-and over filters; and for every measure, one-shot pruning at the sweep's ratio, without retraining:
-test loss and accuracy, and what share of each layer goes. Writes `agreement.parquet`,
-`pruned.parquet`, `removed.parquet` and, for scatter plots, `filters.parquet` (the first seed).
+Trains the dense runs of a sweep again, as it did, and looks at them before training, after one
+epoch, half-way and at the end. Each time: the correlations that the study is about, over single
+weights and over filters; and for every measure, one-shot pruning at the sweep's ratio, without
+retraining: test loss and accuracy, and what share of each layer goes. Writes into the directory of
+the same name with `_measures` behind it: `agreement.parquet`, `pruned.parquet`, `removed.parquet`
+and, for scatter plots, `filters.parquet` (the first seed).
 """
 
 import argparse
@@ -19,16 +20,17 @@ import numpy as np
 import polars as pl
 
 from jaxprune import data, flow, problem, tree
+from jaxprune.errors import JaxpruneError
 from jaxprune.method import unit_floor, unit_select, unit_shapes
 from jaxprune.score.importance import MEASURES, importance
 from jaxprune.score.units import grouped
-from jaxprune.sweep import SweepSpec, load_spec, use_all_cores
+from jaxprune.sweep import SweepSpec, load_spec, store, use_all_cores
 from jaxprune.sweep.chunk import rows_of
 from jaxprune.sweep.devices import keep_compiled
 from jaxprune.sweep.engine import Engine, Rows, make_engine
 from jaxprune.sweep.grid import Run, runs
 from jaxprune.sweep.program import Program, device_data, make_program
-from jaxprune.sweep.strategy import usual
+from jaxprune.sweep.strategy import Strategy
 from jaxprune.types import GLOBAL, Batch, RunState
 
 #: Name in the tables -> point of the family; those of the sweeps.
@@ -40,14 +42,21 @@ POINTS = {
     'increase, T = 1': {**MEASURES['gradient_norm_increase'], 'temperature': 1.0},
     'preservation': MEASURES['gradient_norm_preservation'],
 }
-#: Pairs of measures -> (one, other, by what: each a size, or signed).
+#: What is compared: signed sums over a filter, or sizes.
+QUANTITIES = {
+    '‖θ‖²': {'order': 0},
+    'Σ|θ g|': {'order': 1},
+    'θᵀg': {'order': 1, 'mode': 'signed'},
+    'θᵀHg': {'order': 2, 'mode': 'signed'},
+    'θᵀg, T = 200': {'order': 1, 'mode': 'signed', 'temperature': 200.0},
+    'θᵀHg, T = 200': {'order': 2, 'mode': 'signed', 'temperature': 200.0},
+}
+#: Pair of them -> its name in the tables.
 PAIRS = {
-    'magnitude, loss': ({'order': 0}, {'order': 1}),
-    'θᵀg, θᵀHg': ({'order': 1, 'mode': 'signed'}, {'order': 2, 'mode': 'signed'}),
-    'θᵀg, θᵀHg, T = 200': (
-        {'order': 1, 'mode': 'signed', 'temperature': 200.0},
-        {'order': 2, 'mode': 'signed', 'temperature': 200.0},
-    ),
+    ('‖θ‖²', 'Σ|θ g|'): 'magnitude, loss',
+    ('θᵀg', 'θᵀHg'): 'θᵀg, θᵀHg',
+    ('θᵀg, T = 200', 'θᵀHg, T = 200'): 'θᵀg, θᵀHg, T = 200',
+    ('θᵀg', 'θᵀHg, T = 200'): 'θᵀg, θᵀHg at T = 200',
 }
 
 
@@ -79,14 +88,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('spec', help='a sweep of this folder')
-    parser.add_argument('--out', type=Path, required=True, help='directory of the tables')
+    parser.add_argument('directory', type=Path, help='a finished sweep of this folder')
     parser.add_argument('--data-dir', help='where prepared TFDS data lie')
-    parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE')
     arguments = parser.parse_args()
     use_all_cores()
     keep_compiled()
-    setting = prepare(arguments)
+    try:
+        setting = prepare(arguments.directory, arguments.data_dir)
+    except JaxpruneError as error:
+        raise SystemExit(str(error)) from None
     epochs = setting.members[0].train.epochs
     stages = {0, 1, epochs // 2, epochs}
     look = looker(setting)
@@ -100,29 +110,30 @@ def main() -> int:
             for name, rows in look(epoch, setting.engine.pack(states), initial).items():
                 tables.setdefault(name, []).extend(rows)
             print(f'{setting.spec.name}: after {epoch} of {epochs} epochs', flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out = arguments.directory.with_name(f'{arguments.directory.name}_measures')
+    out.mkdir(exist_ok=True)
     for name, rows in tables.items():
         frame = pl.DataFrame(rows, infer_schema_length=None)
-        frame.with_columns(net=pl.lit(setting.spec.model.name)).write_parquet(
-            arguments.out / f'{name}.parquet'
+        store.write_frame(
+            out / f'{name}.parquet', frame.with_columns(net=pl.lit(setting.spec.model.name))
         )
     return 0
 
 
-def prepare(arguments: argparse.Namespace) -> Setting:
+def prepare(directory: Path, data_dir: str | None) -> Setting:
     """The dense runs of the sweep, and what they need."""
-    spec = load_spec(arguments.spec, overrides=arguments.set)
+    plan = store.read_plan(directory)
+    spec = load_spec(directory / 'spec.toml')
     members = [run for run in runs(spec) if run.method.name == 'dense']
     ratios = [c for c in spec.grid.compression if c > 1]
     if not members or not ratios:
-        raise SystemExit(f'{arguments.spec}: grid.compression needs 1 and a ratio to prune to')
-    dataset = data.load(spec.data.name, arguments.data_dir)
+        raise SystemExit(f'{directory}: grid.compression needs 1 and a ratio to prune to')
+    dataset = data.load(spec.data.name, data_dir)
     on_device = device_data(spec, dataset)
     facts = data.facts(spec.data.name)
     indices = on_device.by_class[:, : spec.prune.samples_per_class].reshape(-1)
     batch = data.fetcher(facts.mean, facts.std, ())(on_device.train, None, indices)
-    convolves = make_program(spec, members[0].train).convolves
-    strategy = usual(convolves, jax.default_backend(), jax.local_device_count())
+    strategy = trained_with(plan, members[0].run_id)
     program = make_program(spec, members[0].train, strategy.convolution)
     engine = make_engine(strategy, program, on_device, jax.local_devices())
     rows, _ = rows_of(members, len(members), engine)
@@ -130,6 +141,13 @@ def prepare(arguments: argparse.Namespace) -> Setting:
     keep = round(sum(n for (n,) in units.values()) / ratios[0])
     one = jax.tree.map(lambda leaf: leaf[None], batch)
     return Setting(spec, members, program, engine, rows, one, units, keep)
+
+
+def trained_with(plan: dict[str, Any], run_id: str) -> Strategy:
+    """How the sweep trained a run: another way rounds differently, and training amplifies that."""
+    used = next(chunk['program'] for chunk in plan['chunks'] if run_id in chunk['runs'])
+    strategy = Strategy(**next(p['strategy'] for p in plan['programs'] if p['id'] == used))
+    return strategy._replace(devices=min(strategy.devices, jax.local_device_count()))
 
 
 def looker(setting: Setting):
@@ -147,20 +165,20 @@ def looker(setting: Setting):
         def scored(**options):
             return importance(net, **options)(jax.random.key(0), view, batches)
 
+        weights = {name: scored(**options) for name, options in QUANTITIES.items()}
+        filters = {
+            name: {path: grouped(values, 'unit')[path] for path in units}
+            for name, values in weights.items()
+        }
         agreements = {}
-        for pair, both in PAIRS.items():
-            weights = [scored(**options) for options in both]
-            sums = [grouped(scored_, 'unit') for scored_ in weights]
-            agreements[pair, 'weight'] = flow.agreement(*weights)
-            agreements[pair, 'filter'] = flow.agreement(*({p: s[p] for p in units} for s in sums))
-        values, masks = {}, {}
-        for name, options in POINTS.items():
-            scores = scored(**options, by='unit')
-            values[name] = {
-                path: leaf.reshape(-1, leaf.shape[-1])[0] for path, leaf in scores.items()
-            }
-            masks[name] = select(scores, {GLOBAL: setting.keep})
-        return agreements, values, masks
+        for both, pair in PAIRS.items():
+            agreements[pair, 'weight'] = flow.agreement(*(weights[name] for name in both))
+            agreements[pair, 'filter'] = flow.agreement(*(filters[name] for name in both))
+        masks = {
+            name: select(scored(**options, by='unit'), {GLOBAL: setting.keep})
+            for name, options in POINTS.items()
+        }
+        return agreements, filters, masks
 
     def look(epoch: int, states: RunState, initial: RunState) -> dict[str, list[dict[str, Any]]]:
         count = len(setting.members)
@@ -170,7 +188,7 @@ def looker(setting: Setting):
             for i in range(count)
         ]
         tables = {'agreement': [], 'pruned': [], 'removed': [], 'filters': []}
-        for run, (agreements, values, masks) in zip(setting.members, found, strict=True):
+        for run, (agreements, filters, masks) in zip(setting.members, found, strict=True):
             here = {'seed': run.seed, 'epoch': epoch}
             for (pair, level), agreement in agreements.items():
                 for kind, by_path in agreement._asdict().items():
@@ -188,14 +206,11 @@ def looker(setting: Setting):
                     )  # fmt: skip
             if run.seed == setting.members[0].seed:
                 tables['filters'] += [
-                    {
-                        **here,
-                        'path': path,
-                        **{name: float(values[name][path][i]) for name in POINTS},
-                    }
+                    {**here, 'path': path, **{name: float(filters[name][path][i])
+                                              for name in QUANTITIES}}
                     for path, (size,) in units.items()
                     for i in range(size)
-                ]
+                ]  # fmt: skip
         dense = tested(states)
         for name in POINTS:
             masks = jax.tree.map(lambda *leaves: np.stack(leaves), *(m[name] for _, _, m in found))

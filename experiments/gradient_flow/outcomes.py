@@ -4,14 +4,15 @@
 
 Each directory is a finished sweep of this folder; the tables of `measures.py` lie in the directory
 of the same name with `_measures` behind it. Prints markdown (`--out` writes it), and draws
-`accuracy.png`, `correlations.png`, `removal.png` and `norms.png` beside it.
+`accuracy.png`, `correlations.png`, `scatter.png`, `removal.png` and `norms.png` beside it.
 
 An expectation "holds" if the 95 % interval of the mean difference over seeds, paired by seed, lies
 on its side of zero, is "reversed" if it lies on the other, and "open" otherwise. Intervals are
-percentile bootstraps: of three seeds no more than their range.
+Student's; nothing is corrected for how many there are.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jaxprune.errors import JaxpruneError
@@ -33,6 +35,8 @@ MEASURES = [
     'increase, T = 1',
     'preservation',
 ]
+INCREASES = ('increase, T = 200', 'increase, T = 1')
+OTHERS = tuple(m for m in MEASURES if m not in INCREASES)
 ROUNDS = (1, 5)
 NAMES = {
     'lenet300100': 'LeNet-300-100',
@@ -45,8 +49,16 @@ NAMES = {
 PAIRS = {
     'magnitude, loss': ('spearman', 'Σ|θ g| with ‖θ‖²: rank correlation'),
     'θᵀg, θᵀHg': ('pearson', 'θᵀHg with θᵀg: correlation'),
-    'θᵀg, θᵀHg, T = 200': ('pearson', 'θᵀHg with θᵀg at T = 200: correlation'),
+    'θᵀg, θᵀHg, T = 200': ('pearson', 'θᵀHg with θᵀg, both at T = 200: correlation'),
+    'θᵀg, θᵀHg at T = 200': ('pearson', 'θᵀHg at T = 200 with θᵀg at T = 1: correlation'),
 }
+
+
+HEAD = """# Outcomes of the study, one by one
+
+"Holds" and "reversed": the 95 % interval (Student's) of the mean difference over seeds, paired by
+seed, lies above or below zero; else "open". One in twenty such intervals misses; nothing is
+corrected for how many there are. The nets and their recipe: [README](README.md)."""
 
 
 def main() -> int:
@@ -69,7 +81,7 @@ def main() -> int:
         early_layers(frames, nets),
         norms(frames, nets),
     ]
-    text = '\n\n'.join(parts) + '\n'
+    text = '\n\n'.join([HEAD, *parts]) + '\n'
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text)
     for name, draw in FIGURES.items():
@@ -151,6 +163,16 @@ def final_accuracy(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
             one, five = (_by_seed(last, net, m, rounds, 'accuracy') for rounds in ROUNDS)
             gains.append(f'{m} {markdown.difference(five - one)}')
         lines.append(f'  - {NAMES[net]}: ' + '; '.join(gains))
+    lines.append(
+        '- **more rounds narrow the gaps** (best less worst of the four measures but increase; '
+        'points from 5 rounds to 1):'
+    )
+    for net in nets:
+        found = np.array(
+            [[_by_seed(last, net, m, rounds, 'accuracy') for m in OTHERS] for rounds in ROUNDS]
+        )
+        one, five = np.ptp(found, axis=1)
+        lines.append(f'  - {NAMES[net]}: {markdown.verdict(one - five)}')
     return '\n'.join(lines)
 
 
@@ -168,14 +190,17 @@ def convergence(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
         for rounds in ROUNDS:
             found = {m: _by_seed(sums, net, m, rounds, 'total') for m in MEASURES}
             rows.append([NAMES[net], rounds, *(f'{found[m].mean():.2f}' for m in MEASURES)])
-            others = np.mean(
-                [found[m] for m in MEASURES if m not in ('magnitude', 'biased loss')], 0
-            )
+            order = sorted(MEASURES, key=lambda m: found[m].mean())
+            best = next(m for m in order if m not in ('magnitude', 'biased loss'))
             for measure in ('magnitude', 'biased loss'):
-                said = markdown.verdict(others - found[measure])
-                verdicts.append(f'  - {NAMES[net]}, rounds {rounds}, {measure}: {said}')
+                said = markdown.verdict(found[best] - found[measure])
+                verdicts.append(
+                    f'  - {NAMES[net]}, rounds {rounds}, {measure}: place '
+                    f'{order.index(measure) + 1} of 6; against {best}: {said}'
+                )
     lines += [markdown.table(['net', 'rounds', *MEASURES], rows), '']
-    return '\n'.join([*lines, '- **faster than the mean of the other four** (loss):', *verdicts])
+    lines.append('- **faster than the fastest of the other four** (sum of losses):')
+    return '\n'.join([*lines, *verdicts])
 
 
 def correlations(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
@@ -185,20 +210,25 @@ def correlations(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
         for pair, (kind, title) in PAIRS.items():
             for level in ('weight', 'filter'):
                 found = _agreements(frames['agreement'], net, pair, level, kind)
-                cells = [f'{v.mean():.2f} ({v.min():.2f} to {v.max():.2f})' for _, v in found]
+                layers = _agreements(frames['agreement'], net, pair, level, kind, layers=True)
+                cells = [
+                    f'{v.mean():.2f} ({v.min():.2f} to {v.max():.2f}); {within.mean():.2f}'
+                    for (_, v), (_, within) in zip(found, layers, strict=True)
+                ]
                 rows.append([NAMES[net], title, level, *cells])
     stages = ['before training', 'after 1 epoch', 'half-way', 'at the end']
+    head = ['net', 'measures', 'of each', *stages]
     return '\n'.join(
-        ['## 3. Correlations along dense training', '', 'Mean and range over seeds, all layers '
-         'together.', '', markdown.table(['net', 'measures', 'of each', *stages], rows)]
+        ['## 3. Correlations along dense training', '', 'All layers together: mean and range over '
+         'seeds; then the mean of the layers, each on its own.', '', markdown.table(head, rows)]
     )  # fmt: skip
 
 
 def right_after(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
     """Outcome 4."""
-    rows = []
+    rows, verdicts = [], {'more': [], 'most': []}
     for net in nets:
-        here = frames['pruned'].filter(pl.col('net') == net)
+        here = frames['pruned'].filter(pl.col('net') == net).sort('seed')
         for epoch in sorted(set(here['epoch'])):
             then = here.filter(pl.col('epoch') == epoch)
             cells = []
@@ -207,10 +237,27 @@ def right_after(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
                 cells.append(f'{of["loss"].mean():.2f} / {100 * of["accuracy"].mean():.1f}')
             dense = f'{then["dense_loss"].mean():.2f} / {100 * then["dense_accuracy"].mean():.1f}'
             rows.append([NAMES[net], epoch, dense, *cells])
+        raised = {
+            (epoch, m): (of['loss'] - of['dense_loss']).to_numpy()
+            for (epoch, m), of in here.group_by('epoch', 'measure')
+        }
+        _, early, _, end = sorted(set(here['epoch']))
+        more = [f'{m} {markdown.difference(raised[end, m] - raised[early, m])}' for m in MEASURES]
+        verdicts['more'].append(f'  - {NAMES[net]}: ' + '; '.join(more))
+        for epoch, measure in itertools.product((early, end), INCREASES):
+            worst = max(OTHERS, key=lambda m: raised[epoch, m].mean())
+            said = markdown.verdict(raised[epoch, measure] - raised[epoch, worst])
+            verdicts['most'].append(
+                f'  - {NAMES[net]}, after {epoch} epochs, {measure}: against {worst}: {said}'
+            )
     head = ['net', 'epochs trained', 'dense', *MEASURES]
     return '\n'.join(
         ['## 4. Right after pruning in one shot, before any retraining', '',
-         'Test loss / test accuracy (%), means over seeds.', '', markdown.table(head, rows)]
+         'Test loss / test accuracy (%), means over seeds.', '', markdown.table(head, rows), '',
+         '- **what pruning adds to the test loss grows with training** (from after 1 epoch to the '
+         'end):', *verdicts['more'],
+         '- **increase raises the loss most** (against the worst of the four others):',
+         *verdicts['most']]
     )  # fmt: skip
 
 
@@ -218,26 +265,32 @@ def early_layers(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
     """Outcome 5."""
     rows, verdicts = [], []
     for net in nets:
-        shares = _early_shares(frames['removed'].filter(pl.col('net') == net))
-        for epoch in sorted(set(shares['epoch'])):
-            found = {
-                m: shares.filter((pl.col('epoch') == epoch) & (pl.col('measure') == m))
-                .sort('seed')['early'].to_numpy()
-                for m in MEASURES
-            }  # fmt: skip
-            rows.append([NAMES[net], epoch, *(f'{100 * found[m].mean():.0f}' for m in MEASURES)])
-            rest = np.mean([found[m] for m in MEASURES if not m.startswith('increase')], 0)
-            for measure in ('increase, T = 200', 'increase, T = 1'):
-                said = markdown.verdict(100 * (found[measure] - rest))
-                verdicts.append(f'  - {NAMES[net]}, after {epoch} epochs, {measure}: {said}')
+        shares = _early_shares(frames['removed'].filter(pl.col('net') == net)).sort('seed')
+        stages = sorted(set(shares['epoch']))
+        for epoch in stages:
+            then = shares.filter(pl.col('epoch') == epoch)
+            found = {m: then.filter(pl.col('measure') == m)['early'].to_numpy() for m in MEASURES}
+            overall = then['overall'].to_numpy().mean()
+            cells = [f'{found[m].mean():.0f}' for m in MEASURES]
+            rows.append([NAMES[net], epoch, f'{overall:.0f}', *cells])
+            if epoch not in (stages[1], stages[-1]):
+                continue
+            for measure in INCREASES:
+                said = [f'all layers {markdown.difference(found[measure] - overall, 1)}']
+                said += [f'{m} {markdown.difference(found[measure] - found[m], 1)}' for m in OTHERS]
+                verdicts.append(
+                    f'  - {NAMES[net]}, after {epoch} epochs, {measure}: ' + '; '.join(said)
+                )
     lines = [
         '## 5. Which layers lose their filters',
         '',
-        'Share of the filters of the first half of the layers that one-shot pruning removes (%).',
+        'Share of the filters of the first half of the layers that one-shot pruning removes (%), '
+        'and of all layers, the same for every measure.',
         '',
-        markdown.table(['net', 'epochs trained', *MEASURES], rows),
+        markdown.table(['net', 'epochs trained', 'all layers', *MEASURES], rows),
         '',
-        '- **increase removes more of the early layers than the other measures** (points):',
+        '- **increase removes mostly early layers** (points, against the share of all layers and '
+        'against what the other measures remove of the early ones):',
         *verdicts,
     ]
     return '\n'.join(lines)
@@ -245,9 +298,11 @@ def early_layers(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
 
 def norms(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
     """Outcome 6."""
-    whole = _network_norms(frames)
+    whole, last = _network_norms(frames), _last(frames['runs'])
     rows = []
     for net in nets:
+        left = [100 / _by_seed(last, net, measure, 1, 'compression').mean() for measure in MEASURES]
+        rows.append([NAMES[net], 'weights left (%)', '', 100, *(f'{share:.3g}' for share in left)])
         for quantity, title in QUANTITIES.items():
             here = whole.filter((pl.col('net') == net) & (pl.col('quantity') == quantity))
             steps = sorted(set(here['step']))
@@ -264,7 +319,8 @@ def norms(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
         [
             '## 6. Norms',
             '',
-            'Pruned in one round; means over seeds.',
+            'Pruned in one round; means over seeds. Measures keep equally many filters, not '
+            'weights, so sums over weights differ for that alone.',
             '',
             markdown.table(head, rows),
         ]
@@ -297,25 +353,31 @@ def _training_sums(runs: pl.DataFrame) -> pl.DataFrame:
     return after.group_by('net', 'measure', 'rounds', 'seed').agg(total=pl.col('train_loss').sum())
 
 
-def _agreements(frame: pl.DataFrame, net: str, pair: str, level: str, kind: str):
+def _agreements(
+    frame: pl.DataFrame, net: str, pair: str, level: str, kind: str, *, layers: bool = False
+) -> list[tuple[int, np.ndarray]]:
+    """Epoch -> a value per seed: of all layers together, or the mean over layers."""
     here = frame.filter(
         (pl.col('net') == net)
         & (pl.col('pair') == pair)
         & (pl.col('level') == level)
         & (pl.col('kind') == kind)
-        & (pl.col('path') == '*')
+        & ((pl.col('path') != '*') if layers else (pl.col('path') == '*'))
     )
+    means = here.group_by('epoch', 'seed').agg(pl.col('value').mean()).sort('epoch', 'seed')
     return [
-        (epoch, here.filter(pl.col('epoch') == epoch).sort('seed')['value'].to_numpy())
-        for epoch in sorted(set(here['epoch']))
+        (epoch, of['value'].to_numpy())
+        for (epoch,), of in means.group_by('epoch', maintain_order=True)
     ]
 
 
 def _early_shares(removed: pl.DataFrame) -> pl.DataFrame:
+    """Percent removed of the first half of the layers, and of all."""
     half = (removed['depth'].max() + 1) / 2
-    early = removed.filter(pl.col('depth') < half)
-    sums = early.group_by('epoch', 'measure', 'seed').agg(pl.col('removed', 'units').sum())
-    return sums.with_columns(early=pl.col('removed') / pl.col('units'))
+    share = 100 * pl.col('removed').sum() / pl.col('units').sum()
+    by = removed.group_by('epoch', 'measure', 'seed')
+    early = removed.filter(pl.col('depth') < half).group_by('epoch', 'measure', 'seed')
+    return early.agg(early=share).join(by.agg(overall=share), on=['epoch', 'measure', 'seed'])
 
 
 def _network_norms(frames: dict[str, pl.DataFrame]) -> pl.DataFrame:
@@ -330,12 +392,14 @@ def _network_norms(frames: dict[str, pl.DataFrame]) -> pl.DataFrame:
 
 # --- figures ----------------------------------------------------------------------------------
 
+STAGES = ('start', '1 epoch', 'half', 'end')
+
 
 def draw_accuracy(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
     """Final accuracy of every measure, and training losses after pruning in one round."""
     last, looks = _last(frames['runs']), style.lines(MEASURES)
     with style.context():
-        drawing = style.figure(style.WIDTH, 2.9 * len(nets))
+        drawing = style.figure(style.WIDTH, 0.5 + 2.7 * len(nets))
         grid = drawing.add_gridspec(len(nets), 2, width_ratios=[1.25, 1])
         for row, net in enumerate(nets):
             axes = drawing.add_subplot(grid[row, 0])
@@ -354,26 +418,25 @@ def draw_accuracy(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes
             axes.set_title(f'{NAMES[net]}: 1 round (open), 5 rounds (filled); line: dense')
             axes.set_xlabel('test accuracy at the end (%)')
             right = drawing.add_subplot(grid[row, 1])
-            here = frames['runs'].filter((pl.col('net') == net) & (pl.col('rounds') == 1))
-            for measure in MEASURES:
-                curve = _means(here.filter(pl.col('measure') == measure), 'epoch', 'train_loss')
-                right.plot(*curve, **{**looks[measure], 'marker': ''}, label=measure)
+            here = frames['runs'].filter(
+                (pl.col('net') == net) & (pl.col('rounds').fill_null(1) == 1)
+            )
+            _curves(right, here, looks, 'epoch', 'train_loss')
             right.set_yscale('log')
-            right.set_xlabel('epoch (pruned in one round after the first)')
-            right.set_ylabel('training loss')
-            if not row:
-                right.legend(frameon=False, ncols=2, fontsize=8)
+            right.set_title(f'{NAMES[net]}: training loss, pruned in 1 round')
+            right.set_xlabel('epoch (pruned after the first)')
+        _legend(drawing, right)
         return style.png(drawing)
 
 
 def draw_correlations(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
-    """Correlations along training, and the filters behind them."""
+    """Correlations along training."""
+    looks = style.lines([NAMES[net] for net in nets])
     with style.context():
-        drawing = style.figure(style.WIDTH, 3.0 + 2.6 * len(nets))
-        grid = drawing.add_gridspec(1 + len(nets), 3, height_ratios=[1.15, *[1] * len(nets)])
-        looks = style.lines([NAMES[net] for net in nets])
-        for column, (pair, (kind, title)) in enumerate(PAIRS.items()):
-            axes = drawing.add_subplot(grid[0, column])
+        drawing = style.figure(style.WIDTH, 7.0)
+        grid = drawing.add_gridspec(2, 2)
+        for place, (pair, (kind, title)) in enumerate(PAIRS.items()):
+            axes = drawing.add_subplot(grid[place // 2, place % 2])
             for net in nets:
                 for level in ('filter', 'weight'):
                     found = _agreements(frames['agreement'], net, pair, level, kind)
@@ -383,67 +446,90 @@ def draw_correlations(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> b
                     axes.fill_between(range(len(found)), [v.min() for _, v in found],
                                       [v.max() for _, v in found], color=look['color'],
                                       alpha=0.12, linewidth=0)  # fmt: skip
-            axes.set_xticks(range(4), ['start', '1 epoch', 'half', 'end'])
+            axes.set_xticks(range(len(STAGES)), STAGES)
             axes.set_ylim(-1.05, 1.05)
             axes.axhline(0, color=style.QUIET, linewidth=0.6)
-            axes.set_title(title + '\n(filters solid, weights dotted)', fontsize=9)
-            if not column:
-                axes.legend(frameon=False, fontsize=8, loc='lower left')
-        for row, net in enumerate(nets, 1):
-            here = frames['filters'].filter(pl.col('net') == net)
-            epochs = sorted(set(here['epoch']))
-            for column, epoch in enumerate((epochs[0], epochs[1], epochs[-1])):
-                axes = drawing.add_subplot(grid[row, column])
-                _scatter(
-                    axes, here.filter(pl.col('epoch') == epoch), f'{NAMES[net]}, {epoch} epochs'
-                )
+            axes.set_title(title)
+            axes.set_xlabel('of dense training; filters solid, weights dotted, shade: seeds')
+        _legend(drawing, axes)
         return style.png(drawing)
 
 
-def _scatter(axes: Axes, filters: pl.DataFrame, title: str) -> None:
-    """Loss preservation against magnitude, a point per filter, darker = nearer to the output."""
+def draw_scatter(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
+    """The filters of the first seed behind the correlations."""
+    pairs = (('‖θ‖', 'Σ|θ g|'), ('θᵀg', 'θᵀHg'))
+    with style.context():
+        drawing = style.figure(style.WIDTH, 0.5 + 2.1 * len(nets))
+        grid = drawing.add_gridspec(len(nets), 4)
+        for row, net in enumerate(nets):
+            here = frames['filters'].filter(pl.col('net') == net)
+            here = here.with_columns(pl.col('‖θ‖²').sqrt().alias('‖θ‖'))
+            _, early, _, end = sorted(set(here['epoch']))
+            for column, ((x, y), epoch) in enumerate(itertools.product(pairs, (early, end))):
+                axes = drawing.add_subplot(grid[row, column])
+                _scatter(axes, here.filter(pl.col('epoch') == epoch), x, y)
+                axes.set_title(f'{NAMES[net]}, {STAGES[1] if epoch == early else STAGES[3]}')
+        drawing.suptitle('A point per filter, paler: nearer to the input', fontsize=10)
+        return style.png(drawing)
+
+
+def _scatter(axes: Axes, filters: pl.DataFrame, x: str, y: str) -> None:
     paths = list(dict.fromkeys(filters['path']))
+    signed = filters[y].min() < 0
     for depth, path in enumerate(paths):
-        here = filters.filter((pl.col('path') == path) & (pl.col('loss') > 0))
-        shade = 0.85 - 0.75 * depth / max(len(paths) - 1, 1)
-        axes.plot(here['magnitude'].sqrt(), here['loss'], '.', markersize=3.5, color=str(shade))
-    axes.set_yscale('log')
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel('‖θ‖ of a filter')
-    axes.set_ylabel('Σ|θ g|')
+        here = filters.filter((pl.col('path') == path) & (signed | (pl.col(y) > 0)))
+        shade = 0.75 - 0.75 * depth / max(len(paths) - 1, 1)
+        axes.plot(here[x], here[y], '.', markersize=3, color=str(shade))
+    for scaled, name in ((axes.set_xscale, x), (axes.set_yscale, y)):
+        if signed:  # logarithmic on both sides of what nine tenths of the filters exceed
+            scaled('symlog', linthresh=max(filters[name].abs().quantile(0.1), 1e-12))
+    if signed:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(3))
+    else:
+        axes.set_yscale('log')
+    axes.set_xlabel(f'{x} of a filter')
+    axes.set_ylabel(y)
 
 
 def draw_removal(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
     """Loss right after pruning by how trained the net is; share of each layer removed."""
     looks = style.lines(MEASURES)
     with style.context():
-        drawing = style.figure(style.WIDTH, 2.9 * len(nets))
-        grid = drawing.add_gridspec(len(nets), 2, width_ratios=[1, 1.3])
+        drawing = style.figure(style.WIDTH, 0.5 + 2.5 * len(nets))
+        grid = drawing.add_gridspec(len(nets), 3)
         for row, net in enumerate(nets):
             axes = drawing.add_subplot(grid[row, 0])
             here = frames['pruned'].filter(pl.col('net') == net)
-            for measure in MEASURES:
-                of = here.filter(pl.col('measure') == measure)
-                x, y = _means(of, 'epoch', 'loss')
-                axes.plot(range(len(x)), y, **looks[measure], label=measure)
-            dense = _means(here, 'epoch', 'dense_loss')[1]
-            axes.plot(range(len(dense)), dense, color=style.INK, label='dense')
+            stages = sorted(set(here['epoch']))
+            numbered = pl.col('epoch').replace_strict(dict(zip(stages, range(4), strict=True)))
+            dense = here.unique(['epoch', 'seed']).select(
+                'epoch', measure=pl.lit('dense'), loss='dense_loss'
+            )
+            losses = pl.concat([here.select('epoch', 'measure', 'loss'), dense])
+            _curves(axes, losses.with_columns(numbered), looks, 'epoch', 'loss')
             axes.set_yscale('log')
-            axes.set_xticks(range(4), ['start', '1 epoch', 'half', 'end'])
-            axes.set_title(f'{NAMES[net]}: test loss right after pruning')
+            axes.set_xticks(range(len(STAGES)), STAGES)
+            axes.set_xlabel('of dense training')
+            axes.set_title(f'{NAMES[net]}: test loss when pruned')
+            for column, epoch in ((1, stages[1]), (2, stages[-1])):
+                axes = drawing.add_subplot(grid[row, column])
+                gone = frames['removed'].filter((pl.col('net') == net) & (pl.col('epoch') == epoch))
+                step = -(-(gone['depth'].max() + 1) // 14)  # more points than that are a tangle
+                binned = gone.with_columns(
+                    depth=pl.col('depth') // step * step + step / 2
+                ).group_by('measure', 'seed', 'depth')
+                shares = binned.agg(share=100 * pl.col('removed').sum() / pl.col('units').sum())
+                _curves(axes, shares, looks, 'depth', 'share', markersize=3)
+                when = 'after 1 epoch' if column == 1 else 'at the end'
+                axes.set_title(f'% removed, {when}')
+                together = f' ({step} together)' if step > 1 else ''
+                axes.set_xlabel(f'layer, input first{together}')
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+                axes.set_ylim(-3, 103)
             if not row:
-                axes.legend(frameon=False, fontsize=7.5, ncols=2)
-            right = drawing.add_subplot(grid[row, 1])
-            gone = frames['removed'].filter((pl.col('net') == net) & (pl.col('epoch') == 1))
-            for measure in MEASURES:
-                of = gone.filter(pl.col('measure') == measure).with_columns(
-                    share=100 * pl.col('removed') / pl.col('units')
-                )
-                right.plot(*_means(of, 'depth', 'share'), **{**looks[measure], 'markersize': 3})
-            right.set_title('share of each layer removed after 1 epoch (%)')
-            right.set_xlabel('layer, input first')
-            right.xaxis.set_major_locator(MaxNLocator(integer=True))
-            right.set_ylim(-3, 103)
+                first = drawing.axes[0]
+        _legend(drawing, first)
         return style.png(drawing)
 
 
@@ -451,25 +537,40 @@ def draw_norms(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
     """Norms of the whole network along training, pruned in one round."""
     whole, looks = _network_norms(frames), style.lines(MEASURES)
     with style.context():
-        drawing = style.figure(style.WIDTH, 2.7 * len(nets))
+        drawing = style.figure(style.WIDTH, 0.5 + 2.5 * len(nets))
         grid = drawing.add_gridspec(len(nets), 3)
         for row, net in enumerate(nets):
             for column, (quantity, title) in enumerate(QUANTITIES.items()):
                 axes = drawing.add_subplot(grid[row, column])
-                here = whole.filter((pl.col('net') == net) & (pl.col('quantity') == quantity))
-                for measure in ('dense', *MEASURES):
-                    of = here.filter(
-                        (pl.col('measure') == measure) & (pl.col('rounds').fill_null(1) == 1)
-                    )
-                    look = looks.get(measure, {'color': style.INK})
-                    axes.plot(*_means(of, 'step', 'value'), **{**look, 'marker': ''}, label=measure)
+                here = whole.filter(
+                    (pl.col('net') == net)
+                    & (pl.col('quantity') == quantity)
+                    & (pl.col('rounds').fill_null(1) == 1)
+                )
+                _curves(axes, here, looks, 'step', 'value')
                 axes.set_title(f'{NAMES[net]}: {title}')
                 axes.set_xlabel('step')
                 if column == 2:
                     axes.set_yscale('log')
-                if not row and not column:
-                    axes.legend(frameon=False, fontsize=7)
+        _legend(drawing, axes)
         return style.png(drawing)
+
+
+def _curves(
+    axes: Axes, frame: pl.DataFrame, looks: dict, x: str, y: str, markersize: float = 0
+) -> None:
+    """Means over seeds of every measure, and of the dense net where it is there."""
+    for measure in ('dense', *MEASURES):
+        look = looks.get(measure, {'color': style.INK, 'marker': 'o'})
+        of = frame.filter(pl.col('measure') == measure)
+        if of.height:
+            axes.plot(*_means(of, x, y), **{**look, 'markersize': markersize}, label=measure)
+
+
+def _legend(drawing: Figure, axes: Axes) -> None:
+    """One for all panels, above them."""
+    handles, labels = axes.get_legend_handles_labels()
+    drawing.legend(handles, labels, loc='outside upper center', ncols=len(labels), fontsize=8.5)
 
 
 def _means(frame: pl.DataFrame, x: str, y: str) -> tuple[list, list]:
@@ -481,6 +582,7 @@ def _means(frame: pl.DataFrame, x: str, y: str) -> tuple[list, list]:
 FIGURES = {
     'accuracy': draw_accuracy,
     'correlations': draw_correlations,
+    'scatter': draw_scatter,
     'removal': draw_removal,
     'norms': draw_norms,
 }

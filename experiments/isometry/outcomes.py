@@ -3,8 +3,8 @@
     python experiments/isometry/outcomes.py runs/isometry --out runs/isometry/outcomes.md
 
 Prints markdown, writes it, and draws `isometry.png` beside it. Differences are paired by seed;
-intervals are 95 % percentile bootstraps of their mean. "holds" and "reversed" mean that the
-interval lies on one side of zero.
+intervals are Student's, of 95 %, for their mean. "holds" and "reversed" mean that the interval lies
+on one side of zero.
 """
 
 import argparse
@@ -16,12 +16,21 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import scipy.stats
+from matplotlib.ticker import MaxNLocator
 
 from jaxprune.report import markdown, style
 
+DENSE = 'dense'
 REPAIRS = ('L1', 'L1 + OrthP')
 RATES = (1e-2, 1e-3)
 COLOURS = {1e-2: '#D55E00', 1e-3: '#0072B2'}
+
+
+HEAD = """\
+# Outcomes of the study of isometry
+
+Intervals: Student's, of 95 %, for the mean over seeds of differences paired by seed. The networks,
+and what all this says: [README](README.md)."""
 
 
 def main() -> int:
@@ -34,7 +43,7 @@ def main() -> int:
     frame = load(arguments.directories)
     nets = list(dict.fromkeys(frame['net']))
     parts = [spectra(frame, nets), gaps(frame, nets), trainability(frame, nets)]
-    text = '\n\n'.join(parts) + '\n'
+    text = '\n\n'.join([HEAD, *parts]) + '\n'
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text)
     arguments.out.with_name('isometry.png').write_bytes(draw(frame, nets))
@@ -53,7 +62,9 @@ def load(directories: Sequence[Path]) -> pl.DataFrame:
         raise SystemExit('some runs are there twice: give every directory and network once')
     whole = pl.col('epoch').max() == pl.col('epochs').first()
     ended = frame.group_by(run).agg(whole=whole).filter('whole')
-    arms = ended.filter(pl.col('epochs') == pl.col('epochs').min().over('net'))
+    arms = ended.filter(
+        (pl.col('repair') != DENSE) & (pl.col('epochs') == pl.col('epochs').min().over('net'))
+    )
     seeds = arms.group_by('net', 'ratio', 'repair', 'rate').agg(pl.col('seed').sort())
     if seeds.height % (len(REPAIRS) * len(RATES)) or seeds['seed'].n_unique() > 1:
         raise SystemExit('some arms lack runs: finish study.py with the same seeds for all')
@@ -61,36 +72,36 @@ def load(directories: Sequence[Path]) -> pl.DataFrame:
 
 
 def spectra(frame: pl.DataFrame, nets: Sequence[str]) -> str:
-    """Mean singular values right after pruning, before and after the repair."""
-    rows, notes = [], []
-    for net in nets:
-        start = frame.filter((pl.col('net') == net) & (pl.col('epoch') == 0))
-        for repair in REPAIRS:
-            cells, means = [], []
-            for ratio in _ratios(frame):
-                here = start.filter((pl.col('ratio') == ratio) & (pl.col('repair') == repair))
-                if here.is_empty():  # a ratio of other nets
-                    cells.append('')
-                    continue
-                means.append(here['jsv_mean'].mean())
-                cells.append(f'{means[-1]:.3g}')
-            rows.append([net, repair, *cells])
-            if repair == 'L1':
-                falls = all(a > b for a, b in itertools.pairwise(means))
-                notes.append(f'- {net}: {"falls" if falls else "does not fall"} with every ratio')
-    head = ['net', '', *(f'{r:g}' for r in _ratios(frame))]
-    return '\n'.join(
-        ['## Mean singular value of the Jacobian right after pruning', '', 'Means over seeds.', '',
-         markdown.table(head, rows), '', *notes]
-    )  # fmt: skip
+    """Singular values of the trained network, and right after pruning without and with repair."""
+    start, ratios = frame.filter(pl.col('epoch') == 0), _ratios(frame)
+    lines = []
+    for title, column, mean in (
+        ('Mean singular value of the Jacobian right after pruning', 'jsv_mean', pl.Expr.mean),
+        ('Its condition number', 'jsv_condition', pl.Expr.median),
+    ):
+        rows = []
+        for net, repair in itertools.product(nets, REPAIRS):
+            here = start.filter((pl.col('net') == net) & pl.col('repair').is_in([repair, DENSE]))
+            found = dict(here.group_by('ratio').agg(mean(pl.col(column))).iter_rows())
+            rows.append([net, repair, *(_short(found.get(ratio)) for ratio in (0.0, *ratios))])
+        of = 'Means' if mean is pl.Expr.mean else 'Medians'
+        said = f'{of} over seeds, by share of filters removed; 0: the trained network.'
+        head = ['net', '', 0, *(f'{r:g}' for r in ratios)]
+        lines += [f'## {title}', '', said, '', markdown.table(head, rows), '']
+    return '\n'.join(lines).rstrip()
+
+
+def _short(value: float | None) -> str:
+    """Three digits; nothing for a ratio that only other nets have."""
+    return '' if value is None else f'{value:.3g}'
 
 
 def gaps(frame: pl.DataFrame, nets: Sequence[str]) -> str:
     """Final accuracies, and how much of the gap between the rates a repair or more time closes."""
     lines = ['## Final accuracy, and the gap between the learning rates', '']
     for net in nets:
-        here = frame.filter(pl.col('net') == net)
-        short = here['epochs'].min()
+        here = frame.filter((pl.col('net') == net) & (pl.col('repair') != DENSE))
+        short, longer = here['epochs'].min(), here['epochs'].max()
         last = here.filter(pl.col('epoch') == pl.col('epochs'))
         rows, said = [], []
         for ratio in _ratios(here):
@@ -101,23 +112,19 @@ def gaps(frame: pl.DataFrame, nets: Sequence[str]) -> str:
             }
             plain, repaired = (at[r, RATES[0]] - at[r, RATES[1]] for r in REPAIRS)
             cells = [markdown.spread(a, 1) for a in at.values()]
-            longer = here['epochs'].max()
-            more = ''
+            left = [markdown.difference(plain, 1), markdown.difference(repaired, 1)]
             if longer > short:
                 slow = _by_seed(last, ratio, 'L1', RATES[1], longer)
-                more = markdown.spread(slow, 1)
-            rows.append(
-                [
-                    f'{ratio:g}',
-                    *cells,
-                    more,
-                    markdown.difference(plain, 1),
-                    markdown.difference(repaired, 1),
-                ]
-            )
-            said.append(f'  - {ratio:g}: {markdown.verdict(abs(plain) - abs(repaired), 1)}')
-        head = ['removed', *(f'{repair}, {rate:g}' for repair in REPAIRS for rate in RATES),
-                'L1, 0.001, longer', 'gap, L1', 'gap, L1 + OrthP']  # fmt: skip
+                cells.append(markdown.spread(slow, 1))
+                left.append(markdown.difference(at['L1', RATES[0]] - slow, 1))
+            rows.append([f'{ratio:g}', *cells, *left])
+            # Sizes of mean gaps: of seeds one by one, noise alone would have a size.
+            sizes = np.sign(plain.mean()) * plain - np.sign(repaired.mean()) * repaired
+            said.append(f'  - {ratio:g}: {markdown.verdict(sizes, 1)}')
+        times = f'L1, {RATES[1]:g}, {longer / short:g} x the epochs'
+        more = [times] if longer > short else []
+        head = ['removed', *(f'{repair}, {rate:g}' for repair in REPAIRS for rate in RATES), *more,
+                'gap, L1', 'gap, L1 + OrthP', *(f'gap to {name}' for name in more)]  # fmt: skip
         lines += [f'### {net}', '', markdown.table(head, rows), '',
                   '- **the gap is smaller with OrthP, whichever rate is ahead** (points):', *said,
                   '']  # fmt: skip
@@ -130,44 +137,43 @@ def trainability(frame: pl.DataFrame, nets: Sequence[str]) -> str:
         '## Trainability accuracy',
         '',
         'Mean accuracy over the epochs before the first decay, against the final one: rank '
-        'correlation over all runs of the same schedule (arXiv:2301.05219, eq. 1).',
+        'correlation over ratios and seeds of the same schedule (arXiv:2301.05219, eq. 1).',
         '',
     ]
     for net in nets:
-        here = frame.filter((pl.col('net') == net) & (pl.col('epochs') == pl.col('epochs').min()))
+        here = frame.filter((pl.col('net') == net) & (pl.col('repair') != DENSE))
+        here = here.filter(pl.col('epochs') == pl.col('epochs').min())
         key = ['seed', 'ratio', 'repair', 'rate']
         early = here.filter((pl.col('epoch') > 0) & (pl.col('epoch') <= pl.col('epochs') / 3))
         both = early.group_by(key).agg(early=pl.col('accuracy').mean()).join(
             here.filter(pl.col('epoch') == pl.col('epochs')), on=key
         )  # fmt: skip
         found = []
-        for rate in RATES:
-            of = both.filter(pl.col('rate') == rate)
-            found.append(
-                f'{scipy.stats.spearmanr(of["early"], of["accuracy"])[0]:.2f} from {rate:g}'
-            )
-        lines.append(f'- {net}: {", ".join(found)}')
+        for repair, rate in itertools.product(REPAIRS, RATES):
+            of = both.filter((pl.col('repair') == repair) & (pl.col('rate') == rate))
+            rank = scipy.stats.spearmanr(of['early'], of['accuracy'])[0]
+            found.append(f'{repair} from {rate:g} {rank:.2f}')
+        lines.append(f'- {net}: {"; ".join(found)}')
     return '\n'.join(lines)
 
 
 def draw(frame: pl.DataFrame, nets: Sequence[str]) -> bytes:
     """Per net: spectra and accuracies by ratio; how the spectrum comes back while training."""
     with style.context():
-        drawing = style.figure(style.WIDTH, 2.7 * len(nets))
+        drawing = style.figure(style.WIDTH, 0.6 + 2.5 * len(nets))
         grid = drawing.add_gridspec(len(nets), 3)
         for row, net in enumerate(nets):
-            here = frame.filter(
-                (pl.col('net') == net) & (pl.col('epochs') == pl.col('epochs').min())
-            )
+            here = frame.filter(pl.col('net') == net)
+            here = here.filter(pl.col('epochs') == pl.col('epochs').min())
             ratios = _ratios(here)
             left, middle, right = (drawing.add_subplot(grid[row, i]) for i in range(3))
             start = here.filter(pl.col('epoch') == 0)
             last = here.filter(pl.col('epoch') == pl.col('epochs'))
             for repair, line in zip(REPAIRS, ('-', '--'), strict=True):
-                of = start.filter(pl.col('repair') == repair).group_by('ratio')
+                of = start.filter(pl.col('repair').is_in([repair, DENSE])).group_by('ratio')
                 means = of.agg(pl.col('jsv_mean').mean()).sort('ratio')
                 left.plot(means['ratio'], means['jsv_mean'], line, marker='o', markersize=4,
-                          color=style.INK, label=repair)  # fmt: skip
+                          color=style.INK)  # fmt: skip
                 for rate in RATES:
                     values = [_by_seed(last, r, repair, rate, here['epochs'].min()) for r in ratios]
                     label = f'{repair}, from {rate:g}'
@@ -190,16 +196,16 @@ def draw(frame: pl.DataFrame, nets: Sequence[str]) -> bytes:
             middle.set_title('accuracy after fine-tuning (%)')
             right.set_title(f'mean singular value, {middle_ratio:g} removed')
             right.set_xlabel('epoch of fine-tuning')
+            right.xaxis.set_major_locator(MaxNLocator(integer=True))
             for axes in (left, middle):
                 axes.set_xlabel('share of filters removed')
-            if not row:
-                left.legend(frameon=False, fontsize=8, handlelength=4)
-                middle.legend(frameon=False, fontsize=7, handlelength=4)
+        handles, labels = middle.get_legend_handles_labels()
+        drawing.legend(handles, labels, loc='outside upper center', ncols=4, handlelength=4)
         return style.png(drawing)
 
 
 def _ratios(frame: pl.DataFrame) -> list[float]:
-    return sorted(set(frame['ratio']))
+    return sorted(set(frame.filter(pl.col('repair') != DENSE)['ratio']))
 
 
 def _by_seed(

@@ -10,7 +10,8 @@ Linear networks, where OrthP makes isometry exact; then the same with ReLU, wher
 
 All runs of a network that share a length are trained by one program. Writes `runs.parquet` into
 `--out`: a row per run and epoch of fine-tuning, epoch 0 right after pruning, with test accuracy,
-training loss, mean singular value and condition of the Jacobian.
+training loss, mean singular value and condition of the Jacobian; and, with nothing removed, a row
+per trained network.
 """
 
 import argparse
@@ -56,8 +57,8 @@ class Kind(NamedTuple):
     Attributes:
       seed: of the network and of the order of its data.
       ratio: share of the units removed.
-      repair: one of `REPAIRS`.
-      rate: first learning rate of fine-tuning.
+      repair: one of `REPAIRS`; 'dense' where nothing is removed.
+      rate: first learning rate of fine-tuning; of training where nothing is removed.
     """
 
     seed: int
@@ -109,10 +110,15 @@ def studied(settings: argparse.Namespace, net: str) -> list[dict[str, Any]]:
         states = engine.epoch(epoch, rows, states).states
     trained = engine.pack(states)
     batches = examples(settings)
+    spectrum = measured(program, batches)
+    found = []
+    for seed, accuracy in zip(seeds, engine.evaluate(states)[1], strict=False):
+        state = jax.tree.map(lambda leaf, s=seed: leaf[s], trained)
+        kind = Kind(seed, 0.0, 'dense', RATES[0])
+        found.append(row(net, kind, settings.epochs, 0, accuracy, None, spectrum(state)))
     lengths = [(settings.epochs, RATES)]
     if settings.longer > 1:
         lengths.append((settings.epochs * settings.longer, RATES[1:]))
-    found = []
     for epochs, rates in lengths:
         kinds = [
             Kind(seed, ratio, repair, rate)
@@ -155,19 +161,8 @@ def fine_tuned(
         _, accuracy = engine.evaluate(states)
         for i, kind in enumerate(kinds):
             values = spectrum(jax.tree.map(lambda leaf, i=i: leaf[i], packed))
-            table.append(
-                {
-                    'net': net,
-                    **kind._asdict(),
-                    'epochs': epochs,
-                    'epoch': epoch,
-                    'accuracy': 100 * float(accuracy[i]),
-                    'train_loss': None if losses is None else float(losses[i]),
-                    'jsv_mean': float(values.mean),
-                    'jsv_condition': float(values.condition),
-                    'jsv_smallest': float(values.smallest),
-                }
-            )
+            loss = None if losses is None else float(losses[i])
+            table.append(row(net, kind, epochs, epoch, accuracy[i], loss, values))
 
     note(0, None)
     for epoch in range(epochs):
@@ -176,6 +171,29 @@ def fine_tuned(
         if epoch < 10 or (epoch + 1) % 5 == 0 or epoch + 1 == epochs:
             note(epoch + 1, done.losses.mean(axis=1))
     return table
+
+
+def row(
+    net: str,
+    kind: Kind,
+    epochs: int,
+    epoch: int,
+    accuracy: float,
+    train_loss: float | None,
+    spectrum: flow.Isometry,
+) -> dict[str, Any]:
+    """A row of the table."""
+    return {
+        'net': net,
+        **kind._asdict(),
+        'epochs': epochs,
+        'epoch': epoch,
+        'accuracy': 100 * float(accuracy),
+        'train_loss': train_loss,
+        'jsv_mean': float(spectrum.mean),
+        'jsv_condition': float(spectrum.condition),
+        'jsv_smallest': float(spectrum.smallest),
+    }
 
 
 def prepared(settings: argparse.Namespace, net: str, epochs: int, phase: str):
