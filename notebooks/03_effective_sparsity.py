@@ -9,9 +9,10 @@
 # %% [markdown]
 # # How many of the kept weights do any work?
 #
-# A weight that no path of kept weights connects to input and output cannot change what the network
-# computes. At high compression most random masks are full of such weights, and comparing methods at
-# equal *direct* compression compares how many they waste (Vysogorets & Kempe, arXiv:2107.02306).
+# A weight that no path of kept weights connects to input and output carries nothing of the input
+# to the output. At high compression most random masks are full of such weights, and comparing
+# methods at equal *direct* compression compares how many they waste (Vysogorets & Kempe,
+# arXiv:2107.02306).
 
 # %%
 import jax

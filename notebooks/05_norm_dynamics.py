@@ -34,8 +34,9 @@ view = jp.view(problem, pruned.params, state, pruned.masks)
 
 # %% [markdown]
 # Full-batch gradient descent from here, with the momentum and the decay that one would use. The
-# prediction for k steps uses derivatives of the first moment only. Along the sharpest direction, of
-# curvature λ, the slope changes sign after a time 1/λ: an expansion says nothing after that.
+# prediction for k steps uses derivatives at the starting point only. Along the sharpest direction,
+# of curvature λ, the flow's slope decays within a time 1/λ, and the slope of the expansion to
+# second order changes sign there: it says nothing after that.
 
 # %%
 rate, momentum, decay = 0.001, 0.9, 1e-3

@@ -480,10 +480,8 @@ def _scatter(axes: Axes, filters: pl.DataFrame, x: str, y: str) -> None:
         here = filters.filter((pl.col('path') == path) & (signed | (pl.col(y) > 0)))
         shade = 0.75 - 0.75 * depth / max(len(paths) - 1, 1)
         axes.plot(here[x], here[y], '.', markersize=3, color=str(shade))
-    for scaled, name in ((axes.set_xscale, x), (axes.set_yscale, y)):
-        if signed:  # logarithmic on both sides of what nine tenths of the filters exceed
-            scaled('symlog', linthresh=max(filters[name].abs().quantile(0.1), 1e-12))
     if signed:
+        axes.ticklabel_format(scilimits=(-2, 3))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(3))
     else:
@@ -516,10 +514,11 @@ def draw_removal(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
                 axes = drawing.add_subplot(grid[row, column])
                 gone = frames['removed'].filter((pl.col('net') == net) & (pl.col('epoch') == epoch))
                 step = -(-(gone['depth'].max() + 1) // 14)  # more points than that are a tangle
-                binned = gone.with_columns(
-                    depth=pl.col('depth') // step * step + step / 2
-                ).group_by('measure', 'seed', 'depth')
-                shares = binned.agg(share=100 * pl.col('removed').sum() / pl.col('units').sum())
+                # Numbered from 1; several together stand at their middle.
+                place = pl.col('depth') // step * step + (step + 1) / 2
+                shares = gone.group_by('measure', 'seed', place.alias('depth')).agg(
+                    share=100 * pl.col('removed').sum() / pl.col('units').sum()
+                )
                 _curves(axes, shares, looks, 'depth', 'share', markersize=3)
                 when = 'after 1 epoch' if column == 1 else 'at the end'
                 axes.set_title(f'% removed, {when}')

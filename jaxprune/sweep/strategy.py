@@ -1,4 +1,7 @@
-"""How the runs of a program are laid out in time and space. All ways give the same numbers."""
+"""How the runs of a program are laid out in time and space.
+
+All ways compute the same; they round differently, which training amplifies.
+"""
 
 from typing import Any, NamedTuple
 
