@@ -155,8 +155,8 @@ print('with OrthP:', (ends[:, 1, 0] - ends[:, 1, 1]).mean(1).round(1))
 
 # %% [markdown]
 # Where unrepaired networks train at all, the gap between the rates shrinks to less than a third;
-# with nine tenths removed they stay at 10 % for all five epochs, at either rate, and repaired ones
-# do not. The larger rate was not finding a better minimum: it was faster, and five epochs at 1e-3
+# with nine tenths removed they are at 10 % after the five epochs, at either rate, and repaired ones
+# are not. The larger rate was not finding a better minimum: it was faster, and five epochs at 1e-3
 # are a little short even after the repair; with thirty the gap is gone. `experiments/isometry` has
 # the whole grid, yet more epochs for the small rate, and networks with ReLU, where OrthP is no
 # cure.

@@ -41,3 +41,10 @@ def quick_compilation(request):
     jax.config.update('jax_disable_most_optimizations', 'optimised' not in request.keywords)
     yield
     jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def forgotten_programs():
+    """Drops what a file compiled: by the end of a run it would fill gigabytes and slow Python."""
+    yield
+    jax.clear_caches()

@@ -78,7 +78,11 @@ ONE = Strategy('map', 'scan', 'native', 1)
 
 
 @pytest.mark.parametrize(
-    ('strategy', 'first', 'second'), [(ONE, 2, 1), (Strategy('unroll', 'host', 'native', 1), 1, 1)]
+    ('strategy', 'first', 'second'),
+    [
+        (ONE, 2, 1),
+        pytest.param(Strategy('unroll', 'host', 'native', 1), 1, 1, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize('after', [2, 3, 5])
 def test_a_chunk_goes_on_where_it_stopped(parts, tmp_path, strategy, first, second, after):
@@ -146,6 +150,7 @@ def test_a_broken_checkpoint_is_told_in_one_line(parts, tmp_path):
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.script
 def test_a_killed_process_goes_on_within_its_chunk(tmp_path):
     """SIGKILL while epochs are being saved; the only chunk is never finished before."""
     table = {**TABLE, 'engine': {'checkpoint_minutes': ALWAYS}}

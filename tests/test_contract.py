@@ -51,7 +51,7 @@ def on_dense(name):
 
 def on_conv(name):
     """On the convolutional net, whose programs take long to compile."""
-    marks = [] if name in ('snip', 'grasp') else [pytest.mark.slow]
+    marks = [] if name == 'snip' else [pytest.mark.slow]
     return pytest.param('conv', name, marks=marks)
 
 
@@ -243,7 +243,7 @@ def test_chunk_size_position_and_padding_change_nothing(benches, engines, name):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize('strategy', ['map', 'vmap'])
+@pytest.mark.parametrize('strategy', ['map', pytest.param('vmap', marks=pytest.mark.slow)])
 def test_device_count_changes_nothing(benches, engines, strategy):
     """Law: two devices give the rows that one gives; an odd run is padded and dropped."""
     bench = benches['dense']
@@ -320,7 +320,8 @@ def test_density_one_is_the_dense_control(benches, engines, name):
 @pytest.mark.parametrize(
     ('strategy', 'methods'),
     [
-        *((strategy, KINDS) for strategy in ('map', 'vmap', 'host')),
+        *((strategy, KINDS) for strategy in ('map', 'vmap')),
+        pytest.param('host', KINDS, marks=pytest.mark.slow),
         *(pytest.param(s, METHODS, marks=pytest.mark.slow) for s in ('map', 'vmap', 'host')),
     ],
 )
@@ -396,8 +397,8 @@ def slow_unless(fast, *values):
 @pytest.mark.parametrize(
     ('how', 'allocation', 'name'),
     [
-        *(slow_unless(m not in POINTS, 'vmap', 'erk', m) for m in METHODS),
-        *(slow_unless(m in KINDS, 'jit', 'global', m) for m in METHODS),
+        *(slow_unless(m in KINDS, 'vmap', 'erk', m) for m in METHODS),
+        *(slow_unless(m not in (*KINDS, *POINTS), 'jit', 'global', m) for m in METHODS),
         *(slow_unless(False, *case, m) for case in OTHER_WAYS for m in METHODS),
     ],
 )

@@ -62,6 +62,7 @@ for name, table in json.load(open(sys.argv[1])).items():
 """
 
 
+@pytest.mark.script
 def test_four_devices_train_what_one_trains(tmp_path):
     """Expectation: the same sweep on one of four devices. Three runs, so there is padding; bit for
     bit where runs are looped over, up to rounding where they or their batches are split.
@@ -104,7 +105,17 @@ SMALL = {
     'vit': {'patch': 14, 'dim': 8, 'depth': 2, 'heads': 2},
     'transformer': {'dim': 8, 'depth': 1, 'heads': 2},
 }
-DEEP = ('resnet20', 'vgg13', 'vgg16', 'vgg19', 'resnet32', 'resnet56', 'resnet18', 'mobilenet')
+DEEP = (
+    'vgg11',
+    'resnet20',
+    'vgg13',
+    'vgg16',
+    'vgg19',
+    'resnet32',
+    'resnet56',
+    'resnet18',
+    'mobilenet',
+)
 
 
 @pytest.mark.parametrize(

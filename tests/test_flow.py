@@ -330,6 +330,10 @@ def test_filters_before_batch_norm_feel_no_radial_gradient():
         assert cosines[path] < 1e-9 and still[path] > 1e-3
     assert cosines['last/kernel'] > 1e-3
     near = jax.jit(flow.norm_dynamics(problem, by='unit', second=False))(KEY, view, batches)
+    # So two such layers keep their imbalance, and one of them and the classifier do not.
+    rates = flow.norm_dynamics(problem, second=False)(KEY, view, batches).first
+    assert abs(rates['conv/kernel'] - rates['hidden/kernel']) < 1e-9
+    assert abs(rates['hidden/kernel'] - rates['last/kernel']) > 1e-3
     change = flow.predicted_change(near, 0.1)['conv/kernel']
     np.testing.assert_allclose(change, 0.01 * near.gradient['conv/kernel'], rtol=1e-6)
 
@@ -737,6 +741,7 @@ def test_masks_that_cannot_be():
             lambda m: flow.evolution_error(problem)(KEY, view, m, batches),
             lambda m: flow.agreement(view.weights, view.weights, m),
             lambda m: flow.approximately_orthogonal(view.weights, m, optimizer, steps=1),
+            lambda m: flow.orthp(view.weights, m),
         ):
             with pytest.raises(jp.PruneError, match=said):
                 call(masks)

@@ -433,7 +433,7 @@ def their_rounds(c: Case, density: float, rounds: int, over: str) -> dict[str, n
         ('convbn', 2, 100, 'exponential', 'synflow_iter100_c1e2_f64', 'scan'),
         ('convbn', 2, 10, 'linear', 'synflow_linear10_c1e2_f64', 'loop'),
         ('convbn_initstats', 2, 100, 'exponential', 'synflow_iter100_c1e2_f64', 'scan'),
-        ('resnet20_w4', 2, 100, 'exponential', 'synflow_iter100_c1e2_f64', 'scan'),
+        slow('resnet20_w4', 2, 100, 'exponential', 'synflow_iter100_c1e2_f64', 'scan'),
         slow('resnet20_w4', 2, 100, 'exponential', 'synflow_iter100_c1e2_f64', 'loop'),
     ],
 )

@@ -168,7 +168,8 @@ def chain(widths, kernels=None, activation='linear'):
 def spectrum(problem, view, examples: int = 2):
     width = next(iter(view.weights.values())).shape[0]
     x = jax.random.normal(KEY, (1, examples, width))
-    return flow.jacobian_singular_values(problem)(KEY, view, jp.Batch(x, jnp.zeros((1, examples))))
+    values = jax.jit(flow.jacobian_singular_values(problem))
+    return values(KEY, view, jp.Batch(x, jnp.zeros((1, examples))))
 
 
 @pytest.mark.parametrize('depth', [3, pytest.param(6, marks=pytest.mark.slow)])
@@ -177,7 +178,8 @@ def test_orthogonal_chains(kept, mean, depth):
     """Expectation: widths of 20 give isometry; 5 hidden units for 10 logits, five values of 1 and
     five of 0. By slicing, and by masks of a wider network."""
     problem, view = chain([64, *[kept] * depth, 10])
-    values = spectrum(problem, view._replace(weights=flow.orthp(view.weights)))
+    orthp = jax.jit(flow.orthp)
+    values = spectrum(problem, view._replace(weights=orthp(view.weights)))
     assert abs(values.mean() - mean) < 1e-9
     assert np.abs(np.sort(values) - ([1] * 10 if kept == 20 else [0] * 5 + [1] * 5)).max() < 1e-9
     problem, wide = chain([64, *[40] * depth, 10])
@@ -191,9 +193,9 @@ def test_orthogonal_chains(kept, mean, depth):
         .set(True)
         for i, (p, w) in enumerate(wide.weights.items())
     }
-    made = jax.jit(flow.orthp)(wide.weights, masks)
+    made = orthp(wide.weights, masks)
     assert abs(spectrum(problem, wide._replace(weights=made, masks=masks)).mean() - mean) < 1e-9
-    again = flow.orthp(made, masks)
+    again = orthp(made, masks)
     for path, leaf in made.items():
         np.testing.assert_allclose(again[path], leaf, atol=1e-12)
 

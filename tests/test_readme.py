@@ -18,6 +18,7 @@ def blocks(language):
     return re.findall(rf'```{language}\n(.*?)```', README, re.DOTALL)
 
 
+@pytest.mark.script
 def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict = {}

@@ -24,8 +24,9 @@ def run(*command, cwd=None) -> str:
 
 
 def test_gradient_flow(tmp_path):
-    """Expectation: dense runs of `measures.py` are the sweep's, whichever way it trained them;
-    every figure and section is there; a directory without measures is told in one line."""
+    """Expectation: dense runs of `measures.py` are the sweep's, also when forced to another way of
+    training; every figure and section is there; a directory without measures, and one given twice,
+    are told in one line."""
     folder = EXPERIMENTS / 'gradient_flow'
     small = ['data.train_examples=1000', 'data.test_examples=300', 'train.epochs=7']
     small += ['train.milestones=[4,6]', 'grid.seed=[0,1]', 'prune.samples_per_class=5']
@@ -37,6 +38,10 @@ def test_gradient_flow(tmp_path):
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().endswith('run measures.py first')
     run(folder / 'measures.py', out)
+    done = subprocess.run(
+        [sys.executable, *command[:2], out, *command[2:]], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.strip().endswith('give every network once')
     text = run(*command)
     assert text.count('\n## ') == 6 and 'nan' not in text
     drawn = {path.name for path in (tmp_path / 'told').glob('*.png')}

@@ -188,7 +188,7 @@ def test_only_last_and_every_so_many_epochs(finished, tmp_path):
     ('changes', 'shared'),
     [
         ({'engine__chunk': 1}, 18),
-        ({'engine__chunk': 8}, 18),
+        pytest.param({'engine__chunk': 8}, 18, marks=pytest.mark.slow),
         ({'grid__method': TABLE['grid']['method'][::-1], 'grid__compression': [50, 1, 5]}, 18),
         ({'grid__method': ['snip'], 'grid__compression': [2, 5], 'grid__seed': [3, 1]}, 1),
         ({'grid__method': [{'name': 'random', 'allocation': 'erk', 'label': 'a name'}]}, 6),
@@ -206,7 +206,7 @@ def test_values_are_independent_of_company(finished, tmp_path, changes, shared):
     assert_frame_equal(one, other, check_exact=True)
 
 
-@pytest.mark.parametrize('strategy', ['unroll', 'vmap'])
+@pytest.mark.parametrize('strategy', [pytest.param('unroll', marks=pytest.mark.slow), 'vmap'])
 def test_values_agree_between_strategies(finished, tmp_path, strategy):
     """Masks are equal bit for bit; losses up to the order of float32 sums."""
     out = tmp_path / 'out'
@@ -265,7 +265,10 @@ def test_schedules(tmp_path):
 
 @pytest.mark.parametrize(
     ('model', 'method'),
-    [({'name': 'lenet5'}, 'magnitude'), ({'name': 'small_vgg', 'widths': [3]}, 'snip')],
+    [
+        ({'name': 'lenet5'}, 'magnitude'),
+        pytest.param({'name': 'small_vgg', 'widths': [3]}, 'snip', marks=pytest.mark.slow),
+    ],
     ids=['lenet5', 'small_vgg'],
 )
 def test_convolutions_and_augmentation(tmp_path, model, method):

@@ -2,8 +2,8 @@
 
     cd experiments/gradient_flow && python measures.py ../../runs/lenet5
 
-Trains the dense runs of a sweep again, as it did, and looks at them before training, after one
-epoch, half-way and at the end. Each time: the correlations that the study is about, over single
+Trains the dense runs of a sweep again, by its program, and looks at them before training, after
+one epoch, half-way and at the end. Each time: the correlations that the study is about, over single
 weights and over filters; and for every measure, one-shot pruning at the sweep's ratio, without
 retraining: test loss and accuracy, and what share of each layer goes. Writes into the directory of
 the same name with `_measures` behind it: `agreement.parquet`, `pruned.parquet`, `removed.parquet`
@@ -55,8 +55,8 @@ QUANTITIES = {
 PAIRS = {
     ('‖θ‖²', 'Σ|θ g|'): 'magnitude, loss',
     ('θᵀg', 'θᵀHg'): 'θᵀg, θᵀHg',
-    ('θᵀg, T = 200', 'θᵀHg, T = 200'): 'θᵀg, θᵀHg, T = 200',
-    ('θᵀg', 'θᵀHg, T = 200'): 'θᵀg, θᵀHg at T = 200',
+    ('θᵀg, T = 200', 'θᵀHg, T = 200'): 'θᵀg, θᵀHg, both T = 200',
+    ('θᵀg', 'θᵀHg, T = 200'): 'θᵀg, θᵀHg, T = 1 and 200',
 }
 
 
@@ -98,7 +98,13 @@ def main() -> int:
     except JaxpruneError as error:
         raise SystemExit(str(error)) from None
     epochs = setting.members[0].train.epochs
+    if epochs < 4:
+        raise SystemExit(
+            f'{arguments.directory}: {epochs} epochs have no half between 1 and the end'
+        )
     stages = {0, 1, epochs // 2, epochs}
+    out = beside(arguments.directory)
+    out.mkdir(exist_ok=True)
     look = looker(setting)
     tables: dict[str, list[dict[str, Any]]] = {}
     states = setting.engine.init(setting.rows)
@@ -110,14 +116,18 @@ def main() -> int:
             for name, rows in look(epoch, setting.engine.pack(states), initial).items():
                 tables.setdefault(name, []).extend(rows)
             print(f'{setting.spec.name}: after {epoch} of {epochs} epochs', flush=True)
-    out = arguments.directory.with_name(f'{arguments.directory.name}_measures')
-    out.mkdir(exist_ok=True)
     for name, rows in tables.items():
         frame = pl.DataFrame(rows, infer_schema_length=None)
         store.write_frame(
             out / f'{name}.parquet', frame.with_columns(net=pl.lit(setting.spec.model.name))
         )
     return 0
+
+
+def beside(directory: Path) -> Path:
+    """Where the tables of a sweep lie."""
+    sweep = directory.resolve()
+    return sweep.with_name(f'{sweep.name}_measures')
 
 
 def prepare(directory: Path, data_dir: str | None) -> Setting:

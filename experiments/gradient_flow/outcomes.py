@@ -22,6 +22,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from measures import beside
 
 from jaxprune.errors import JaxpruneError
 from jaxprune.report import markdown, style, tables
@@ -49,8 +50,8 @@ NAMES = {
 PAIRS = {
     'magnitude, loss': ('spearman', 'Σ|θ g| with ‖θ‖²: rank correlation'),
     'θᵀg, θᵀHg': ('pearson', 'θᵀHg with θᵀg: correlation'),
-    'θᵀg, θᵀHg, T = 200': ('pearson', 'θᵀHg with θᵀg, both at T = 200: correlation'),
-    'θᵀg, θᵀHg at T = 200': ('pearson', 'θᵀHg at T = 200 with θᵀg at T = 1: correlation'),
+    'θᵀg, θᵀHg, both T = 200': ('pearson', 'θᵀHg with θᵀg, both at T = 200: correlation'),
+    'θᵀg, θᵀHg, T = 1 and 200': ('pearson', 'θᵀHg at T = 200 with θᵀg at T = 1: correlation'),
 }
 
 
@@ -95,12 +96,18 @@ def main() -> int:
 def load(directories: Sequence[Path]) -> dict[str, pl.DataFrame]:
     """Table -> rows of all nets; `runs` has one row per run and evaluation."""
     parts: dict[str, list[pl.DataFrame]] = {}
+    nets: list[str] = []
 
     def add(name: str, frame: pl.DataFrame) -> None:
         parts.setdefault(name, []).append(frame)
 
     for directory in directories:
         results = store.read_results(directory)
+        if (net := results['model'][0]) not in NAMES:
+            raise SystemExit(f'{directory}: {net} is none of {", ".join(NAMES)}')
+        if net in nets:
+            raise SystemExit(f'{directory}: another sweep of {net}: give every network once')
+        nets.append(net)
         if broken := results.filter(pl.col('error').is_not_null()).height:
             raise SystemExit(f'{directory}: {broken} rows have no valid mask')
         named = results.select(
@@ -113,14 +120,26 @@ def load(directories: Sequence[Path]) -> dict[str, pl.DataFrame]:
             .otherwise('measure'),
             rounds=pl.col('rounds').cast(pl.Int64),
         ))  # fmt: skip
+        check_whole(directory, parts['runs'][-1])
         kinds = results.select('run_id', net='model').unique()
         add('flow', store.read_flow(directory).join(kinds, on='run_id'))
-        measures = directory.with_name(f'{directory.name}_measures')
+        measures = beside(directory)
         for name in ('agreement', 'pruned', 'removed', 'filters'):
             if not (measures / f'{name}.parquet').exists():
                 raise SystemExit(f'{measures}: no {name}.parquet: run measures.py first')
             add(name, pl.read_parquet(measures / f'{name}.parquet'))
     return {name: pl.concat(found, how='diagonal_relaxed') for name, found in parts.items()}
+
+
+def check_whole(directory: Path, runs: pl.DataFrame) -> None:
+    """Differences are paired by seed: all of them must be there for every measure."""
+    ends = runs.filter(pl.col('epoch') == pl.col('epoch').max())
+    arms = ends.group_by('measure', 'rounds').agg(pl.col('seed').sort())
+    expected = 1 + len(MEASURES) * len(ROUNDS)
+    if arms.height < expected or arms['seed'].n_unique() > 1:
+        raise SystemExit(f'{directory}: some runs are missing: finish the sweep')
+    if len(arms['seed'][0]) < 2:
+        raise SystemExit(f'{directory}: intervals need two seeds or more')
 
 
 # --- the list ---------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ two thirds of the way), as they are (L1) or with every kernel made orthogonal fi
 Linear networks, where OrthP makes isometry exact; then the same with ReLU, where it does not.
 
 All runs of a network that share a length are trained by one program. Writes `runs.parquet` into
-`--out`: a row per run and epoch of fine-tuning, epoch 0 right after pruning, with test accuracy,
-training loss, mean singular value and condition of the Jacobian; and, with nothing removed, a row
-per trained network.
+`--out`: test accuracy, training loss, mean singular value and condition of the Jacobian, a row per
+run and epoch of fine-tuning: right after pruning (0), the first ten, every fifth and the last; and,
+with nothing removed, a row per trained network.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from jaxprune.types import Batch, RunState
 
 _MLP = {'name': 'mlp', 'widths': [100] * 6, 'init': 'pytorch'}
 _LENET = {'name': 'lenet5', 'pool': 'max', 'init': 'pytorch'}
-#: Name -> (model, activation of OrthP's gain). MLP-7: seven dense layers of 100.
+#: Name -> (model, activation of OrthP's gain). MLP-7: six dense layers of 100 and the classifier.
 NETS: dict[str, tuple[dict[str, Any], str]] = {
     'MLP-7-Linear': ({**_MLP, 'activation': 'linear'}, 'linear'),
     'LeNet-5-Linear': ({**_LENET, 'activation': 'linear'}, 'linear'),
@@ -84,8 +84,8 @@ def main() -> int:
     settings = parser.parse_args()
     if not all(0 < ratio < 1 for ratio in settings.ratios):
         parser.error('--ratios are shares of filters to remove, in (0, 1)')
-    if min(settings.seeds, settings.epochs, settings.longer) < 1:
-        parser.error('--seeds, --epochs and --longer are at least 1')
+    if min(settings.epochs, settings.longer) < 1 or settings.seeds < 2:
+        parser.error('--epochs and --longer are at least 1, --seeds 2, for intervals')
     use_all_cores()
     keep_compiled()
     settings.out.mkdir(parents=True, exist_ok=True)

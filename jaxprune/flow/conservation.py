@@ -24,8 +24,10 @@ def imbalance(view: View, order: Sequence[str], *, biases: Sequence[str | None] 
     """`‖W_l‖² - ‖W_(l+1)‖²` of layers that feed each other, path of the first -> scalar.
 
     Constant under gradient flow where the map between the two is homogeneous: linear, ReLU, max or
-    average pooling, without bias or with the bias counted on the input side; with dropout or batch
-    norm between them there is no such law. Discrete steps change it by η² (‖g_l‖² - ‖g_(l+1)‖²).
+    average pooling, without bias or with the bias counted on the input side; with dropout between
+    them there is no such law. Of a kernel before batch norm, with batch statistics, the norm
+    stands still by itself: two such layers keep theirs, one of them and a layer without do not.
+    Discrete steps change it by η² (‖g_l‖² - ‖g_(l+1)‖²).
 
     Args:
       order: paths of the layers, input first.

@@ -82,9 +82,13 @@ def orthogonalised(
 def orthp(
     weights: Weights, masks: Masks | None = None, *, activation: str = 'linear', method: str = 'qr'
 ) -> Weights:
-    """`orthogonalised` of every kernel, first and last included."""
+    """`orthogonalised` of every kernel, first and last included.
+
+    Raises:
+      PruneError: masks of other paths or shapes than the weights, or not boolean.
+    """
     if masks is not None:
-        check_same_paths('masks', masks, weights)
+        check_masks_of(weights, masks)
     return {
         path: orthogonalised(
             w, None if masks is None else masks[path], activation=activation, method=method

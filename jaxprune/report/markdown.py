@@ -35,10 +35,11 @@ def verdict(values: np.ndarray, digits: int = 2) -> str:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Student's 95 % interval of a mean.
+    """Student's 95 % interval of a mean, of two values or more.
 
     A bootstrap of three seeds is no more than their range, which would call every agreement in
-    sign a finding.
+    sign a finding. The report's error bars are bootstraps all the same (`stats`): they show how far
+    seeds lie apart and judge nothing.
     """
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
     return values.mean() - half, values.mean() + half
