@@ -937,7 +937,7 @@ def test_forward_order_is_the_order_of_use():
         ('effsp_lenet300100', '0.9', 0),
         ('effsp_lenet300100', '0.99', 0),
         ('effsp_lenet300100', '0.999', 0),
-        ('effsp_lenet5', '0.9', 1),
+        pytest.param('effsp_lenet5', '0.9', 1, marks=pytest.mark.slow),
         ('effsp_lenet5', '0.99', 0),
     ],
 )

@@ -48,6 +48,7 @@ def test_unknown_set_offers_the_nearest_name():
         data.load('zzz')
 
 
+@pytest.mark.slow
 def test_mnist_constants_are_the_moments_of_its_pixels(mnist):
     """Expectation: four published digits are the moments of all training pixels, rounded."""
     pixels = mnist['train'][0] / 255

@@ -82,6 +82,7 @@ def flow_is_as_known(compressed: int):
     assert flows[0] > 0
 
 
+@pytest.mark.slow
 def test_synflow_leaves_no_dead_weights():
     """Expectation: 2662 weights kept and as good as all active, (1275, 784, 603) per layer.
 

@@ -182,6 +182,7 @@ def test_lamp_quota_is_that_of_lamp():
         assert any((random.masks[p] != m).any() for p, m in lamp.masks.items())
 
 
+@pytest.mark.slow
 def test_strategies_give_the_same_masks(swept, tmp_path):
     """Expectation: as many weights of each layer as `map` keeps, under the other strategies."""
     grid = {**TABLE['grid'], 'method': TABLE['grid']['method'][1:2], 'compression': [20]}

@@ -654,12 +654,10 @@ CONV = {
     ('batching', 'names'),
     [
         ('vmap', ['ntk_trace', 'norm_rate']),
-        *(
-            pytest.param(batching, list(flow.QUANTITIES), marks=pytest.mark.slow)
-            for batching in ('vmap', 'map', 'unroll')
-        ),
+        *((batching, list(flow.QUANTITIES)) for batching in ('vmap', 'map', 'unroll')),
     ],
 )
+@pytest.mark.slow
 def test_recorded_of_convolutions(tmp_path, batching, names):
     """Expectation: every quantity of every run, however runs are laid out; numbers, but for
     conditions of singular matrices."""

@@ -152,6 +152,7 @@ def _kill_and_resume(sweep, uninterrupted, out, kills):
     _compare(out, uninterrupted)
 
 
+@pytest.mark.script
 def test_killed_sweep_ends_as_if_it_was_not(sweep, uninterrupted, tmp_path):
     _kill_and_resume(sweep, uninterrupted, tmp_path / 'out', kills=3)
 

@@ -273,6 +273,7 @@ def test_pooling_is_max_pooling(sides):
     np.testing.assert_array_equal(pooled(broken), flax_pooled(broken))
 
 
+@pytest.mark.slow
 def test_paths_go_through_pooling(monkeypatch):
     """Expectation: the effective masks of the same net with flax's max pool."""
     module = nn.build('small_vgg', 10, widths=[3, 4])

@@ -206,7 +206,8 @@ def test_values_are_independent_of_company(finished, tmp_path, changes, shared):
     assert_frame_equal(one, other, check_exact=True)
 
 
-@pytest.mark.parametrize('strategy', [pytest.param('unroll', marks=pytest.mark.slow), 'vmap'])
+@pytest.mark.slow
+@pytest.mark.parametrize('strategy', ['unroll', 'vmap'])
 def test_values_agree_between_strategies(finished, tmp_path, strategy):
     """Masks are equal bit for bit; losses up to the order of float32 sums."""
     out = tmp_path / 'out'
@@ -265,12 +266,10 @@ def test_schedules(tmp_path):
 
 @pytest.mark.parametrize(
     ('model', 'method'),
-    [
-        ({'name': 'lenet5'}, 'magnitude'),
-        pytest.param({'name': 'small_vgg', 'widths': [3]}, 'snip', marks=pytest.mark.slow),
-    ],
+    [({'name': 'lenet5'}, 'magnitude'), ({'name': 'small_vgg', 'widths': [3]}, 'snip')],
     ids=['lenet5', 'small_vgg'],
 )
+@pytest.mark.slow
 def test_convolutions_and_augmentation(tmp_path, model, method):
     def rows(name, **data):
         table = {
