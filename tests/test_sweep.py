@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -597,9 +598,10 @@ def test_import_is_light():
 
 
 def test_plan_of_quickstart_takes_seconds(tmp_path):
-    start = time.monotonic()
+    """Expectation: seconds of the processor, since a clock on the wall counts what else runs."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = fresh(RUN_COMMAND, 'plan', 'experiments/quickstart.toml')
-    assert time.monotonic() - start < 10
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 8
     assert done.returncode == 0, done.stderr
     for word in ('220', 'training programs   1', '266,200', 'memory', 'training time', 'chunks'):
         assert word in done.stdout
