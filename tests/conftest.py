@@ -45,6 +45,6 @@ def quick_compilation(request):
 
 @pytest.fixture(autouse=True, scope='module')
 def forgotten_programs():
-    """Drops what a file compiled: by the end of a run it would fill gigabytes and slow Python."""
+    """Drops what a file compiled: by the end of a run it would fill gigabytes."""
     yield
     jax.clear_caches()

@@ -40,7 +40,7 @@ ROUNDS = {name: min(card.rounds, 2) for name, card in method.METHODS.items()}
 #: are, whether weights return. Where a law is about the engine, the others are slow tests.
 KINDS = ('random', 'snip', 'grasp', 'synflow', 'force')
 SOME = [m if m in KINDS else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
-#: Without those that take longest to compile, where three engines are compared.
+#: Two, where three engines are compared, each to be compiled.
 FEW = [m if m in ('random', 'snip') else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 OTHER_WAYS = [('plain', 'global'), ('plain', 'erk'), ('jit', 'erk'), ('vmap', 'global')]
 
@@ -321,7 +321,6 @@ def test_density_one_is_the_dense_control(benches, engines, name):
     ('strategy', 'methods'),
     [
         ('vmap', KINDS),
-        *(pytest.param(s, KINDS, marks=pytest.mark.slow) for s in ('map', 'host')),
         *(pytest.param(s, METHODS, marks=pytest.mark.slow) for s in ('map', 'vmap', 'host')),
     ],
 )

@@ -12,6 +12,7 @@ and, for scatter plots, `filters.parquet` (the first seed).
 
 import argparse
 import sys
+from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,7 +145,7 @@ def prepare(directory: Path, data_dir: str | None) -> Setting:
     indices = on_device.by_class[:, : spec.prune.samples_per_class].reshape(-1)
     batch = data.fetcher(facts.mean, facts.std, ())(on_device.train, None, indices)
     strategy = trained_with(plan, members[0].run_id)
-    program = make_program(spec, members[0].train, strategy.convolution)
+    program = make_program(spec, members[0].train, strategy.convolution, strategy.batch_devices)
     engine = make_engine(strategy, program, on_device, jax.local_devices())
     rows, _ = rows_of(members, len(members), engine)
     units = unit_shapes(program.shapes, spec.grid.method[0].whole)
@@ -157,7 +158,8 @@ def trained_with(plan: dict[str, Any], run_id: str) -> Strategy:
     """How the sweep trained a run: another way rounds differently, and training amplifies that."""
     used = next(chunk['program'] for chunk in plan['chunks'] if run_id in chunk['runs'])
     strategy = Strategy(**next(p['strategy'] for p in plan['programs'] if p['id'] == used))
-    return strategy._replace(devices=min(strategy.devices, jax.local_device_count()))
+    devices = min(strategy.devices, jax.local_device_count())
+    return strategy._replace(devices=devices, batch_devices=gcd(strategy.batch_devices, devices))
 
 
 def looker(setting: Setting):
@@ -177,7 +179,7 @@ def looker(setting: Setting):
 
         weights = {name: scored(**options) for name, options in QUANTITIES.items()}
         filters = {
-            name: {path: grouped(values, 'unit')[path] for path in units}
+            name: grouped({path: values[path] for path in units}, 'unit')
             for name, values in weights.items()
         }
         agreements = {}

@@ -245,7 +245,7 @@ def correlations(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
 
 def right_after(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
     """Outcome 4."""
-    rows, verdicts = [], {'more': [], 'most': []}
+    rows, growing, most = [], [], []
     for net in nets:
         here = frames['pruned'].filter(pl.col('net') == net).sort('seed')
         for epoch in sorted(set(here['epoch'])):
@@ -262,11 +262,11 @@ def right_after(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
         }
         _, early, _, end = sorted(set(here['epoch']))
         more = [f'{m} {markdown.difference(raised[end, m] - raised[early, m])}' for m in MEASURES]
-        verdicts['more'].append(f'  - {NAMES[net]}: ' + '; '.join(more))
+        growing.append(f'  - {NAMES[net]}: ' + '; '.join(more))
         for epoch, measure in itertools.product((early, end), INCREASES):
             worst = max(OTHERS, key=lambda m: raised[epoch, m].mean())
             said = markdown.verdict(raised[epoch, measure] - raised[epoch, worst])
-            verdicts['most'].append(
+            most.append(
                 f'  - {NAMES[net]}, after {epoch} epochs, {measure}: against {worst}: {said}'
             )
     head = ['net', 'epochs trained', 'dense', *MEASURES]
@@ -274,9 +274,9 @@ def right_after(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
         ['## 4. Right after pruning in one shot, before any retraining', '',
          'Test loss / test accuracy (%), means over seeds.', '', markdown.table(head, rows), '',
          '- **what pruning adds to the test loss grows with training** (from after 1 epoch to the '
-         'end):', *verdicts['more'],
+         'end):', *growing,
          '- **increase raises the loss most** (against the worst of the four others):',
-         *verdicts['most']]
+         *most]
     )  # fmt: skip
 
 
@@ -545,9 +545,7 @@ def draw_removal(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
                 axes.set_xlabel(f'layer, input first{together}')
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axes.set_ylim(-3, 103)
-            if not row:
-                first = drawing.axes[0]
-        _legend(drawing, first)
+        _legend(drawing, drawing.axes[0])
         return style.png(drawing)
 
 

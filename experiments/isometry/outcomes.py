@@ -81,8 +81,7 @@ def spectra(frame: pl.DataFrame, nets: Sequence[str]) -> str:
     ):
         rows = []
         for net, repair in itertools.product(nets, REPAIRS):
-            drawn = [repair, DENSE] if repair == REPAIRS[0] else [repair]
-            here = start.filter((pl.col('net') == net) & pl.col('repair').is_in(drawn))
+            here = _pruned(start.filter(pl.col('net') == net), repair)
             found = dict(here.group_by('ratio').agg(mean(pl.col(column))).iter_rows())
             rows.append([net, repair, *(_short(found.get(ratio)) for ratio in (0.0, *ratios))])
         of = 'Means' if mean is pl.Expr.mean else 'Medians'
@@ -90,6 +89,11 @@ def spectra(frame: pl.DataFrame, nets: Sequence[str]) -> str:
         head = ['net', '', 0, *(f'{r:g}' for r in ratios)]
         lines += [f'## {title}', '', said, '', markdown.table(head, rows), '']
     return '\n'.join(lines).rstrip()
+
+
+def _pruned(start: pl.DataFrame, repair: str) -> pl.DataFrame:
+    """Right after pruning, with this repair; without any, the trained network is ratio 0."""
+    return start.filter(pl.col('repair').is_in([repair, DENSE] if repair == 'L1' else [repair]))
 
 
 def _short(value: float | None) -> str:
@@ -176,8 +180,7 @@ def draw(frame: pl.DataFrame, nets: Sequence[str]) -> bytes:
             start = here.filter(pl.col('epoch') == 0)
             last = here.filter(pl.col('epoch') == pl.col('epochs'))
             for repair, line in zip(REPAIRS, ('-', '--'), strict=True):
-                drawn = [repair, DENSE] if repair == REPAIRS[0] else [repair]
-                of = start.filter(pl.col('repair').is_in(drawn)).group_by('ratio')
+                of = _pruned(start, repair).group_by('ratio')
                 means = of.agg(pl.col('jsv_mean').mean()).sort('ratio')
                 left.plot(means['ratio'], means['jsv_mean'], line, marker='o', markersize=4,
                           color=style.INK)  # fmt: skip
