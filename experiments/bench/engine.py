@@ -546,7 +546,9 @@ def machine_line(peak: float) -> str:
 
 
 def markdown(head: str, rows: list[dict], notes: list[str], costs: list[dict]) -> str:
-    parts = [head, '', '### N runs', '', *table(COLUMNS, rows)]
+    parts = [head]
+    if rows:
+        parts += ['', '### N runs', '', *table(COLUMNS, rows)]
     if costs:
         parts += ['', '### What recording along training costs', '']
         parts += table(('net', 'N', 'recorded', 'cost %', 'range'), costs)
