@@ -40,13 +40,13 @@ ROUNDS = {name: min(card.rounds, 2) for name, card in method.METHODS.items()}
 #: are, whether weights return. Where a law is about the engine, the others are slow tests.
 KINDS = ('random', 'snip', 'grasp', 'synflow', 'force')
 SOME = [m if m in KINDS else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
-#: Two, where three engines are compared, each to be compiled.
-FEW = [m if m in ('random', 'snip') else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+#: One, where three engines are compared, each to be compiled.
+FEW = [m if m == 'snip' else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 OTHER_WAYS = [('plain', 'global'), ('plain', 'erk'), ('jit', 'erk'), ('vmap', 'global')]
 
 
 def on_dense(name):
-    return pytest.param('dense', name, marks=[pytest.mark.slow] if name in POINTS else [])
+    return pytest.param('dense', name, marks=[] if name in KINDS else [pytest.mark.slow])
 
 
 def on_conv(name):
@@ -396,7 +396,7 @@ def slow_unless(fast, *values):
 @pytest.mark.parametrize(
     ('how', 'allocation', 'name'),
     [
-        *(slow_unless(m in ('random', 'synflow'), 'vmap', 'erk', m) for m in METHODS),
+        *(slow_unless(m == 'synflow', 'vmap', 'erk', m) for m in METHODS),
         *(slow_unless(m not in POINTS, 'jit', 'global', m) for m in METHODS),
         *(slow_unless(False, *case, m) for case in OTHER_WAYS for m in METHODS),
     ],

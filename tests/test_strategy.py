@@ -34,11 +34,11 @@ TABLE = {
 }
 FIRST = Strategy('unroll', 'host', 'native', 1)
 OTHERS = [
-    (Strategy('unroll', 'scan', 'taps', 2), 2),
     (Strategy('vmap', 'host', 'native', 2), 0),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
+            (Strategy('unroll', 'scan', 'taps', 2), 2),
             (Strategy('unroll', 'host', 'native', 2), 0),
             (Strategy('map', 'scan', 'patches', 2), 0),
             (Strategy('vmap', 'scan', 'patches', 1), 2),
