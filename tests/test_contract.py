@@ -39,20 +39,25 @@ ROUNDS = {name: min(card.rounds, 2) for name, card in method.METHODS.items()}
 #: One method of each kind that the engine tells apart: what its events are given, how many there
 #: are, whether weights return. Where a law is about the engine, the others are slow tests.
 KINDS = ('random', 'snip', 'grasp', 'synflow', 'force')
-SOME = [m if m in KINDS else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+
+
+def slow_unless(fast, *values):
+    return pytest.param(*values, marks=[] if fast else pytest.mark.slow)
+
+
+SOME = [slow_unless(m in KINDS, m) for m in METHODS]
 #: One, where three engines are compared, each to be compiled.
-FEW = [m if m == 'snip' else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+FEW = [slow_unless(m == 'snip', m) for m in METHODS]
 OTHER_WAYS = [('plain', 'global'), ('plain', 'erk'), ('jit', 'erk'), ('vmap', 'global')]
 
 
 def on_dense(name):
-    return pytest.param('dense', name, marks=[] if name in KINDS else [pytest.mark.slow])
+    return slow_unless(name in KINDS, 'dense', name)
 
 
 def on_conv(name):
     """On the convolutional net, whose programs take long to compile."""
-    marks = [] if name == 'snip' else [pytest.mark.slow]
-    return pytest.param('conv', name, marks=marks)
+    return slow_unless(name == 'snip', 'conv', name)
 
 
 def table(model, methods, **grid):
@@ -387,10 +392,6 @@ def test_segment_on_two_devices_has_no_collective(benches, net, strategy):
     assert 'num_partitions=2' in hlo
     for word in ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute', 'reduce-scatter'):
         assert word not in hlo
-
-
-def slow_unless(fast, *values):
-    return pytest.param(*values, marks=[] if fast else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(

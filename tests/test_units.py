@@ -110,8 +110,7 @@ def connected():
     return jax.jit(connect), {f'{name}/kernel': shape for name, shape in ranking.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('family', [FIRST, SECOND])
+@pytest.mark.parametrize('family', [FIRST, pytest.param(SECOND, marks=pytest.mark.slow)])
 def test_filters_kept_are_those_of_the_authors(family):
     """Expectation: their kept filters of a global ranking, measure by measure, and the logits of
     their network cut smaller, from masks of the whole one."""
