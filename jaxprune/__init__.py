@@ -7,12 +7,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxprune.errors import JaxpruneError, PruneError
-from jaxprune.method import METHODS, build, pruner
-from jaxprune.plan import at_init, keep_counts
-from jaxprune.problem import cross_entropy, linen, plain, view
+from jaxprune.method import METHODS, get_pruner, pruner
+from jaxprune.plan import keep_counts, plan_rounds
+from jaxprune.problem import (
+    cross_entropy,
+    problem_from_flax,
+    problem_from_functions,
+    view,
+)
 from jaxprune.prune_model import prune
 from jaxprune.score import grasp, magnitude, random, snip, synflow
-from jaxprune.select import global_top_k, kept, layerwise_top_k, top_k_mask
+from jaxprune.select import count_kept, global_top_k, layerwise_top_k, top_k_mask
 from jaxprune.structure import connectivity, effective_compression, effective_mask, fold_constants
 from jaxprune.tree import apply_masks, kernels, pick, put, rules, shapes
 from jaxprune.types import Batch, Problem, Pruner, View
@@ -51,9 +56,9 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     'layerwise_top_k',
     'top_k_mask',
     'pruner',
-    'build',
+    'get_pruner',
     'METHODS',
-    'at_init',
+    'plan_rounds',
     'keep_counts',
     # paths through a pruned network
     'connectivity',
@@ -67,9 +72,9 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     'kernels',
     'rules',
     'shapes',
-    'kept',
-    'linen',
-    'plain',
+    'count_kept',
+    'problem_from_flax',
+    'problem_from_functions',
     'view',
     'cross_entropy',
     # training and sweeps

@@ -90,9 +90,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _plan(command: Plan) -> None:
     from jaxprune.sweep import keep_compiled, load_spec, make_plan, use_all_cores
-    from jaxprune.sweep.plan import estimate, measure
+    from jaxprune.sweep.plan_tables import plan_tables, probe_table
     from jaxprune.sweep.probe import trial_line
-    from jaxprune.sweep.tables import plan_tables, probe_table
+    from jaxprune.sweep.sweep_plan import estimate, measure
 
     use_all_cores()
     spec = load_spec(command.spec, command.set)
@@ -123,8 +123,8 @@ def _sweep(command: Sweep) -> None:
         store,
         use_all_cores,
     )
+    from jaxprune.sweep.plan_tables import time_line
     from jaxprune.sweep.progress import shown_on
-    from jaxprune.sweep.tables import time_line
 
     use_all_cores()
     keep_compiled()
@@ -150,7 +150,7 @@ def _sweep(command: Sweep) -> None:
 
 def _status(command: Status) -> None:
     from jaxprune.sweep import status
-    from jaxprune.sweep.tables import time_line
+    from jaxprune.sweep.plan_tables import time_line
 
     found = status(command.directory)
     state = 'running' if found['running'] else 'not running'

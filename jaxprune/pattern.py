@@ -17,8 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune.allocation import Shape, check_density
 from jaxprune.errors import PruneError, nearest
-from jaxprune.quota import Shape, check_density
 from jaxprune.select import (
     as_floats,
     global_top_k,
@@ -194,8 +194,8 @@ def unit_top_k(
     """Keeps or removes whole units, all weights that compute one output: neurons, filters.
 
     A unit's score is the largest of its entries; give all of them the unit's own, see
-    `score.units`. Entries at -inf, weights pruned before, do not count and are not kept with their
-    unit; a unit of nothing else, or with a NaN, is never kept.
+    `score.group_sums`. Entries at -inf, weights pruned before, do not count and are not kept with
+    their unit; a unit of nothing else, or with a NaN, is never kept.
 
     Args:
       scores: path -> float scores.

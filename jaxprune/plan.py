@@ -1,4 +1,4 @@
-"""The host table of keep counts: quota x schedule x density -> exact integers per event."""
+"""The host table of keep counts: allocation x schedule x density -> exact integers per event."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -6,18 +6,18 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprune import arguments
-from jaxprune.errors import PruneError, nearest
-from jaxprune.quota import (
+from jaxprune.allocation import (
     ALLOCATIONS,
     SHARED,
     Shape,
     bounded_counts,
     bounds,
     check_density,
-    quota,
+    layerwise,
     round_counts,
     sizes,
 )
+from jaxprune.errors import PruneError, nearest
 from jaxprune.schedule import schedule
 from jaxprune.types import GLOBAL
 
@@ -46,17 +46,17 @@ def keep_counts(
     """How many weights a density keeps.
 
     Args:
-      shapes: path -> shape of every prunable leaf, in forward order where the quota asks for it.
+      shapes: path -> shape of every prunable leaf, in forward order if the allocation needs it.
       density: fraction kept, in (0, 1].
       allocation: 'global' for one ranking over all leaves, 'lamp' for one number that the pruning
-        event shares out by the weights, or the name of a layerwise quota.
+        event shares out by the weights, or the name of a layerwise allocation.
       floor: fewest weights that a layer keeps, for all layers or by path.
       cap: largest density of a layer, for all layers or by path.
       what: is counted, for messages.
 
     Returns:
       `{'*': round(density * total)}` for 'global' and 'lamp', which only checks that the bounds
-      can be met; whoever selects has to keep them (`quota.bounds`). Otherwise path ->
+      can be met; whoever selects has to keep them (`allocation.bounds`). Otherwise path ->
       round(layer density * size), and where that crosses a bound, the same total within bounds.
 
     Raises:
@@ -90,18 +90,18 @@ def _counts(
     if allocation in SHARED:
         asked = round(density * sum(sizes(shapes).values()))
         return {GLOBAL: min(max(asked, sum(fewest.values())), sum(most.values()))}, asked
-    densities = quota(allocation)(shapes, density)
+    densities = layerwise(allocation)(shapes, density)
     asked = sum(round_counts(shapes, densities).values())
     return bounded_counts(shapes, densities, fewest, most), asked
 
 
-def at_init(
+def plan_rounds(
     shapes: Mapping[str, Shape],
     density: float,
     *,
     allocation: str = 'global',
     rounds: int = 1,
-    over: str = 'exponential',
+    density_schedule: str = 'exponential',
     floor: int | Mapping[str, int] = 0,
     cap: float | Mapping[str, float] = 1.0,
     what: str = 'prunable weights',
@@ -113,7 +113,7 @@ def at_init(
       density: final density.
       allocation: see `keep_counts`.
       rounds: number of events; 1 is one-shot.
-      over: name of the schedule of densities over the rounds.
+      density_schedule: name of the schedule of densities over the rounds.
       floor: see `keep_counts`; it holds in every round.
       cap: see `keep_counts`; it holds in every round, and a round whose density is more than the
         caps allow keeps what they allow.
@@ -126,7 +126,7 @@ def at_init(
     last = keep_counts(shapes, density, allocation, floor=floor, cap=cap, what=what)
     fewest, most = bounds(shapes, floor, cap)
     per_round = [last]
-    for earlier in reversed(schedule(over)(density, rounds)[:-1]):
+    for earlier in reversed(schedule(density_schedule)(density, rounds)[:-1]):
         if allocation not in SHARED:
             # What a bound takes from one layer others get, and they could end up with more
             # than in the round before; no event brings weights back.

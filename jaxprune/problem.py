@@ -1,5 +1,6 @@
 """What is trained: pairs of pure functions made from flax modules, or from anyone's own."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,7 +19,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(log_probability, labels[:, None], axis=-1)[:, 0]
 
 
-def linen(
+def problem_from_flax(
     module: 'nn.Module',
     input_shape: tuple[int, ...],
     *,
@@ -62,7 +63,13 @@ def linen(
     return Problem(init, apply, loss, prunable)
 
 
-def plain(init, apply, *, loss: LossFn = cross_entropy, prunable: Rule = tree.kernels) -> Problem:
+def problem_from_functions(
+    init: Callable[[Key], PyTree],
+    apply: Callable[[PyTree, jax.Array], jax.Array],
+    *,
+    loss: LossFn = cross_entropy,
+    prunable: Rule = tree.kernels,
+) -> Problem:
     """A problem from plain functions on any pytree of parameters, without model state.
 
     Args:

@@ -191,6 +191,6 @@ def unit_norm(scores: Scores) -> Scores:
     return {path: scaled(as_floats(leaf)) for path, leaf in sorted(scores.items())}
 
 
-def kept(masks: Masks) -> dict[str, jax.Array]:
+def count_kept(masks: Masks) -> dict[str, jax.Array]:
     """Path -> number of weights kept, int32."""
     return {path: mask.sum(dtype=jnp.int32) for path, mask in masks.items()}

@@ -135,10 +135,10 @@ def event(problem: Problem, optimizer: Optimizer, pruner: Pruner, *, restart: bo
 
 
 def last_event(problem: Problem, optimizer: Optimizer, pruner: Pruner):
-    """`(hyper, state, active) -> state` under the masks of `pruner.finish`."""
+    """`(hyper, state, active) -> state` under the masks of `pruner.final_masks`."""
 
     def finish(hyper: Hyper, state: RunState, active: jax.Array):
-        masks = pruner.finish(state.method_state, active)
+        masks = pruner.final_masks(state.method_state, active)
         return _masked(optimizer, pruner, hyper, state, view_of(problem, state), masks)
 
     return finish
@@ -149,8 +149,8 @@ def _masked(
 ) -> RunState:
     """The state under new masks."""
     params = state.params
-    if pruner.restore is not None:
-        params = tree.put(params, pruner.restore(state.method_state, view))
+    if pruner.regrown_values is not None:
+        params = tree.put(params, pruner.regrown_values(state.method_state, view))
     tx = optimizer.make(hyper, jnp.asarray(hyper.learning_rate))
     return state._replace(
         params=tree.apply_masks(params, masks),

@@ -78,7 +78,8 @@ class View(NamedTuple):
 
     Attributes:
       weights: prunable leaves, already zero where `masks` is False.
-      frozen: the whole parameter tree; its prunable leaves are stand-ins for `weights`.
+      params: the whole parameter tree. Prunable leaves here are placeholders: read them from
+        `weights`.
       model_state: batch statistics and the like.
       masks: the masks in force.
       initial: prunable leaves at initialisation, where the caller keeps them.
@@ -86,7 +87,7 @@ class View(NamedTuple):
     """
 
     weights: Weights
-    frozen: PyTree
+    params: PyTree
     model_state: PyTree
     masks: Masks
     initial: Weights | None = None
@@ -155,14 +156,15 @@ class Pruner(NamedTuple):
       update: `(key, method_state, view, counts, batches) -> (method_state, masks, info)`.
       needs: what an event must be given: 'data', 'shape' (an input's shape only), 'initial'
         (the initial weights) or nothing.
-      restore: `(method_state, view) -> weights`: the values that weights take after an event,
-        before those the new masks prune are zeroed; None where no pruned weight ever returns.
-      finish: `(method_state, active) -> masks`: after the last round, masks with at least that
-        many weights on a path from input to output; None where the counts have the last word.
+      regrown_values: `(method_state, view) -> weights`: the values that weights take after an
+        event, before those the new masks prune are zeroed; None where no pruned weight returns.
+      final_masks: `(method_state, active) -> masks`: after the last round, masks with at least that
+        many weights on a path from input to output; None if the keep counts alone determine the
+        masks.
     """
 
     init: Callable[[Key, View], PyTree]
     update: Callable[[Key, PyTree, View, Counts, Batch | None], tuple[PyTree, Masks, PruneInfo]]
     needs: frozenset[str]
-    restore: Callable[[PyTree, View], Weights] | None = None
-    finish: Callable[[PyTree, ArrayLike], Masks] | None = None
+    regrown_values: Callable[[PyTree, View], Weights] | None = None
+    final_masks: Callable[[PyTree, ArrayLike], Masks] | None = None

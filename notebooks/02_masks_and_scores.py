@@ -25,7 +25,7 @@ from jaxprune import data, nn
 digits = data.load('mnist_small')
 x = digits.train.images[:200].astype('float32') / 255  # not centred: a dark pixel is 0
 batch = jp.Batch(x[None], digits.train.labels[None, :200])
-problem = jp.linen(nn.MLP((100, 50), classes=10), input_shape=(28, 28, 1))
+problem = jp.problem_from_flax(nn.MLP((100, 50), classes=10), input_shape=(28, 28, 1))
 
 params, model_state = problem.init(jax.random.key(0))
 view = jp.view(problem, params, model_state)
@@ -87,8 +87,8 @@ plt.show()
 
 # %% [markdown]
 # One ranking over all layers decides for itself which layer pays. Where a curve falls off the
-# bottom, the layer is gone and the network with it: that is what layerwise quotas and SynFlow's
-# rounds are against.
+# bottom, the layer is gone and the network with it: layerwise allocations and SynFlow's rounds
+# prevent that.
 #
 # How far do the methods agree on which weights to keep, at 5 %?
 

@@ -23,7 +23,7 @@ import numpy as np
 import jaxprune as jp
 from jaxprune import nn
 
-problem = jp.linen(nn.MLP((300, 100), classes=10), input_shape=(28, 28, 1))
+problem = jp.problem_from_flax(nn.MLP((300, 100), classes=10), input_shape=(28, 28, 1))
 params, model_state = problem.init(jax.random.key(0))
 view = jp.view(problem, params, model_state)
 shapes = jp.shapes(view.weights)
@@ -32,7 +32,7 @@ connect = jp.connectivity(forward, params, jnp.zeros((1, 28, 28, 1)))
 
 # %% [markdown]
 # `connect` maps masks to effective masks. It is a pure function, so it is vmapped over random masks
-# as anything else. The quotas below say how many weights each layer keeps; the masks are random.
+# as anything else. The allocations below say how many weights each layer keeps; masks are random.
 
 # %%
 compressions = np.geomspace(3, 1000, 14)
@@ -50,19 +50,19 @@ def effective(seeds, counts):
 
 
 curves = {}
-for quota in ('uniform', 'erk', 'igq'):
+for allocation in ('uniform', 'erk', 'igq'):
     rows = []
     for compression in compressions:
-        counts = jp.keep_counts(shapes, 1 / compression, quota)
+        counts = jp.keep_counts(shapes, 1 / compression, allocation)
         rows.append(effective(jnp.arange(10), {p: jnp.int32(n) for p, n in counts.items()}))
-    curves[quota] = np.array(rows)
+    curves[allocation] = np.array(rows)
 
 # %%
 figure, ax = plt.subplots(figsize=(6.4, 4.4), layout='constrained')
-for quota, values in curves.items():
+for allocation, values in curves.items():
     finite = np.where(np.isfinite(values), values, np.nan)
     alive = np.isfinite(values).mean(1)
-    (line,) = ax.loglog(compressions, np.nanmedian(finite, 1), 'o-', label=quota)
+    (line,) = ax.loglog(compressions, np.nanmedian(finite, 1), 'o-', label=allocation)
     ax.fill_between(
         compressions, np.nanmin(finite, 1), np.nanmax(finite, 1), color=line.get_color(), alpha=0.15
     )

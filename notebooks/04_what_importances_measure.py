@@ -33,7 +33,7 @@ digits = data.load('mnist_small')
 x = (digits.train.images.astype('float32') / 255 - 0.13) / 0.31
 y = digits.train.labels
 batches = jp.Batch(x[None, :500], y[None, :500])
-problem = jp.linen(nn.MLP((100, 50), classes=10), input_shape=(28, 28, 1))
+problem = jp.problem_from_flax(nn.MLP((100, 50), classes=10), input_shape=(28, 28, 1))
 print(*MEASURES.items(), sep='\n')
 
 # %% [markdown]

@@ -27,7 +27,7 @@ digits = data.load('mnist_small')
 x = jnp.asarray((digits.train.images[:500].astype('float32') / 255 - 0.13) / 0.31)
 y = jnp.asarray(digits.train.labels[:500])
 batches = jp.Batch(x[None], y[None])
-problem = jp.linen(nn.MLP((100, 50), classes=10), input_shape=(28, 28, 1))
+problem = jp.problem_from_flax(nn.MLP((100, 50), classes=10), input_shape=(28, 28, 1))
 params, state = problem.init(jax.random.key(0))
 pruned = jp.prune(params, 'snip', 0.05, model=problem, data=(x, y))
 view = jp.view(problem, pruned.params, state, pruned.masks)
@@ -64,7 +64,7 @@ steps = range(1, 16)
 walked = rate * np.cumsum(np.cumsum(momentum ** np.arange(15)))  # η times what steps add up to
 end = np.argmax(walked * sharpest > 1) + 1
 measured, predicted, first_order = [], [], []
-params, speed = view.frozen, jax.tree.map(jnp.zeros_like, view.frozen)
+params, speed = view.params, jax.tree.map(jnp.zeros_like, view.params)
 for k in steps:
     params, speed = step(params, speed)
     measured.append(flow.measured_change(view, at(params)))
@@ -99,7 +99,7 @@ plt.show()
 biases = [path.replace('kernel', 'bias') for path in layers]
 figure, ax = plt.subplots(figsize=(6.4, 3.6), layout='constrained')
 for eta, color in ((0.02, 'C3'), (0.01, 'C1'), (0.005, 'C0')):
-    params, drift = view.frozen, []
+    params, drift = view.params, []
     gradient = jax.jit(
         jax.grad(
             lambda p: problem.loss(problem.apply(p, state, x, train=True, key=None)[0], y).mean()

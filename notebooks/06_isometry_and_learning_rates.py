@@ -28,7 +28,7 @@ digits = data.load('mnist_small')
 images = lambda split: (split.images.astype('float32') / 255 - 0.13) / 0.31
 x, y = jnp.asarray(images(digits.train)[:4000]), jnp.asarray(digits.train.labels[:4000])
 test_x, test_y = jnp.asarray(images(digits.test)), jnp.asarray(digits.test.labels)
-problem = jp.linen(
+problem = jp.problem_from_flax(
     nn.build('mlp', 10, widths=[100] * 6, activation='linear', init='pytorch'),
     input_shape=(28, 28, 1),
 )

@@ -29,7 +29,7 @@ digits = data.load('mnist_small')
 images = lambda split: (split.images.astype('float32') / 255 - 0.13) / 0.31
 x, y = jnp.asarray(images(digits.train)[:2000]), jnp.asarray(digits.train.labels[:2000])
 test_x, test_y = jnp.asarray(images(digits.test)), jnp.asarray(digits.test.labels)
-problem = jp.linen(nn.MLP((32,), classes=10), input_shape=(28, 28, 1))
+problem = jp.problem_from_flax(nn.MLP((32,), classes=10), input_shape=(28, 28, 1))
 score = jp.snip(problem, train=False)
 
 

@@ -26,7 +26,7 @@ from jaxprune.types import Batch, Key, View
 digits = data.load('mnist_small')
 images = lambda split: (split.images.astype('float32') / 255 - 0.13) / 0.31
 x, y = jnp.asarray(images(digits.train)[:3000]), jnp.asarray(digits.train.labels[:3000])
-problem = jp.linen(nn.MLP((100, 50), classes=10), input_shape=(28, 28, 1))
+problem = jp.problem_from_flax(nn.MLP((100, 50), classes=10), input_shape=(28, 28, 1))
 params, state = problem.init(jax.random.key(0))
 view = jp.view(problem, params, state)
 batches = Batch(x[None, :300], y[None, :300])
@@ -46,7 +46,7 @@ def blame(problem, *, train=False):
 
     def score(key: Key, view: View, batches: Batch | None):
         def loss(weights):
-            params = jp.put(view.frozen, weights)
+            params = jp.put(view.params, weights)
             logits, _ = problem.apply(params, view.model_state, batches.x[0], train=train, key=key)
             return problem.loss(logits, batches.y[0]).mean()
 
@@ -67,7 +67,7 @@ def blame(problem, *, train=False):
 
 # %%
 pruner = jp.pruner(blame(problem), needs={'data'})
-plan = jp.at_init(jp.shapes(view.weights), density=0.02, rounds=10)
+plan = jp.plan_rounds(jp.shapes(view.weights), density=0.02, rounds=10)
 
 
 @jax.jit
@@ -147,7 +147,7 @@ plt.show()
 # ## A name in specifications
 #
 # A score moves to `jaxprune/score/blame.py`, `jaxprune/score/__init__.py` exports it, and one line
-# in `jaxprune/method/registry.py` names it:
+# in `jaxprune/method/methods.py` names it:
 #
 #     'blame': Method('blame', _of(score.blame), _data),
 #

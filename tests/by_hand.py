@@ -24,7 +24,7 @@ def setting(batches: int = 1, examples: int = 6, bias: float = 0.5):
         {'w': draw.standard_normal((a, b)) / np.sqrt(a), 'b': bias * draw.standard_normal(b)}
         for a, b in itertools.pairwise(SIZES)
     ]
-    problem = jp.plain(lambda key: jax.tree.map(jnp.asarray, params), forward)
+    problem = jp.problem_from_functions(lambda key: jax.tree.map(jnp.asarray, params), forward)
     x = draw.standard_normal((batches, examples, SIZES[0]))
     y = draw.integers(0, SIZES[-1], (batches, examples))
     view = jp.view(problem, jax.tree.map(jnp.asarray, params))

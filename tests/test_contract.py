@@ -21,9 +21,9 @@ from jaxprune.sweep.chunk import run_chunk
 from jaxprune.sweep.engine import Rows, make_engine
 from jaxprune.sweep.grid import DENSE, runs
 from jaxprune.sweep.layout import mesh_of, over_runs, segment_of
-from jaxprune.sweep.plan import counts_of
 from jaxprune.sweep.program import device_data, hyper_of, make_program
 from jaxprune.sweep.strategy import Strategy
+from jaxprune.sweep.sweep_plan import counts_of
 
 METHODS = sorted(method.METHODS)
 #: Points of `importance`, which stands for them: the same code with other options.
@@ -34,7 +34,7 @@ POINTS = (
     'gradient_norm_preservation',
 )
 #: A published number of rounds costs minutes here and proves nothing more than two do.
-ROUNDS = {name: min(card.rounds, 2) for name, card in method.METHODS.items()}
+ROUNDS = {name: min(entry.rounds, 2) for name, entry in method.METHODS.items()}
 
 #: One method of each kind that the engine tells apart: what its events are given, how many there
 #: are, whether weights return. Where a law is about the engine, the others are slow tests.
@@ -406,7 +406,7 @@ def test_any_density_is_met_exactly_and_nested(benches, how, allocation, name):
     """Laws: exact counts for any traced k; pruned stays pruned; the state keeps its structure."""
     bench = benches['dense']
     problem = bench.program.problem
-    pruner = method.build(problem, name, allocation=allocation)
+    pruner = method.get_pruner(problem, name, allocation=allocation)
     key = run_key(7)
     state = bench.program.init(key, hyper_of(bench.runs[0]))
     view = view_of(problem, state)

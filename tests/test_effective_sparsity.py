@@ -33,18 +33,18 @@ table, figure = script('table'), script('figure')
 
 @functools.cache
 def random_networks(*compressions: int) -> dict[int, dict[str, np.ndarray]]:
-    """Compression -> quota -> active weights of 20 networks."""
+    """Compression -> allocation -> active weights of 20 networks."""
     active = table.prune_at_random(compressions)
     assert active.shape == (len(compressions), 3, 20)
-    cells = (dict(zip(table.QUOTAS, row, strict=True)) for row in active)
+    cells = (dict(zip(table.LAYERWISE, row, strict=True)) for row in active)
     return dict(zip(compressions, cells, strict=True))
 
 
 QUICK = (100, 1000)
 
 
-def known(compressed: int, quota: str):
-    return table.RANDOM[compressed][table.QUOTAS.index(quota)]
+def known(compressed: int, allocation: str):
+    return table.RANDOM[compressed][table.LAYERWISE.index(allocation)]
 
 
 @pytest.mark.parametrize(
@@ -58,18 +58,18 @@ def test_random_networks_are_as_connected_as_known(compressions):
     test at 0.01 (why so: see the script).
     """
     for compressed, cells in random_networks(*compressions).items():
-        for quota, active in cells.items():
-            assert not table.off(known(compressed, quota), active), (compressed, quota)
+        for allocation, active in cells.items():
+            assert not table.off(known(compressed, allocation), active), (compressed, allocation)
 
 
-def test_another_quota_would_be_noticed():
-    """Expectation: the known numbers of one quota refuse the networks of the others, those of
+def test_another_allocation_would_be_noticed():
+    """Expectation: the known numbers of one allocation refuse the networks of the others, those of
     direct compression, and a sample in which 8 of 20 networks are disconnected."""
     cells = random_networks(*QUICK)[100]
-    for quota in table.QUOTAS:
-        for other in set(table.QUOTAS) - {quota}:
-            assert table.off(known(100, quota), cells[other])
-        assert table.off(known(100, quota), np.full(20, table.SIZE // 100))
+    for allocation in table.LAYERWISE:
+        for other in set(table.LAYERWISE) - {allocation}:
+            assert table.off(known(100, allocation), cells[other])
+        assert table.off(known(100, allocation), np.full(20, table.SIZE // 100))
     cut = np.where(np.arange(20) < 8, 0, cells['igq'])
     assert table.off(known(100, 'igq'), cut)
 

@@ -14,10 +14,10 @@ from test_connectivity import masks_of
 import jaxprune as jp
 from jaxprune import structure, tree
 from jaxprune.errors import PruneError, SpecError
-from jaxprune.method import build
+from jaxprune.method import get_pruner
 from jaxprune.nn import MLP
 from jaxprune.sweep import make_spec, run_sweep, store
-from jaxprune.sweep.plan import make_plan
+from jaxprune.sweep.sweep_plan import make_plan
 from jaxprune.types import Batch
 
 # --- SynFlow of the effective-sparsity study ----------------------------------------------------
@@ -62,13 +62,13 @@ def test_published_synflow_direct_and_effective(name, forward, sparsity):
             layer: {'kernel': jnp.asarray(file[f'params/{layer}/kernel'], jnp.float64)}
             for layer in layers
         }
-        problem = jp.plain(lambda key: params, forward)
+        problem = jp.problem_from_functions(lambda key: params, forward)
         shapes = tree.shapes(tree.pick(params))
         size = sum(math.prod(shape) for shape in shapes.values())
         shape = tuple(int(n) for n in file['meta/input_shape'])
         x = jnp.zeros((1, 1, *shape), jnp.float64)
         connect = structure.connectivity(forward, params, x[0])
-        pruner = build(problem, 'synflow', shapes=shapes, connect=connect)
+        pruner = get_pruner(problem, 'synflow', shapes=shapes, connect=connect)
         removed = [int(size - size * (1 - s) ** (t / 100)) for t in range(1, 101)]
         view = jp.view(problem, params)
 
@@ -91,7 +91,7 @@ def test_published_synflow_direct_and_effective(name, forward, sparsity):
         if f'out/synflow_effective/s{sparsity}/{layers[0]}' not in file:
             return
         active = structure.active_wanted(size, 1 / (1 - s))
-        found = jax.jit(pruner.finish)(state, active)
+        found = jax.jit(pruner.final_masks)(state, active)
         wanted = masks_of(file, f'out/synflow_effective/s{sparsity}', shapes)
         for path in shapes:
             np.testing.assert_array_equal(found[path], wanted[path])
@@ -159,12 +159,12 @@ def test_floors_and_caps_hold(swept):
     joined = layers.join(labels, on='run_id')
     force = joined.filter(pl.col('label') == 'FORCE to effective')
     assert force['kept'].min() >= 2
-    capped = joined.filter(pl.col('label') == 'random (LAMP quota)')
+    capped = joined.filter(pl.col('label') == 'random (LAMP allocation)')
     assert (capped['kept'] <= capped['size'] // 2).all()
 
 
-def test_lamp_quota_is_that_of_lamp():
-    """Expectation: random with the quota of LAMP keeps as many of each layer as LAMP does."""
+def test_lamp_allocation_is_that_of_lamp():
+    """Expectation: random with the allocation of LAMP keeps as many of each layer as LAMP does."""
     rng = np.random.default_rng(0)
     weights = {
         f'l{i}': {'kernel': jnp.asarray(rng.normal(size=shape) * scale, jnp.float32)}
@@ -204,7 +204,7 @@ def test_strategies_give_the_same_masks(swept, tmp_path):
 
 
 def test_one_program_for_all_targets_of_a_method():
-    """Expectation: compressions and seeds share an event program; quotas and bounds do not."""
+    """Expectation: compressions and seeds share an event program; allocations and bounds do not."""
     plan = make_plan(make_spec(TABLE))
     assert len(plan['programs']) == 1
     events = plan['programs'][0]['events']
@@ -215,20 +215,20 @@ def test_one_program_for_all_targets_of_a_method():
 
 def test_a_target_that_cannot_be_met_is_refused(monkeypatch):
     """Expectation: one line with the compression there is, for a network with dead taps."""
-    monkeypatch.setattr('jaxprune.sweep.plan._most_active', lambda program, group: 4010)
+    monkeypatch.setattr('jaxprune.sweep.sweep_plan._most_active', lambda program, group: 4010)
     with pytest.raises(SpecError, match=r'even with all weights kept .* compression is 4$'):
         make_plan(make_spec({**TABLE, 'grid': {**TABLE['grid'], 'compression': [3]}}))
 
 
 def test_forward_shapes_are_in_forward_order():
     """Expectation: by name the twelfth layer would come third."""
-    problem = jp.linen(MLP((4,) * 11, 2), (3,))
+    problem = jp.problem_from_flax(MLP((4,) * 11, 2), (3,))
     assert list(structure.forward_shapes(problem, (3,))) == [f'dense_{i}/kernel' for i in range(12)]
 
 
-def test_a_quota_that_cannot_be_sparse_enough_still_reaches_the_target():
+def test_an_allocation_that_cannot_be_sparse_enough_still_reaches_the_target():
     """Expectation: uniform+ keeps 40 weights of the last layer, yet few of them are active."""
-    problem = jp.linen(MLP((30, 20), 10), (28, 28, 1))
+    problem = jp.problem_from_flax(MLP((30, 20), 10), (28, 28, 1))
     params, _ = problem.init(jax.random.key(0))
     x = jnp.zeros((1, 28, 28, 1))
     with pytest.raises(PruneError, match='density must be at least'):

@@ -16,16 +16,16 @@ import jaxprune as jp
 from jaxprune import data, flow, nn, tree
 from jaxprune.errors import JaxpruneError, SpecError, StoreError
 from jaxprune.sweep import chunk as chunk_tables
-from jaxprune.sweep import make_plan, make_spec, plan, store
+from jaxprune.sweep import make_plan, make_spec, store, sweep_plan
 from jaxprune.sweep.chunk import rows_of
 from jaxprune.sweep.devices import keep_compiled
 from jaxprune.sweep.engine import Seen, Trained, make_engine
 from jaxprune.sweep.grid import runs
-from jaxprune.sweep.plan import measure
 from jaxprune.sweep.probe import Measured, probe, remember, remembered
 from jaxprune.sweep.program import device_data, make_program
 from jaxprune.sweep.progress import ignored
 from jaxprune.sweep.strategy import Strategy
+from jaxprune.sweep.sweep_plan import measure
 from jaxprune.sweep.timing import covered, stopwatch
 
 DENSE = {
@@ -148,8 +148,8 @@ def _compiled(spec, run, strategy):
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jaxprune.sweep.layout import mesh_of, training
-    from jaxprune.sweep.plan import abstract_data
     from jaxprune.sweep.program import hyper_of
+    from jaxprune.sweep.sweep_plan import abstract_data
 
     program = make_program(spec, run.train, strategy.convolution)
     mesh = mesh_of(strategy, jax.local_devices())
@@ -354,7 +354,7 @@ def test_records_along_training(tmp_path):
 
 def test_gradient_norms_are_those_of_the_loss():
     """Expectation: jax.grad of the mean loss on the batch, pruned weights left out."""
-    problem = jp.linen(nn.MLP((5,), classes=3), (4,))
+    problem = jp.problem_from_flax(nn.MLP((5,), classes=3), (4,))
     key = jax.random.key(0)
     params, model_state = problem.init(key)
     x, y = jax.random.normal(key, (1, 20, 4)), jax.numpy.arange(20)[None] % 3
@@ -425,7 +425,7 @@ def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch):
     if it leaves no choice.
     """
     monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path / 'cache'))
-    monkeypatch.setattr('jaxprune.sweep.plan._WORTH_PROBING', 0.0)
+    monkeypatch.setattr('jaxprune.sweep.sweep_plan._WORTH_PROBING', 0.0)
     spec = make_spec(DENSE)
     for engine in ({'probe': 'never'}, {'batching': 'map', 'devices': 1}):
         quiet = make_spec({**DENSE, 'engine': engine})
@@ -526,8 +526,8 @@ def test_chunks_fill_the_devices(batching, devices, chunk):
     """Expectation: by hand: two unrolled runs per device, 32 mapped ones at most; no padding."""
     spec = make_spec({**DENSE, 'grid': {**DENSE['grid'], 'seed': list(range(300))}})
     strategy = Strategy(batching, 'scan', 'native', devices)
-    group = plan.groups(spec)[0]._replace(strategy=strategy)
-    assert plan._chunk_size(spec, group, 1000) == chunk
+    group = sweep_plan.groups(spec)[0]._replace(strategy=strategy)
+    assert sweep_plan._chunk_size(spec, group, 1000) == chunk
 
 
 def test_quantities_without_data_need_none(tmp_path):
@@ -583,7 +583,7 @@ def test_what_is_remembered_adds_up(tmp_path, monkeypatch):
     wrote are no rows; two devices may share a run although one alone was fastest.
     """
     monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr('jaxprune.sweep.plan._WORTH_PROBING', 0.0)
+    monkeypatch.setattr('jaxprune.sweep.sweep_plan._WORTH_PROBING', 0.0)
     spec = make_spec({**DENSE, 'train': {**DENSE['train'], 'epochs': 10**6}})
     run = runs(spec)[0]
     slow = Measured(Strategy('unroll', 'host', 'native', 1), 0.5, 1.0, 100.0, '')

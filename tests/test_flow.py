@@ -52,7 +52,7 @@ def network(activation, *, bias: float = 0.5, density: float = 0.6, batches: int
             x = activation(x @ layer['w'] + layer['b'])
         return x @ params[-1]['w'] + params[-1]['b']
 
-    problem = jp.plain(init, apply)
+    problem = jp.problem_from_functions(init, apply)
     params = problem.init(jax.random.key(3))[0]
     masks = {
         path: jnp.asarray(draw.random(leaf.shape) < density)
@@ -69,7 +69,7 @@ def loss_of(problem, view, batches, temperature: float = 1.0):
 
     def loss(params):
         logits = problem.apply(
-            tree.put(view.frozen, params), view.model_state, x, train=False, key=None
+            tree.put(view.params, params), view.model_state, x, train=False, key=None
         )[0]
         log_p = logits / temperature - jax.nn.logsumexp(
             logits / temperature, axis=-1, keepdims=True
@@ -81,8 +81,8 @@ def loss_of(problem, view, batches, temperature: float = 1.0):
 
 def at(view, params):
     """The view with other values of all parameters."""
-    params = tree.apply_masks(tree.put(view.frozen, params), view.masks)
-    return view._replace(frozen=params, weights=tree.pick(params))
+    params = tree.apply_masks(tree.put(view.params, params), view.masks)
+    return view._replace(params=params, weights=tree.pick(params))
 
 
 def velocity(problem, view, batches, decay: float = 0.0):
@@ -303,7 +303,7 @@ def test_relu_layers_with_biases_keep_their_imbalance():
         assert abs(rates[f'{i}/w']) > 1e-3
         assert_near(rates[f'{i}/w'] + rates[f'{i}/b'], rates[f'{i + 1}/w'])
     found = flow.imbalance(view, ['0/w', '1/w'], biases=['0/b', None])['0/w']
-    by_hand_ = sum(np.asarray(view.frozen[0]['b']) ** 2) + (view.weights['0/w'] ** 2).sum()
+    by_hand_ = sum(np.asarray(view.params[0]['b']) ** 2) + (view.weights['0/w'] ** 2).sum()
     assert_near(found, by_hand_ - (view.weights['1/w'] ** 2).sum())
     # Class biases: softmax gradients add up to zero.
     assert_near(derivatives(problem, KEY, view, batches, train=False).gradient['2/b'].sum(), 0.0)
@@ -412,7 +412,7 @@ def test_evolution_error_of_a_mask():
         assert_near(found.relative[path], lost / np.linalg.norm(w) / np.linalg.norm(gradient))
     none = measure(KEY, view, view.masks, batches)
     assert not any(leaf for leaf in jax.tree.leaves(none))
-    dead = jp.view(problem, view.frozen, None, jax.tree.map(jnp.zeros_like, view.masks))
+    dead = jp.view(problem, view.params, None, jax.tree.map(jnp.zeros_like, view.masks))
     assert not any(jax.tree.leaves(measure(KEY, dead, dead.masks, batches)))
     with pytest.raises(jp.PruneError, match='masks lack'):
         measure(KEY, view, {'0/w': masks['0/w']}, batches)
@@ -499,7 +499,7 @@ def test_tangent_kernel(outputs):
     x = batches.x.reshape(-1, SIZES[0])
 
     def f(v):
-        logits = problem.apply(tree.put(view.frozen, shaped(v)), {}, x, train=False, key=None)[0]
+        logits = problem.apply(tree.put(view.params, shaped(v)), {}, x, train=False, key=None)[0]
         return (logits.sum(1) if outputs == 'sum' else logits).ravel()
 
     moves = ravel_pytree(

@@ -140,7 +140,7 @@ class Case:
         self.model_state = {'batch_stats': stats} if stats else {}
         self.x = jnp.asarray(self.file['inputs/x'], dtype)
         self.y = jnp.asarray(self.file['inputs/y'])
-        self.problem = jp.linen(MODULES[name], self.x.shape[1:])
+        self.problem = jp.problem_from_flax(MODULES[name], self.x.shape[1:])
         self.view = jp.view(self.problem, self.params, self.model_state)
         self.shapes = jp.shapes(self.view.weights)
         self.total = sum(math.prod(shape) for shape in self.shapes.values())
@@ -229,7 +229,7 @@ def swapped(ours, reference) -> int:
     )
 
 
-def kept(masks) -> int:
+def count_kept(masks) -> int:
     return sum(int(np.asarray(mask).sum()) for mask in masks.values())
 
 
@@ -353,7 +353,7 @@ def test_methods_by_name(method):
     """Expectation: as above, through the registry; the original's modes are asked for by name."""
     c = case('convbn')
     short = {'magnitude': 'mag'}.get(method, method)
-    pruner = jp.build(c.problem, method, train=False)
+    pruner = jp.get_pruner(c.problem, method, train=False)
     _, masks, _ = jax.jit(pruner.update)(KEY, (), c.view, their_global_counts(c, 0.1), c.batches())
     assert_same_masks(masks, layers(c.file, f'mask_{short}_global_c1e1'))
 
@@ -369,8 +369,8 @@ def test_float32_masks(name):
         reference = layers(c.file, f'mask_{score}_global_c1e1')
         counts = their_global_counts(c, 0.1)
         masks = global_top_k(scores(name, score, 'f32'), counts)
-        assert kept(masks) == kept(reference)
-        assert swapped(masks, reference) <= SWAPPED * kept(reference), score
+        assert count_kept(masks) == count_kept(reference)
+        assert swapped(masks, reference) <= SWAPPED * count_kept(reference), score
         compared += 1
     assert compared >= 2
 
@@ -382,7 +382,7 @@ def test_float32_masks(name):
 def rounds_of(name: str):
     """`(update, scan)`: one round, and all rounds in one program; compiled once per network."""
     problem = case(name).problem
-    pruner = jp.build(problem, 'synflow')
+    pruner = jp.get_pruner(problem, 'synflow')
 
     def update(params, model_state, masks, event, batches):
         view = jp.view(problem, params, model_state, masks)
@@ -416,8 +416,10 @@ def by_scan(c: Case, counts):
 ROUNDS = {'loop': by_rounds, 'scan': by_scan}
 
 
-def their_rounds(c: Case, density: float, rounds: int, over: str) -> dict[str, np.ndarray]:
-    densities = (exponential if over == 'exponential' else linear)(density, rounds)
+def their_rounds(
+    c: Case, density: float, rounds: int, density_schedule: str
+) -> dict[str, np.ndarray]:
+    densities = (exponential if density_schedule == 'exponential' else linear)(density, rounds)
     return {'*': np.array([their_count(d, c.total) for d in densities], np.int32)}
 
 
@@ -465,8 +467,8 @@ def test_synflow_rounds_in_float32(name, k):
     c = single(name)
     masks = by_scan(c, their_rounds(c, 10.0**-k, 100, 'exponential'))
     reference = layers(c.file, f'mask_synflow_iter100_c1e{k}_f64')
-    assert kept(masks) == kept(reference)
-    assert swapped(masks, reference) <= SWAPPED * kept(reference)
+    assert count_kept(masks) == count_kept(reference)
+    assert swapped(masks, reference) <= SWAPPED * count_kept(reference)
 
 
 @pytest.mark.parametrize(('rounds', 'over'), [(100, 'exponential'), (10, 'linear')])
@@ -474,7 +476,7 @@ def test_synflow_rounds_in_float32(name, k):
 def test_our_plan_differs_from_their_counts_by_rounding_only(k, rounds, over):
     """Expectation: `round(d N)` is `N - int((1 - d) N)` or one less, in every round."""
     c = case('lenet300100')
-    ours = jp.at_init(c.shapes, 10.0**-k, rounds=rounds, over=over).counts['*']
+    ours = jp.plan_rounds(c.shapes, 10.0**-k, rounds=rounds, density_schedule=over).counts['*']
     difference = their_rounds(c, 10.0**-k, rounds, over)['*'] - ours
     assert set(difference.tolist()) <= {0, 1}
     assert c.total == 266_200
@@ -510,7 +512,7 @@ def synflow_by_hand(c: Case, counts: np.ndarray) -> dict[str, np.ndarray]:
     [(10, 'linear', 'linear10_c1e2_f64', 0), (100, 'exponential', 'iter100_c1e2_f64', 40)],
 )
 def test_synflow_rounds_of_our_plan(rounds, over, key, swaps):
-    """Expectation: a NumPy loop with the counts of `at_init`, all bits; the file up to rounding.
+    """Expectation: a NumPy loop with the counts of `plan_rounds`, all bits; the file to rounding.
 
     One weight fewer in half of the hundred rounds ends in 40 others of 2662, and the NumPy loop
     agrees with both: with the file when it is given their counts.
@@ -519,10 +521,10 @@ def test_synflow_rounds_of_our_plan(rounds, over, key, swaps):
     reference = layers(c.file, f'mask_synflow_{key}')
     theirs = their_rounds(c, 0.01, rounds, over)['*']
     assert_same_masks(synflow_by_hand(c, theirs), reference)
-    plan = jp.at_init(c.shapes, 0.01, rounds=rounds, over=over)
+    plan = jp.plan_rounds(c.shapes, 0.01, rounds=rounds, density_schedule=over)
     masks = by_rounds(c, plan.counts)
     assert_same_masks(masks, synflow_by_hand(c, plan.counts['*']))
-    assert kept(masks) == kept(reference) == 2662
+    assert count_kept(masks) == count_kept(reference) == 2662
     assert swapped(masks, reference) == swaps
 
 
@@ -589,8 +591,8 @@ def test_iterated_snip_of_synaptic_flow_is_force():
     for count, remaining in zip(counts, file['out/remaining_snip_after_round'], strict=True):
         scores = force(KEY, c.masked(masks)._replace(initial=dense), c.batches())
         new = global_top_k(scores, {'*': count})
-        assert kept(new) == count == remaining
-        revived.append(kept({path: new[path] & ~masks[path] for path in new}))
+        assert count_kept(new) == count == remaining
+        revived.append(count_kept({path: new[path] & ~masks[path] for path in new}))
         masks = new
     assert revived == file['out/revived_snip_per_round'].tolist()
     assert_same_masks(masks, layers(file, 'mask_snip_iter10_c1e1_f64'))
@@ -608,12 +610,12 @@ def test_iterated_snip_differs_because_ours_never_revives():
     assert file['out/revived_snip_per_round'].sum() > 0
     counts = their_rounds(c, 0.1, 10, 'exponential')['*']
     assert counts.tolist() == file['out/remaining_snip_after_round'].tolist()
-    update = jax.jit(jp.build(c.problem, 'snip', train=False).update)
+    update = jax.jit(jp.get_pruner(c.problem, 'snip', train=False).update)
     masks = c.view.masks
     for count in counts:
         before = masks
         _, masks, _ = update(KEY, (), c.masked(masks), {'*': count}, c.batches())
-        assert kept(masks) == count
+        assert count_kept(masks) == count
         assert all(bool((before[path] | ~masks[path]).all()) for path in masks)
 
 

@@ -18,8 +18,8 @@ from test_scores import Bare, Normed, loss_gradient, setting
 
 import jaxprune as jp
 from jaxprune import score, tree
+from jaxprune.score.group_sums import grouped, spread
 from jaxprune.score.importance import MEASURES, importance
-from jaxprune.score.units import grouped, spread
 
 KEY = jax.random.key(0)
 TOLERANCE = 1e-9
@@ -51,7 +51,9 @@ class VGG13(nn.Module):
 def study(prunable=tree.kernels):
     """File, problem, view with initial weights, batches of gradients, batches of classes."""
     file = golden('flowandprune_vgg13narrow')
-    problem = jp.linen(VGG13(tuple(file['meta/widths'].tolist())), (32, 32, 3), prunable=prunable)
+    problem = jp.problem_from_flax(
+        VGG13(tuple(file['meta/widths'].tolist())), (32, 32, 3), prunable=prunable
+    )
     params = nested(file, 'params', jnp.float64)
     state = {'batch_stats': nested(file, 'batch_stats', jnp.float64)}
     view = jp.view(problem, params, state)

@@ -61,7 +61,7 @@ def case(name: str):
     """File, description, problem, dense view, examples; layers in forward order."""
     file, said = golden(f'structured/{name}'), described(f'structured/{name}')
     x = jnp.asarray(file['x'], jnp.float64)
-    problem = jp.linen(NETS[name], x.shape[1:])
+    problem = jp.problem_from_flax(NETS[name], x.shape[1:])
     view = jp.view(problem, nested(file, 'params', jnp.float64))
     layers = sorted((p.split('/')[0] for p in view.weights), key=lambda p: (p[0] != 'c', p))
     return file, said, problem, view, jp.Batch(x[None], jnp.zeros((1, len(x)), jnp.int32)), layers
@@ -83,7 +83,7 @@ def pruned(view, layers, gone: dict[str, list[int]]):
     """Masks without these units and without the weights that read them, whole blocks left; and
     parameters without their biases."""
     masks = {path: np.ones(w.shape, bool) for path, w in view.weights.items()}
-    params = jax.tree.map(np.array, view.frozen)
+    params = jax.tree.map(np.array, view.params)
     for layer, after in itertools.pairwise(layers):
         units = gone[layer]
         masks[f'{layer}/kernel'][..., units] = False
@@ -106,7 +106,7 @@ def test_spectra_before_and_after_pruning_and_orthogonalising(name):
     cut smaller, so the two are the same."""
     file, said, _, view, _, layers = case(name)
     gain = said['act_gain']
-    close(values_of(name)(view.frozen, tree.ones(view.weights)), file['jsv/dense'])
+    close(values_of(name)(view.params, tree.ones(view.weights)), file['jsv/dense'])
     stages = {'dense': {layer: [] for layer in layers}}
     for ratio, of_layer in said['pruned'].items():
         stages[f'l1_{ratio}'] = {
@@ -160,7 +160,7 @@ def chain(widths, kernels=None, activation='linear'):
             x = jax.nn.relu(x) if activation == 'relu' and i < len(params) - 1 else x
         return x
 
-    problem = jp.plain(init, apply)
+    problem = jp.problem_from_functions(init, apply)
     params = problem.init(KEY)[0] if kernels is None else [{'w': jnp.asarray(k)} for k in kernels]
     return problem, jp.view(problem, params)
 
@@ -225,7 +225,7 @@ def test_pruning_shrinks_the_spectrum():
             keep_out = ~np.isin(np.arange(size), gone)
             masks[path] = jnp.asarray(np.outer(keep_in, keep_out))
             keep_in = keep_out
-        means.append(float(spectrum(problem, jp.view(problem, view.frozen, None, masks)).mean()))
+        means.append(float(spectrum(problem, jp.view(problem, view.params, None, masks)).mean()))
     assert all(a > b for a, b in itertools.pairwise(means))
     assert means[4] < means[0] / 50
 
@@ -417,7 +417,7 @@ def test_largest_values_by_products_alone():
     matrix = flow.jacobian(problem)(KEY, view, batches)
     assert matrix.shape == (3, 8, 12)
     by_differences = []
-    logits = lambda x: problem.apply(view.frozen, {}, x, train=False, key=None)[0]  # noqa: E731
+    logits = lambda x: problem.apply(view.params, {}, x, train=False, key=None)[0]  # noqa: E731
     for i in range(12):
         step = 1e-6 * jnp.eye(12)[i]
         by_differences.append((logits(x[0] + step) - logits(x[0] - step)) / 2e-6)

@@ -289,7 +289,7 @@ def test_paths_go_through_pooling(monkeypatch):
             path: jax.random.bernoulli(jax.random.fold_in(jax.random.key(1), i), 0.1, leaf.shape)
             for i, (path, leaf) in enumerate(sorted(tree.pick(params).items()))
         }
-        problem = jp.linen(module, (8, 8, 1))
+        problem = jp.problem_from_flax(module, (8, 8, 1))
         return masks, structure.connectivity_of(problem, (8, 8, 1))(masks)
 
     masks, found = effective()

@@ -29,7 +29,7 @@ def scalar_problem(scales=(0.7, 1.3)):
         draw = [s * jax.random.normal(k, (1, 1)) for s, k in zip(scales, keys, strict=True)]
         return {name: {'w': w} for name, w in zip('ab', draw, strict=True)}
 
-    return jp.plain(init, lambda p, x: x @ p['a']['w'] @ p['b']['w'])
+    return jp.problem_from_functions(init, lambda p, x: x @ p['a']['w'] @ p['b']['w'])
 
 
 def shape_of_input(*shape: int) -> jp.Batch:
@@ -77,7 +77,7 @@ def test_expectation_is_the_trace_of_the_kernel():
         x = jnp.tanh(x @ p[0]['w'])
         return jnp.tanh(x @ p[1]['w']) @ p[2]['w']
 
-    problem = jp.plain(lambda key: params, apply)
+    problem = jp.problem_from_functions(lambda key: params, apply)
     x = jnp.asarray(draw.standard_normal((5, 3)))
     masks = {f'{i}/w': jnp.asarray(draw.random(s) < 0.7, float) for i, s in enumerate(shapes)}
     flat, unflatten = ravel_pytree(masks)
@@ -128,7 +128,7 @@ class Normed(nn.Module):
 def test_statistics_of_a_batch(dtype, tolerance):
     """Expectation: evaluated with them the network computes what it computes in train mode, to
     rounding over 1 - momentum; a counter keeps its value; the state given does not matter."""
-    problem = jp.linen(Normed(), (4,))
+    problem = jp.problem_from_flax(Normed(), (4,))
     params, state = jax.tree.map(
         lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a,
         jax.jit(problem.init)(KEY),
@@ -162,7 +162,7 @@ def test_weights_and_data_at_hand_are_not_looked_at():
     def init(key):
         return {name: {'w': jax.random.normal(key, shape)} for name, shape in shapes.items()}
 
-    problem = jp.plain(init, lambda p, x: jnp.tanh(x @ p['a']['w']) @ p['b']['w'])
+    problem = jp.problem_from_functions(init, lambda p, x: jnp.tanh(x @ p['a']['w']) @ p['b']['w'])
     params = {name: {'w': jnp.ones(shape)} for name, shape in shapes.items()}
     masks = {p: jnp.arange(w.size).reshape(w.shape) % 3 > 0 for p, w in jp.pick(params).items()}
     view = jp.view(problem, params, masks=masks)

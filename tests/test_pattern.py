@@ -423,7 +423,7 @@ def test_pruned_entries_of_a_block(reduce):
 
 def test_a_pruner_of_blocks_never_revives():
     """Expectation: as a selection of the pruner, round after round within the masks before."""
-    problem = jp.plain(lambda key: None, lambda params, x: x)
+    problem = jp.problem_from_functions(lambda key: None, lambda params, x: x)
     params = {'kernel': jnp.asarray(np.random.default_rng(6).standard_normal((6, 10)))}
     pruner = jp.pruner(jp.magnitude(), jax.jit(functools.partial(block_top_k, block=(2, 4))))
     masks, key = None, jax.random.key(0)

@@ -212,7 +212,7 @@ def test_batch_norm_through_a_problem():
             x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
             return nn.Dense(3)(nn.relu(x))
 
-    problem = jp.linen(Net(), (6,))
+    problem = jp.problem_from_flax(Net(), (6,))
     params, state = problem.init(KEY)
     pruned = jp.prune(params, 'grasp', 0.5, model=problem, model_state=state, data=(X, Y))
     assert pruned.report.compression == 2
@@ -303,7 +303,7 @@ class Words(nn.Module):
 
 def test_a_linen_problem_of_tokens():
     """Expectation: every weight of the head works; shapes by hand."""
-    problem = jp.linen(Words(), (4,), input_dtype=jnp.int32)
+    problem = jp.problem_from_flax(Words(), (4,), input_dtype=jnp.int32)
     params, _ = problem.init(KEY)
     pruned = jp.prune(params, 'synflow', 1.0, model=problem, data=jnp.zeros((2, 4), jnp.int32))
     assert [(leaf.path, leaf.active) for leaf in pruned.report.leaves] == [('Dense_0/kernel', 15)]
@@ -318,7 +318,7 @@ class Normed(nn.Module):
         return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x)))
 
 
-BATCH_NORM = jp.linen(Normed(), (6,))
+BATCH_NORM = jp.problem_from_flax(Normed(), (6,))
 
 
 def zero(p, x):
@@ -367,7 +367,7 @@ def nan(p, x):
         ({'rounds': '3'}, "rounds must be a whole number, not '3'"),
         ({'floor': True}, 'floor must be a whole number, not True'),
         ({'cap': 'x'}, "cap must be a number, not 'x'"),
-        ({'over': 3}, "unknown schedule '3'"),
+        ({'density_schedule': 3}, "unknown schedule '3'"),
         ({'allocation': None}, "unknown allocation 'None'"),
         ({'key': 0}, 'key must be a random key such as'),
         ({'train': 'no'}, "train must be True or False, not 'no'"),
@@ -403,7 +403,7 @@ def nan(p, x):
         ({'params': {'w': jnp.ones((6, 3), int)}, 'model': None, 'data': None}, 'needs model'),
         ({'params': {'w': jnp.ones((6, 3), int)}, 'model': lambda p, x: x @ p['w']}, 'holds int32'),
         ({'prunable': lambda path: True}, 'prunable= fails: TypeError'),
-        ({'over': ['linear']}, 'unknown schedule'),
+        ({'density_schedule': ['linear']}, 'unknown schedule'),
         ({'allocation': ['erk']}, 'unknown allocation'),
         ({'density': np.complex64(0.5)}, 'density must be a number'),
         ({'density': np.array('a')}, 'density must be a number'),
@@ -455,7 +455,7 @@ def test_unknown_operations_only_silence_the_report():
         )
 
 
-def test_a_quota_of_the_weights_and_weights_that_return_do_not_go_together():
+def test_an_allocation_by_the_weights_and_weights_that_return_do_not_go_together():
     """Expectation: one line that says why."""
     with pytest.raises(PruneError, match="'force' brings weights back"):
         jp.prune(plain_params(), 'force', 0.2, model=plain_apply, data=(X, Y), allocation='lamp')

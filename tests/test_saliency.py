@@ -85,7 +85,7 @@ def test_fisher_of_the_models_own_labels():
     keys = jax.random.split(KEY, 4000)
     drawn = jax.jit(jax.vmap(lambda key: score(key, view, batches)))(keys)
     x, w = np.asarray(batches.x).reshape(-1, 5), kernels(params)
-    logits = np.asarray(problem.apply(view.frozen, {}, x, train=False, key=None)[0])
+    logits = np.asarray(problem.apply(view.params, {}, x, train=False, key=None)[0])
     share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     for path in w:
         expected = 0.0
@@ -103,7 +103,7 @@ def test_gradient_norm():
     problem, view, batches, params = setting(batches=2)
     masks = {path: np.arange(w.size).reshape(w.shape) % 3 > 0 for path, w in view.weights.items()}
     pruned = [{**p, 'w': p['w'] * masks[f'{i}/w']} for i, p in enumerate(params)]
-    view = jp.view(problem, view.frozen, masks=jax.tree.map(jnp.asarray, masks))
+    view = jp.view(problem, view.params, masks=jax.tree.map(jnp.asarray, masks))
     ours = jax.jit(gradient_norm(problem, train=False))(KEY, view, batches)
     g = per_batch(pruned, batches)
     assert_close(ours, {path: g[path].mean(0) ** 2 for path in g})
@@ -118,7 +118,7 @@ def test_force_scores_what_is_pruned():
     assert_close(dense, jax.device_get(jax.jit(snip(problem, train=False))(KEY, view, batches)))
     masks = {path: np.arange(w.size).reshape(w.shape) % 3 > 0 for path, w in view.weights.items()}
     pruned = [{**p, 'w': p['w'] * masks[f'{i}/w']} for i, p in enumerate(params)]
-    at_mask = jp.view(problem, view.frozen, masks=jax.tree.map(jnp.asarray, masks))
+    at_mask = jp.view(problem, view.params, masks=jax.tree.map(jnp.asarray, masks))
     ours = score(KEY, at_mask._replace(initial=view.weights), batches)
     g, w = per_batch(pruned, batches), kernels(params)
     assert_close(ours, {path: abs(w[path] * g[path].mean(0)) for path in w})

@@ -38,7 +38,7 @@ def random_mlp(depth: int, scale: float, bias: float, width: int = 8):
 
 
 def setting(params, forward=mlp, shape=(6,), masks=None):
-    problem = jp.plain(lambda key: params, forward)
+    problem = jp.problem_from_functions(lambda key: params, forward)
     batches = jp.Batch(jnp.zeros((1, 1, *shape)), jnp.zeros((1, 1), int))
     return problem, jp.view(problem, jax.tree.map(jnp.asarray, params), masks=masks), batches
 
@@ -98,7 +98,7 @@ def test_a_hundred_layers(scale, bias):
 
 def plain_synflow(problem, view, x):
     """The published computation, in the precision of what it is given."""
-    frozen, state = jax.tree.map(jnp.abs, (view.frozen, view.model_state))
+    frozen, state = jax.tree.map(jnp.abs, (view.params, view.model_state))
 
     def flow(weights):
         return problem.apply(jp.put(frozen, weights), state, x, train=False, key=None)[0].sum()
@@ -214,20 +214,20 @@ def test_a_hundred_rounds_keep_every_layer():
     depth = 12
     params = random_mlp(depth, 3e4, 0.0)
     problem, view, batches = setting(params)
-    pruner = jp.build(problem, 'synflow')
+    pruner = jp.get_pruner(problem, 'synflow')
     shapes = jp.shapes(view.weights)
     total = sum(np.prod(shape) for shape in shapes.values())
-    counts = jp.at_init(shapes, 3 * depth / total, rounds=100).counts
+    counts = jp.plan_rounds(shapes, 3 * depth / total, rounds=100).counts
 
     def one(masks, event):
-        now = jp.view(problem, view.frozen, masks=masks)
+        now = jp.view(problem, view.params, masks=masks)
         _, masks, info = pruner.update(KEY, (), now, event, batches)
         return masks, (sum(info.kept.values()), info.nonfinite)
 
     @jax.jit
     def all_rounds(masks, counts):
         masks, trace = jax.lax.scan(one, masks, counts)
-        last = jp.synflow(problem)(KEY, jp.view(problem, view.frozen, masks=masks), batches)
+        last = jp.synflow(problem)(KEY, jp.view(problem, view.params, masks=masks), batches)
         return masks, trace, last
 
     masks, (kept, broken), last = all_rounds(view.masks, counts)

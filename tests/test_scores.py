@@ -79,7 +79,7 @@ def setting(module: nn.Module, batches: int = 1):
 
 @functools.cache
 def _setting(module, batches, dtype, size=8, shape=(6, 6, 2)):
-    problem = jp.linen(module, shape)
+    problem = jp.problem_from_flax(module, shape)
     params, model_state = jax.tree.map(lambda a: a.astype(dtype), jax.jit(problem.init)(KEY))
     draw = np.random.default_rng(1)
     x = jnp.asarray(draw.standard_normal((batches, size, *shape)), dtype)
@@ -92,7 +92,7 @@ def loss_gradient(problem, view, batches, *, train: bool, temperature: float = 1
 
     def loss(weights, temperature):
         logits, _ = problem.apply(
-            jp.put(view.frozen, weights), view.model_state, batches.x[0], train=train, key=None
+            jp.put(view.params, weights), view.model_state, batches.x[0], train=train, key=None
         )
         labels = jax.nn.one_hot(batches.y[0], 3)
         return -(jax.nn.log_softmax(logits / temperature) * labels).sum(-1).mean()
@@ -176,7 +176,7 @@ def test_synflow_is_conserved(conv):
     those going in to those going out (Tanaka et al., theorems 1 and 2)."""
     problem, view, batches = setting(Bare(conv))
     scores = jax.device_get(jax.jit(jp.synflow(problem))(KEY, view, batches))
-    positive = jax.tree.map(jnp.abs, view.frozen)
+    positive = jax.tree.map(jnp.abs, view.params)
     logits, _ = problem.apply(positive, {}, jnp.ones((1, 6, 6, 2)), train=False, key=None)
     for path, leaf in scores.items():
         assert (leaf >= 0).all()
@@ -193,7 +193,7 @@ def test_synflow_ranks_alike_when_a_layer_is_scaled():
     problem, view, batches = setting(Bare())
     score = jax.jit(jp.synflow(problem))
     before = jax.device_get(score(KEY, view, batches))
-    frozen = {**view.frozen, 'b_dense_1': {'kernel': -3 * view.frozen['b_dense_1']['kernel']}}
+    frozen = {**view.params, 'b_dense_1': {'kernel': -3 * view.params['b_dense_1']['kernel']}}
     after = score(KEY, jp.view(problem, frozen), batches)
     for path in before:
         np.testing.assert_allclose(after[path], 3 * before[path], rtol=TOLERANCE)
@@ -284,7 +284,7 @@ def test_scoring_leaves_running_statistics_alone(method):
     problem, view, batches = setting(Normed())
     before = jax.tree.map(np.array, view.model_state)
     # Fisher looks at single examples, which have no batch statistics.
-    pruner = jp.build(problem, method, train=method != 'fisher')
+    pruner = jp.get_pruner(problem, method, train=method != 'fisher')
     update = jax.jit(pruner.update)
     _, masks, info = update(KEY, pruner.init(KEY, view), view, {'*': 100}, batches)
     jax.tree.map(np.testing.assert_array_equal, view.model_state, before)
@@ -303,7 +303,7 @@ def test_linen_with_and_without_a_train_argument():
     """Expectation: statistics move in training by the momentum rule, and only there; a module
     that takes no `train` is called without."""
     problem, view, batches = setting(Normed())
-    x, params, state = batches.x[0], view.frozen, view.model_state
+    x, params, state = batches.x[0], view.params, view.model_state
     logits, same = problem.apply(params, state, x, train=False, key=None)
     assert logits.shape == (8, 3)
     assert same is state
@@ -315,11 +315,11 @@ def test_linen_with_and_without_a_train_argument():
 
     problem, view, batches = setting(Bare())
     assert view.model_state == {}
-    eval_logits, _ = problem.apply(view.frozen, {}, x, train=False, key=None)
-    train_logits, empty = problem.apply(view.frozen, {}, x, train=True, key=None)
+    eval_logits, _ = problem.apply(view.params, {}, x, train=False, key=None)
+    train_logits, empty = problem.apply(view.params, {}, x, train=True, key=None)
     assert empty == {}
     np.testing.assert_array_equal(train_logits, eval_logits)
-    np.testing.assert_array_equal(eval_logits, Bare().apply({'params': view.frozen}, x))
+    np.testing.assert_array_equal(eval_logits, Bare().apply({'params': view.params}, x))
 
 
 def test_cross_entropy():
@@ -343,13 +343,13 @@ def test_a_plain_pytree_gives_the_masks_of_flax(method):
             x = jax.nn.relu(x @ layer['w'])
         return x @ params[-1]['w']
 
-    mine = jp.plain(lambda key: [{'w': w} for w in weights], apply)
+    mine = jp.problem_from_functions(lambda key: [{'w': w} for w in weights], apply)
     params, state = mine.init(KEY)
     counts = jp.keep_counts(jp.shapes(view.weights), 0.2)
-    _, ours, _ = jp.build(mine, method).update(
+    _, ours, _ = jp.get_pruner(mine, method).update(
         KEY, (), jp.view(mine, params, state), counts, batches
     )
-    _, flax, _ = jp.build(problem, method).update(KEY, (), view, counts, batches)
+    _, flax, _ = jp.get_pruner(problem, method).update(KEY, (), view, counts, batches)
     assert list(ours) == ['0/w', '1/w', '2/w']
     for a, b in zip(ours.values(), flax.values(), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -360,8 +360,8 @@ def test_a_view_takes_pruned_weights_as_zero():
     problem, view, batches = setting(Bare())
     draw = np.random.default_rng(6)
     masks = {path: draw.random(w.shape) < 0.5 for path, w in view.weights.items()}
-    dirty = jp.put(view.frozen, {p: np.where(masks[p], w, np.nan) for p, w in view.weights.items()})
-    clean = jp.apply_masks(view.frozen, masks)
+    dirty = jp.put(view.params, {p: np.where(masks[p], w, np.nan) for p, w in view.weights.items()})
+    clean = jp.apply_masks(view.params, masks)
     score = jax.jit(jp.snip(problem, train=False))
     a = score(KEY, jp.view(problem, dirty, masks=masks), batches)
     b = score(KEY, jp.view(problem, clean, masks=masks), batches)
@@ -534,7 +534,7 @@ def test_coupled_weight_decay_is_that_of_torch(nesterov):
     w, b = draw.standard_normal((4, 1)), np.array([0.5])
     mask = np.array([[True], [False], [True], [True]])
     w = w * mask
-    problem = jp.plain(
+    problem = jp.problem_from_functions(
         lambda key: {'w': jnp.asarray(w), 'b': jnp.asarray(b)},
         lambda params, x: x @ params['w'] + params['b'],
         loss=lambda out, labels: (out[:, 0] - labels) ** 2 / 2,
@@ -618,7 +618,7 @@ def test_dropout_draws_from_the_scores_key(name):
             x = nn.Dropout(0.5, deterministic=not train)(x)
             return nn.Dense(3, name='dense_1')(x)
 
-    net = jp.linen(Dropping(), (4,))
+    net = jp.problem_from_flax(Dropping(), (4,))
     view = jp.view(net, *net.init(jax.random.key(0)))
     batch = jp.Batch(jnp.ones((1, 6, 4)), jnp.arange(6)[None] % 3)
     score = {'snip': jp.snip, 'grasp': jp.grasp}[name](net, train=True)
@@ -643,7 +643,7 @@ def test_linen_sets_whichever_mode_argument_a_module_has(flag, in_training):
         '        return nn.Dense(3)(x)\n',
         namespace,
     )
-    net = jp.linen(namespace['Net'](), (4,))
+    net = jp.problem_from_flax(namespace['Net'](), (4,))
     params, state = net.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (8, 4)) + 2
     _, trained = net.apply(params, state, x, train=True, key=None)

@@ -205,7 +205,7 @@ def test_global_is_one_ranking_in_path_order(seed, k):
     joined = np.concatenate([np.ravel(masks[p]) for p in sorted(masks)])
     np.testing.assert_array_equal(joined, flat)
     assert all(masks[p].shape == shape for p, shape in LEAVES.items())
-    assert sum(int(v) for v in jp.kept(masks).values()) == k
+    assert sum(int(v) for v in jp.count_kept(masks).values()) == k
 
 
 @settings(max_examples=25, deadline=None)
@@ -216,7 +216,7 @@ def test_layerwise_is_one_ranking_per_leaf(seed, counts):
     masks = jax.jit(jp.layerwise_top_k)(scores, counts)
     for path, mask in masks.items():
         np.testing.assert_array_equal(mask, by_sorting(np.asarray(scores[path]), counts[path]))
-    assert {path: int(n) for path, n in jp.kept(masks).items()} == counts
+    assert {path: int(n) for path, n in jp.count_kept(masks).items()} == counts
 
 
 def test_counts_batched_over_runs():
@@ -253,7 +253,7 @@ def test_a_pruner_never_revives_and_counts_what_is_not_finite():
 
     `nonfinite` counts weights still in play only.
     """
-    problem = jp.plain(lambda key: None, lambda params, x: x)
+    problem = jp.problem_from_functions(lambda key: None, lambda params, x: x)
     params = {'kernel': jnp.ones((1, 6))}
     masks = {'kernel': jnp.array([[True, False, True, True, True, False]])}
     scores = {'kernel': jnp.array([[1.0, 9.0, jnp.nan, jnp.inf, 2.0, jnp.nan]])}

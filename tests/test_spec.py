@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import tomli_w
+from changed_table import changed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tables import changed
 
 from jaxprune import cli
 from jaxprune.errors import JaxpruneError, SpecError
@@ -69,8 +69,8 @@ BAD = [
         "did you mean 'uniform'",
     ),
     (
-        'grid.method[0].over',
-        {'grid__method': [{'name': 'snip', 'over': 'liner'}]},
+        'grid.method[0].density_schedule',
+        {'grid__method': [{'name': 'snip', 'density_schedule': 'liner'}]},
         "did you mean 'linear'",
     ),
     (
@@ -504,7 +504,7 @@ def test_run_id_follows_the_method():
         {'name': 'grasp', 'temperature': 1.0, 'label': 'b'},
         {'name': 'grasp', 'batch_norm': 'eval', 'label': 'c'},
         {'name': 'grasp', 'rounds': 2, 'label': 'd'},
-        {'name': 'grasp', 'rounds': 2, 'over': 'linear', 'label': 'e'},
+        {'name': 'grasp', 'rounds': 2, 'density_schedule': 'linear', 'label': 'e'},
         {'name': 'grasp', 'allocation': 'erk', 'label': 'f'},
         {'name': 'grasp', 'allocation': 'uniform', 'label': 'g'},
         'snip',

@@ -15,10 +15,10 @@ from jaxprune.sweep import make_plan, make_spec
 from jaxprune.sweep.engine import make_engine, stacked
 from jaxprune.sweep.grid import runs
 from jaxprune.sweep.layout import pieces
-from jaxprune.sweep.plan import counts_of
 from jaxprune.sweep.probe import cache_file, probe, remember, remembered
 from jaxprune.sweep.program import device_data, make_program
 from jaxprune.sweep.strategy import Strategy, candidates, usual
+from jaxprune.sweep.sweep_plan import counts_of
 
 TABLE = {
     'name': 'strategies',

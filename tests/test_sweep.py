@@ -12,11 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import changed_table
 import jax
 import numpy as np
 import polars as pl
 import pytest
-import tables
 import tomli_w
 from jax.experimental.compilation_cache import compilation_cache
 from polars.testing import assert_frame_equal
@@ -54,7 +54,7 @@ SHAPES = {'dense_0/kernel': (784, 32), 'dense_1/kernel': (32, 10)}
 RUN_COMMAND = 'import sys; from jaxprune.cli import main; sys.exit(main())'
 
 
-changed = functools.partial(tables.changed, TABLE)
+changed = functools.partial(changed_table.changed, TABLE)
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -222,7 +222,7 @@ def test_path_sets_must_be_equal():
 
 def test_a_view_needs_all_masks():
     """Expectation: a view with masks for some of the leaves is an error, not half a view."""
-    problem = jp.plain(lambda key: plain_params(), lambda params, x: x)
+    problem = jp.problem_from_functions(lambda key: plain_params(), lambda params, x: x)
     with pytest.raises(PruneError, match='masks lack deep/very/0/kernel, layers/1/w'):
         jp.view(problem, plain_params(), masks={'layers/0/w': jnp.ones((2, 3), bool)})
 

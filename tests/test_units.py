@@ -55,12 +55,12 @@ def test_units_by_hand():
 
 
 def shapes_of(name: str, shape=(32, 32, 3), **options):
-    net = jp.linen(nn.build(name, 10, **options), shape)
+    net = jp.problem_from_flax(nn.build(name, 10, **options), shape)
     return structure.forward_shapes(net, shape)
 
 
 def test_layers_whose_units_compete():
-    """Expectation: all but the classifier; no depthwise convolution; what `whole` names stays."""
+    """Expectation: all but the classifier and depthwise convolutions; what is named stays."""
     assert method.unit_shapes(shapes_of('lenet5', (28, 28, 1))) == {
         'conv_0/kernel': (6,),
         'conv_1/kernel': (16,),
@@ -71,12 +71,12 @@ def test_layers_whose_units_compete():
     assert len(mobile) == 14 and not any('depth' in path for path in mobile)
     residual = shapes_of('resnet20')
     assert len(method.unit_shapes(residual)) == 21
-    inner = method.unit_shapes(residual, whole='stem|_b_|_skip')
+    inner = method.unit_shapes(residual, keep_all_units='stem|_b_|_skip')
     assert len(inner) == 9 and all('_a_conv' in path for path in inner)
-    with pytest.raises(jp.PruneError, match="whole: 'stm' matches no layer; there are: stem_conv"):
-        method.unit_shapes(residual, whole='stm')
+    with pytest.raises(jp.PruneError, match="'stm' matches no layer; there are: stem_conv"):
+        method.unit_shapes(residual, keep_all_units='stm')
     with pytest.raises(jp.PruneError, match='is no regular expression'):
-        method.unit_shapes(residual, whole='(')
+        method.unit_shapes(residual, keep_all_units='(')
     with pytest.raises(jp.PruneError, match='there is no layer whose units could be pruned'):
         method.unit_shapes({'a': (3, 4)})
 
@@ -105,7 +105,7 @@ def connected():
     _, problem, view, *_ = study()
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float64)
     forward = structure.forward_of(problem)
-    connect = structure.connectivity(forward, view.frozen, x, view.model_state)
+    connect = structure.connectivity(forward, view.params, x, view.model_state)
     ranking = {name: (view.weights[f'{name}/kernel'].shape[-1],) for name in CONVS}
     return jax.jit(connect), {f'{name}/kernel': shape for name, shape in ranking.items()}
 
@@ -142,8 +142,8 @@ def test_filters_kept_are_those_of_the_authors(family):
             compared['masks'] += 1
             expected = file.get(f'out/logits_sliced_f64/{case}')
             if expected is not None:
-                cut = jp.view(problem, view.frozen, view.model_state, connect(masks))
-                params = jp.put(cut.frozen, cut.weights)
+                cut = jp.view(problem, view.params, view.model_state, connect(masks))
+                params = jp.put(cut.params, cut.weights)
                 x = jnp.asarray(file['inputs/x'], jnp.float64)
                 logits = problem.apply(params, cut.model_state, x, train=False, key=None)[0]
                 assert np.abs(logits - expected).max() <= 1e-9 * np.abs(expected).max()
@@ -156,7 +156,7 @@ def test_filters_kept_are_those_of_the_authors(family):
 def test_a_depthwise_filter_goes_with_the_one_that_feeds_it():
     """Expectation: read off the masks: a pointwise filter, the depthwise filter it feeds, and the
     rows of the next pointwise kernel go together, and nothing else."""
-    net = jp.linen(nn.build('mobilenet', 10, width=0.125), (32, 32, 3))
+    net = jp.problem_from_flax(nn.build('mobilenet', 10, width=0.125), (32, 32, 3))
     shapes = structure.forward_shapes(net, (32, 32, 3))
     connect = jax.jit(structure.connectivity_of(net, (32, 32, 3)))
     masks = {path: jnp.ones(shape, bool) for path, shape in shapes.items()}
@@ -181,7 +181,8 @@ TABLE = {
     'grid': {
         'method': [
             {'name': 'magnitude', 'granularity': 'unit', 'floor_share': 0.2},
-            {'name': 'loss_preservation', 'granularity': 'unit', 'rounds': 2, 'over': 'harmonic',
+            {'name': 'loss_preservation', 'granularity': 'unit', 'rounds': 2,
+             'density_schedule': 'harmonic',
              'after_epochs': 1},
             {'name': 'snip', 'after_epochs': 2, 'restart': True},
             {'name': 'importance', 'bias': 'distance_from_initial', 'after_epochs': 3},
@@ -269,14 +270,20 @@ def test_uniform_units_and_a_broken_run(tmp_path):
 @pytest.mark.parametrize(
     ('entry', 'said'),
     [
-        ({'granularity': 'unit', 'whole': '('}, r"whole: '\(' is no regular expression"),
+        (
+            {'granularity': 'unit', 'keep_all_units': '('},
+            r"keep_all_units: '\(' is no regular expression",
+        ),
         ({'granularity': 'unit', 'allocation': 'erk'}, "allocation: 'erk' does not go with"),
         ({'granularity': 'unit', 'target': 'effective'}, "target: 'effective' does not go with"),
         ({'granularity': 'unit', 'cap': 0.5}, 'cap: 0.5 does not go with'),
         ({'floor_share': 0.1}, "floor_share: is a share of units, with granularity 'unit'"),
         ({'granularity': 'unit', 'floor_share': 1.0}, 'floor_share: expected a share below 1'),
         ({'granularity': 'filter'}, "granularity: 'filter' is unknown, valid: unit, weight"),
-        ({'whole': 'dense'}, "whole: names layers that keep all units, with granularity 'unit'"),
+        (
+            {'keep_all_units': 'dense'},
+            "keep_all_units: names layers that keep all units, with granularity 'unit'",
+        ),
         ({'after_epochs': 4}, 'after_epochs: the last round, after 4 epochs, is too late'),
         ({'after_epochs': 2, 'rounds': 2}, 'the last round, after 4 epochs, is too late'),
         ({'after_epochs': 1, 'target': 'effective'}, "target 'effective' prunes before training"),
@@ -293,15 +300,15 @@ def test_methods_that_bring_weights_back_have_no_units():
     grid = {'method': [{'name': 'force', 'granularity': 'unit'}], 'compression': [2], 'seed': [0]}
     with pytest.raises(SpecError, match=r"name: 'force' does not go with granularity 'unit'"):
         make_spec({**TABLE, 'grid': grid})
-    problem = jp.linen(nn.build('mlp', 10), (28, 28, 1))
+    problem = jp.problem_from_flax(nn.build('mlp', 10), (28, 28, 1))
     for options, said in (
         ({'granularity': 'units'}, "unknown granularity 'units': did you mean 'unit'"),
-        ({'whole': 'a'}, "with granularity 'unit'"),
+        ({'keep_all_units': 'a'}, "with granularity 'unit'"),
         ({'granularity': 'unit'}, 'units need shapes'),
         ({'granularity': 'unit', 'allocation': 'lamp'}, "'global' or 'uniform', not 'lamp'"),
     ):
         with pytest.raises(jp.PruneError, match=said):
-            jp.build(problem, 'magnitude', **options)
+            jp.get_pruner(problem, 'magnitude', **options)
 
 
 def test_units_of_someones_own_model():
@@ -326,14 +333,14 @@ def test_units_of_someones_own_model():
     for before, mask, after in zip([np.ones(6, bool), *units], masks, units, strict=False):
         np.testing.assert_array_equal(mask, np.outer(before, after))
     whole = jp.prune(
-        params, 'magnitude', 0.5, model=model, data=data, granularity='unit', whole='^0/'
+        params, 'magnitude', 0.5, model=model, data=data, granularity='unit', keep_all_units='^0/'
     )
     assert np.asarray(whole.masks['0/w']).any(0).sum() == 12
     for options, said in (
         ({'granularity': 'filter'}, "unknown granularity 'filter'"),
         ({'granularity': 'unit'}, "granularity 'unit' needs model= and data="),
         ({'granularity': 'unit', 'target': 'effective'}, 'to a density of units'),
-        ({'whole': 'w'}, "with granularity 'unit'"),
+        ({'keep_all_units': 'w'}, "with granularity 'unit'"),
     ):
         with pytest.raises(jp.PruneError, match=said):
             jp.prune(params, 'magnitude', 0.5, **options)

@@ -44,10 +44,10 @@ from jaxprune.sweep.devices import cores, use_all_cores
 from jaxprune.sweep.engine import Engine, Rows, make_engine
 from jaxprune.sweep.grid import runs as all_runs
 from jaxprune.sweep.layout import segment_of
-from jaxprune.sweep.plan import abstract_data, counts_of
 from jaxprune.sweep.probe import possible, probe
 from jaxprune.sweep.program import DeviceData, Program, hyper_of, make_program
 from jaxprune.sweep.strategy import Strategy, usual
+from jaxprune.sweep.sweep_plan import abstract_data, counts_of
 from jaxprune.sweep.timing import stopwatch
 
 NETS: dict[str, tuple[dict[str, Any], str]] = {

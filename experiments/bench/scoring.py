@@ -170,7 +170,7 @@ NETS = {
 
 def problem_of(name: str, width: float) -> tuple[Problem, tuple[int, ...]]:
     make, shape = NETS[name]
-    return jp.linen(make(width), shape), shape
+    return jp.problem_from_flax(make(width), shape), shape
 
 
 class Net(NamedTuple):
@@ -507,17 +507,17 @@ def scores_table(settings, nets, name: str, table: Table, publish, stop: float) 
 
     def gradient(key, view, batch):
         loss = mean_loss(net.problem, view, key, train=True)
-        return jax.value_and_grad(loss)(view.frozen, jax.tree.map(lambda leaf: leaf[0], batch))
+        return jax.value_and_grad(loss)(view.params, jax.tree.map(lambda leaf: leaf[0], batch))
 
     def make(name: str, results) -> Item:
-        card = METHODS.get(name)
-        if card is None:
+        entry = METHODS.get(name)
+        if entry is None:
             fn = gradient
         else:
-            options = dict(card.options)
+            options = dict(entry.options)
             if 'samples' in options:
                 options['samples'] = net.batch
-            fn = card.score(net.problem, card.train, **options)
+            fn = entry.score(net.problem, entry.train, **options)
         args = key, net.view, batch
         unit, most = results.get('gradient'), None
         if isinstance(unit, Result):

@@ -32,9 +32,9 @@ NAMES = {
     ('snip', 'global'): 'SNIP',
     ('synflow', 'global'): 'SynFlow',
 }
-QUOTAS = [name for (method, _), name in NAMES.items() if method == 'random']
+LAYERWISE = [name for (method, _), name in NAMES.items() if method == 'random']
 IGQ = 'random, IGQ'
-SCORES = [name for name in NAMES.values() if name not in QUOTAS]
+SCORES = [name for name in NAMES.values() if name not in LAYERWISE]
 SHOWN = {'direct': 'compression', 'effective': 'effective_compression'}
 """Against which compression the runs that were pruned to a target are drawn."""
 
@@ -110,8 +110,8 @@ def draw(frame: pl.DataFrame) -> bytes:
         key = drawing.add_subplot(rows[1, 1])
 
         for axes, names, title in (
-            (left, QUOTAS, 'random pruning: layerwise quotas'),
-            (right, [*SCORES, IGQ], 'the best random quota and scores'),
+            (left, LAYERWISE, 'random pruning: layerwise allocations'),
+            (right, [*SCORES, IGQ], 'the best random allocation and scores'),
         ):
             _accuracies(axes, frame, {name: looks[name] for name in names})
             axes.set_title(title)
@@ -331,10 +331,10 @@ def synflow_weights_work(frame: pl.DataFrame) -> list[Claim]:
     return [_judged(worst < 1.05, f'SynFlow: effective / direct compression at most {worst:.3f}')]
 
 
-def igq_is_the_best_quota(frame: pl.DataFrame) -> list[Claim]:
-    """IGQ loses the fewest weights of all quotas, and is the most accurate, from 100 on."""
-    ratios = {name: _ratios(frame, name) for name in QUOTAS}
-    others = [name for name in QUOTAS if name != IGQ]
+def igq_is_the_best_allocation(frame: pl.DataFrame) -> list[Claim]:
+    """IGQ loses the fewest weights of all allocations, and is the most accurate, from 100 on."""
+    ratios = {name: _ratios(frame, name) for name in LAYERWISE}
+    others = [name for name in LAYERWISE if name != IGQ]
     claims = []
     for other in others:
         pairs = [
@@ -373,7 +373,7 @@ def methods_part(frame: pl.DataFrame) -> list[Claim]:
 
 
 def igq_against_scores(frame: pl.DataFrame) -> list[Claim]:
-    """Random pruning with a good quota is as good as scores, or better."""
+    """Random pruning with a good allocation is as good as scores, or better."""
     claims = []
     for other in ('magnitude', 'SNIP'):
         for target in SHOWN:
@@ -407,7 +407,7 @@ def the_order_changes(frame: pl.DataFrame) -> list[Claim]:
 CLAIMS: tuple[Callable[[pl.DataFrame], list[Claim]], ...] = (
     random_weights_are_idle,
     synflow_weights_work,
-    igq_is_the_best_quota,
+    igq_is_the_best_allocation,
     methods_part,
     igq_against_scores,
     the_order_changes,

@@ -2,7 +2,7 @@
 
     python experiments/effective_sparsity/table.py
 
-LeNet-300-100: 20 randomly pruned networks per quota and compression, then global magnitude and
+LeNet-300-100: 20 randomly pruned networks per allocation and compression, then global magnitude and
 SynFlow. Prints what was found beside what is expected; exits with 1 if one of them is off.
 No data are needed.
 """
@@ -22,12 +22,12 @@ from jaxprune.rng import stream
 from jaxprune.types import Counts, Key, Masks
 
 INPUT = (28, 28, 1)
-LENET = jp.linen(nn.build('lenet300100', 10), INPUT)
+LENET = jp.problem_from_flax(nn.build('lenet300100', 10), INPUT)
 SHAPES = structure.forward_shapes(LENET, INPUT)
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())
 CONNECT = structure.connectivity_of(LENET, INPUT)
 
-QUOTAS = ('uniform', 'erk', 'igq')
+LAYERWISE = ('uniform', 'erk', 'igq')
 #: Networks per cell of the table; SynFlow, 100 times as costly, has fewer.
 SEEDS, FLOW_SEEDS = 20, 5
 
@@ -65,7 +65,7 @@ class Flow(NamedTuple):
 
 
 _INF = math.inf
-#: Direct compression -> what random pruning with each of `QUOTAS` gives.
+#: Direct compression -> what random pruning with each of `LAYERWISE` gives.
 RANDOM = {
     10: (
         Known(10.41, 10.35, 10.59, digit=0.005),
@@ -114,7 +114,7 @@ def start(seed: jax.Array) -> tuple[Key, jp.View]:
 
 def counted(masks: Masks) -> dict[str, jax.Array]:
     """How many weights of each layer are kept and how many of these are active, `(3,)` each."""
-    both = {'kept': jp.kept(masks), 'active': jp.kept(CONNECT(masks))}
+    both = {'kept': jp.count_kept(masks), 'active': jp.count_kept(CONNECT(masks))}
     return {name: jnp.stack([of[path] for path in SHAPES]) for name, of in both.items()}
 
 
@@ -132,7 +132,7 @@ def _everywhere(network: Callable, plans: Sequence[Counts], seeds: int) -> Any:
 
 
 def _one_shot(method: str, allocation: str, plans: Sequence[Counts], seeds: int) -> Any:
-    pruner = jp.build(LENET, method, allocation=allocation)
+    pruner = jp.get_pruner(LENET, method, allocation=allocation)
 
     def network(seed, counts):
         key, view = start(seed)
@@ -142,11 +142,13 @@ def _one_shot(method: str, allocation: str, plans: Sequence[Counts], seeds: int)
 
 
 def prune_at_random(compressions: Sequence[float], seeds: int = SEEDS) -> np.ndarray:
-    """Active weights of randomly pruned networks, `(compressions, quotas, seeds)`."""
-    # A quota is nothing but counts: one program serves all three.
-    plans = [jp.keep_counts(SHAPES, 1 / c, quota) for c in compressions for quota in QUOTAS]
+    """Active weights of randomly pruned networks, `(compressions, allocations, seeds)`."""
+    # An allocation is nothing but counts: one program serves all three.
+    plans = [
+        jp.keep_counts(SHAPES, 1 / c, allocation) for c in compressions for allocation in LAYERWISE
+    ]
     active = _one_shot('random', 'uniform', plans, seeds)['active']
-    return active.sum(axis=-1).reshape(len(compressions), len(QUOTAS), seeds)
+    return active.sum(axis=-1).reshape(len(compressions), len(LAYERWISE), seeds)
 
 
 def prune_by_magnitude(compressions: Sequence[float], seeds: int = SEEDS) -> dict[str, np.ndarray]:
@@ -157,19 +159,19 @@ def prune_by_magnitude(compressions: Sequence[float], seeds: int = SEEDS) -> dic
 
 def prune_by_synflow(compressions: Sequence[float], seeds: int = FLOW_SEEDS, rounds: int = 100):
     """Masks, with leading axes `(compressions, seeds)`, and what `counted` says of them."""
-    pruner = jp.build(LENET, 'synflow')
+    pruner = jp.get_pruner(LENET, 'synflow')
 
     def network(seed, plan):
         key, first = start(seed)
 
         def one_round(masks, counts):
-            view = jp.view(LENET, first.frozen, masks=masks)
+            view = jp.view(LENET, first.params, masks=masks)
             return pruner.update(key, (), view, counts, _one_input(jnp.float32))[1], None
 
         masks, _ = jax.lax.scan(one_round, first.masks, plan)
         return masks, counted(masks)
 
-    plans = [jp.at_init(SHAPES, 1 / c, rounds=rounds).counts for c in compressions]
+    plans = [jp.plan_rounds(SHAPES, 1 / c, rounds=rounds).counts for c in compressions]
     return _everywhere(network, plans, seeds)
 
 
@@ -185,7 +187,7 @@ def layer_flows(seed: int, masks: Masks) -> np.ndarray:
         return jnp.stack([scores[path].sum() for path in SHAPES])
 
     with jax.enable_x64(True):
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), view.frozen)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), view.params)
         return np.asarray(sums(params, masks))
 
 
@@ -286,18 +288,18 @@ def main() -> int:
 
 def print_random() -> list[str]:
     print(f'random, {SEEDS} networks each: effective compression, median (range), ∞ = disconnected')
-    print(f'{"direct":>6}  {"quota":<8} {"found":<34} expected')
+    print(f'{"direct":>6}  {"allocation":<10} {"found":<34} expected')
     wrong = []
     for compressed, knowns, row in zip(
         RANDOM, RANDOM.values(), prune_at_random(list(RANDOM)), strict=True
     ):
-        for quota, known, active in zip(QUOTAS, knowns, row, strict=True):
+        for allocation, known, active in zip(LAYERWISE, knowns, row, strict=True):
             found = compression(active)
             cut = int(np.isinf(found).sum())
             said = summary(float(np.median(found)), found.min(), found.max(), cut)
             expected = summary(known.median, known.low, known.high, known.disconnected)
-            print(f'{compressed:>6}  {quota:<8} {said:<34} {expected}')
-            wrong += [f'random, {quota}, {compressed}: {line}' for line in off(known, active)]
+            print(f'{compressed:>6}  {allocation:<10} {said:<34} {expected}')
+            wrong += [f'random, {allocation}, {compressed}: {line}' for line in off(known, active)]
     return wrong
 
 

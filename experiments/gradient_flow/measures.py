@@ -23,8 +23,8 @@ import polars as pl
 from jaxprune import data, flow, problem, tree
 from jaxprune.errors import JaxpruneError
 from jaxprune.method import unit_floor, unit_select, unit_shapes
+from jaxprune.score.group_sums import grouped
 from jaxprune.score.importance import MEASURES, importance
-from jaxprune.score.units import grouped
 from jaxprune.sweep import SweepSpec, load_spec, store, use_all_cores
 from jaxprune.sweep.chunk import rows_of
 from jaxprune.sweep.devices import keep_compiled
@@ -148,7 +148,7 @@ def prepare(directory: Path, data_dir: str | None) -> Setting:
     program = make_program(spec, members[0].train, strategy.convolution, strategy.batch_devices)
     engine = make_engine(strategy, program, on_device, jax.local_devices())
     rows, _ = rows_of(members, len(members), engine)
-    units = unit_shapes(program.shapes, spec.grid.method[0].whole)
+    units = unit_shapes(program.shapes, spec.grid.method[0].keep_all_units)
     keep = round(sum(n for (n,) in units.values()) / ratios[0])
     one = jax.tree.map(lambda leaf: leaf[None], batch)
     return Setting(spec, members, program, engine, rows, one, units, keep)

@@ -80,7 +80,7 @@ from jaxprune.flow.orthogonal import (
     tpp_penalty,
     tpp_strength,
 )
-from jaxprune.flow.registry import QUANTITIES, Measure, Quantity, quantity
+from jaxprune.flow.quantities import QUANTITIES, Measure, Quantity, quantity
 from jaxprune.flow.speed import churn, steps_to_loss, training_speed
 from jaxprune.score.operators import conv_singular_values
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxprune.allocation import check_density
 from jaxprune.errors import PruneError
-from jaxprune.quota import check_density
 from jaxprune.select import as_floats, top_k_mask
 from jaxprune.tree import check_masks_of, check_same_paths
 from jaxprune.types import GLOBAL, Masks, Weights

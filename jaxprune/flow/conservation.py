@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxprune.errors import PruneError, nearest
 from jaxprune.score.derivatives import derivatives, parameters
-from jaxprune.score.units import grouped
+from jaxprune.score.group_sums import grouped
 from jaxprune.types import Batch, Key, Problem, View, Weights
 
 #: Below this a cosine is one of rounding errors.

@@ -13,7 +13,7 @@ from jaxprune.arguments import least
 from jaxprune.flow.krylov import first, ritz
 from jaxprune.rng import stream
 from jaxprune.score.derivatives import derivatives, dot, moving, parameters
-from jaxprune.score.units import check_groups, grouped
+from jaxprune.score.group_sums import check_groups, grouped
 from jaxprune.types import Batch, Key, Problem, View, Weights
 
 

@@ -130,7 +130,7 @@ def kernel_singular_values(view: View) -> Weights:
 
 def _logits(problem: Problem, view: View):
     """`x -> logits` of one example."""
-    params = put(view.frozen, view.weights)
+    params = put(view.params, view.weights)
 
     def f(x: jax.Array) -> jax.Array:
         logits, _ = problem.apply(params, view.model_state, x[None], train=False, key=None)

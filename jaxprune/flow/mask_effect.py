@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.score.derivatives import derivatives, dot, moving, parameters
+from jaxprune.score.group_sums import check_groups, grouped
 from jaxprune.score.loss import mean_loss, mean_over_batches
-from jaxprune.score.units import check_groups, grouped
 from jaxprune.tree import check_masks_of, put
 from jaxprune.types import Batch, Key, Masks, Problem, View, Weights
 
@@ -60,7 +60,7 @@ def loss_change(problem: Problem, *, train: bool = False, temperature: float = 1
         pruned = {path: leaf + step[path] for path, leaf in params.items()}
 
         def at(values: Weights) -> jax.Array:
-            return mean_over_batches(lambda batch: loss(put(view.frozen, values), batch), batches)
+            return mean_over_batches(lambda batch: loss(put(view.params, values), batch), batches)
 
         near = derivatives(problem, key, view, batches, train=train, temperature=temperature)
         before, first = at(params), dot(near.gradient, step)
@@ -87,7 +87,7 @@ def gradient_norm_change(problem: Problem, *, train: bool = False, temperature: 
 
             def one(batch: Batch) -> Weights:
                 here = {path: leaf + along * step[path] for path, leaf in params.items()}
-                return jax.grad(lambda v: loss(put(view.frozen, v), batch))(here)
+                return jax.grad(lambda v: loss(put(view.params, v), batch))(here)
 
             # What was pruned before counts as little after.
             return moving(view.masks, mean_over_batches(one, batches))

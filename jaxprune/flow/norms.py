@@ -13,8 +13,8 @@ from jax.typing import ArrayLike
 from jaxprune.arguments import least
 from jaxprune.errors import PruneError
 from jaxprune.score.derivatives import derivatives, parameters
+from jaxprune.score.group_sums import check_groups, grouped
 from jaxprune.score.loss import mean_gradient
-from jaxprune.score.units import check_groups, grouped
 from jaxprune.types import Batch, Key, Problem, View, Weights
 
 Grouped = dict[str, jax.Array]
@@ -111,7 +111,7 @@ def norm_dynamics(
     trained: of weights in force, on the loss with its weight decay.
 
     Args:
-      by: 'weight', 'unit', 'layer' or 'network', see `score.units`.
+      by: 'weight', 'unit', 'layer' or 'network', see `score.group_sums`.
       train: batch statistics, or running ones.
       weight_decay: λ of `λ/2 ‖Θ‖²`.
       second: False leaves out the second derivative, and with it the Hessian product.

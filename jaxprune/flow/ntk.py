@@ -154,7 +154,7 @@ def _outputs(
 
     def f(params: Weights) -> jax.Array:
         logits, _ = problem.apply(
-            put(view.frozen, params), view.model_state, x, train=False, key=None
+            put(view.params, params), view.model_state, x, train=False, key=None
         )
         logits = logits.reshape(x.shape[0], -1)
         return (logits.sum(1) if outputs == 'sum' else logits).reshape(-1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxprune.errors import PruneError
-from jaxprune.select import global_top_k, kept, within_bounds
+from jaxprune.select import count_kept, global_top_k, within_bounds
 from jaxprune.structure import Ranking
 from jaxprune.tree import check_same_paths
 from jaxprune.types import (
@@ -25,7 +25,7 @@ from jaxprune.types import (
 )
 
 #: `(ranking, active) -> (masks, active weights found)`, see `structure.prune_to_active`.
-FinishFn = Callable[[Ranking, ArrayLike], tuple[Masks, jax.Array]]
+FinalMasksFn = Callable[[Ranking, ArrayLike], tuple[Masks, jax.Array]]
 
 
 class Memory(NamedTuple):
@@ -35,7 +35,7 @@ class Memory(NamedTuple):
       initial: the weights as they were before the first round.
       masks: the masks as they were then: what was pruned before never returns.
       round: rounds so far, int32.
-      ranking: every weight's last score; None where the counts have the last word.
+      ranking: every weight's last score; None if the keep counts alone determine the masks.
     """
 
     initial: Weights
@@ -52,7 +52,7 @@ def pruner(
     needs: Iterable[str] = (),
     fewest: Counts | None = None,
     most: Counts | None = None,
-    finish: FinishFn | None = None,
+    final_masks: FinalMasksFn | None = None,
 ) -> Pruner:
     """Scores the weights, keeps the best.
 
@@ -67,18 +67,18 @@ def pruner(
         of the weights alone.
       fewest: path -> how many weights a leaf keeps at least in a ranking over all leaves.
       most: path -> how many at most.
-      finish: chooses the masks after the last round from the order in which weights were pruned:
-        weights of an earlier round rank behind those of a later one, whatever their scores.
+      final_masks: chooses the masks after the last round from the order of pruning: weights of an
+        earlier round rank behind those of a later one, whatever their scores.
 
     Returns:
       A `Pruner`; `update` may be called once (one-shot) or once per round with falling counts
-      (iterative). It carries nothing from round to round if it is monotone and has no `finish`.
+      (iterative). A monotone pruner without `final_masks` carries nothing from round to round.
     """
 
     needs = frozenset(needs)
     if not needs <= {'data', 'shape', 'initial'}:
         raise PruneError(f"needs may hold 'data', 'shape' and 'initial', not {sorted(needs)}")
-    remembers = not monotone or finish is not None
+    remembers = not monotone or final_masks is not None
 
     def init(key: Key, view: View) -> tuple | Memory:
         del key
@@ -86,7 +86,7 @@ def pruner(
             return ()
         first = jnp.zeros((), jnp.int32)
         ranking = None
-        if finish is not None:
+        if final_masks is not None:
             # Weights that are pruned before the first round stay so.
             never = {path: jnp.full(w.shape, -jnp.inf, w.dtype) for path, w in view.weights.items()}
             ranking = Ranking(
@@ -112,7 +112,7 @@ def pruner(
         masks = select(scores, counts)
         if remembers:
             state = state._replace(round=state.round + 1)
-        if finish is not None:
+        if final_masks is not None:
             before = state.ranking
             last = {p: jnp.where(in_play[p], state.round, n) for p, n in before.last.items()}
             seen = {
@@ -120,22 +120,22 @@ def pruner(
                 for p, s in before.scores.items()
             }
             state = state._replace(ranking=Ranking(last, seen))
-        return state, masks, PruneInfo(kept(masks), nonfinite, nonzero)
+        return state, masks, PruneInfo(count_kept(masks), nonfinite, nonzero)
 
-    def restore(state: Memory, view: View) -> Weights:
+    def regrown_values(state: Memory, view: View) -> Weights:
         # Only what returns: a weight that was kept all along may have been trained since.
         return {
             path: jnp.where(view.masks[path], w, state.initial[path])
             for path, w in view.weights.items()
         }
 
-    def finished(state: Memory, active: ArrayLike) -> Masks:
-        return finish(state.ranking, active)[0]
+    def masks_at_the_end(state: Memory, active: ArrayLike) -> Masks:
+        return final_masks(state.ranking, active)[0]
 
     return Pruner(
         init,
         update,
         needs,
-        restore if remembers else None,
-        finished if finish is not None else None,
+        regrown_values if remembers else None,
+        masks_at_the_end if final_masks is not None else None,
     )

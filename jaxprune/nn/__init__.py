@@ -5,7 +5,7 @@ from jaxprune.nn.dense import MLP
 from jaxprune.nn.initial import INITIALISATIONS, initialisation
 from jaxprune.nn.lenet import LeNet5
 from jaxprune.nn.mobilenet import MobileNet
-from jaxprune.nn.registry import MODELS, Model, build, convolves, convolving, model
+from jaxprune.nn.models import MODELS, Model, build, convolves, convolving, model
 from jaxprune.nn.resnet import ResNet
 from jaxprune.nn.transformer import Transformer, ViT
 from jaxprune.nn.vgg import VGG, SmallVGG

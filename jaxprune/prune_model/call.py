@@ -11,12 +11,12 @@ import jax.numpy as jnp
 
 from jaxprune import arguments, structure, tree
 from jaxprune import problem as problems
+from jaxprune.allocation import ORDERED
 from jaxprune.errors import PruneError, nearest
-from jaxprune.method import build, method, unit_shapes
-from jaxprune.plan import at_init
-from jaxprune.prune_model import check
-from jaxprune.prune_model.report import Report, report_of
-from jaxprune.quota import ORDERED
+from jaxprune.method import get_pruner, method, unit_shapes
+from jaxprune.plan import plan_rounds
+from jaxprune.prune_model import check_arguments as check
+from jaxprune.prune_model.summary import Report, report_of
 from jaxprune.types import Batch, Key, LossFn, Masks, Problem, PyTree, Rule
 
 
@@ -49,11 +49,11 @@ def prune(
     allocation: str = 'global',
     target: str = 'direct',
     granularity: str = 'weight',
-    whole: str = '',
+    keep_all_units: str = '',
     floor: int | Mapping[str, int] = 0,
     cap: float | Mapping[str, float] = 1.0,
     rounds: int | None = None,
-    over: str | None = None,
+    density_schedule: str | None = None,
     train: bool | None = None,
     **options: Any,
 ) -> Pruned:
@@ -79,16 +79,17 @@ def prune(
       prunable: which leaves may be pruned; by default those of the `Problem`, or `kernels`.
       masks: masks already in force; what they prune never returns.
       key: for methods that draw random numbers; by default that of seed 0.
-      allocation: 'global', or the name of a quota: how the weights are shared among the layers.
+      allocation: how the weights kept are shared among the layers: 'global' or a layerwise rule.
       target: 'direct', or 'effective': the density is that of weights on a path from input to
         output, see `structure.prune_to_active`.
       granularity: 'weight', or 'unit': whole neurons and filters, with all that reads them; density
         and floor then count units. Outputs are on the last axis of a kernel, as in flax and haiku.
-      whole: with units, a regular expression of layers that keep all theirs; the last one does.
+      keep_all_units: with units, a regular expression of layers that keep all theirs; the last
+        layer always does.
       floor: fewest weights (or units) of a layer, one number or path -> number.
       cap: largest density of a layer, likewise.
       rounds: pruning rounds; None for the published number.
-      over: schedule of densities over the rounds; None for the published one.
+      density_schedule: schedule of densities over the rounds; None for the published one.
       train: batch-norm mode while scoring; None for the published one.
       **options: the method's own options.
 
@@ -99,31 +100,31 @@ def prune(
     """
     if not isinstance(method_name, str):
         raise PruneError(f'method_name must be a name such as snip, not {method_name!r}')
-    card = method(method_name)
+    entry = method(method_name)
     if target not in structure.TARGETS:
         raise PruneError(f'unknown target {target!r}: {nearest(str(target), structure.TARGETS)}')
     if granularity == 'unit' and target != 'direct':
         raise PruneError("units are pruned to a density of units: leave target at 'direct'")
-    check.options(options, card.options, inspect.signature(prune).parameters)
+    check.options(options, entry.options, inspect.signature(prune).parameters)
     check.types(params, model, model_state, loss, prunable, masks, key)
     density = arguments.real('density', density)
     net = _problem(params, model, loss, prunable)
     by_unit = granularity == 'unit'
     follow = target == 'effective' or by_unit  # paths through the network, that is
-    looks = (card.needs & {'data', 'shape'}) | ({'shape'} if follow else set())
+    looks = (entry.needs & {'data', 'shape'}) | ({'shape'} if follow else set())
     if looks and (model is None or data is None):
         missing = ' and '.join(n for n, v in (('model=', model), ('data=', data)) if v is None)
         what = f"method '{method_name}'"
-        if not card.needs:
+        if not entry.needs:
             what = "granularity 'unit'" if by_unit else 'target effective'
         raise PruneError(f'{what} needs {missing}')
-    batches = check.batches_of(data, 'data' in card.needs)
+    batches = check.batches_of(data, 'data' in entry.needs)
     view = check.tried('prunable=', problems.view, net, params, model_state, masks)
     check.weights(view.weights)
     if masks is not None and not any(bool(mask.any()) for mask in masks.values()):
         raise PruneError('masks keep no weight')
     if model is not None and batches is not None:
-        check.model(net, view, batches, labels='data' in card.needs)
+        check.model(net, view, batches, labels='data' in entry.needs)
 
     connect = None
     note = (
@@ -143,19 +144,19 @@ def prune(
         raise PruneError(
             f"allocation '{allocation}' needs model= and data= to see which layer is first"
         )
-    make = structure.rounds_before if target == 'effective' else at_init
+    make = structure.rounds_before if target == 'effective' else plan_rounds
     if by_unit:
-        make = functools.partial(at_init, what='units')
+        make = functools.partial(plan_rounds, what='units')
     plan = make(
-        unit_shapes(shapes, whole) if by_unit else shapes,
+        unit_shapes(shapes, keep_all_units) if by_unit else shapes,
         density,
         allocation=allocation,
-        rounds=card.rounds if rounds is None else rounds,
-        over=card.over if over is None else over,
+        rounds=entry.rounds if rounds is None else rounds,
+        density_schedule=entry.density_schedule if density_schedule is None else density_schedule,
         floor=floor,
         cap=cap,
     )
-    pruner = build(
+    pruner = get_pruner(
         net,
         method_name,
         allocation=allocation,
@@ -165,7 +166,7 @@ def prune(
         cap=cap,
         connect=connect if follow else None,
         granularity=granularity,
-        whole=whole,
+        keep_all_units=keep_all_units,
         **options,
     )
     key = jax.random.key(0) if key is None else key
@@ -176,10 +177,10 @@ def prune(
         state, found, info = update(jax.random.fold_in(key, number), state, now, counts, batches)
         check.scores(info, method_name, number)
         now = problems.view(net, params, model_state, found)
-    if pruner.finish is not None:
+    if pruner.final_masks is not None:
         size = sum(math.prod(shape) for shape in shapes.values())
         wanted = structure.active_wanted(size, 1 / density)
-        found = jax.jit(pruner.finish)(state, jnp.int32(wanted))
+        found = jax.jit(pruner.final_masks)(state, jnp.int32(wanted))
     elif not by_unit:  # what reads units that go is not counted beforehand
         check.kept(found, plan)
     report = report_of(method_name, params, found, shapes, connect, note)
@@ -196,7 +197,7 @@ def _problem(params: PyTree, model: Any, loss: LossFn | None, prunable: Rule | N
     if isinstance(model, Problem):
         given = {'loss': loss, 'prunable': prunable}
         return model._replace(**{name: f for name, f in given.items() if f is not None})
-    return problems.plain(
+    return problems.problem_from_functions(
         lambda key: params,
         model or _no_model,
         loss=loss or problems.cross_entropy,
@@ -211,7 +212,7 @@ def _no_model(params: PyTree, x: jax.Array) -> jax.Array:
 def _paths(net: Problem, view, batches: Batch):
     """`(connect, shapes in forward order)` of a network."""
     x = jax.ShapeDtypeStruct((1, *batches.x.shape[2:]), batches.x.dtype)
-    args = structure.forward_of(net), view.frozen, x, view.model_state
+    args = structure.forward_of(net), view.params, x, view.model_state
     shapes = check.tried(
         'the model on one input', structure.shapes_in_order, *args, prunable=net.prunable
     )

@@ -14,12 +14,12 @@ MOST_COLUMNS = 3
 
 
 def whole(recorded: pl.DataFrame) -> pl.DataFrame:
-    """A value per run, step and quantity: layers together, as the quantity's card says.
+    """A value per run, step and quantity: layers together, as the quantity's entry says.
 
     Args:
       recorded: rows of `store.read_flow`.
     """
-    together = {name: card.together for name, card in flow.QUANTITIES.items()}
+    together = {name: entry.together for name, entry in flow.QUANTITIES.items()}
     how = pl.col('quantity').replace_strict(together, default='mean')
     own = (pl.col('path') == GLOBAL).any().over('run_id', 'step', 'quantity')
     rows = recorded.with_columns(how=how).filter((pl.col('path') == GLOBAL) | ~own)

@@ -29,7 +29,7 @@ class Derivatives(NamedTuple):
 
 def parameters(view: View) -> Weights:
     """Path -> value of every floating-point parameter, prunable or not; zero where pruned."""
-    found = {p: leaf for p, leaf in paths(view.frozen) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    found = {p: leaf for p, leaf in paths(view.params) if jnp.issubdtype(leaf.dtype, jnp.floating)}
     return dict(sorted({**found, **view.weights}.items()))
 
 
@@ -78,7 +78,7 @@ def derivatives(
     params = parameters(view)
 
     def gradient(values: Weights, batch: Batch) -> Weights:
-        return jax.grad(lambda v: loss(put(view.frozen, v), batch))(values)
+        return jax.grad(lambda v: loss(put(view.params, v), batch))(values)
 
     def decayed(mean: Weights, values: Weights) -> Weights:
         total = {path: leaf + weight_decay * values[path] for path, leaf in mean.items()}

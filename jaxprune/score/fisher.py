@@ -56,7 +56,7 @@ def fisher(problem: Problem, *, train: bool = False, labels: str = 'data') -> Sc
 
 def _own_labels(problem: Problem, view: View, key: Key, batches: Batch | None) -> Batch:
     """The same inputs with labels drawn from the network's softmax."""
-    params = put(view.frozen, view.weights)
+    params = put(view.params, view.weights)
     drawn = []
     for i, batch in enumerate(split(batches)):
         logits, _ = problem.apply(params, view.model_state, batch.x, train=False, key=None)

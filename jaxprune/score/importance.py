@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxprune.arguments import positive
 from jaxprune.errors import PruneError, nearest
 from jaxprune.score.derivatives import derivatives
-from jaxprune.score.units import check_groups, grouped, spread
+from jaxprune.score.group_sums import check_groups, grouped, spread
 from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View, Weights
 
 MODES = ('signed', 'abs_of_sum', 'sum_of_abs')

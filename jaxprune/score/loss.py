@@ -36,7 +36,7 @@ def batch_loss(
         running statistics are never changed by a score.
     """
     loss = mean_loss(problem, view, key, train=train, temperature=temperature)
-    return lambda weights, batch: loss(put(view.frozen, weights), batch)
+    return lambda weights, batch: loss(put(view.params, weights), batch)
 
 
 def mean_gradient(

@@ -50,7 +50,7 @@ def ntk_sap(
             shape = (samples, *batches.x.shape[2:])
             x = jax.random.normal(stream(own, 'input'), shape, batches.x.dtype)
             params, model_state = problem.init(stream(own, 'init'))
-            params, model_state = _as(view.frozen, params), _as(view.model_state, model_state)
+            params, model_state = _as(view.params, params), _as(view.model_state, model_state)
             noise = {
                 path: epsilon * jax.random.normal(stream(own, path), mask.shape, mask.dtype)
                 for path, mask in masks.items()

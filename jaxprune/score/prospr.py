@@ -55,7 +55,7 @@ def prospr(
             return jax.tree.map(lambda p, g: p - learning_rate * g, params, gradient)
 
         def outcome(weights: Weights) -> jax.Array:
-            params = put(view.frozen, weights)
+            params = put(view.params, weights)
             for step in range(steps):
                 params = jax.checkpoint(descend, static_argnums=0)(step, params)
             return loss(steps, params)

@@ -1,4 +1,4 @@
-"""One score's layer quotas with another score's choice inside each layer.
+"""One score's layer allocations with another score's choice inside each layer.
 
 The control of Su et al. (2020, arXiv:2009.11094) and Vysogorets & Kempe (arXiv:2107.02306): does
 a method choose weights well, or only how many to keep in each layer?
@@ -15,7 +15,7 @@ def ranked_like(inner: ScoreFn, outer: ScoreFn) -> ScoreFn:
 
     The best weight of a leaf by `inner` gets the largest value that `outer` gave in that leaf, and
     so on. So one ranking over all leaves keeps as many weights of each as `outer` would, but those
-    that `inner` likes. With `random` inside these are random masks with the quotas of `outer`.
+    that `inner` likes. With `random` inside these are random masks with the allocations of `outer`.
     """
 
     def score(key: Key, view: View, batches: Batch | None) -> Scores:

@@ -33,7 +33,7 @@ def synflow(problem: Problem) -> ScoreFn:
             raise PruneError('synflow needs the shape of an input: pass batches (values unused)')
         ones = jnp.ones((1, *batches.x.shape[2:]), batches.x.dtype)
         positive, frozen, model_state = jax.tree.map(
-            _positive, (view.weights, view.frozen, view.model_state)
+            _positive, (view.weights, view.params, view.model_state)
         )
 
         def flow(weights, frozen, model_state, ones):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import tree
-from jaxprune.select import kept
+from jaxprune.select import count_kept
 from jaxprune.structure.connectivity import Connect, connectivity
 from jaxprune.structure.walk import forward_order
 from jaxprune.types import Masks, Problem, PyTree, Rule
@@ -91,7 +91,7 @@ def effective_mask(
 
 def compression(masks: Masks) -> jax.Array:
     """Weights before / weights kept, a float scalar; infinite where none is kept."""
-    left = sum(kept(masks).values())
+    left = sum(count_kept(masks).values())
     size = sum(mask.size for mask in masks.values())
     return jnp.where(left > 0, size / jnp.maximum(left, 1), jnp.inf)
 

@@ -1,7 +1,7 @@
 """Pruning to a number of *active* weights: bisection along a chain of nested masks.
 
 Every ranking gives a chain of masks, each containing the one before: the best k of all weights,
-or for a layerwise quota the best of each layer at one nominal density. The number of active
+or for a layerwise allocation the best of each layer at one nominal density. The number of active
 weights never falls along the chain, so the sparsest mask with enough of them is found by
 bisection (Vysogorets & Kempe, arXiv:2107.02306: the largest effective sparsity that does not pass
 the target).
@@ -16,19 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxprune.allocation import SHARED, Shape, bounds
 from jaxprune.errors import PruneError
-from jaxprune.plan import Plan, at_init, keep_counts
-from jaxprune.quota import SHARED, Shape, bounds
-from jaxprune.select import flatten, kept, unflatten
+from jaxprune.plan import Plan, keep_counts, plan_rounds
+from jaxprune.select import count_kept, flatten, unflatten
 from jaxprune.structure.connectivity import Connect
 from jaxprune.types import GLOBAL, Counts, Masks, Scores
 
 #: What a density or a compression may count: all kept weights, or those on a path.
 TARGETS = ('direct', 'effective')
 
-#: Nominal densities tabulated for a layerwise quota, evenly on a logarithmic scale, and the steps
-#: between two of them, where counts are interpolated. The curve between two rows is straight to
-#: less than 1e-4 of a layer's count.
+#: Nominal densities tabulated for a layerwise allocation, evenly on a logarithmic scale, and the
+#: steps between two of them, where counts are interpolated. The curve between two rows is straight
+#: to less than 1e-4 of a layer's count.
 _ROWS, _BETWEEN = 1024, 8192
 
 
@@ -58,7 +58,7 @@ def chain(
 
     Args:
       shapes: path -> shape of every prunable leaf, in forward order.
-      allocation: 'global' or 'lamp' (all numbers of weights), or a layerwise quota.
+      allocation: 'global' or 'lamp' (all numbers of weights), or a layerwise allocation.
       floor: see `keep_counts`.
       cap: see `keep_counts`.
     """
@@ -79,7 +79,7 @@ def chain(
     rows = list(found.values())
     if not rows:
         raise PruneError(f"allocation '{allocation}' allows no density of this network")
-    # Rounding may take one weight from a layer where the quota gives it more.
+    # Rounding may take one weight from a layer where the allocation gives it more.
     table = {
         path: np.maximum.accumulate(np.array([r[path] for r in rows], np.int32)) for path in rows[0]
     }
@@ -109,17 +109,17 @@ def rounds_before(
 ) -> Plan:
     """The rounds of a pruner that will be taken to an effective density: those to the direct one.
 
-    Some quotas cannot be that sparse; the active weights of a denser mask may still be as few. Then
-    the rounds end at the sparsest mask the quota allows. Arguments: see `at_init`.
+    Some allocations cannot be that sparse; the active weights of a denser mask may still be as few.
+    Then the rounds end at the sparsest mask the allocation allows. Arguments: see `plan_rounds`.
     """
     shared = {'allocation': allocation, 'floor': floor, 'cap': cap}
     try:
-        return at_init(shapes, density, **shared, **schedule)
+        return plan_rounds(shapes, density, **shared, **schedule)
     except PruneError:
         least = chain(shapes, **shared).least
         if density >= least:
             raise
-        return at_init(shapes, least, **shared, **schedule)
+        return plan_rounds(shapes, least, **shared, **schedule)
 
 
 class Ranking(NamedTuple):
@@ -178,7 +178,7 @@ def prune_to_active(
         }
 
     def count(position: jax.Array) -> jax.Array:
-        return sum(kept(connect(at(position))).values())
+        return sum(count_kept(connect(at(position))).values())
 
     def halve(_, bracket):
         low, high = bracket  # too few active weights at `low`; enough at `high`, as far as known
@@ -216,8 +216,8 @@ def effective_top_k(
       connect: see `connectivity`.
       scores: path -> scores, high = keep.
       compression: target, weights before / active weights; not passed.
-      allocation: 'global' or a layerwise quota.
-      shapes: path -> shape in forward order, for quotas that speak of first and last layers.
+      allocation: 'global' or a layerwise allocation.
+      shapes: path -> shape in forward order, for allocations that speak of first and last layers.
     """
     shapes = {path: leaf.shape for path, leaf in scores.items()} if shapes is None else shapes
     if not compression >= 1:

@@ -192,7 +192,7 @@ def _placed(error: Unknown, equation: JaxprEqn, outer: Sequence[JaxprEqn]) -> Pr
 def forward_order(forward: Callable, params: PyTree, x: PyTree, *constants: PyTree) -> list[str]:
     """The paths of all parameters that a forward function uses, in the order of their first use.
 
-    What quotas that speak of first and last layers need: a parameter tree is sorted by name.
+    What allocations that speak of first and last layers need: a parameter tree is sorted by name.
     """
     traced = trace(forward, params, x, *constants)
     order: dict[str, None] = {}

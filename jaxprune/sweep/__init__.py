@@ -2,10 +2,10 @@
 
 from jaxprune.sweep.devices import keep_compiled, use_all_cores
 from jaxprune.sweep.load import load_spec, make_spec, to_toml
-from jaxprune.sweep.plan import make_plan
 from jaxprune.sweep.run import default_out, run_sweep
 from jaxprune.sweep.spec import SweepSpec
 from jaxprune.sweep.status import status
+from jaxprune.sweep.sweep_plan import make_plan
 
 __all__ = [
     'SweepSpec',

@@ -14,11 +14,11 @@ from jaxprune.sweep.checkpoint import Checkpoint, Saved, nowhere
 from jaxprune.sweep.engine import Engine, Rows, Trained, stacked
 from jaxprune.sweep.grid import Run, event_program, split_options
 from jaxprune.sweep.parse import plain
-from jaxprune.sweep.plan import active_of, counts_of
 from jaxprune.sweep.program import Program, hyper_of
 from jaxprune.sweep.progress import Shown, ignored
 from jaxprune.sweep.spec import SweepSpec
 from jaxprune.sweep.store import Chunk
+from jaxprune.sweep.sweep_plan import active_of, counts_of
 from jaxprune.sweep.timing import Stopwatch, stopwatch
 from jaxprune.types import GLOBAL, PruneInfo, RunState
 

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxprune.rng import run_key
-from jaxprune.select import kept
+from jaxprune.select import count_kept
 from jaxprune.sweep.events import compiled_events
 from jaxprune.sweep.grid import Run, event_program
 from jaxprune.sweep.layout import bytes_taken, jitted, mesh_of, pieces, training
@@ -162,7 +162,7 @@ def make_engine(
     )
     flow = program.flow and program_of(program.flow, (None, 0, 0))
     counting = program_of(
-        lambda masks: (kept(masks), kept(program.connect(masks))), (0,), event_batching
+        lambda masks: (count_kept(masks), count_kept(program.connect(masks))), (0,), event_batching
     )
     take = jax.jit(lambda tree, at: jax.tree.map(lambda leaf: leaf[at], tree), out_shardings=by_run)
     place = jax.jit(

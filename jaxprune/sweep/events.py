@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.select import kept
+from jaxprune.select import count_kept
 from jaxprune.sweep.program import Program
 
 
@@ -39,7 +39,7 @@ def compiled_events(
         last = jax.tree.map(lambda leaf: leaf[-1], infos)
         if last_event is not None:
             state = last_event(hyper, state, active)
-            last = last._replace(kept=kept(state.masks))
+            last = last._replace(kept=count_kept(state.masks))
         # What later events carry is not part of a state that all methods share.
         info = last._replace(nonfinite=infos.nonfinite.sum(), nonzero=infos.nonzero[0])
         return state._replace(method_state=()), info
@@ -51,7 +51,7 @@ def compiled_events(
     first = program_of(begin, (0, 0), batching)
     single = program_of(once, (None, None, 0, 0, 0, 0), batching)
     last = last_event and program_of(last_event, (0, 0, 0), batching)
-    keeps = program_of(lambda state: kept(state.masks), (0,), batching)
+    keeps = program_of(lambda state: count_kept(state.masks), (0,), batching)
 
     def run(before, data, keys, hyper, counts, active, states):
         states, seen = first(keys, states), []

@@ -5,8 +5,8 @@ import hashlib
 import json
 from typing import Any, NamedTuple
 
-from jaxprune.quota import SHARED
-from jaxprune.sweep.check import variants
+from jaxprune.allocation import SHARED
+from jaxprune.sweep.check_spec import variants
 from jaxprune.sweep.parse import plain
 from jaxprune.sweep.spec import FORMAT, MethodSpec, SweepSpec, TrainSpec
 
@@ -91,10 +91,10 @@ def event_program(method: MethodSpec) -> str:
     """What tells compiled event programs apart; counts and labels do not."""
     kind = method.allocation if method.allocation in SHARED else 'layerwise'
     parts = [method.name, kind]
-    if method.target == 'effective':  # the quota's table is part of the program
+    if method.target == 'effective':  # the allocation's table is part of the program
         parts = [method.name, method.allocation, 'to effective']
     if method.granularity == 'unit':
-        parts.append(f'units but {method.whole}' if method.whole else 'units')
+        parts.append(f'units but {method.keep_all_units}' if method.keep_all_units else 'units')
     if method.floor:
         parts.append(f'floor {method.floor}')
     if method.cap < 1:

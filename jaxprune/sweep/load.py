@@ -9,7 +9,7 @@ from typing import Any
 import tomli_w
 
 from jaxprune.errors import SpecError
-from jaxprune.sweep.check import check
+from jaxprune.sweep.check_spec import check
 from jaxprune.sweep.parse import plain, section
 from jaxprune.sweep.spec import SweepSpec
 

@@ -99,8 +99,10 @@ def make_program(
     examples = spec.data.train_examples or facts.train_size
     steps = examples // settings.batch_size
     module = nn.build(spec.model.name, facts.classes, **spec.model.options)
-    net = problem.linen(module, facts.shape)
-    trained = problem.linen(nn.convolving(module, nn.convolution(convolution)), facts.shape)
+    net = problem.problem_from_flax(module, facts.shape)
+    trained = problem.problem_from_flax(
+        nn.convolving(module, nn.convolution(convolution)), facts.shape
+    )
     shapes = structure.forward_shapes(net, facts.shape)
     connect = structure.connectivity_of(net, facts.shape)
     optimizer = optim.optimizer(
@@ -139,7 +141,7 @@ def make_program(
         return fetched(data_, data.balanced_indices(draw, data_.by_class, per_class, several))
 
     def prune(spec_: MethodSpec):
-        pruner = method.build(
+        pruner = method.get_pruner(
             net,
             spec_.name,
             allocation=spec_.allocation,
@@ -149,7 +151,7 @@ def make_program(
             cap=spec_.cap,
             connect=connect if spec_.target == 'effective' or spec_.granularity == 'unit' else None,
             granularity=spec_.granularity,
-            whole=spec_.whole,
+            keep_all_units=spec_.keep_all_units,
             **spec_.options,
         )
         event = train.event(net, optimizer, pruner, restart=spec_.restart)
@@ -169,13 +171,13 @@ def make_program(
             initial = initial_weights(key) if 'initial' in pruner.needs else None
             return event(draw, hyper, state, counts, batches, initial)
 
-        last = pruner.finish and train.last_event(net, optimizer, pruner)
+        last = pruner.final_masks and train.last_event(net, optimizer, pruner)
         return Events(begin, once, last)
 
-    cards = {name: flow.quantity(name) for name in spec.record.flow}
-    quantities = {name: card.make(trained, tuple(shapes)) for name, card in cards.items()}
-    look = any(card.needs_data for card in cards.values())
-    compare = any(card.needs_initial for card in cards.values())
+    entries = {name: flow.quantity(name) for name in spec.record.flow}
+    quantities = {name: entry.make(trained, tuple(shapes)) for name, entry in entries.items()}
+    look = any(entry.needs_data for entry in entries.values())
+    compare = any(entry.needs_initial for entry in entries.values())
 
     def flows(data_: DeviceData, key: Key, state: RunState):
         rows = None
@@ -220,7 +222,7 @@ def competing(
     """What a method counts, and the fewest that a layer keeps: weights, or units of some layers."""
     if spec.granularity == 'weight':
         return shapes, spec.floor
-    units = method.unit_shapes(shapes, spec.whole)
+    units = method.unit_shapes(shapes, spec.keep_all_units)
     return units, method.unit_floor(units, spec.floor, spec.floor_share)
 
 

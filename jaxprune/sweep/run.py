@@ -20,13 +20,13 @@ from jaxprune.sweep.devices import memory_limit
 from jaxprune.sweep.engine import Engine, make_engine
 from jaxprune.sweep.grid import Run, runs
 from jaxprune.sweep.load import identity, load_spec, make_spec, spec_hash, to_toml
-from jaxprune.sweep.plan import cut, make_plan, measure
 from jaxprune.sweep.probe import trial_line
 from jaxprune.sweep.program import Program, device_data, make_program
 from jaxprune.sweep.progress import Progress, Shown, silent
 from jaxprune.sweep.provenance import provenance
 from jaxprune.sweep.spec import EngineSpec, SweepSpec
 from jaxprune.sweep.strategy import Strategy
+from jaxprune.sweep.sweep_plan import cut, make_plan, measure
 from jaxprune.sweep.timing import stopwatch
 
 #: The part of a device's memory that a training program may take, by the compiler's own account.

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxprune.allocation import ALLOCATIONS
 from jaxprune.method import GRANULARITIES
 from jaxprune.nn import CONVOLUTIONS
-from jaxprune.quota import ALLOCATIONS
 from jaxprune.schedule import SCHEDULES
 from jaxprune.structure import TARGETS
 from jaxprune.sweep.strategy import BATCHINGS, STEPPINGS
@@ -98,7 +98,7 @@ class MethodSpec:
         default='weight',
         choices=GRANULARITIES,
     )
-    whole: str = _key('regular expression of layers that keep all units', default='')
+    keep_all_units: str = _key('regular expression of layers that keep all units', default='')
     floor_share: float = _key(
         'with units: share of its own units that any layer keeps more than', default=0.0, low=0
     )
@@ -106,7 +106,7 @@ class MethodSpec:
     cap: float = _key('largest density of any layer', default=1.0, above=0, high=1)
     label: str = _key('how figures and tables call it', default='')
     rounds: int = _key('pruning rounds; 0 for the published number', default=0, low=0)
-    over: str = _key(
+    density_schedule: str = _key(
         "density over the rounds: 'exponential', 'linear', 'harmonic'; '' for the published one",
         default='',
         choices=('', *SCHEDULES),

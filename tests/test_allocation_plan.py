@@ -13,21 +13,21 @@ from hypothesis import strategies as st
 from published import golden, numbered_shapes
 
 import jaxprune as jp
-from jaxprune.errors import PruneError
-from jaxprune.quota import (
+from jaxprune.allocation import (
     ALLOCATIONS,
-    QUOTAS,
+    LAYERWISE,
     SHARED,
     bounded_counts,
     bounds,
     erdos_renyi,
     igq,
-    quota,
+    layerwise,
     round_counts,
     smart_ratio,
     uniform,
     uniform_plus,
 )
+from jaxprune.errors import PruneError
 from jaxprune.schedule import SCHEDULES, exponential, linear, schedule
 
 LENET = {'dense_0/kernel': (784, 300), 'dense_1/kernel': (300, 100), 'dense_2/kernel': (100, 10)}
@@ -48,7 +48,7 @@ def total(shapes) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-# --- quotas -----------------------------------------------------------------------------------
+# --- allocations -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,10 @@ def vgg19() -> dict[str, tuple[int, ...]]:
     ('rule', 'expected'),
     [('erk', (0.7566, 0.0651, 0.0078, 0.2141)), ('igq', (0.8839, 0.2630, 0.0055, 0.2044))],
 )
-def test_quotas_of_vgg19(rule, expected):
+def test_allocations_of_vgg19(rule, expected):
     """Expectation: reference values, four digits: the first two, the widest, the last layer."""
     assert total(vgg19()) == 20_070_080
-    densities = list(quota(rule)(vgg19(), 0.01).values())
+    densities = list(layerwise(rule)(vgg19(), 0.01).values())
     assert tuple(round(densities[i], 4) for i in (0, 1, 15, 16)) == expected
 
 
@@ -202,7 +202,7 @@ def test_erk_with_the_excess_pushed_back():
 )
 def test_smart_ratio(shapes, density, vgg, expected):
     """Expectation: by hand, in the comments; dense layers 0.3."""
-    found = quota('smart_ratio_vgg' if vgg else 'smart_ratio')(shapes, density)
+    found = layerwise('smart_ratio_vgg' if vgg else 'smart_ratio')(shapes, density)
     assert found == smart_ratio(shapes, density, vgg=vgg)
     assert list(found) == sorted(shapes)
     np.testing.assert_allclose(list(found.values()), expected, rtol=1e-12)
@@ -273,16 +273,16 @@ def test_uniform():
     assert uniform(LENET, 0.3) == dict.fromkeys(LENET, 0.3)
 
 
-@pytest.mark.parametrize('name', QUOTAS)
+@pytest.mark.parametrize('name', LAYERWISE)
 def test_density_one_keeps_all(name):
-    """Expectation: every layer dense, under every quota."""
+    """Expectation: every layer dense, under every allocation."""
     for shapes in (vgg19(), CONVNET, *([] if name.startswith('smart') else [LENET])):
-        assert quota(name)(shapes, 1.0) == dict.fromkeys(shapes, 1.0)
+        assert layerwise(name)(shapes, 1.0) == dict.fromkeys(shapes, 1.0)
         counts = jp.keep_counts(shapes, 1.0, name)
         assert counts == {path: math.prod(shape) for path, shape in shapes.items()}
 
 
-RULES = QUOTAS | {
+RULES = LAYERWISE | {
     'er': functools.partial(erdos_renyi, kernel=False),
     'erk_previous': functools.partial(erdos_renyi, excess='previous'),
 }
@@ -301,7 +301,7 @@ odd_shapes = st.lists(
 @pytest.mark.parametrize('name', RULES)
 @settings(max_examples=150, deadline=None, database=None)
 @given(shapes=odd_shapes, density=st.floats(1e-3, 1), more=st.floats(0, 1))
-def test_every_quota(name, shapes, density, more):
+def test_every_allocation(name, shapes, density, more):
     """Expectation: the definition: densities in [0, 1] that meet the budget, none falls as the
     budget grows; what is refused is refused for a reason that can be checked."""
     rule, count = RULES[name], total(shapes)
@@ -343,7 +343,7 @@ def test_nothing_to_prune(name, shapes):
         with pytest.raises(PruneError, match='no prunable weights'):
             RULES[name](shapes, 0.5)
     if name in ALLOCATIONS:
-        for make in (jp.keep_counts, jp.at_init):
+        for make in (jp.keep_counts, jp.plan_rounds):
             with pytest.raises(PruneError, match='no prunable weights'):
                 make(shapes, 0.5, allocation=name)
     with pytest.raises(PruneError, match='no prunable weights'):
@@ -362,11 +362,11 @@ def test_layers_without_weights_are_dense_and_change_nothing():
 
 def test_registry():
     """Expectation: the names a specification may hold."""
-    assert set(ALLOCATIONS) == {'global', 'lamp', *QUOTAS}
+    assert set(ALLOCATIONS) == {'global', 'lamp', *LAYERWISE}
     smart = {'smart_ratio', 'smart_ratio_vgg'}
-    assert set(QUOTAS) == {'uniform', 'uniform_plus', 'erk', 'igq'} | smart
-    assert set(SHARED) == set(ALLOCATIONS) - set(QUOTAS)
-    assert quota('erk') is erdos_renyi
+    assert set(LAYERWISE) == {'uniform', 'uniform_plus', 'erk', 'igq'} | smart
+    assert set(SHARED) == set(ALLOCATIONS) - set(LAYERWISE)
+    assert layerwise('erk') is erdos_renyi
 
 
 # --- counts -----------------------------------------------------------------------------------
@@ -387,7 +387,7 @@ def test_counts_are_exact(size, density, expected):
     """Expectation: `round(density * size)` with exact integers; two published float32 slips."""
     assert jp.keep_counts({'w': (size,)}, density) == {'*': expected}
     assert jp.keep_counts({'w': (size,)}, density, 'uniform') == {'w': expected}
-    plan = jp.at_init({'w': (size,)}, density)
+    plan = jp.plan_rounds({'w': (size,)}, density)
     assert plan.counts['*'].dtype == np.int32
     assert plan.counts['*'].tolist() == [expected]
     assert plan.steps.tolist() == [0]
@@ -427,9 +427,9 @@ def test_lamp_is_counted_as_one_number():
     assert jp.keep_counts(LENET, 0.1, 'lamp') == jp.keep_counts(LENET, 0.1) == {'*': 26_620}
     for bound in ({'floor': 100}, {'cap': 0.2}):
         assert jp.keep_counts(LENET, 0.1, 'lamp', **bound) == {'*': 26_620}
-    plan = jp.at_init(LENET, 0.1, allocation='lamp', rounds=3)
+    plan = jp.plan_rounds(LENET, 0.1, allocation='lamp', rounds=3)
     assert {path: c.tolist() for path, c in plan.counts.items()} == {
-        path: c.tolist() for path, c in jp.at_init(LENET, 0.1, rounds=3).counts.items()
+        path: c.tolist() for path, c in jp.plan_rounds(LENET, 0.1, rounds=3).counts.items()
     }
 
 
@@ -482,7 +482,7 @@ def test_a_cap_written_as_a_quotient_is_exact(size, count):
 @pytest.mark.parametrize('allocation', ['global', 'uniform', 'igq', 'lamp'])
 def test_bounds_that_cannot_be(bound, message, allocation):
     """Expectation: one line with the numbers; caps by hand: 23496 + 2997 + 99 = 26592."""
-    for make in (jp.keep_counts, functools.partial(jp.at_init, rounds=4)):
+    for make in (jp.keep_counts, functools.partial(jp.plan_rounds, rounds=4)):
         with pytest.raises(PruneError, match=message) as refusal:
             make(LENET, 0.1, allocation=allocation, **bound)
         assert '\n' not in str(refusal.value)
@@ -564,7 +564,7 @@ def test_counts_within_bounds(layers):
     assert max(rounded) - min(rounded) <= 1 + Fraction(1, 10**9)
 
 
-def test_a_layer_without_a_quota_fills_up_last():
+def test_a_layer_without_a_share_fills_up_last():
     """Expectation: by hand: `b` asks for nothing, and takes what `a` and `c` may not hold."""
     shapes, ask = dict.fromkeys('abc', (10,)), {'a': 0.8, 'b': 0.0, 'c': 0.4}
     fewest, most = dict.fromkeys('abc', 0), {'a': 5, 'b': 10, 'c': 10}
@@ -599,12 +599,12 @@ def test_schedules_by_formula():
 
 def test_plan_of_rounds():
     """Expectation: counts of each round's density, all before the first step."""
-    plan = jp.at_init(LENET, 0.01, rounds=100)
+    plan = jp.plan_rounds(LENET, 0.01, rounds=100)
     expected = [round(0.01 ** (i / 100) * 266_200) for i in range(1, 101)]
     assert plan.counts['*'].tolist() == expected
     assert plan.counts['*'][-1] == 2662
     assert plan.steps.tolist() == [0] * 100
-    layerwise = jp.at_init(LENET, 0.1, allocation='erk', rounds=5, over='linear')
+    layerwise = jp.plan_rounds(LENET, 0.1, allocation='erk', rounds=5, density_schedule='linear')
     assert list(layerwise.counts) == list(LENET)
     last = {path: int(counts[-1]) for path, counts in layerwise.counts.items()}
     assert last == jp.keep_counts(LENET, 0.1, 'erk')
@@ -618,9 +618,9 @@ def test_bounds_hold_in_every_round():
         ('global', {'*': [40, 40, 35, 25]}),
         ('uniform', {'a': [20, 20, 18, 12], 'b': [20, 20, 18, 12]}),
     ):
-        plan = jp.at_init(shapes, 0.25, allocation=allocation, rounds=4, cap=0.4)
+        plan = jp.plan_rounds(shapes, 0.25, allocation=allocation, rounds=4, cap=0.4)
         assert {path: c.tolist() for path, c in plan.counts.items()} == expected
-    plan = jp.at_init(shapes, 0.25, allocation='uniform', rounds=4, floor={'b': 20})
+    plan = jp.plan_rounds(shapes, 0.25, allocation='uniform', rounds=4, floor={'b': 20})
     assert plan.counts['b'].tolist() == [35, 25, 20, 20]
     assert plan.counts['a'].tolist() == [35, 25, 16, 4]
 
@@ -628,14 +628,14 @@ def test_bounds_hold_in_every_round():
 def test_no_count_rises_where_a_bound_binds():
     """Expectation: by hand: 100, 300 and 100 weights, the first convolution capped at 50.
 
-    The quotas are (100, 112.5, 37.5) at 0.5 and (100, 5, 20) at 0.25; what the cap takes away
-    goes to the others by their quotas, so that `c` alone would be (50, 60).
+    The allocations are (100, 112.5, 37.5) at 0.5 and (100, 5, 20) at 0.25; what the cap takes away
+    goes to the others by their allocations, so that `c` alone would be (50, 60).
     """
     shapes = {'a': (1, 1, 10, 10), 'b': (10, 30), 'c': (10, 10)}
     bound = {'allocation': 'uniform_plus', 'cap': {'a': 0.5}}
     assert jp.keep_counts(shapes, 0.5, **bound) == {'a': 50, 'b': 150, 'c': 50}
     assert jp.keep_counts(shapes, 0.25, **bound) == {'a': 50, 'b': 15, 'c': 60}
-    plan = jp.at_init(shapes, 0.25, rounds=2, **bound)
+    plan = jp.plan_rounds(shapes, 0.25, rounds=2, **bound)
     expected = {'a': [50, 50], 'b': [140, 15], 'c': [60, 60]}
     assert {path: c.tolist() for path, c in plan.counts.items()} == expected
 
@@ -649,17 +649,17 @@ def test_every_plan(allocation, data):
     shapes = {f'{i}': (1, 1, n, 2) if i % 2 == 0 else (n, 2) for i, n in enumerate(size)}
     cap = {path: data.draw(st.floats(0.3, 1)) for path in shapes if data.draw(st.booleans())}
     floor = {path: data.draw(st.integers(0, 3)) for path in shapes}
-    make = functools.partial(jp.at_init, shapes, allocation=allocation, floor=floor, cap=cap)
+    make = functools.partial(jp.plan_rounds, shapes, allocation=allocation, floor=floor, cap=cap)
     rounds, density = data.draw(st.integers(1, 6)), data.draw(st.floats(0.05, 1))
-    over = data.draw(st.sampled_from(sorted(SCHEDULES)))
+    density_schedule = data.draw(st.sampled_from(sorted(SCHEDULES)))
     try:
         last = jp.keep_counts(shapes, density, allocation, floor=floor, cap=cap)
     except PruneError as refusal:
         event('refused')
         with pytest.raises(PruneError, match=re.escape(str(refusal))):
-            make(density, rounds=rounds, over=over)
+            make(density, rounds=rounds, density_schedule=density_schedule)
         return
-    plan = make(density, rounds=rounds, over=over)
+    plan = make(density, rounds=rounds, density_schedule=density_schedule)
     assert {path: int(counts[-1]) for path, counts in plan.counts.items()} == last
     assert all((np.diff(counts) <= 0).all() for counts in plan.counts.values())
     fewest, most = bounds(shapes, floor, cap)
@@ -673,12 +673,12 @@ def test_every_plan(allocation, data):
 @pytest.mark.parametrize('density', [0, 0.0, -0.1, 1.0000001, 90, math.nan, math.inf])
 def test_density_out_of_range(density, allocation):
     """Expectation: an error that names the value; 90 (per cent) is a mistake, not a density."""
-    for make in (jp.keep_counts, functools.partial(jp.at_init, rounds=3)):
+    for make in (jp.keep_counts, functools.partial(jp.plan_rounds, rounds=3)):
         with pytest.raises(PruneError, match=r'density must be in \(0, 1\]'):
             make(LENET, density, allocation=allocation)
-    if allocation in QUOTAS:
+    if allocation in LAYERWISE:
         with pytest.raises(PruneError, match=r'density must be in \(0, 1\]'):
-            quota(allocation)(CONVNET, density)
+            layerwise(allocation)(CONVNET, density)
 
 
 def test_errors_say_how_to_mend():
@@ -686,18 +686,18 @@ def test_errors_say_how_to_mend():
     with pytest.raises(PruneError, match=r'1e-07 keeps none of 266200'):
         jp.keep_counts(LENET, 1e-7)
     with pytest.raises(PruneError, match='keeps none of 266200'):
-        jp.at_init(LENET, 1e-7, allocation='uniform', rounds=10)
+        jp.plan_rounds(LENET, 1e-7, allocation='uniform', rounds=10)
     with pytest.raises(PruneError, match='rounds must be at least 1, not 0'):
-        jp.at_init(LENET, 0.5, rounds=0)
+        jp.plan_rounds(LENET, 0.5, rounds=0)
     with pytest.raises(PruneError, match="unknown allocation 'unifrom': did you mean 'uniform'"):
         jp.keep_counts(LENET, 0.5, 'unifrom')
     with pytest.raises(PruneError, match="unknown allocation 'gobal': did you mean 'global'"):
-        jp.at_init(LENET, 0.5, allocation='gobal')
-    with pytest.raises(PruneError, match="unknown quota 'unifrom': did you mean 'uniform'"):
-        quota('unifrom')
+        jp.plan_rounds(LENET, 0.5, allocation='gobal')
+    with pytest.raises(PruneError, match="unknown allocation 'unifrom': did you mean 'uniform'"):
+        layerwise('unifrom')
     with pytest.raises(PruneError, match="unknown schedule 'expo': did you mean 'exponential'"):
-        jp.at_init(LENET, 0.5, over='expo')
+        jp.plan_rounds(LENET, 0.5, density_schedule='expo')
     with pytest.raises(
         PruneError, match=r"unknown schedule 'cubic': .*exponential, harmonic, linear"
     ):
-        jp.at_init(LENET, 0.5, over='cubic')
+        jp.plan_rounds(LENET, 0.5, density_schedule='cubic')

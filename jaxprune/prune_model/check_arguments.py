@@ -124,7 +124,7 @@ def model(net: Problem, view: View, batches: Batch, labels: bool) -> None:
         f'the model on inputs {x.shape}',
         jax.eval_shape,
         forward_of(net),
-        view.frozen,
+        view.params,
         x,
         view.model_state,
     )

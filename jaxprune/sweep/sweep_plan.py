@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import data, plan, structure
+from jaxprune.allocation import SHARED
 from jaxprune.errors import JaxpruneError, SpecError, first_line
-from jaxprune.quota import SHARED
 from jaxprune.sweep.devices import memory_limit
 from jaxprune.sweep.grid import Run, digest, event_program, runs, static_settings
 from jaxprune.sweep.load import spec_hash
@@ -91,16 +91,16 @@ def _choice(spec: SweepSpec, program: Program, run: Run) -> tuple[Strategy, str,
 
 def counts_of(program: Program, run: Run) -> plan.Plan:
     """A pruned run's table of keep counts."""
-    make = structure.rounds_before if run.method.target == 'effective' else plan.at_init
+    make = structure.rounds_before if run.method.target == 'effective' else plan.plan_rounds
     if run.method.granularity == 'unit':
-        make = functools.partial(plan.at_init, what='units')
+        make = functools.partial(plan.plan_rounds, what='units')
     shapes, floor = competing(program.shapes, run.method)
     return make(
         shapes,
         1 / run.compression,
         allocation=run.method.allocation,
         rounds=run.method.rounds,
-        over=run.method.over,
+        density_schedule=run.method.density_schedule,
         floor=floor,
         cap=run.method.cap,
     )

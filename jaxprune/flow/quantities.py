@@ -21,7 +21,7 @@ NTK_EXAMPLES = 32
 
 
 class Quantity(NamedTuple):
-    """A quantity's name card.
+    """A quantity's registry entry.
 
     Attributes:
       make: `(problem, paths) -> measure`; the paths of the prunable leaves in forward order.
@@ -195,7 +195,7 @@ QUANTITIES: dict[str, Quantity] = {
 
 
 def quantity(name: str) -> Quantity:
-    """The name card of a quantity."""
+    """The registry entry of a quantity."""
     if name not in QUANTITIES:
         raise PruneError(f"unknown quantity '{name}': {nearest(name, QUANTITIES)}")
     return QUANTITIES[name]

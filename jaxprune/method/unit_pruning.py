@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping
 
 import jax.numpy as jnp
 
+from jaxprune.allocation import Shape
 from jaxprune.errors import PruneError
 from jaxprune.pattern import unit_top_k
-from jaxprune.quota import Shape
-from jaxprune.score.units import grouped, spread
+from jaxprune.score.group_sums import grouped, spread
 from jaxprune.structure import Connect
 from jaxprune.types import Counts, Masks, ScoreFn, Scores, SelectFn
 
@@ -21,25 +21,29 @@ from jaxprune.types import Counts, Masks, ScoreFn, Scores, SelectFn
 GRANULARITIES = ('weight', 'unit')
 
 
-def unit_shapes(shapes: Mapping[str, Shape], whole: str = '') -> dict[str, Shape]:
+def unit_shapes(shapes: Mapping[str, Shape], keep_all_units: str = '') -> dict[str, Shape]:
     """The layers whose units compete: path -> `(units,)`, in the order given.
 
     All but the last layer, whose units are the classes; depthwise convolutions, whose maps follow
-    those that they read; and what `whole` names.
+    those that they read; and what `keep_all_units` names.
 
     Args:
       shapes: path -> shape of every prunable leaf in forward order, outputs on the last axis.
-      whole: a regular expression; layers whose path it matches anywhere keep all units.
+      keep_all_units: a regular expression; layers whose path it matches anywhere keep all units.
 
     Raises:
       PruneError: no layer is left, or the expression is none or matches nothing.
     """
     try:
-        pattern = re.compile(whole) if whole else None
+        pattern = re.compile(keep_all_units) if keep_all_units else None
     except re.error as error:
-        raise PruneError(f"whole: '{whole}' is no regular expression: {error}") from None
+        raise PruneError(
+            f"keep_all_units: '{keep_all_units}' is no regular expression: {error}"
+        ) from None
     if pattern and not any(map(pattern.search, shapes)):
-        raise PruneError(f"whole: '{whole}' matches no layer; there are: {', '.join(shapes)}")
+        raise PruneError(
+            f"keep_all_units: '{keep_all_units}' matches no layer; there are: {', '.join(shapes)}"
+        )
     first, last = next(iter(shapes)), list(shapes)[-1]
     found = {
         path: (shape[-1],)

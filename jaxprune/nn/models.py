@@ -20,7 +20,7 @@ DTYPES = ('float32', 'bfloat16')
 
 
 class Model(NamedTuple):
-    """A model's name card.
+    """A model's registry entry.
 
     Attributes:
       build: `(classes, **options) -> flax module`.
@@ -79,7 +79,7 @@ MODELS: dict[str, Model] = {
 
 
 def model(name: str) -> Model:
-    """The name card of a model."""
+    """The registry entry of a model."""
     if name not in MODELS:
         raise JaxpruneError(f"unknown model '{name}': {nearest(name, MODELS)}")
     return MODELS[name]
@@ -87,13 +87,13 @@ def model(name: str) -> Model:
 
 def build(name: str, classes: int, **options: Any) -> nn.Module:
     """The flax module of a registered model."""
-    card = model(name)
+    entry = model(name)
     for option in options:
-        if option not in card.options:
+        if option not in entry.options:
             raise JaxpruneError(
-                f"model '{name}' has no option '{option}': {nearest(option, card.options)}"
+                f"model '{name}' has no option '{option}': {nearest(option, entry.options)}"
             )
-    options = {**card.options, **options}
+    options = {**entry.options, **options}
     if 'init' in options:
         options['kernel_init'] = initialisation(options.pop('init'))
     if 'dtype' in options:
@@ -102,7 +102,7 @@ def build(name: str, classes: int, **options: Any) -> nn.Module:
                 f"unknown dtype '{options['dtype']}': {nearest(options['dtype'], DTYPES)}"
             )
         options['dtype'] = jnp.dtype(options['dtype'])
-    return card.build(classes, **options)
+    return entry.build(classes, **options)
 
 
 def convolves(module: nn.Module) -> bool:

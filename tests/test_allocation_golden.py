@@ -1,4 +1,4 @@
-"""Layerwise quotas against numbers of published code: github.com/avysogorets/Effective-Sparsity.
+"""Layerwise allocations against published code: github.com/avysogorets/Effective-Sparsity.
 
 See `golden/README.md` for how the files were made and are read. They hold sparsities; where that
 code leaves [0, 1] and refuses, ours refuses as well.
@@ -13,8 +13,16 @@ import numpy as np
 import pytest
 from published import golden, numbered_shapes
 
+from jaxprune.allocation import (
+    LAYERWISE,
+    Shape,
+    erdos_renyi,
+    igq,
+    round_counts,
+    uniform,
+    uniform_plus,
+)
 from jaxprune.errors import PruneError
-from jaxprune.quota import QUOTAS, Shape, erdos_renyi, igq, round_counts, uniform, uniform_plus
 
 RULES = {
     'uniform': uniform,
@@ -88,7 +96,7 @@ def test_both_kinds_of_erk_agree_where_no_layer_is_full(architecture):
     shapes, compared = golden_shapes(architecture), 0
     for compression, expected, _ in cases('erk', architecture):
         if expected.max() < 1:
-            found = densities(QUOTAS['erk'], shapes, 1 / compression)
+            found = densities(LAYERWISE['erk'], shapes, 1 / compression)
             np.testing.assert_allclose(found, expected, atol=1e-12, rtol=0)
             compared += 1
     assert compared >= 5

@@ -13,13 +13,13 @@ from jaxprune.sweep.parse import fits_device, limits, section
 from jaxprune.sweep.spec import MethodSpec, SweepSpec, TrainSpec
 
 #: How labels write an allocation, where its name will not do.
-_QUOTA_TITLES = {
+_ALLOCATION_TITLES = {
     'uniform_plus': 'uniform+',
     'erk': 'ERK',
     'igq': 'IGQ',
     'smart_ratio': 'smart ratio',
     'smart_ratio_vgg': 'smart ratio, VGG',
-    'lamp': 'LAMP quota',
+    'lamp': 'LAMP allocation',
 }
 _TRAIN_KEYS = tuple(f.name for f in dataclasses.fields(TrainSpec) if f.name != 'options')
 
@@ -213,18 +213,18 @@ def _grid_train(train: TrainSpec, grid: Mapping[str, Any], source: str, fail) ->
 
 
 def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
-    """A method entry with the published values of its card written out."""
+    """A method of the grid with the published values of its registry entry written out."""
     if spec.name not in method.METHODS:
         fail(f'{at}.name', f"'{spec.name}' is unknown, {nearest(spec.name, method.METHODS)}")
-    card = method.method(spec.name)
+    entry = method.method(spec.name)
     where = (
         ''
         if spec.allocation == 'global'
-        else f' ({_QUOTA_TITLES.get(spec.allocation, spec.allocation)})'
+        else f' ({_ALLOCATION_TITLES.get(spec.allocation, spec.allocation)})'
     )
     aim = ' to effective' if spec.target == 'effective' else ''
     aim += ' (units)' if spec.granularity == 'unit' else ''
-    label = spec.label or card.title + where + aim
+    label = spec.label or entry.title + where + aim
     if label == 'dense':
         fail(f'{at}.label', "'dense' is the name of the control: choose another")
     if spec.granularity == 'unit':
@@ -232,33 +232,35 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
             ('allocation', spec.allocation not in ('global', 'uniform')),
             ('target', spec.target != 'direct'),
             ('cap', spec.cap != 1),
-            ('name', not card.monotone),
+            ('name', not entry.monotone),
         ):
             if wrong:
                 fail(f'{at}.{key}', f"{getattr(spec, key)!r} does not go with granularity 'unit'")
         try:
-            re.compile(spec.whole)
+            re.compile(spec.keep_all_units)
         except re.error as error:
-            fail(f'{at}.whole', f'{spec.whole!r} is no regular expression: {error}')
+            fail(
+                f'{at}.keep_all_units', f'{spec.keep_all_units!r} is no regular expression: {error}'
+            )
         if spec.floor_share >= 1:
             fail(f'{at}.floor_share', f'expected a share below 1, not {spec.floor_share}')
     elif spec.floor_share:
         fail(f'{at}.floor_share', "is a share of units, with granularity 'unit'")
-    elif spec.whole:
-        fail(f'{at}.whole', "names layers that keep all units, with granularity 'unit'")
-    if spec.after_epochs and (spec.target == 'effective' or not card.monotone):
+    elif spec.keep_all_units:
+        fail(f'{at}.keep_all_units', "names layers that keep all units, with granularity 'unit'")
+    if spec.after_epochs and (spec.target == 'effective' or not entry.monotone):
         what = "target 'effective'" if spec.target == 'effective' else f"'{spec.name}'"
         fail(f'{at}.after_epochs', f'{what} prunes before training only')
     if spec.restart and not spec.after_epochs:
         fail(f'{at}.restart', 'goes with after_epochs: before training there is nothing to restart')
-    published = ('train' if card.train else 'eval') if 'data' in card.needs else ''
+    published = ('train' if entry.train else 'eval') if 'data' in entry.needs else ''
     if spec.batch_norm and not published:
         fail(f'{at}.batch_norm', f"'{spec.name}' looks at no data: there is no mode to choose")
     return dataclasses.replace(
         spec,
         label=label,
-        rounds=spec.rounds or card.rounds,
-        over=spec.over or card.over,
+        rounds=spec.rounds or entry.rounds,
+        density_schedule=spec.density_schedule or entry.density_schedule,
         batch_norm=spec.batch_norm or published,
-        options=_options(spec.options, card.options, spec.name, at, fail),
+        options=_options(spec.options, entry.options, spec.name, at, fail),
     )

@@ -4,17 +4,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxprune import arguments, score
+from jaxprune.allocation import ALLOCATIONS, SHARED, Shape, bounds
 from jaxprune.errors import PruneError, nearest
 from jaxprune.method.pruner import pruner
-from jaxprune.method.units import GRANULARITIES, alike, unit_select, unit_shapes
-from jaxprune.quota import ALLOCATIONS, SHARED, Shape, bounds
+from jaxprune.method.unit_pruning import GRANULARITIES, alike, unit_select, unit_shapes
 from jaxprune.select import global_top_k, layerwise_top_k
 from jaxprune.structure import Connect, chain, prune_to_active
 from jaxprune.types import Problem, Pruner, ScoreFn
 
 
 class Method(NamedTuple):
-    """A method's name card.
+    """A method's registry entry.
 
     Attributes:
       title: how tables and figures write it.
@@ -22,7 +22,7 @@ class Method(NamedTuple):
       needs: 'data', 'shape' or nothing, see `pruner`.
       train: batch-norm mode while scoring in the published code; True = batch statistics.
       rounds: published number of rounds.
-      over: published schedule of densities over the rounds.
+      density_schedule: published schedule of densities over the rounds.
       monotone: pruned weights never return.
       grouped: the score takes `by`: what is removed together.
       options: further options of the method with their published values.
@@ -33,7 +33,7 @@ class Method(NamedTuple):
     needs: frozenset[str] = frozenset()
     train: bool = False
     rounds: int = 1
-    over: str = 'exponential'
+    density_schedule: str = 'exponential'
     monotone: bool = True
     grouped: bool = False
     options: Mapping[str, Any] = {}
@@ -106,13 +106,13 @@ METHODS: dict[str, Method] = {
 
 
 def method(name: str) -> Method:
-    """The name card of a method."""
+    """The registry entry of a method."""
     if name not in METHODS:
         raise PruneError(f"unknown method '{name}': {nearest(str(name), METHODS)}")
     return METHODS[name]
 
 
-def build(
+def get_pruner(
     problem: Problem,
     name: str,
     *,
@@ -123,7 +123,7 @@ def build(
     cap: float | Mapping[str, float] = 1.0,
     connect: Connect | None = None,
     granularity: str = 'weight',
-    whole: str = '',
+    keep_all_units: str = '',
     **options: Any,
 ) -> Pruner:
     """The pruner of a registered method.
@@ -135,29 +135,29 @@ def build(
         LAMP would, anything else ranks within each leaf by the counts it is given.
       train: batch-norm mode while scoring; None for the published one.
       shapes: path -> shape of the prunable leaves in forward order; for the next three.
-      floor: fewest weights of a leaf, see `quota.bounds`. Layerwise counts have their bounds in
-        them; a ranking over all leaves is held to them here.
+      floor: fewest weights of a leaf, see `allocation.bounds`. Layerwise counts include their
+        bounds; a ranking over all leaves is held to them here.
       cap: largest density of a leaf, likewise.
-      connect: see `structure.connectivity`; with it the pruner's `finish` prunes to a number of
-        active weights, along the chain of the allocation; where units are pruned, it finds what
+      connect: see `structure.connectivity`; with it the pruner's `final_masks` prunes to a number
+        of active weights, along the chain of the allocation; where units are pruned, it finds what
         reads them.
       granularity: 'weight', or 'unit' for whole neurons and filters, ranked by the sum of their
         weights' scores (those of the gradient-flow study by their own rule); counts and floor are
         units then, and `shapes` and `connect` are needed.
-      whole: regular expression of layers that keep all units, see `unit_shapes`.
+      keep_all_units: regular expression of layers that keep all units, see `unit_shapes`.
       **options: the method's own options.
     """
-    card = method(name)
+    entry = method(name)
     for option, value in options.items():
-        if option not in card.options:
-            valid = nearest(option, card.options) if card.options else 'it has none'
+        if option not in entry.options:
+            valid = nearest(option, entry.options) if entry.options else 'it has none'
             raise PruneError(f"method '{name}' has no option '{option}': {valid}")
-        options[option] = arguments.like(f"option '{option}'", value, card.options[option])
+        options[option] = arguments.like(f"option '{option}'", value, entry.options[option])
     if train is not None:
         arguments.flag('train', train)
     if not isinstance(allocation, str) or allocation not in ALLOCATIONS:
         raise PruneError(f"unknown allocation '{allocation}': {nearest(allocation, ALLOCATIONS)}")
-    if allocation == 'lamp' and not card.monotone:
+    if allocation == 'lamp' and not entry.monotone:
         raise PruneError(
             f"allocation 'lamp' goes by the weights left, and '{name}' brings weights back"
         )
@@ -165,35 +165,35 @@ def build(
         raise PruneError(
             f"unknown granularity '{granularity}': {nearest(str(granularity), GRANULARITIES)}"
         )
-    if whole and granularity == 'weight':
-        raise PruneError("whole names layers that keep all units, with granularity 'unit'")
-    mode = card.train if train is None else train
+    if keep_all_units and granularity == 'weight':
+        raise PruneError("keep_all_units names layers that keep all units, with granularity 'unit'")
+    mode = entry.train if train is None else train
     if granularity == 'unit':
         return _of_units(
-            problem, name, mode, allocation, shapes, connect, floor, cap, whole, options
+            problem, name, mode, allocation, shapes, connect, floor, cap, keep_all_units, options
         )
     if shapes is None and (floor or cap != 1.0 or connect is not None):
         raise PruneError('floor, cap and connect need shapes: path -> shape of every prunable leaf')
-    scorer = card.score(problem, mode, **{**card.options, **options})
+    scorer = entry.score(problem, mode, **{**entry.options, **options})
     if allocation == 'lamp':
         scorer = score.ranked_like(scorer, score.lamp())
     shared = allocation in SHARED
     fewest, most = bounds(shapes, floor, cap) if shapes is not None and shared else (None, None)
-    finish = None
+    final_masks = None
     if connect is not None:
         masks = chain(shapes, allocation, floor=floor, cap=cap)
 
-        def finish(ranking, active):
+        def final_masks(ranking, active):
             return prune_to_active(connect, ranking, masks, active)
 
     return pruner(
         scorer,
         global_top_k if shared else layerwise_top_k,
-        monotone=card.monotone,
-        needs=card.needs,
+        monotone=entry.monotone,
+        needs=entry.needs,
         fewest=fewest if floor else None,
         most=most if cap != 1.0 else None,
-        finish=finish,
+        final_masks=final_masks,
     )
 
 
@@ -206,24 +206,24 @@ def _of_units(
     connect: Connect | None,
     floor: int | Mapping[str, int],
     cap: float | Mapping[str, float],
-    whole: str,
+    keep_all_units: str,
     options: Mapping[str, Any],
 ) -> Pruner:
     """The pruner of a registered method that removes whole units."""
-    card = method(name)
+    entry = method(name)
     if allocation not in ('global', 'uniform'):
         raise PruneError(f"units are shared out 'global' or 'uniform', not '{allocation}'")
-    if not card.monotone:
+    if not entry.monotone:
         raise PruneError(f"'{name}' brings weights back, and readers of units do not return")
     if shapes is None or connect is None:
         raise PruneError('units need shapes, path -> shape in forward order, and connect')
     if cap != 1.0:
         raise PruneError('layers of units have a floor, but no cap')
-    units = unit_shapes(shapes, whole)
+    units = unit_shapes(shapes, keep_all_units)
     fewest, _ = bounds(units, floor)
     fewest = fewest if any(fewest.values()) and allocation == 'global' else None
-    if card.grouped:
-        scorer = card.score(problem, train, **{**card.options, **options}, by='unit')
+    if entry.grouped:
+        scorer = entry.score(problem, train, **{**entry.options, **options}, by='unit')
     else:
-        scorer = alike(card.score(problem, train, **{**card.options, **options}))
-    return pruner(scorer, unit_select(connect, list(units), fewest), needs=card.needs)
+        scorer = alike(entry.score(problem, train, **{**entry.options, **options}))
+    return pruner(scorer, unit_select(connect, list(units), fewest), needs=entry.needs)

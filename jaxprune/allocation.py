@@ -1,6 +1,6 @@
-"""Layerwise quotas: how a budget of weights is shared among layers.
+"""Layerwise allocations: how a budget of weights is shared among layers.
 
-Host code in double precision with exact integers: a quota depends on static shapes only, and
+Host code in double precision with exact integers: an allocation depends on static shapes only, and
 float32 would lose counts from 2**24 weights on. A layer without any weight counts as dense.
 """
 
@@ -16,7 +16,7 @@ from jaxprune.errors import PruneError, nearest
 Shape = tuple[int, ...]
 #: (shapes, density) -> path -> density of that layer, in [0, 1]. The shapes stand in forward
 #: order, from the input to the output; some rules need it.
-QuotaFn = Callable[[Mapping[str, Shape], float], dict[str, float]]
+AllocationFn = Callable[[Mapping[str, Shape], float], dict[str, float]]
 
 
 def check_density(density: float) -> None:
@@ -226,7 +226,7 @@ def smart_ratio(
 
 
 #: Rules that share a budget by shapes alone; their names may stand in a specification.
-QUOTAS: dict[str, QuotaFn] = {
+LAYERWISE: dict[str, AllocationFn] = {
     'uniform': uniform,
     'uniform_plus': uniform_plus,
     'erk': erdos_renyi,
@@ -237,16 +237,16 @@ QUOTAS: dict[str, QuotaFn] = {
 #: Allocations whose counts are one number: 'global' ranks all layers together, 'lamp' shares the
 #: number out by the weights themselves, when it prunes.
 SHARED = ('global', 'lamp')
-ALLOCATIONS = ('global', *QUOTAS, 'lamp')
+ALLOCATIONS = ('global', *LAYERWISE, 'lamp')
 #: Quotas that speak of first and last layers, so that `shapes` must be in forward order.
 ORDERED = ('uniform_plus', 'smart_ratio', 'smart_ratio_vgg')
 
 
-def quota(name: str) -> QuotaFn:
-    """The quota rule of that name."""
-    if name not in QUOTAS:
-        raise PruneError(f"unknown quota '{name}': {nearest(name, QUOTAS)}")
-    return QUOTAS[name]
+def layerwise(name: str) -> AllocationFn:
+    """The allocation rule of that name."""
+    if name not in LAYERWISE:
+        raise PruneError(f"unknown allocation '{name}': {nearest(name, LAYERWISE)}")
+    return LAYERWISE[name]
 
 
 def round_counts(shapes: Mapping[str, Shape], densities: Mapping[str, float]) -> dict[str, int]:
@@ -308,7 +308,7 @@ def bounded_counts(
 
     Args:
       shapes: path -> shape.
-      densities: path -> density, as a quota gives it.
+      densities: path -> density, as an allocation gives it.
       fewest: path -> lower bound, see `bounds`.
       most: path -> upper bound.
 
@@ -319,7 +319,7 @@ def bounded_counts(
     if all(fewest[path] <= count <= most[path] for path, count in counts.items()):
         return counts
     total = min(max(sum(counts.values()), sum(fewest.values())), sum(most.values()))
-    # Not quite zero: a layer without a quota takes what all others have no room for.
+    # Not quite zero: a layer without an allocation takes what all others have no room for.
     ask = {path: max(densities[path], 2**-60) * math.prod(shapes[path]) for path in counts}
 
     def targets(factor):
