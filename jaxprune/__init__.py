@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxprune.errors import JaxpruneError, PruneError
-from jaxprune.method import METHODS, get_pruner, pruner
+from jaxprune.method import METHODS, get_pruner, prune_rounds, pruner
 from jaxprune.plan import keep_counts, plan_rounds
 from jaxprune.problem import (
     cross_entropy,
@@ -59,6 +59,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     'get_pruner',
     'METHODS',
     'plan_rounds',
+    'prune_rounds',
     'keep_counts',
     # paths through a pruned network
     'connectivity',

@@ -44,6 +44,17 @@ def uniform(shapes: Mapping[str, Shape], density: float) -> dict[str, float]:
     return dict.fromkeys(sorted(shapes), float(density))
 
 
+def uniform_down(shapes: Mapping[str, Shape], density: float) -> dict[str, float]:
+    """The same density in every layer, rounded down to whole counts, but one of each at least.
+
+    What codes of filter pruning do: they remove `ceil((1 - density) * n)` of n filters, never all.
+    """
+    size = _check(shapes, density)
+    # One part in 2**40 more, or a density of 0.3 would keep 2 of 10.
+    kept = {path: max(math.floor(density * n * (1 + 2**-40)), 1) for path, n in size.items()}
+    return _keyed(shapes, {path: kept[path] / n for path, n in size.items()})
+
+
 def uniform_plus(shapes: Mapping[str, Shape], density: float) -> dict[str, float]:
     """The same density in every layer but a dense first and a not too sparse last one.
 
@@ -228,6 +239,7 @@ def smart_ratio(
 #: Rules that share a budget by shapes alone; their names may stand in a specification.
 LAYERWISE: dict[str, AllocationFn] = {
     'uniform': uniform,
+    'uniform_down': uniform_down,
     'uniform_plus': uniform_plus,
     'erk': erdos_renyi,
     'igq': igq,

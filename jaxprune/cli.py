@@ -90,22 +90,26 @@ def main(argv: list[str] | None = None) -> int:
 
 def _plan(command: Plan) -> None:
     from jaxprune.sweep import keep_compiled, load_spec, make_plan, use_all_cores
+    from jaxprune.sweep.costs import estimate
+    from jaxprune.sweep.groups import chosen_anew
+    from jaxprune.sweep.measure import measure
     from jaxprune.sweep.plan_tables import plan_tables, probe_table
     from jaxprune.sweep.probe import trial_line
-    from jaxprune.sweep.sweep_plan import estimate, measure
+    from jaxprune.sweep.sweep_plan import checked_groups
 
     use_all_cores()
     spec = load_spec(command.spec, command.set)
-    plan = make_plan(spec, str(command.spec))
+    groups = checked_groups(spec, str(command.spec))
+    plan = make_plan(spec, str(command.spec), groups)
     if command.probe:
         keep_compiled()
 
-        def told(measured) -> None:
+        def on_trial(measured) -> None:
             print(f'jaxprune: {trial_line(measured)}', file=sys.stderr, flush=True)
 
-        for found in measure(spec, plan, told, always=True).values():
+        for found in measure(spec, groups, plan, on_trial, always=True).values():
             _print(probe_table(found))
-        plan = make_plan(spec, str(command.spec))
+        plan = make_plan(spec, str(command.spec), chosen_anew(spec, groups))
     _print(*plan_tables(plan, estimate(plan, spec)))
 
 

@@ -20,12 +20,24 @@ class Optimizer(NamedTuple):
       make: `(hyper, learning_rate) -> transformation`, to be called inside the compiled step.
       coupled_decay: weight decay is added to the gradient (L2, as torch's SGD and Adam do);
         False if the optimizer takes weight decay itself (decoupled, as AdamW).
-      rate: `clock -> factor` of the learning rate; the clock is a step count.
+      rate: `(clock, hyper) -> learning rate` of a step; the clock is a step count.
     """
 
     make: Callable[[Hyper, jax.Array], optax.GradientTransformation]
     coupled_decay: bool
-    rate: Callable[[jax.Array], jax.Array]
+    rate: Callable[[jax.Array, Hyper], jax.Array]
+
+
+class Finetune(NamedTuple):
+    """A phase of training that begins where the clock says so; its peak is `hyper.finetune`'s.
+
+    Attributes:
+      start: the clock of its first step.
+      schedule: `steps of the phase taken before -> factor` of its learning rate.
+    """
+
+    start: int
+    schedule: Callable[[jax.Array], jax.Array]
 
 
 def sparse(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -68,14 +80,18 @@ def _where(keep: PyTree, values: PyTree) -> PyTree:
 
 
 def optimizer(
-    name: str, static: Mapping[str, Any], rate: Callable[[jax.Array], jax.Array]
+    name: str,
+    static: Mapping[str, Any],
+    schedule: Callable[[jax.Array], jax.Array],
+    finetune: Finetune | None = None,
 ) -> Optimizer:
     """An optax optimizer by name, as a function of traced hyperparameters.
 
     Args:
       name: a function of `optax` that takes `learning_rate`: 'sgd', 'adam', 'adamw', ...
       static: its arguments that are not numbers (`nesterov`, ...); numbers come with `Hyper`.
-      rate: see `rate_schedule`.
+      schedule: the factor of the learning rate, see `rate_schedule`.
+      finetune: a phase after training with a learning rate and a schedule of its own.
     """
     build = _function(name)
     decoupled = decays(name)
@@ -85,6 +101,13 @@ def optimizer(
         if decoupled:
             numbers['weight_decay'] = hyper.weight_decay
         return build(learning_rate=learning_rate, **static, **numbers)
+
+    def rate(clock: jax.Array, hyper: Hyper) -> jax.Array:
+        training = schedule(clock) * hyper.learning_rate
+        if finetune is None:
+            return training
+        after = finetune.schedule(clock - finetune.start) * hyper.finetune['learning_rate']
+        return jnp.where(clock < finetune.start, training, after)
 
     return Optimizer(make, not decoupled, rate)
 

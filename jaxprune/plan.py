@@ -1,6 +1,6 @@
 """The host table of keep counts: allocation x schedule x density -> exact integers per event."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,9 +36,10 @@ class Plan(NamedTuple):
 
 def keep_counts(
     shapes: Mapping[str, Shape],
-    density: float,
+    density: float | None = None,
     allocation: str = 'global',
     *,
+    compression: float | None = None,
     floor: int | Mapping[str, int] = 0,
     cap: float | Mapping[str, float] = 1.0,
     what: str = 'prunable weights',
@@ -48,6 +49,7 @@ def keep_counts(
     Args:
       shapes: path -> shape of every prunable leaf, in forward order if the allocation needs it.
       density: fraction kept, in (0, 1].
+      compression: 1 / density, in place of it.
       allocation: 'global' for one ranking over all leaves, 'lamp' for one number that the pruning
         event shares out by the weights, or the name of a layerwise allocation.
       floor: fewest weights that a layer keeps, for all layers or by path.
@@ -63,6 +65,7 @@ def keep_counts(
       PruneError: an argument is out of range, the density keeps no weight at all, or it keeps
         fewer weights than the floors or more than the caps together.
     """
+    density = density_of(density, compression)
     check_density(density)
     fewest, most = bounds(shapes, floor, cap)
     counts, asked = _counts(shapes, density, allocation, fewest, most)
@@ -97,23 +100,28 @@ def _counts(
 
 def plan_rounds(
     shapes: Mapping[str, Shape],
-    density: float,
+    density: float | None = None,
     *,
+    compression: float | None = None,
     allocation: str = 'global',
     rounds: int = 1,
     density_schedule: str = 'exponential',
+    steps: Sequence[int] | None = None,
     floor: int | Mapping[str, int] = 0,
     cap: float | Mapping[str, float] = 1.0,
     what: str = 'prunable weights',
 ) -> Plan:
-    """Pruning at initialisation: all events before the first step.
+    """The events of a method: when each round happens and what it keeps.
 
     Args:
       shapes: see `keep_counts`.
       density: final density.
+      compression: 1 / density, in place of it.
       allocation: see `keep_counts`.
       rounds: number of events; 1 is one-shot.
       density_schedule: name of the schedule of densities over the rounds.
+      steps: the training step before which each round happens, never falling; None for all of them
+        before training.
       floor: see `keep_counts`; it holds in every round.
       cap: see `keep_counts`; it holds in every round, and a round whose density is more than the
         caps allow keeps what they allow.
@@ -121,8 +129,14 @@ def plan_rounds(
 
     Returns:
       The plan. No count rises from one event to the next.
+
+    Raises:
+      PruneError: an argument is out of range, a density that keeps nothing, steps that fall or are
+        not one for each round.
     """
+    density = density_of(density, compression)
     arguments.least(1, rounds=rounds)
+    steps = _checked_steps(steps, rounds)
     last = keep_counts(shapes, density, allocation, floor=floor, cap=cap, what=what)
     fewest, most = bounds(shapes, floor, cap)
     per_round = [last]
@@ -134,4 +148,31 @@ def plan_rounds(
         per_round.append(_counts(shapes, earlier, allocation, fewest, most)[0])
     per_round.reverse()
     counts = {path: np.array([c[path] for c in per_round], np.int32) for path in last}
-    return Plan(np.zeros(rounds, np.int32), counts)
+    return Plan(steps, counts)
+
+
+def _checked_steps(steps: Sequence[int] | None, rounds: int) -> np.ndarray:
+    """The steps of so many rounds as int32."""
+    if steps is None:
+        return np.zeros(rounds, np.int32)
+    if len(steps) != rounds:
+        raise PruneError(f'steps must hold one step for each of {rounds} rounds, not {len(steps)}')
+    for before, step in zip((0, *steps), steps, strict=False):
+        if arguments.whole('steps', step) < before or step >= 2**31:
+            raise PruneError(f'steps must not fall and lie below 2**31, not {list(steps)}')
+    return np.array(steps, np.int32)
+
+
+def density_of(density: float | None, compression: float | None) -> float:
+    """The density that one of two arguments gives.
+
+    Raises:
+      PruneError: neither or both are given, or a compression below 1.
+    """
+    if (density is None) == (compression is None):
+        raise PruneError('give either density= or compression= (1 / density)')
+    if density is not None:
+        return arguments.real('density', density)
+    if not arguments.real('compression', compression) >= 1:
+        raise PruneError(f'compression must be at least 1, not {compression}')
+    return 1 / compression

@@ -30,10 +30,16 @@ def harmonic(density: float, rounds: int) -> list[float]:
     return [1 / (1 + (1 / density - 1) * i / rounds) for i in range(1, rounds)] + [density]
 
 
+def constant(density: float, rounds: int) -> list[float]:
+    """The final density in every round: for methods whose rounds do not prune step by step."""
+    return [density] * rounds
+
+
 SCHEDULES: dict[str, Schedule] = {
     'exponential': exponential,
     'linear': linear,
     'harmonic': harmonic,
+    'constant': constant,
 }
 
 

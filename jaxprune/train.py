@@ -5,27 +5,83 @@ The clock, a step count, is an argument of its own and never batched.
 """
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxprune import tree
 from jaxprune.data import FetchFn
+from jaxprune.method.rounds import Rounds, finished, has_finish, prune_once
 from jaxprune.optim import Optimizer, mask_opt_state, sparse
 from jaxprune.problem import view_of
 from jaxprune.rng import stream
+from jaxprune.select import count_kept
 from jaxprune.types import (
     Batch,
     Counts,
     Hyper,
     Key,
-    Masks,
     Problem,
+    PruneInfo,
     Pruner,
+    PyTree,
     RunState,
+    StepHook,
     View,
     Weights,
 )
+
+
+class StepFn(Protocol):
+    def __call__(
+        self, clock: ArrayLike, key: Key, hyper: Hyper, state: RunState, batch: Batch
+    ) -> tuple[RunState, jax.Array]:
+        """Takes one optimizer step: `(new state, mean loss of the batch before it)`.
+
+        Args:
+          clock: steps of the schedule taken before.
+          key: of the run.
+        """
+
+
+class FetchStepFn(Protocol):
+    def __call__(
+        self,
+        clock: ArrayLike,
+        data: PyTree,
+        key: Key,
+        hyper: Hyper,
+        indices: jax.Array,
+        state: RunState,
+    ) -> tuple[RunState, jax.Array]:
+        """A `StepFn` that gathers its own batch: examples number `indices (batch,)` of `data`."""
+
+
+class SegmentFn(Protocol):
+    def __call__(
+        self,
+        clock: ArrayLike,
+        data: PyTree,
+        key: Key,
+        hyper: Hyper,
+        order: jax.Array,
+        state: RunState,
+    ) -> tuple[RunState, jax.Array]:
+        """Takes a step for each row of `order (steps, batch)`: `(state, losses (steps,))`."""
+
+
+class EvaluateFn(Protocol):
+    def __call__(
+        self, clock: ArrayLike, data: PyTree, state: RunState, indices: jax.Array, valid: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sums over one batch: `(sum of losses, number correct)`, with running statistics.
+
+        Args:
+          indices: examples `(batch,)`.
+          valid: bool `(batch,)`; the others are padding and count for nothing.
+        """
 
 
 def init_run(problem: Problem, optimizer: Optimizer) -> Callable[[Key, Hyper], RunState]:
@@ -34,22 +90,36 @@ def init_run(problem: Problem, optimizer: Optimizer) -> Callable[[Key, Hyper], R
     def init(key: Key, hyper: Hyper) -> RunState:
         params, model_state = problem.init(stream(key, 'init'))
         masks = tree.ones(tree.pick(params, problem.prunable))
-        tx = optimizer.make(hyper, jnp.asarray(hyper.learning_rate))
-        return RunState(params, model_state, tx.init(params), masks, ())
+        return RunState(params, model_state, fresh_optimizer(optimizer, hyper, params), masks, ())
 
     return init
 
 
-def train_step(problem: Problem, optimizer: Optimizer):
-    """`(clock, key, hyper, state, batch) -> (state, loss)`: one masked optimizer step.
+def fresh_optimizer(optimizer: Optimizer, hyper: Hyper, params: PyTree) -> PyTree:
+    """The optimizer's state before its first step."""
+    return optimizer.make(hyper, jnp.asarray(hyper.learning_rate)).init(params)
+
+
+def train_step(
+    problem: Problem, optimizer: Optimizer, hook: StepHook | None = None, *, dense: bool = False
+) -> StepFn:
+    """One masked optimizer step.
 
     `state` keeps its invariant: pruned weights and their moments are exactly zero.
+
+    Args:
+      hook: what a method changes in the step; None for nothing.
+      dense: gradients and updates are not masked: the method keeps dense weights, and what its
+        `hook.weights` makes of them is zero where pruned.
     """
+    hook = StepHook() if hook is None else hook
 
     def step(clock, key: Key, hyper: Hyper, state: RunState, batch: Batch):
+        method_state = state.method_state
+
         def loss(params):
             logits, model_state = problem.apply(
-                params,
+                computed_with(hook, state, clock, params),
                 state.model_state,
                 batch.x,
                 train=True,
@@ -58,20 +128,57 @@ def train_step(problem: Problem, optimizer: Optimizer):
             return problem.loss(logits, batch.y).mean(), model_state
 
         (value, model_state), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        if hook.gradient is not None:
+            now = hyper._replace(learning_rate=optimizer.rate(clock, hyper))
+            method_state, grads = hook.gradient(
+                method_state, grads, state.params, state.masks, clock, now
+            )
         if optimizer.coupled_decay:
             grads = jax.tree.map(lambda g, p: g + hyper.weight_decay * p, grads, state.params)
-        rate = optimizer.rate(clock) * hyper.learning_rate
-        tx = sparse(optimizer.make(hyper, rate))
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, masks=state.masks)
+        rate = optimizer.rate(clock, hyper)
+        tx = optimizer.make(hyper, rate)
+        if dense:
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        else:
+            updates, opt_state = sparse(tx).update(
+                grads, state.opt_state, state.params, masks=state.masks
+            )
         params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.params, updates)
-        new = state._replace(params=params, model_state=model_state, opt_state=opt_state)
-        return new, value
+        if hook.project is not None:
+            now = hyper._replace(learning_rate=rate)
+            method_state, params = hook.project(
+                method_state, state.params, params, state.masks, clock, now
+            )
+            params = params if dense else tree.apply_masks(params, state.masks)
+        return RunState(params, model_state, opt_state, state.masks, method_state), value
 
     return step
 
 
-def fetch_step(step, fetch: FetchFn):
-    """`(clock, data, key, hyper, indices, state) -> (state, loss)`: gathers its own batch."""
+def computed_with(hook: StepHook, state: RunState, clock: ArrayLike, params: PyTree) -> PyTree:
+    """The parameters that the network computes with while a method is at work."""
+    if hook.weights is None:
+        return params
+    return hook.weights(state.method_state, params, state.masks, clock)
+
+
+def through_hook(hook: StepHook | None, clock: ArrayLike, state: RunState) -> RunState:
+    """The state as forward passes see it."""
+    if hook is None or hook.weights is None:
+        return state
+    return state._replace(params=computed_with(hook, state, clock, state.params))
+
+
+def hooked_view(problem: Problem, state: RunState, hook: StepHook | None, clock: ArrayLike) -> View:
+    """The view of a run while a method is at work; `stored` holds weights that its hook changes."""
+    view = view_of(problem, through_hook(hook, clock, state))
+    if hook is None or hook.weights is None:
+        return view
+    return view._replace(stored=tree.pick(state.params, problem.prunable))
+
+
+def fetch_step(step: StepFn, fetch: FetchFn) -> FetchStepFn:
+    """A step that gathers its own batch."""
 
     def fetched(clock, data, key: Key, hyper: Hyper, indices: jax.Array, state: RunState):
         batch = fetch(data, jax.random.fold_in(stream(key, 'augment'), clock), indices)
@@ -80,13 +187,8 @@ def fetch_step(step, fetch: FetchFn):
     return fetched
 
 
-def train_segment(fetched):
-    """Scans `fetch_step` over the leading axis of `order`, `(steps, batch)` indices.
-
-    Returns:
-      `(clock, data, key, hyper, order, state) -> (state, losses (steps,))`; `clock` is the number
-      of steps taken before.
-    """
+def train_segment(fetched: FetchStepFn) -> SegmentFn:
+    """Scans a `FetchStepFn` over rows of indices; the clock is that before the first of them."""
 
     def segment(clock, data, key: Key, hyper: Hyper, order: jax.Array, state: RunState):
         def body(state, at):
@@ -99,85 +201,94 @@ def train_segment(fetched):
     return segment
 
 
-def event(problem: Problem, optimizer: Optimizer, pruner: Pruner, *, restart: bool = False):
-    """One pruning event, the same order for every method.
+def run_events(
+    problem: Problem,
+    optimizer: Optimizer,
+    pruner: Pruner,
+    key: Key,
+    hyper: Hyper,
+    batches_of: Callable[[jax.Array], Batch | None],
+    *,
+    clock: ArrayLike = 0,
+    initial: Weights | None = None,
+    restart: bool = False,
+) -> Rounds:
+    """The rounds of a method on a training run, for `method.rounds.run_rounds`.
 
-    View -> score and select -> returning weights take their values -> pruned weights to zero ->
-    their optimizer moments to zero.
+    A round, the same order for every method: view, score and select, returning weights take their
+    values, pruned weights to zero, their optimizer moments to zero.
 
     Args:
-      restart: the optimizer begins anew: moments of the weights kept are zero as well.
-
-    Returns:
-      `(key, hyper, state, counts, batches, initial) -> (state, info)`; the initial weights are for
-      pruners that need them, else None.
+      key: round i draws from `fold_in(key, i)`.
+      batches_of: `number of the round -> what its score looks at`.
+      clock: steps of the schedule taken before.
+      initial: the initial weights, for pruners that need them.
+      restart: the optimizer begins anew after each round.
     """
 
-    def prune(
-        key: Key,
-        hyper: Hyper,
-        state: RunState,
-        counts: Counts,
-        batches: Batch | None,
-        initial: Weights | None = None,
-    ):
-        view = view_of(problem, state)._replace(initial=initial)
-        method_state, masks, info = pruner.update(key, state.method_state, view, counts, batches)
-        state = _masked(
-            optimizer, pruner, hyper, state._replace(method_state=method_state), view, masks
+    def begin(state: RunState) -> RunState:
+        return state._replace(method_state=pruner.init(key, view_of(problem, state)))
+
+    def once(number: jax.Array, counts: Counts, state: RunState) -> tuple[RunState, PruneInfo]:
+        view = hooked_view(problem, state, pruner.hook, clock)._replace(initial=initial)
+        draw = jax.random.fold_in(key, number)
+        method_state, view, info = prune_once(
+            pruner, draw, state.method_state, view, counts, batches_of(number)
         )
-        if restart:
-            tx = optimizer.make(hyper, jnp.asarray(hyper.learning_rate))
-            state = state._replace(opt_state=tx.init(state.params))
-        return state, info
+        state = state._replace(method_state=method_state)
+        if pruner.dense:
+            return anew(state._replace(masks=view.masks)), info
+        return anew(_with(optimizer, hyper, state, view)), info
 
-    return prune
+    def finish(state: RunState, active: ArrayLike) -> tuple[RunState, dict[str, jax.Array]]:
+        view = hooked_view(problem, state, pruner.hook, clock)
+        view = finished(pruner, state.method_state, view, active)
+        return anew(_with(optimizer, hyper, state, view)), count_kept(view.masks)
+
+    def anew(state: RunState) -> RunState:
+        if not restart:
+            return state
+        return state._replace(opt_state=fresh_optimizer(optimizer, hyper, state.params))
+
+    return Rounds(begin, once, finish if has_finish(pruner) or pruner.dense else None)
 
 
-def last_event(problem: Problem, optimizer: Optimizer, pruner: Pruner):
-    """`(hyper, state, active) -> state` under the masks of `pruner.final_masks`."""
-
-    def finish(hyper: Hyper, state: RunState, active: jax.Array):
-        masks = pruner.final_masks(state.method_state, active)
-        return _masked(optimizer, pruner, hyper, state, view_of(problem, state), masks)
-
-    return finish
-
-
-def _masked(
-    optimizer: Optimizer, pruner: Pruner, hyper: Hyper, state: RunState, view: View, masks: Masks
-) -> RunState:
-    """The state under new masks."""
-    params = state.params
-    if pruner.regrown_values is not None:
-        params = tree.put(params, pruner.regrown_values(state.method_state, view))
+def _with(optimizer: Optimizer, hyper: Hyper, state: RunState, view: View) -> RunState:
+    """The state with a view's weights and masks; pruned moments are zero."""
+    params = tree.apply_masks(tree.put(state.params, view.weights), view.masks)
     tx = optimizer.make(hyper, jnp.asarray(hyper.learning_rate))
     return state._replace(
-        params=tree.apply_masks(params, masks),
-        opt_state=mask_opt_state(tx, state.opt_state, params, masks),
-        masks=masks,
+        params=params,
+        opt_state=mask_opt_state(tx, state.opt_state, params, view.masks),
+        masks=view.masks,
     )
 
 
-def first_event(problem: Problem, pruner: Pruner):
-    """`(key, state) -> state` with the pruner's own state made, before its first event."""
+def rewind(optimizer: Optimizer) -> Callable[[Hyper, RunState, Any], RunState]:
+    """`(hyper, state, anchor) -> state`: back to an earlier state, under today's masks.
 
-    def begin(key: Key, state: RunState) -> RunState:
-        return state._replace(method_state=pruner.init(key, view_of(problem, state)))
-
-    return begin
-
-
-def evaluate_batch(problem: Problem, fetch: FetchFn):
-    """Sums over one batch of an evaluation, with running statistics.
-
-    Returns:
-      `(data, state, indices, valid) -> (sum of losses, number correct)` over the examples where
-      `valid` is True; the others are padding.
+    Weights, batch statistics and the optimizer's state are those of the anchor, a `RunState`, and
+    exactly zero where the masks prune (Frankle et al., ICML 2020, arXiv:1912.05671).
     """
 
-    def evaluate(data, state: RunState, indices: jax.Array, valid: jax.Array):
+    def back(hyper: Hyper, state: RunState, anchor: RunState) -> RunState:
+        tx = optimizer.make(hyper, jnp.asarray(hyper.learning_rate))
+        params = tree.apply_masks(anchor.params, state.masks)
+        return state._replace(
+            params=params,
+            model_state=anchor.model_state,
+            opt_state=mask_opt_state(tx, anchor.opt_state, params, state.masks),
+        )
+
+    return back
+
+
+def evaluate_batch(problem: Problem, fetch: FetchFn, hook: StepHook | None = None) -> EvaluateFn:
+    """Sums over one batch of an evaluation, with running statistics and the hook's weights."""
+
+    def evaluate(clock, data, state: RunState, indices: jax.Array, valid: jax.Array):
         batch = fetch(data, None, indices)
+        state = through_hook(hook, clock, state)
         logits, _ = problem.apply(state.params, state.model_state, batch.x, train=False, key=None)
         loss = jnp.where(valid, problem.loss(logits, batch.y), 0)
         correct = valid & (logits.argmax(-1) == batch.y)

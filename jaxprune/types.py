@@ -84,6 +84,8 @@ class View(NamedTuple):
       masks: the masks in force.
       initial: prunable leaves at initialisation, where the caller keeps them.
       opt_state: the optimizer's state, where there is one.
+      stored: prunable leaves as they are stored, pruned ones included, where a method keeps dense
+        weights and `weights` is what its hook makes of them; else None.
     """
 
     weights: Weights
@@ -92,17 +94,18 @@ class View(NamedTuple):
     masks: Masks
     initial: Weights | None = None
     opt_state: PyTree | None = None
+    stored: Weights | None = None
 
 
 class RunState(NamedTuple):
     """Everything one run carries; every leaf is an array.
 
     Attributes:
-      params: all parameters; pruned weights are exactly zero.
+      params: all parameters; pruned weights are exactly zero, unless the method keeps dense ones.
       model_state: batch statistics and the like.
-      opt_state: the optimizer's state; moments of pruned weights are exactly zero.
+      opt_state: the optimizer's state; moments of pruned weights are exactly zero, likewise.
       masks: the masks in force.
-      method_state: what the pruner carries from event to event.
+      method_state: what the method carries from its first event to its last; () before and after.
     """
 
     params: PyTree
@@ -119,11 +122,15 @@ class Hyper(NamedTuple):
       learning_rate: peak learning rate; the schedule multiplies it.
       weight_decay: L2 coefficient.
       optimizer: further numeric arguments of the optimizer, by name (momentum, b1, ...).
+      method: numeric options of the pruning method, by name (temperature, epsilon, ...).
+      finetune: the peak 'learning_rate' of the phase after pruning; {} if there is no such phase.
     """
 
     learning_rate: ArrayLike
     weight_decay: ArrayLike
     optimizer: dict[str, ArrayLike]
+    method: dict[str, ArrayLike] = {}  # noqa: RUF012 (nobody changes it)
+    finetune: dict[str, ArrayLike] = {}  # noqa: RUF012
 
 
 class PruneInfo(NamedTuple):
@@ -148,19 +155,89 @@ class ScoreFn(Protocol):
 SelectFn = Callable[[Scores, Counts], Masks]
 
 
+class WeightsHook(Protocol):
+    def __call__(self, state: PyTree, params: PyTree, masks: Masks, clock: jax.Array) -> PyTree:
+        """Returns the parameters that forward passes, scores and evaluation see.
+
+        The loss is differentiated through it: a straight-through estimator goes here.
+        """
+
+
+class GradientHook(Protocol):
+    def __call__(
+        self,
+        state: PyTree,
+        grads: PyTree,
+        params: PyTree,
+        masks: Masks,
+        clock: jax.Array,
+        hyper: Hyper,
+    ) -> tuple[PyTree, PyTree]:
+        """Returns `(state, grads)`: penalties are added here, and accumulators updated.
+
+        Args:
+          grads: of the mean loss with respect to the stored parameters, dense, before weight decay.
+          hyper: the run's numbers; its learning rate is that of this step.
+        """
+
+
+class ProjectHook(Protocol):
+    def __call__(
+        self,
+        state: PyTree,
+        before: PyTree,
+        after: PyTree,
+        masks: Masks,
+        clock: jax.Array,
+        hyper: Hyper,
+    ) -> tuple[PyTree, PyTree]:
+        """Returns `(state, params)`, from the parameters before and after the optimizer's step.
+
+        Args:
+          hyper: the run's numbers; its learning rate is that of this step.
+        """
+
+
+class StepHook(NamedTuple):
+    """How a method changes the training step between its first event and its last.
+
+    All functions are pure, for one run, and optional. `state` is the method's state.
+
+    Attributes:
+      weights: what the network computes with, see `WeightsHook`.
+      gradient: what the optimizer is given, see `GradientHook`.
+      project: where a step ends, see `ProjectHook`.
+    """
+
+    weights: WeightsHook | None = None
+    gradient: GradientHook | None = None
+    project: ProjectHook | None = None
+
+
+#: What an event may be given: class-balanced examples with labels ('data'), an input's shape
+#: ('shape'), the initial weights ('initial'), the batch that the next training step will see
+#: ('train_batch'), and whether the score draws fresh initial weights of its own ('fresh_init').
+NEEDS = frozenset({'data', 'shape', 'initial', 'train_batch', 'fresh_init'})
+
+
 class Pruner(NamedTuple):
     """A pruning method: a few pure functions, called at pruning events.
 
     Attributes:
-      init: `(key, view) -> method_state`.
-      update: `(key, method_state, view, counts, batches) -> (method_state, masks, info)`.
-      needs: what an event must be given: 'data', 'shape' (an input's shape only), 'initial'
-        (the initial weights) or nothing.
+      init: `(key, view) -> method_state`, before the first event.
+      update: `(key, method_state, view, counts, batches) -> (method_state, masks, info)`, at every
+        event.
+      needs: what an event must be given, some of `NEEDS`.
       regrown_values: `(method_state, view) -> weights`: the values that weights take after an
         event, before those the new masks prune are zeroed; None where no pruned weight returns.
-      final_masks: `(method_state, active) -> masks`: after the last round, masks with at least that
+      final_masks: `(method_state, active) -> masks`: after the last event, masks with at least that
         many weights on a path from input to output; None if the keep counts alone determine the
         masks.
+      repaired_values: `(weights, masks) -> weights` after the last event: the values that kept
+        weights go on with; None if they keep their own.
+      hook: how the method changes the training step between its first event and its last.
+      dense: stored weights stay dense in that time: no gradient is masked, nothing is zeroed. What
+        `hook.weights` returns must be zero where the mask prunes.
     """
 
     init: Callable[[Key, View], PyTree]
@@ -168,3 +245,6 @@ class Pruner(NamedTuple):
     needs: frozenset[str]
     regrown_values: Callable[[PyTree, View], Weights] | None = None
     final_masks: Callable[[PyTree, ArrayLike], Masks] | None = None
+    repaired_values: Callable[[Weights, Masks], Weights] | None = None
+    hook: StepHook | None = None
+    dense: bool = False

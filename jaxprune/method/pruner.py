@@ -12,6 +12,7 @@ from jaxprune.select import count_kept, global_top_k, within_bounds
 from jaxprune.structure import Ranking
 from jaxprune.tree import check_same_paths
 from jaxprune.types import (
+    NEEDS,
     Batch,
     Counts,
     Key,
@@ -62,9 +63,7 @@ def pruner(
       monotone: pruned weights never return: their score is -inf. Otherwise the score sees the
         weights before the first round as `view.initial`, and a weight that returns has its
         initial value.
-      needs: what the score reads: of an event's batches 'data' (inputs and labels) or 'shape' (the
-        shape of an input only), and 'initial' for the view's initial weights; nothing for scores
-        of the weights alone.
+      needs: what the score reads, see `types.NEEDS`; nothing for scores of the weights alone.
       fewest: path -> how many weights a leaf keeps at least in a ranking over all leaves.
       most: path -> how many at most.
       final_masks: chooses the masks after the last round from the order of pruning: weights of an
@@ -76,8 +75,8 @@ def pruner(
     """
 
     needs = frozenset(needs)
-    if not needs <= {'data', 'shape', 'initial'}:
-        raise PruneError(f"needs may hold 'data', 'shape' and 'initial', not {sorted(needs)}")
+    if not needs <= NEEDS:
+        raise PruneError(f'needs may hold {sorted(NEEDS)}, not {sorted(needs)}')
     remembers = not monotone or final_masks is not None
 
     def init(key: Key, view: View) -> tuple | Memory:

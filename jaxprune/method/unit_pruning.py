@@ -17,6 +17,8 @@ from jaxprune.score.group_sums import grouped, spread
 from jaxprune.structure import Connect
 from jaxprune.types import Counts, Masks, ScoreFn, Scores, SelectFn
 
+#: Allocations of units: one ranking, or a share of each layer.
+UNIT_ALLOCATIONS = ('global', 'uniform', 'uniform_down')
 #: What a method removes at a time.
 GRANULARITIES = ('weight', 'unit')
 

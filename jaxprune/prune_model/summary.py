@@ -38,7 +38,7 @@ class Report(NamedTuple):
       compression: its inverse.
       effective_compression: weights before / weights on a path from input to output; None if not
         looked at, infinite if the network is cut in two.
-      note: why paths were not looked at, or ''.
+      note: what else there is to know, such as why paths were not followed; or ''.
     """
 
     method: str

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +9,12 @@ from jaxprune import data, flow, method, nn, optim
 from jaxprune.data.augment import AUGMENTATIONS
 from jaxprune.errors import JaxpruneError, SpecError, nearest
 from jaxprune.sweep.parse import fits_device, limits, section
-from jaxprune.sweep.spec import MethodSpec, SweepSpec, TrainSpec
+from jaxprune.sweep.spec import FinetuneSpec, GridSpec, MethodSpec, SweepSpec, TrainSpec
+from jaxprune.sweep.timeline import rounds_until, timeline_of
 
 #: How labels write an allocation, where its name will not do.
 _ALLOCATION_TITLES = {
+    'uniform_down': 'uniform, rounded down',
     'uniform_plus': 'uniform+',
     'erk': 'ERK',
     'igq': 'IGQ',
@@ -21,6 +22,7 @@ _ALLOCATION_TITLES = {
     'smart_ratio_vgg': 'smart ratio, VGG',
     'lamp': 'LAMP allocation',
 }
+_REPAIR_TITLES = {'orthp': 'OrthP'}
 _TRAIN_KEYS = tuple(f.name for f in dataclasses.fields(TrainSpec) if f.name != 'options')
 
 
@@ -58,10 +60,14 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
         fail('model.name', f"'{model.name}' needs larger images than {small}")
     for i, name in enumerate(spec.record.flow):
         known(f'record.flow[{i}]', name, flow.QUANTITIES)
-    if (spec.record.flow or spec.record.evaluate) and not spec.record.every:
+    looks = spec.record.flow or spec.record.evaluate
+    if looks and not (spec.record.every or spec.record.rounds):
         fail('record.every', 'expected after how many steps to record')
+    if spec.record.rounds and not looks:
+        fail('record.rounds', 'expected what to record, in record.flow or record.evaluate')
     train = _train(spec.train, 'train', fail)
     methods = tuple(_method(m, f'grid.method[{i}]', fail) for i, m in enumerate(spec.grid.method))
+    spec = dataclasses.replace(spec, grid=_by_compression(spec.grid, fail))
     for key in ('method', 'compression', 'seed'):
         if not getattr(spec.grid, key):
             fail(f'grid.{key}', 'expected at least one value')
@@ -82,19 +88,12 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
     for key, size in (('train_examples', facts.train_size), ('test_examples', facts.test_size)):
         if getattr(spec.data, key) > size:
             fail(f'data.{key}', f'{spec.data.name} has only {size}')
-    for i, m in enumerate(methods):
-        last = m.after_epochs * m.rounds
-        if m.after_epochs and last >= min(v.epochs for v in variants(train, grid_train)):
-            fail(
-                f'grid.method[{i}].after_epochs',
-                f'the last round, after {last} epochs, is too late',
-            )
     for variant in variants(train, grid_train):
         _train(variant, 'train', fail)
         if variant.batch_size > examples:
             fail('train.batch_size', f'{variant.batch_size} is more than {examples} examples')
-        if not fits_device(examples // variant.batch_size * variant.epochs, int):
-            fail('train.epochs', f'{variant.epochs} are more than 2**31 steps')
+        for i, m in enumerate(methods):
+            _times(variant, m, examples // variant.batch_size, f'grid.method[{i}]', fail)
     return dataclasses.replace(spec, model=model, train=train, grid=grid)
 
 
@@ -171,17 +170,22 @@ def _train(train: TrainSpec, at: str, fail) -> TrainSpec:
             tail = nearest(key, [*_TRAIN_KEYS, *arguments])
             fail(f'{at}.{key}', f"unknown key, and no argument of '{train.optimizer}', {tail}")
         options[key] = _argument(value, arguments[key], f'{at}.{key}', fail)
-    if train.schedule == 'step' and not train.milestones:
+    _schedule(train, at, fail)
+    return dataclasses.replace(train, options=options)
+
+
+def _schedule(phase: TrainSpec | FinetuneSpec, at: str, fail) -> None:
+    """The learning-rate schedule of training, or of the phase after pruning."""
+    if phase.schedule == 'step' and not phase.milestones:
         fail(f'{at}.milestones', "expected the epochs of schedule 'step'")
-    if train.milestones and train.schedule != 'step':
-        fail(f'{at}.milestones', f"schedule '{train.schedule}' has none; expected schedule 'step'")
-    for i, milestone in enumerate(train.milestones):
+    if phase.milestones and phase.schedule != 'step':
+        fail(f'{at}.milestones', f"schedule '{phase.schedule}' has none; expected schedule 'step'")
+    for i, milestone in enumerate(phase.milestones):
         # One past the end is no mistake: `--set train.epochs=2` tries out a long recipe.
         if not milestone > 0:
             fail(f'{at}.milestones[{i}]', f'expected a positive epoch, not {milestone}')
-    if train.warmup_epochs >= train.epochs:
-        fail(f'{at}.warmup_epochs', f'expected fewer than the {train.epochs} epochs')
-    return dataclasses.replace(train, options=options)
+    if phase.warmup_epochs >= phase.epochs:
+        fail(f'{at}.warmup_epochs', f'expected fewer than the {phase.epochs} epochs')
 
 
 def _argument(value: Any, default: Any, at: str, fail) -> Any:
@@ -212,55 +216,93 @@ def _grid_train(train: TrainSpec, grid: Mapping[str, Any], source: str, fail) ->
     return checked
 
 
+def _by_compression(grid: GridSpec, fail) -> GridSpec:
+    """The grid with densities written as compressions."""
+    if not grid.density:
+        return grid
+    if grid.compression:
+        fail('grid.density', 'expected either density or compression, not both')
+    twice = [d for i, d in enumerate(grid.density) if d in grid.density[:i]]
+    if twice:
+        fail('grid.density', f'{twice[0]} is listed twice')
+    return dataclasses.replace(grid, compression=tuple(1 / d for d in grid.density), density=())
+
+
 def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
     """A method of the grid with the published values of its registry entry written out."""
     if spec.name not in method.METHODS:
         fail(f'{at}.name', f"'{spec.name}' is unknown, {nearest(spec.name, method.METHODS)}")
     entry = method.method(spec.name)
-    where = (
-        ''
-        if spec.allocation == 'global'
-        else f' ({_ALLOCATION_TITLES.get(spec.allocation, spec.allocation)})'
-    )
-    aim = ' to effective' if spec.target == 'effective' else ''
-    aim += ' (units)' if spec.granularity == 'unit' else ''
-    label = spec.label or entry.title + where + aim
+    label = spec.label or entry.title + _what_else(spec)
     if label == 'dense':
         fail(f'{at}.label', "'dense' is the name of the control: choose another")
-    if spec.granularity == 'unit':
-        for key, wrong in (
-            ('allocation', spec.allocation not in ('global', 'uniform')),
-            ('target', spec.target != 'direct'),
-            ('cap', spec.cap != 1),
-            ('name', not entry.monotone),
-        ):
-            if wrong:
-                fail(f'{at}.{key}', f"{getattr(spec, key)!r} does not go with granularity 'unit'")
-        try:
-            re.compile(spec.keep_all_units)
-        except re.error as error:
-            fail(
-                f'{at}.keep_all_units', f'{spec.keep_all_units!r} is no regular expression: {error}'
-            )
-        if spec.floor_share >= 1:
-            fail(f'{at}.floor_share', f'expected a share below 1, not {spec.floor_share}')
-    elif spec.floor_share:
-        fail(f'{at}.floor_share', "is a share of units, with granularity 'unit'")
-    elif spec.keep_all_units:
-        fail(f'{at}.keep_all_units', "names layers that keep all units, with granularity 'unit'")
-    if spec.after_epochs and (spec.target == 'effective' or not entry.monotone):
-        what = "target 'effective'" if spec.target == 'effective' else f"'{spec.name}'"
-        fail(f'{at}.after_epochs', f'{what} prunes before training only')
-    if spec.restart and not spec.after_epochs:
-        fail(f'{at}.restart', 'goes with after_epochs: before training there is nothing to restart')
-    published = ('train' if entry.train else 'eval') if 'data' in entry.needs else ''
-    if spec.batch_norm and not published:
-        fail(f'{at}.batch_norm', f"'{spec.name}' looks at no data: there is no mode to choose")
+    during = bool(spec.start or spec.every or spec.end or spec.finetune.epochs)
+    choices = method.Choices(
+        *(getattr(spec, key) for key in method.Choices._fields if key != 'apart'),
+        apart=bool(spec.every or spec.end) if entry.hooked else during,
+    )
+    for key, message in method.broken_rules(entry, choices):
+        fail(f'{at}.{key}', message)
+    _when(spec, at, fail)
+    rounds = spec.rounds or (rounds_until(spec) if spec.every and spec.end else entry.rounds)
+    if entry.hooked and rounds < 2:
+        fail(f'{at}.rounds', f"'{spec.name}' needs two rounds: the first and the last")
+    options = _options(spec.options, entry.options, spec.name, at, fail)
     return dataclasses.replace(
         spec,
         label=label,
-        rounds=spec.rounds or entry.rounds,
+        rounds=rounds,
         density_schedule=spec.density_schedule or entry.density_schedule,
-        batch_norm=spec.batch_norm or published,
-        options=_options(spec.options, entry.options, spec.name, at, fail),
+        batch_norm=spec.batch_norm or (entry.batch_norm if 'data' in entry.needs else ''),
+        options=options,
     )
+
+
+def _what_else(spec: MethodSpec) -> str:
+    """What a label says beside the method's name."""
+    titles = {'global': '', **{k: f' ({v})' for k, v in _ALLOCATION_TITLES.items()}}
+    words = titles.get(spec.allocation, f' ({spec.allocation})')
+    words += ' to effective' if spec.target == 'effective' else ''
+    words += ' (units)' if spec.granularity == 'unit' else ''
+    words += f' + {_REPAIR_TITLES[spec.repair]}' if spec.repair else ''
+    return words + {'': '', 'weights': ', rewound', 'rate': ', rate rewound'}[spec.rewind]
+
+
+def _when(spec: MethodSpec, at: str, fail) -> None:
+    """Keys of *when* that need one another."""
+    during = bool(spec.start or spec.every or spec.end)
+    if spec.restart and not during:
+        fail(
+            f'{at}.restart', 'is for rounds during training: before it there is nothing to restart'
+        )
+    if spec.rewind and not spec.start:
+        fail(f'{at}.rewind', 'is for rounds during training: expected start, after rewind_to')
+    if spec.rewind == 'weights' and spec.restart:
+        fail(f'{at}.restart', "rewind = 'weights' takes the optimizer back already")
+    if spec.rewind_to and not spec.rewind:
+        fail(f'{at}.rewind_to', "goes with rewind = 'weights' or 'rate'")
+    if spec.rewind and spec.finetune.epochs:
+        fail(f'{at}.rewind', 'does not go with finetune: both say where training goes on')
+    if spec.time_unit == 'steps':
+        for key in ('start', 'every', 'end', 'rewind_to'):
+            if getattr(spec, key) % 1:
+                fail(f'{at}.{key}', f'expected a whole number of steps, not {getattr(spec, key)}')
+    finetune = spec.finetune
+    if not finetune.epochs:
+        if finetune != FinetuneSpec():
+            fail(f'{at}.finetune.epochs', 'expected the length of the phase after pruning')
+        return
+    if not finetune.learning_rate:
+        fail(f'{at}.finetune.learning_rate', 'missing; expected the peak learning rate')
+    _schedule(finetune, f'{at}.finetune', fail)
+
+
+def _times(train: TrainSpec, spec: MethodSpec, epoch: int, at: str, fail) -> None:
+    """Whether all rounds of a method happen while a run lasts."""
+    try:
+        steps = timeline_of(train, spec, epoch).steps
+    except SpecError as error:  # begins with the key
+        key, _, message = str(error).partition(': ')
+        fail(f'{at}.{key}', message)
+    if not fits_device(steps, int):
+        fail('train.epochs', f'{train.epochs} are more than 2**31 steps')

@@ -1,4 +1,4 @@
-"""Unfinished chunks, saved between epochs, so that an interruption costs minutes and not a chunk.
+"""Unfinished chunks, saved at ends of epochs: an interruption costs minutes and not a chunk.
 
 Orbax writes them: a checkpoint appears whole or not at all. Only the runs themselves are saved, no
 padding, so another number of devices may go on where these stopped.
@@ -18,11 +18,12 @@ from jaxprune.types import PyTree
 
 
 class Saved(NamedTuple):
-    """A chunk after some of its epochs.
+    """A chunk after some of its steps, all that is due there done.
 
     Attributes:
-      epoch: how many epochs are done.
-      states: the runs' states, host arrays with a leading run axis.
+      step: how many steps are taken.
+      states: the runs' states, host arrays with a leading run axis, what methods carry included.
+      anchor: the states to rewind to, or None.
       errors: what was wrong with each run's scores, None if nothing.
       losses: per epoch since the last evaluation, each run's mean training loss.
       records: the result rows so far.
@@ -30,8 +31,9 @@ class Saved(NamedTuple):
       flow: the flow rows so far.
     """
 
-    epoch: int
+    step: int
     states: PyTree
+    anchor: PyTree | None
     errors: list[str | None]
     losses: list[np.ndarray]
     records: list[dict[str, Any]]
@@ -43,13 +45,13 @@ class Checkpoint(NamedTuple):
     """Where a chunk is saved.
 
     Attributes:
-      load: `abstract states -> Saved`, or None where nothing is saved.
+      load: `(step -> abstract (states, anchor)) -> Saved`, or None where nothing is saved.
       due: is it time to save again?
       save: saves, replacing what was saved before.
       remove: deletes what is saved, once the chunk's results are stored.
     """
 
-    load: Callable[[PyTree], Saved | None]
+    load: Callable[[Callable[[int], PyTree]], Saved | None]
     due: Callable[[], bool]
     save: Callable[[Saved], None]
     remove: Callable[[], None]
@@ -57,7 +59,7 @@ class Checkpoint(NamedTuple):
 
 def nowhere() -> Checkpoint:
     """Saves nothing."""
-    return Checkpoint(lambda abstract: None, lambda: False, lambda saved: None, lambda: None)
+    return Checkpoint(lambda abstract_of: None, lambda: False, lambda saved: None, lambda: None)
 
 
 def checkpoint(directory: Path, minutes: float) -> Checkpoint:
@@ -68,47 +70,37 @@ def checkpoint(directory: Path, minutes: float) -> Checkpoint:
     directory = directory.absolute()  # orbax insists
     last = time.monotonic()
 
-    def load(abstract: PyTree) -> Saved | None:
+    def load(abstract_of: Callable[[int], PyTree]) -> Saved | None:
         if not directory.exists():
             return None
-        leaves, structure = jax.tree.flatten(abstract)
         try:
             with _manager(directory) as manager:
-                if manager.latest_step() is None:
+                step = manager.latest_step()
+                if step is None:
                     return None
+                leaves, structure = jax.tree.flatten(abstract_of(step))
                 args = _args('Restore', [np.zeros(leaf.shape, leaf.dtype) for leaf in leaves], None)
-                found = manager.restore(manager.latest_step(), args=args)
+                found = manager.restore(step, args=args)
         except Exception as error:
             raise StoreError(
                 f'{directory}: cannot be restored ({first_line(error)}); delete it to '
                 'start its chunk again'
             ) from error
         numbers = found['progress']
-        return Saved(
-            epoch=numbers['epoch'],
-            states=structure.unflatten([found['states'][name] for name in _names(leaves)]),
-            errors=numbers['errors'],
-            losses=[np.array(loss, np.float32) for loss in numbers['losses']],
-            records=numbers['records'],
-            curves=numbers['curves'],
-            flow=numbers['flow'],
-        )
+        states = structure.unflatten([found['states'][name] for name in _names(leaves)])
+        numbers['losses'] = [np.array(loss, np.float32) for loss in numbers['losses']]
+        return Saved(states=states[0], anchor=states[1], **numbers)
 
     def due() -> bool:
         return minutes > 0 and time.monotonic() - last >= 60 * minutes
 
     def save(saved: Saved) -> None:
         nonlocal last
-        numbers = {
-            'epoch': saved.epoch,
-            'errors': saved.errors,
-            'losses': [np.asarray(loss).tolist() for loss in saved.losses],
-            'records': saved.records,
-            'curves': saved.curves,
-            'flow': saved.flow,
-        }
+        numbers = saved._asdict()
+        arrays = jax.tree.leaves((numbers.pop('states'), numbers.pop('anchor')))
+        numbers['losses'] = [np.asarray(loss).tolist() for loss in saved.losses]
         with _manager(directory) as manager:
-            manager.save(saved.epoch, args=_args('Save', jax.tree.leaves(saved.states), numbers))
+            manager.save(saved.step, args=_args('Save', arrays, numbers))
         last = time.monotonic()
 
     return Checkpoint(load, due, save, lambda: shutil.rmtree(directory, ignore_errors=True))

@@ -1,26 +1,36 @@
 """One chunk: some runs of one program, from initialisation to their tables."""
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import polars as pl
 
 from jaxprune.errors import PruneError
-from jaxprune.sweep import store
+from jaxprune.sweep import store, timeline
+from jaxprune.sweep.advance import Rows
 from jaxprune.sweep.checkpoint import Checkpoint, Saved, nowhere
-from jaxprune.sweep.engine import Engine, Rows, Trained, stacked
-from jaxprune.sweep.grid import Run, event_program, split_options
-from jaxprune.sweep.parse import plain
-from jaxprune.sweep.program import Program, hyper_of
+from jaxprune.sweep.chunk_tables import (
+    Moment,
+    curves_rows,
+    curves_rows_after_rounds,
+    flow_rows,
+    grid_columns,
+    layers_table,
+    results_rows,
+)
+from jaxprune.sweep.compiled_events import EventCall
+from jaxprune.sweep.counts import active_of, counts_of
+from jaxprune.sweep.engine import Engine, stacked
+from jaxprune.sweep.grid import DENSE, Run, event_program, stays
+from jaxprune.sweep.program import Program, hyper_of, method_facts, method_numbers
 from jaxprune.sweep.progress import Shown, ignored
 from jaxprune.sweep.spec import SweepSpec
 from jaxprune.sweep.store import Chunk
-from jaxprune.sweep.sweep_plan import active_of, counts_of
+from jaxprune.sweep.timeline import Border, Stretch, borders_of, stretches_of
 from jaxprune.sweep.timing import Stopwatch, stopwatch
-from jaxprune.types import GLOBAL, PruneInfo, RunState
+from jaxprune.types import GLOBAL, PruneInfo, PyTree, RunState
 
 
 def rows_of(members: Sequence[Run], size: int, engine: Engine) -> tuple[Rows, list[Run]]:
@@ -28,6 +38,53 @@ def rows_of(members: Sequence[Run], size: int, engine: Engine) -> tuple[Rows, li
     wanted = -(-max(size, len(members)) // engine.multiple) * engine.multiple
     padded = [*members, *[members[-1]] * (wanted - len(members))]
     return stacked(padded), padded
+
+
+class Walk(NamedTuple):
+    """Where a chunk stands on its way from border to border.
+
+    Attributes:
+      step: steps taken.
+      states: of the engine, padding included.
+      anchor: host arrays of the state to rewind to, or None.
+      errors: what is wrong with each row's scores, None if nothing.
+      counted: of each run, weights kept and active by path.
+      epoch_start: the step at which the epoch began.
+      losses: training losses since then, arrays `(rows, steps)`.
+      moments: what was recorded since then, still on the devices.
+      latest: what was recorded last.
+      means: each run's mean training loss in the epochs since the last evaluation.
+      records: the result rows so far.
+      curves: the curves rows so far.
+      flow: the flow rows so far.
+    """
+
+    step: int
+    states: Any
+    anchor: PyTree | None
+    errors: list[str | None]
+    counted: list[list[dict[str, int]]]
+    epoch_start: int
+    losses: list[np.ndarray]
+    moments: list[Callable[[], Moment]]
+    latest: Moment | None
+    means: list[np.ndarray]
+    records: list[dict[str, Any]]
+    curves: list[list]
+    flow: list[list]
+
+
+class Context(NamedTuple):
+    """What stays the same all along the way."""
+
+    spec: SweepSpec
+    program: Program
+    engine: Engine
+    rows: Rows
+    padded: list[Run]
+    members: list[Run]
+    shown: Shown
+    watch: Stopwatch
 
 
 def run_chunk(
@@ -46,129 +103,227 @@ def run_chunk(
       members: runs of one program.
       size: rows to compile for; short chunks are padded by repeating the last run, and padding
         is dropped again.
-      shown: told of the steps after every epoch; None for nobody.
+      shown: gets the steps taken, now and then; None for nobody.
       saved: where an unfinished chunk is saved, and found again; None for nowhere.
     """
-    with stopwatch() as watch:
-        return _run_chunk(
-            spec, program, engine, members, size, shown or ignored(), saved or nowhere(), watch
-        )
-
-
-def _run_chunk(
-    spec: SweepSpec,
-    program: Program,
-    engine: Engine,
-    members: Sequence[Run],
-    size: int,
-    shown: Shown,
-    saved: Checkpoint,
-    watch: Stopwatch,
-) -> Chunk:
     rows, padded = rows_of(members, size, engine)
-    count, wanted = len(members), len(padded)
-    before = saved.load(_abstract_states(program, members))
-    with watch.phase('prune'):
-        if before is None:
-            states, errors = _prune(
-                program, engine, rows, padded, engine.init(rows), [None] * wanted, 0
-            )
-            done, losses, records, curves, flow = 0, [], [], [], []
-        else:
-            done, stacked, errors, losses, records, curves, flow = before
-            repeat = np.arange(wanted).clip(max=count - 1)
-            states = engine.unpack(jax.tree.map(lambda leaf: leaf[repeat], stacked))
-            shown.resume(done * program.steps * count)
-            errors = [errors[i] for i in repeat]
-        counted = _counted(engine, states, count)
-    epochs = members[0].train.epochs
+    with stopwatch() as watch:
+        context = Context(
+            spec, program, engine, rows, padded, list(members), shown or ignored(), watch
+        )
+        return _walked(context, saved or nowhere())
 
-    def told(steps: int) -> None:  # of all rows, padding included
-        shown.steps(steps * count // wanted)
 
-    for epoch in range(done + 1, epochs + 1):
-        if epoch > 1 and any(_round_after(run, epoch - 1) is not None for run in members):
-            with watch.phase('prune'):
-                states, errors = _prune(program, engine, rows, padded, states, errors, epoch - 1)
-                counted = _counted(engine, states, count)
-        with watch.phase('train'):
-            trained = engine.epoch(epoch - 1, rows, states, told)
-        states = trained.states
-        losses.append(trained.losses[:count].mean(axis=1))
-        curves += _curves(program, members, errors, trained, (epoch - 1) * program.steps)
-        flow += _flow(members, errors, trained)
-        if epoch % spec.record.every_epochs == 0 or epoch == epochs:
-            if program.record.evaluate:  # the epoch's end was among what was recorded
-                test_loss, accuracy = trained.seen[-1].test
-            else:
-                with watch.phase('evaluate'):
-                    test_loss, accuracy = engine.evaluate(states)
-            train_loss = np.mean(losses, axis=0)
-            losses = []
-            for i, run in enumerate(members):
-                records.append(
-                    {
-                        **_identity(spec, program, run, *counted[i]),
-                        'step': epoch * program.steps,
-                        'epoch': epoch,
-                        # A mask from broken scores means nothing, and neither does its accuracy.
-                        'train_loss': math.nan if errors[i] else float(train_loss[i]),
-                        'test_loss': math.nan if errors[i] else float(test_loss[i]),
-                        'test_accuracy': math.nan if errors[i] else float(accuracy[i]),
-                        'error': errors[i],
-                    }
-                )
-        if epoch < epochs and saved.due():
-            stacked = jax.tree.map(lambda leaf: leaf[:count], engine.pack(states))
-            saved.save(Saved(epoch, stacked, errors[:count], losses, records, curves, flow))
-    run_steps = (epochs - done) * program.steps * count
+def _walked(context: Context, saved: Checkpoint) -> Chunk:
+    """The chunk, walked from border to border."""
+    program, count = context.program, len(context.members)
+    borders = borders_of(program.timeline, program.record, program.steps)
+    stretches = stretches_of(program.timeline, borders)
+    walk = _begun(context, saved)
+    begun = walk.step
+    for border, stretch in zip(borders, stretches, strict=True):
+        if begun and border.step <= begun:  # a checkpoint is saved after all that is due there
+            continue
+        walk = _reach(context, walk, border, stretch)
+        if border.epoch_end and border.step < program.timeline.steps and saved.due():
+            saved.save(_saved(context, walk))
+    run_steps = (program.timeline.steps - begun) * count
     return Chunk(
-        results=pl.DataFrame(records, schema={**store.RESULTS, **_grid_columns(spec)}),
-        layers=_layers(program, members, counted),
-        curves=pl.DataFrame(curves, schema=store.CURVES, orient='row'),
-        flow=pl.DataFrame(flow, schema=store.FLOW, orient='row'),
-        timing={**watch.seconds(), 'run_steps': run_steps},
+        results=pl.DataFrame(walk.records, schema={**store.RESULTS, **grid_columns(context.spec)}),
+        layers=layers_table(program, context.members, walk.counted),
+        curves=pl.DataFrame(walk.curves, schema=store.CURVES, orient='row'),
+        flow=pl.DataFrame(walk.flow, schema=store.FLOW, orient='row'),
+        timing={**context.watch.seconds(), 'run_steps': run_steps},
     )
 
 
-def _curves(
-    program: Program,
-    members: Sequence[Run],
-    errors: Sequence[str | None],
-    trained: Trained,
-    before: int,
-) -> list[list]:
-    """Rows of `store.CURVES` of an epoch that `before` steps came before."""
-    every, rows = program.record.every, []
-    if not every:
-        return rows
-    tests = {seen.step - before: seen.test for seen in trained.seen}
-    for first in range(0, program.steps, every):
-        end = min(first + every, program.steps)
-        loss, test = trained.losses[:, first:end].mean(axis=1), tests.get(end)
-        for i, run in enumerate(members):
-            values = [float(loss[i]), *([float(t[i]) for t in test] if test else [None, None])]
-            kept = [math.nan if errors[i] and value is not None else value for value in values]
-            rows.append([run.run_id, before + end, *kept])
-    return rows
+def _begun(context: Context, saved: Checkpoint) -> Walk:
+    """Where the chunk begins: before the first step, or at its checkpoint."""
+    program, engine, count = context.program, context.engine, len(context.members)
+    before = saved.load(lambda step: _abstract_states(program, context.members, step))
+    with context.watch.phase('prune'):
+        if before is None:
+            states = engine.init(context.rows)
+            errors: list[str | None] = [None] * len(context.padded)
+            counted = [] if _prunes_first(program) else _counted(engine, states, count)
+            return Walk(0, states, None, errors, counted, 0, [], [], None, [], [], [], [])
+        repeat = np.arange(len(context.padded)).clip(max=count - 1)
+        states, anchor = jax.tree.map(lambda leaf: leaf[repeat], (before.states, before.anchor))
+        states = engine.unpack(states)
+        context.shown.resume(before.step * count)
+        counted = _counted(engine, states, count)
+    return Walk(
+        step=before.step,
+        states=states,
+        anchor=anchor,
+        errors=[before.errors[i] for i in repeat],
+        counted=counted,
+        epoch_start=before.step,
+        losses=[],
+        moments=[],
+        latest=None,
+        means=before.losses,
+        records=before.records,
+        curves=before.curves,
+        flow=before.flow,
+    )
 
 
-def _flow(members: Sequence[Run], errors: Sequence[str | None], trained: Trained) -> list[list]:
-    """Rows of `store.FLOW` of an epoch."""
-    return [
-        [run.run_id, seen.step, path, quantity, math.nan if errors[i] else float(values[i])]
-        for seen in trained.seen
-        for quantity, by_path in seen.flow.items()
-        for path, values in by_path.items()
-        for i, run in enumerate(members)
-    ]
+def _prunes_first(program: Program) -> bool:
+    return bool(program.timeline.rounds) and not program.timeline.rounds[0].step
 
 
-def _abstract_states(program: Program, members: Sequence[Run]) -> RunState:
-    """Shapes of the members' states, stacked."""
-    one = jax.eval_shape(program.init, jax.random.key(0), hyper_of(members[0]))
+def _reach(context: Context, walk: Walk, border: Border, stretch: Stretch | None) -> Walk:
+    """Trains up to a border and does what is due there.
+
+    Recording and evaluation see the run as training left it, before rounds at the same step; only
+    the last evaluation comes after them.
+    """
+    if stretch is not None:
+        walk = _trained(context, walk, stretch)
+    last = border.step == context.program.timeline.steps
+    clock = stretch.stop if stretch else 0
+    hooked = stretch is not None and _own_stage(context.program, stretch)
+    if border.record:
+        walk = _recorded(context, walk, clock, hooked, after_round=False)
+    if border.keep:
+        packed = context.engine.pack(walk.states)
+        walk = walk._replace(anchor=packed._replace(masks=(), method_state=()))
+    if border.epoch_end:
+        walk = _summed_up(context, walk)
+    if border.evaluate and not (last and border.rounds is not None):
+        walk = _evaluated(context, walk, clock, hooked)
+    if border.rounds is None:
+        return walk
+    walk = _pruned(context, walk, border.rounds)
+    if context.program.record.rounds:
+        going_on = True in context.program.stages and not border.rounds.finish
+        walk = _recorded(context, walk, border.rounds.clock, going_on, after_round=True)
+        walk = _filed(context, walk)
+    return _evaluated(context, walk, clock, False) if border.evaluate and last else walk
+
+
+def _trained(context: Context, walk: Walk, stretch: Stretch) -> Walk:
+    count, wanted = len(context.members), len(context.padded)
+
+    def on_steps(steps: int) -> None:  # of all rows, padding included
+        context.shown.steps(steps * count // wanted)
+
+    with context.watch.phase('train'):
+        states, losses = context.engine.advance(
+            stretch.start,
+            stretch.stop,
+            context.rows,
+            walk.states,
+            hooked=_own_stage(context.program, stretch),
+            on_steps=on_steps,
+        )
+    step = walk.step + stretch.stop - stretch.start
+    return walk._replace(step=step, states=states, losses=[*walk.losses, losses[:count]])
+
+
+def _own_stage(program: Program, stretch: Stretch) -> bool:
+    """Do runs train otherwise here, with a method at work?"""
+    return stretch.hooked and True in program.stages
+
+
+def _recorded(context: Context, walk: Walk, clock: int, hooked: bool, *, after_round: bool) -> Walk:
+    """What [record] asks for; it is fetched from the devices when the epoch is summed up."""
+    with context.watch.phase('train'):
+        fetch = context.engine.record(clock, context.rows, walk.states, hooked)
+    rounds = context.program.timeline.rounds
+    done = sum(r.count for r in rounds if r.step < walk.step + after_round)
+
+    def moment() -> Moment:
+        return Moment(walk.step, done, after_round, fetch())
+
+    return walk._replace(moments=[*walk.moments, moment])
+
+
+def _evaluated(context: Context, walk: Walk, clock: int, hooked: bool) -> Walk:
+    """Rows of results; test values are those that were recorded at this step if there are any."""
+    test, latest = None, walk.latest
+    if latest is not None and (latest.step, latest.rounds) == (walk.step, _done(context, walk)):
+        test = latest.recorded.test
+    if test is None:
+        with context.watch.phase('evaluate'):
+            test = context.engine.evaluate(clock, context.rows, walk.states, hooked)
+    records = results_rows(
+        context.spec,
+        context.program,
+        context.members,
+        walk.counted,
+        walk.errors,
+        walk.step,
+        np.mean(walk.means, axis=0),
+        test,
+    )
+    return walk._replace(means=[], records=[*walk.records, *records])
+
+
+def _summed_up(context: Context, walk: Walk) -> Walk:
+    """The walk at an epoch's end: its losses and what was recorded become rows."""
+    moments = [moment() for moment in walk.moments]
+    losses = np.concatenate(walk.losses, axis=1)
+    curves = curves_rows(
+        context.program, context.members, walk.errors, walk.epoch_start, losses, moments
+    )
+    walk = walk._replace(
+        epoch_start=walk.step,
+        losses=[],
+        means=[*walk.means, losses.mean(axis=1)],
+        curves=[*walk.curves, *curves],
+    )
+    return _filed(context, walk)
+
+
+def _filed(context: Context, walk: Walk) -> Walk:
+    """The walk with what was recorded as rows."""
+    moments, members = [moment() for moment in walk.moments], context.members
+    after = curves_rows_after_rounds(members, walk.errors, moments)
+    return walk._replace(
+        moments=[],
+        latest=moments[-1] if moments else walk.latest,
+        curves=[*walk.curves, *after],
+        flow=[*walk.flow, *flow_rows(members, walk.errors, moments)],
+    )
+
+
+def _done(context: Context, walk: Walk) -> int:
+    """Pruning rounds that have happened when all that is due before this step's rounds has."""
+    return sum(r.count for r in context.program.timeline.rounds if r.step < walk.step)
+
+
+def _saved(context: Context, walk: Walk) -> Saved:
+    """The walk without padding."""
+    count = len(context.members)
+    packed = context.engine.pack(walk.states), walk.anchor
+    states, anchor = jax.tree.map(lambda leaf: leaf[:count], packed)
+    return Saved(
+        walk.step,
+        states,
+        anchor,
+        walk.errors[:count],
+        walk.means,
+        walk.records,
+        walk.curves,
+        walk.flow,
+    )
+
+
+def _abstract_states(
+    program: Program, members: Sequence[Run], step: int
+) -> tuple[RunState, RunState | None]:
+    """Shapes of the members' states after a step, and of the anchor, stacked."""
+    run, rounds = members[0], program.timeline.rounds
+    one = jax.eval_shape(program.init, jax.random.key(0), hyper_of(run))
+    anchor = one._replace(masks=(), method_state=())
+    if stays(run.method) and rounds[0].step <= step < rounds[-1].step:
+        one = one._replace(method_state=method_facts(program, run.method).state)
+    kept = program.timeline.anchor is not None and program.timeline.anchor <= step
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((len(members), *leaf.shape), leaf.dtype), one
+        lambda leaf: jax.ShapeDtypeStruct((len(members), *leaf.shape), leaf.dtype),
+        (one, anchor if kept else None),
     )
 
 
@@ -180,70 +335,77 @@ def _counted(engine: Engine, states: Any, count: int) -> list[list[dict[str, int
     ]
 
 
-def _round_after(run: Run, epochs: int) -> int | None:
-    """The number of the pruning round that is due after so many epochs of training, if one is.
+def _pruned(context: Context, walk: Walk, happening: timeline.Rounds) -> Walk:
+    """The rounds that happen at a step, then rewinding."""
+    program, engine, padded = context.program, context.engine, context.padded
+    states, errors = walk.states, list(walk.errors)
+    with context.watch.phase('prune'):
+        for at, now in _by_event(padded, happening):
+            call = _event_call(program, [padded[i] for i in at], at, now)
+            states, info = engine.prune(context.rows, call, states)
+            before = [errors[i] for i in at]
+            found = _score_errors([padded[i] for i in at], call.counts, info, before)
+            for i, error in zip(at, found, strict=True):
+                errors[i] = error
+        if happening.rewind == 'weights':
+            states = engine.rewind(context.rows, states, walk.anchor)
+        counted = _counted(engine, states, len(context.members))
+    return walk._replace(states=states, errors=errors, counted=counted)
 
-    All rounds before training are one, number 0.
+
+def _by_event(
+    padded: Sequence[Run], happening: timeline.Rounds
+) -> list[tuple[list[int], timeline.Rounds]]:
+    """Rows that one call of an event program prunes, and which of its rounds.
+
+    Runs of one timeline have their rounds at the same steps; before training, where all rounds
+    happen at once, methods differ in how many they have.
     """
-    if run.method.name == 'dense':
-        return None
-    every = run.method.after_epochs
-    if not every or not epochs:
-        return None if every or epochs else 0
-    at, rest = divmod(epochs, every)
-    return at - 1 if not rest and at <= run.method.rounds else None
-
-
-def _prune(
-    program: Program,
-    engine: Engine,
-    rows: Rows,
-    padded: Sequence[Run],
-    states: Any,
-    errors: Sequence[str | None],
-    epochs: int,
-) -> tuple[Any, list[str | None]]:
-    """Prunes what is due after so many epochs; the states, and what went wrong with each row."""
-    errors = list(errors)
     by_event: dict[tuple, list[int]] = {}
     for i, run in enumerate(padded):
-        due = _round_after(run, epochs)
-        if due is not None:
-            # One call per event program; the numbers of rounds and of layers are its shapes.
-            together = 1 if run.method.after_epochs else run.method.rounds
-            by_event.setdefault((event_program(run.method), together, due), []).append(i)
-    for (_, together, due), at in by_event.items():
-        plans = [counts_of(program, padded[i]).counts for i in at]
-        # Of rounds along training this one alone; methods of fewer rounds are over by then.
-        counts = {p: np.stack([plan[p][due : due + together] for plan in plans]) for p in plans[0]}
-        active = np.array([active_of(program, padded[i]) for i in at], np.int32)
-        method = padded[at[0]].method
-        states, info = engine.prune(method, rows, at, counts, active, states, due)
-        told = [errors[i] for i in at]
-        found = _score_errors([padded[i] for i in at], counts, info, told)
-        for i, error in zip(at, found, strict=True):
-            errors[i] = error
-    return states, errors
+        if run.method != DENSE:
+            by_event.setdefault((event_program(run.method), run.method.rounds), []).append(i)
+    found = []
+    for (_, rounds), at in by_event.items():
+        whole = happening.begin and happening.finish
+        found.append((at, happening._replace(count=rounds) if whole else happening))
+    return found
+
+
+def _event_call(
+    program: Program, runs: Sequence[Run], at: Sequence[int], happening: timeline.Rounds
+) -> EventCall:
+    plans = [counts_of(program, run).counts for run in runs]
+    now = slice(happening.first, happening.first + happening.count)
+    numbers = [method_numbers(run) for run in runs]
+    return EventCall(
+        method=runs[0].method,
+        happening=happening,
+        at=at,
+        counts={path: np.stack([plan[path][now] for plan in plans]) for path in plans[0]},
+        active=np.array([active_of(program, run) for run in runs], np.int32),
+        numbers={name: np.stack([n[name] for n in numbers]) for name in numbers[0]},
+    )
 
 
 def _score_errors(
     members: Sequence[Run],
     counts: Mapping[str, np.ndarray],
     info: PruneInfo,
-    told: Sequence[str | None],
+    before: Sequence[str | None],
 ) -> list[str | None]:
     """What is wrong with each run's scores, None if nothing is.
 
-    A run that is `told` to be broken by an earlier round stays so: its masks mean nothing, and
-    neither does how many weights they keep.
+    A run that was broken `before` stays so: its masks mean nothing, and neither does how many
+    weights they keep.
 
     Raises:
       PruneError: a mask keeps another number of weights than planned, from finite scores.
     """
     errors: list[str | None] = []
     for place, run in enumerate(members):
-        if told[place]:
-            errors.append(told[place])
+        if before[place]:
+            errors.append(before[place])
             continue
         bad = int(info.nonfinite[place])
         got = {path: int(leaf[place]) for path, leaf in info.kept.items()}
@@ -258,62 +420,6 @@ def _score_errors(
                 f'{run.seed}) would keep {got} weights, not {wanted}'
             )
         nothing = not bad and not int(info.nonzero[place])
-        said = f'{bad:,} scores were NaN or infinite' if bad else None
-        errors.append('all scores were zero: there is nothing to rank by' if nothing else said)
+        message = f'{bad:,} scores were NaN or infinite' if bad else None
+        errors.append('all scores were zero: there is nothing to rank by' if nothing else message)
     return errors
-
-
-def _identity(
-    spec: SweepSpec,
-    program: Program,
-    run: Run,
-    kept: Mapping[str, int],
-    active: Mapping[str, int],
-) -> dict[str, Any]:
-    """The columns of a results row that say which run it is."""
-    size = program.size
-    left, working = sum(kept.values()), sum(active.values())
-    numbers, flags = split_options(run.train)
-    settings = {**plain(run.train), **numbers, **flags}
-    return {
-        'run_id': run.run_id,
-        'model': spec.model.name,
-        'dataset': spec.data.name,
-        'label': run.method.label,
-        'method': run.method.name,
-        'allocation': run.method.allocation,
-        'seed': run.seed,
-        'target': 'units' if run.method.granularity == 'unit' else run.method.target,
-        'target_compression': run.compression,
-        'density': left / size,
-        'compression': size / left if left else math.inf,
-        'effective_compression': size / working if working else math.inf,
-        'learning_rate': run.train.learning_rate,
-        'weight_decay': run.train.weight_decay,
-        **{key: _cell(settings[key]) for key in _grid_columns(spec)},
-    }
-
-
-def _grid_columns(spec: SweepSpec) -> dict[str, Any]:
-    """Column -> type of the swept training settings that have no column of their own."""
-    types = {bool: pl.Boolean, int: pl.Int64, float: pl.Float64}
-    return {
-        key: types.get(type(values[0]), pl.String)
-        for key, values in spec.grid.train.items()
-        if key not in store.RESULTS
-    }
-
-
-def _cell(value: Any) -> Any:
-    return value if isinstance(value, (bool, int, float, str)) else str(value)
-
-
-def _layers(
-    program: Program, members: Sequence[Run], counted: Sequence[Sequence[Mapping[str, int]]]
-) -> pl.DataFrame:
-    rows = [
-        (run.run_id, path, math.prod(shape), kept[path], active[path])
-        for run, (kept, active) in zip(members, counted, strict=True)
-        for path, shape in program.shapes.items()
-    ]
-    return pl.DataFrame(rows, schema=store.LAYERS, orient='row')

@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxprune import method
 from jaxprune.allocation import SHARED
 from jaxprune.sweep.check_spec import variants
 from jaxprune.sweep.parse import plain
-from jaxprune.sweep.spec import FORMAT, MethodSpec, SweepSpec, TrainSpec
+from jaxprune.sweep.spec import FORMAT, WHEN, MethodSpec, SweepSpec, TrainSpec
 
 #: The control that every method shares at compression 1.
 DENSE = MethodSpec(name='dense', allocation='none', label='dense')
@@ -41,13 +43,13 @@ def runs(spec: SweepSpec) -> list[Run]:
     for train in variants(spec.train, spec.grid.train):
         dense = [(DENSE, 1.0)] if 1 in spec.grid.compression else []
         pruned = [(m, c) for m in spec.grid.method for c in spec.grid.compression if c > 1]
-        for method, compression in dense + pruned:
-            rows += [_run(spec, train, method, compression, seed) for seed in spec.grid.seed]
+        for entry, compression in dense + pruned:
+            rows += [_run(spec, train, entry, compression, seed) for seed in spec.grid.seed]
     return rows
 
 
 def _run(
-    spec: SweepSpec, train: TrainSpec, method: MethodSpec, compression: float, seed: int
+    spec: SweepSpec, train: TrainSpec, entry: MethodSpec, compression: float, seed: int
 ) -> Run:
     identity = {
         'format': FORMAT,
@@ -55,11 +57,11 @@ def _run(
         'data': plain(spec.data),
         'prune': plain(spec.prune),
         'train': plain(train),
-        'method': plain(dataclasses.replace(method, label='')),  # a name changes no number
+        'method': plain(dataclasses.replace(entry, label='')),  # a name changes no number
         'compression': compression,
         'seed': seed,
     }
-    return Run(digest(identity), method, compression, seed, train)
+    return Run(digest(identity), entry, compression, seed, train)
 
 
 def digest(value: Any) -> str:
@@ -68,16 +70,53 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def static_settings(train: TrainSpec) -> dict[str, Any]:
-    """What makes a program of its own: shapes, loop lengths and structure, not numbers.
+def program_settings(run: Run) -> dict[str, Any]:
+    """What makes a training program of its own: how it steps, and what its method changes in that.
 
-    Learning rate, weight decay and numeric optimizer arguments are traced, one value per run.
+    Methods that prune before training only share a program with the dense control.
+    """
+    return {**train_settings(run.train), **_life(run.method)}
+
+
+def representative(members: Sequence[Run]) -> Run:
+    """The run of a group from whose settings its program is made: one that is pruned, if any is."""
+    return next((run for run in members if run.method != DENSE), members[0])
+
+
+def train_settings(train: TrainSpec) -> dict[str, Any]:
+    """What of the training settings makes a program: shapes, loop lengths, structure; not numbers.
+
+    Learning rates, weight decay and numeric arguments of the optimizer are traced, one value per
+    run.
     """
     settings = plain(dataclasses.replace(train, options={}))
     for traced in ('learning_rate', 'weight_decay'):
         del settings[traced]
     numbers, flags = split_options(train)
     return {**settings, **flags, 'traced': sorted(numbers)}
+
+
+def _life(spec: MethodSpec) -> dict[str, Any]:
+    """What a method changes in training: when its rounds happen, phases, what it keeps or does."""
+    if spec == DENSE or not (spec.start or spec.every or spec.end or spec.finetune.epochs):
+        return {}
+    finetune = {key: v for key, v in plain(spec.finetune).items() if key != 'learning_rate'}
+    life = {key: getattr(spec, key) for key in WHEN if key not in ('restart', 'density_schedule')}
+    own = {'method': event_program(spec)} if stays(spec) else {}
+    return {**life, 'finetune': finetune if spec.finetune.epochs else {}, **own}
+
+
+def stays(spec: MethodSpec) -> bool:
+    """Does a method carry a state of its own through training, so that no other shares its states?
+
+    A step hook does, and so does what several rounds at different times remember.
+    """
+    if spec == DENSE:
+        return False
+    entry = method.method(spec.name)
+    remembers = not entry.monotone or spec.target == 'effective'
+    apart = spec.rounds > 1 and bool(spec.every or spec.end or spec.rewind)
+    return apart and (remembers or entry.hooked)
 
 
 def split_options(train: TrainSpec) -> tuple[dict[str, float], dict[str, bool]]:
@@ -87,24 +126,30 @@ def split_options(train: TrainSpec) -> tuple[dict[str, float], dict[str, bool]]:
     return numbers, flags
 
 
-def event_program(method: MethodSpec) -> str:
-    """What tells compiled event programs apart; counts and labels do not."""
-    kind = method.allocation if method.allocation in SHARED else 'layerwise'
-    parts = [method.name, kind]
-    if method.target == 'effective':  # the allocation's table is part of the program
-        parts = [method.name, method.allocation, 'to effective']
-    if method.granularity == 'unit':
-        parts.append(f'units but {method.keep_all_units}' if method.keep_all_units else 'units')
-    if method.floor:
-        parts.append(f'floor {method.floor}')
-    if method.cap < 1:
-        parts.append(f'cap {method.cap:g}')
-    if method.floor_share:
-        parts.append(f'floor share {method.floor_share:g}')
-    if method.after_epochs:  # a round at a time
-        parts.append('restarted' if method.restart else 'along training')
-    elif method.rounds > 1:
-        parts.append(f'{method.rounds} rounds')
-    if method.batch_norm:
-        parts.append(f'batch norm {method.batch_norm}')
-    return ', '.join(parts + [f'{k} {v}' for k, v in sorted(method.options.items())])
+def method_options(spec: MethodSpec) -> tuple[dict[str, float], dict[str, Any]]:
+    """A method's own options: numbers, which are traced, and all others, which are static."""
+    numbers = {k: v for k, v in spec.options.items() if isinstance(v, float)}
+    return numbers, {k: v for k, v in spec.options.items() if k not in numbers}
+
+
+#: Keys of a method that shape no event: names, and when events happen.
+_NO_PART_OF_EVENTS = frozenset({'label', *WHEN, 'finetune'} - {'restart'})
+
+
+def event_program(spec: MethodSpec) -> str:
+    """A name for a method's compiled events: everything about it that does not come with the run.
+
+    Left out are names, times, counts (layerwise allocations are nothing else) and traced numbers.
+    """
+    settings = plain(dataclasses.replace(spec, options=method_options(spec)[1]))
+    defaults = plain(MethodSpec(name=spec.name))
+    if spec.target == 'direct' and spec.allocation not in SHARED:
+        settings['allocation'] = 'layerwise'
+    return ', '.join(
+        [spec.name]
+        + [
+            f'{key} {value}'
+            for key, value in sorted(settings.items())
+            if key not in _NO_PART_OF_EVENTS and value != defaults.get(key)
+        ]
+    )

@@ -3,9 +3,8 @@
 The only place where programs of one run become programs of many.
 """
 
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxprune import train
-from jaxprune.sweep.program import Program
+from jaxprune.sweep.device_data import DeviceData
 from jaxprune.sweep.strategy import Strategy
+from jaxprune.train import FetchStepFn, train_segment
+from jaxprune.types import Hyper, Key, RunState
 
 
 def over_runs(fn: Callable, axes: Sequence[int | None], batching: str, mesh: Mesh) -> Callable:
@@ -58,24 +58,33 @@ def over_runs(fn: Callable, axes: Sequence[int | None], batching: str, mesh: Mes
     )
 
 
-def segment_of(program: Program) -> Callable:
-    """The steps of `order` of one run as a scan: what is compiled for stepping 'scan'."""
-    return train.train_segment(program.step)
+class StepsFn(Protocol):
+    def __call__(
+        self,
+        clock: jax.Array,
+        start: jax.Array,
+        data: DeviceData,
+        key: Key,
+        hyper: Hyper,
+        order: jax.Array,
+        state: RunState,
+    ) -> tuple[RunState, jax.Array]:
+        """Some steps of one run, from step `start` of its epoch on: `(state, losses (steps,))`.
+
+        Args:
+          clock: where the clock stands before the epoch.
+          order: the indices of the whole epoch.
+        """
 
 
-def steps_of(program: Program, length: int, stepping: str) -> Callable:
-    """So many steps of one run, from step `start` of its epoch on.
-
-    Returns:
-      `(clock, start, data, key, hyper, order, state) -> (state, losses (steps,))`; `clock` is the
-      number of steps before the epoch, `order` the indices of the whole epoch.
-    """
-    segment = segment_of(program)
+def steps_of(step: FetchStepFn, length: int, stepping: str) -> StepsFn:
+    """So many steps of one run: for stepping 'scan' as a scan, for 'host' a single one."""
+    segment = train_segment(step)
 
     def some(clock, start, data, key, hyper, order, state):
         if stepping == 'host':
             indices = jax.lax.dynamic_index_in_dim(order, start, keepdims=False)
-            state, loss = program.step(clock + start, data, key, hyper, indices, state)
+            state, loss = step(clock + start, data, key, hyper, indices, state)
             return state, loss[None]
         part = jax.lax.dynamic_slice_in_dim(order, start, length)
         return segment(clock + start, data, key, hyper, part, state)
@@ -83,24 +92,55 @@ def steps_of(program: Program, length: int, stepping: str) -> Callable:
     return some
 
 
-def pieces(steps: int, length: int, every: int = 0) -> list[tuple[int, int]]:
-    """`(start, length)` of the calls that an epoch takes.
+#: Most lengths of calls that are compiled for a program.
+MOST_LENGTHS = 3
+
+
+def call_lengths(intervals: Collection[int], most: int) -> tuple[int, ...]:
+    """Lengths of calls that make up intervals of steps: few lengths, as each is compiled.
 
     Args:
-      steps: of the epoch.
-      length: most steps of a call. Where a slightly shorter one divides all evenly it is taken, as
-        every length is compiled.
-      every: a call ends after every so many steps; 0 for no matter.
+      intervals: the numbers of steps that are to be taken between two stops.
+      most: most steps of a call.
+
+    Returns:
+      At most `MOST_LENGTHS` lengths, the longest first; the last is 1 where rests need it.
     """
-    borders = [*range(0, steps, every or steps), steps]
-    whole = borders[1] - borders[0]
-    calls = range(-(-whole // length), -(-2 * whole // length))
-    length = next((whole // n for n in calls if whole % n == 0), length)
-    return [
-        (start, min(length, end - start))
-        for first, end in itertools.pairwise(borders)
-        for start in range(first, end, length)
-    ]
+    wanted = {_even(n, most) for n in intervals}
+    rests = {n % _even(n, most) for n in intervals} - {0}
+    exact = sorted(wanted | rests, reverse=True)
+    if len(exact) <= MOST_LENGTHS:
+        return tuple(exact)
+    # The longest, 1, and what between them makes the fewest calls.
+    longest = exact[0]
+
+    def count(middle: int) -> int:
+        return sum(len(calls_of(n, (longest, middle, 1))) for n in intervals)
+
+    return longest, min(range(2, max(longest, 3)), key=count), 1
+
+
+def _even(steps: int, most: int) -> int:
+    """The length of the calls for so many steps: one that divides them evenly, if it is near."""
+    calls = range(-(-steps // most), -(-2 * steps // most))
+    return next((steps // n for n in calls if steps % n == 0), min(most, steps))
+
+
+def calls_of(steps: int, lengths: Sequence[int]) -> list[int]:
+    """The lengths of the calls that take so many steps.
+
+    Raises:
+      ValueError: the lengths cannot make up the steps.
+    """
+    made, left = [], steps
+    for length in sorted(lengths, reverse=True):
+        made += [length] * (left // length)
+        left %= length
+    evenly = [[n] * (steps // n) for n in lengths if steps % n == 0]
+    possible = [*evenly, *([] if left else [made])]
+    if not possible:
+        raise ValueError(f'{steps} steps cannot be made of calls of {list(lengths)}')
+    return min(possible, key=len)
 
 
 def mesh_of(strategy: Strategy, devices: Sequence[jax.Device]) -> Mesh:
@@ -119,10 +159,10 @@ def jitted(fn: Callable, axes: Sequence[int | None], batching: str, mesh: Mesh, 
     return jax.jit(over_runs(fn, axes, batching, mesh), out_shardings=layout, **kwargs)
 
 
-def training(strategy: Strategy, program: Program, mesh: Mesh, length: int):
+def training(strategy: Strategy, step: FetchStepFn, mesh: Mesh, length: int) -> Callable:
     """`steps_of` over stacked runs, compiled; the states are donated."""
-    steps = steps_of(program, length, strategy.stepping)
     axes = (None, None, None, 0, 0, 0, 0)
+    steps = steps_of(step, length, strategy.stepping)
     return jitted(steps, axes, strategy.batching, mesh, donate_argnums=6)
 
 

@@ -23,12 +23,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxprune import data, nn
 from jaxprune.errors import StoreError, first_line
+from jaxprune.sweep.device_data import DeviceData
 from jaxprune.sweep.devices import cache_directory
 from jaxprune.sweep.engine import stacked
-from jaxprune.sweep.grid import Run, digest, static_settings
+from jaxprune.sweep.grid import Run, digest, train_settings
 from jaxprune.sweep.layout import bytes_taken, jitted, mesh_of, training
 from jaxprune.sweep.parse import plain
-from jaxprune.sweep.program import DeviceData, make_program
+from jaxprune.sweep.program import make_program
 from jaxprune.sweep.spec import SweepSpec
 from jaxprune.sweep.store import write_json
 from jaxprune.sweep.strategy import BATCHINGS, STEPPINGS, Strategy, candidates, forced
@@ -68,7 +69,7 @@ def probe(
     *,
     run_steps: float = math.inf,
     known: Sequence[Measured] = (),
-    told: Callable[[Measured], None] = lambda found: None,
+    on_trial: Callable[[Measured], None] = lambda found: None,
 ) -> list[Measured]:
     """Tries strategies; the fastest first.
 
@@ -78,7 +79,7 @@ def probe(
       run_steps: runs times steps to be trained. Another strategy is only tried while all trials
         will foreseeably take less than a tenth of what they take by what is known so far.
       known: of earlier trials.
-      told: called after each trial.
+      on_trial: called after each trial.
     """
     found, began = [], time.perf_counter()
     for strategy in strategies:
@@ -89,15 +90,14 @@ def probe(
             if spent > _SHARE * run_steps * min(m.seconds for m in worked):
                 break
         found.append(_trial(spec, run, strategy))
-        told(found[-1])
+        on_trial(found[-1])
     return sorted(found, key=lambda measured: measured.seconds)
 
 
-def possible(spec: SweepSpec, run: Run) -> list[Strategy]:
+def possible(spec: SweepSpec, convolves: bool) -> list[Strategy]:
     """The strategies worth timing that [engine] allows, the usual one first."""
     devices = jax.local_device_count()
-    program = make_program(spec, run.train)
-    found = candidates(program.convolves, jax.default_backend(), devices)
+    found = candidates(convolves, jax.default_backend(), devices)
     return list(dict.fromkeys(forced(strategy, spec.engine, devices) for strategy in found))
 
 
@@ -116,7 +116,7 @@ def _trial(spec: SweepSpec, run: Run, strategy: Strategy) -> Measured:
 
 
 def _measure(spec: SweepSpec, run: Run, strategy: Strategy) -> Measured:
-    program = make_program(spec, run.train, strategy.convolution, strategy.batch_devices)
+    program = make_program(spec, run, strategy.convolution, strategy.batch_devices)
     mesh = mesh_of(strategy, jax.local_devices())
     places = mesh.shape['run']
     runs = places * (1 if strategy.batching == 'unroll' else _RUNS)
@@ -129,7 +129,7 @@ def _measure(spec: SweepSpec, run: Run, strategy: Strategy) -> Measured:
     clock = start = np.int32(0)
     before = time.perf_counter()
     placed = jax.device_put((*rows, order), NamedSharding(mesh, P('run')))
-    step = training(strategy, program, mesh, length)
+    step = training(strategy, program.stages[False].step, mesh, length)
     step = step.lower(clock, start, on_device, *placed, states).compile()
     compiled = time.perf_counter() - before
     times: list[float] = []
@@ -170,7 +170,7 @@ def key_of(spec: SweepSpec, run: Run) -> str:
     device = jax.local_devices()[0]
     machine = [device.platform, device.device_kind, jax.local_device_count(), os.cpu_count()]
     versions = [jax.__version__, jaxlib.__version__, importlib.metadata.version('jaxprune')]
-    program = [plain(spec.model), spec.data.name, static_settings(run.train)]
+    program = [plain(spec.model), spec.data.name, train_settings(run.train)]
     return digest([program, machine, versions])
 
 
@@ -201,7 +201,7 @@ def _sound(measured: Measured) -> bool:
 
 
 def remember(spec: SweepSpec, run: Run, found: Sequence[Measured]) -> None:
-    """Adds to what was measured before; a cache that cannot be written is no mistake either."""
+    """Adds to what was measured before; write errors are ignored."""
     place = cache_file()
     try:
         known = dict(json.loads(place.read_text()))

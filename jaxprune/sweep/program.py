@@ -2,52 +2,59 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxprune import data, flow, method, nn, optim, problem, structure, train, tree
-from jaxprune.data import Dataset, DeviceSplit
-from jaxprune.errors import SpecError
 from jaxprune.rng import stream
 from jaxprune.structure import Connect
-from jaxprune.sweep.grid import Run, split_options
-from jaxprune.sweep.spec import MethodSpec, RecordSpec, SweepSpec, TrainSpec
-from jaxprune.types import Batch, Counts, Hyper, Key, Problem, PruneInfo, RunState, Weights
+from jaxprune.sweep.device_data import DeviceData, Examples, examples_of
+from jaxprune.sweep.grid import DENSE, Run, method_options, split_options, stays
+from jaxprune.sweep.spec import FinetuneSpec, MethodSpec, RecordSpec, SweepSpec, TrainSpec
+from jaxprune.sweep.timeline import Timeline, timeline_of
+from jaxprune.types import (
+    Batch,
+    Hyper,
+    Key,
+    Problem,
+    Pruner,
+    PyTree,
+    RunState,
+    StepHook,
+    Weights,
+)
 
 #: Examples per evaluation batch; any number gives the same sums up to rounding.
 EVAL_BATCH = 500
 
 
-class DeviceData(NamedTuple):
-    """What lives on the device once, shared by all runs.
+class EventsFn(Protocol):
+    def __call__(self, clock: jax.Array, data: DeviceData, key: Key, hyper: Hyper) -> method.Rounds:
+        """The rounds of a method on a run at a time, for `method.run_rounds` over a `RunState`.
+
+        Args:
+          clock: where the run's clock stands.
+          key: of the run.
+        """
+
+
+class Stage(NamedTuple):
+    """What a run does while a method is at work, or while none is.
 
     Attributes:
-      train: the training split.
-      test: the test split.
-      by_class: int32 `(classes, n)`, indices of training examples of each class.
+      step: `(clock, data, key, hyper, indices, state) -> (state, loss)`, see `train.FetchStepFn`.
+      evaluate: `(clock, data, hyper, state, indices, valid) -> (sum of losses, number correct)` on
+        the test set.
+      flow: `(clock, data, key, hyper, state) -> quantity -> path -> scalar`, or None if none is
+        asked for.
     """
 
-    train: DeviceSplit
-    test: DeviceSplit
-    by_class: jax.Array
-
-
-class Events(NamedTuple):
-    """The pruning events of a method.
-
-    Attributes:
-      begin: `(key, state) -> state`, before the first round.
-      once: `(round, data, key, hyper, counts, state) -> (state, info)`.
-      last: `(hyper, state, active) -> state` after the last round, for runs that target effective
-        compression; else None.
-    """
-
-    begin: Callable[[Key, RunState], RunState]
-    once: Callable[..., tuple[RunState, PruneInfo]]
-    last: Callable[..., RunState] | None
+    step: train.FetchStepFn
+    evaluate: Callable
+    flow: Callable | None
 
 
 class Program(NamedTuple):
@@ -58,152 +65,139 @@ class Program(NamedTuple):
       shapes: path -> shape of each prunable leaf, in forward order.
       connect: masks -> effective masks.
       steps: training steps per epoch.
+      timeline: when things happen.
       init: `(key, hyper) -> state`.
       order: `(key, epoch) -> indices (steps, batch)`.
-      step: `(clock, data, key, hyper, indices, state) -> (state, loss)`.
-      evaluate: `(data, state, indices, valid) -> (sum of losses, number correct)` on the test set.
-      prune: method -> `Events`.
+      stages: whether a method's hook is at work -> what a run does then.
+      events: method -> its rounds on a run.
+      rewind: `(hyper, state, anchor) -> state`, see `train.rewind`.
       size: number of prunable weights.
       record: what is recorded along training.
-      flow: `(data, key, state) -> quantity -> path -> scalar`, or None if none is asked for.
       convolves: has the network convolutions?
+      hyper: the numbers of one of its runs, for abstract values.
     """
 
     problem: Problem
     shapes: dict[str, tuple[int, ...]]
     connect: Connect
     steps: int
+    timeline: Timeline
     init: Callable[[Key, Hyper], RunState]
     order: Callable[[Key, jax.Array], jax.Array]
-    step: Callable
-    evaluate: Callable
-    prune: Callable[[MethodSpec], Events]
+    stages: dict[bool, Stage]
+    events: Callable[[MethodSpec], EventsFn]
+    rewind: Callable[[Hyper, RunState, RunState], RunState]
     size: int
     record: RecordSpec
-    flow: Callable | None
     convolves: bool
+    hyper: Hyper
+
+
+class _Parts(NamedTuple):
+    """What the functions of a program are made of.
+
+    Attributes:
+      net: the network with XLA's own convolution: masks do not depend on how training convolves.
+      trained: the network as it is trained.
+      input_shape: of one example.
+      augmented: fetches training batches.
+      plain: fetches the same without augmentation.
+      batch_of: `(data, key, clock) -> Batch` of the next training step, `(1, batch, ...)`.
+      initial: `key -> initial weights`, drawn again rather than carried along.
+    """
+
+    net: Problem
+    trained: Problem
+    shapes: dict[str, tuple[int, ...]]
+    connect: Connect
+    optimizer: optim.Optimizer
+    examples: Examples
+    input_shape: tuple[int, ...]
+    augmented: data.FetchFn
+    plain: data.FetchFn
+    batch_of: Callable[[DeviceData, Key, jax.Array], Batch]
+    initial: Callable[[Key], Weights]
 
 
 def make_program(
-    spec: SweepSpec, settings: TrainSpec, convolution: str = 'native', batch_devices: int = 1
+    spec: SweepSpec, run: Run, convolution: str = 'native', batch_devices: int = 1
 ) -> Program:
-    """The functions that all runs with these static settings share.
+    """The functions that all runs of a group share.
 
     Args:
-      settings: any one run's training settings; numbers in it that are traced are not used.
+      run: any one of them; numbers in it that are traced are not used.
       convolution: how training and evaluation convolve. Scores and paths always see XLA's own, so
         that masks do not depend on it.
       batch_devices: if more than 1, batches are split over the mesh axis 'batch' of that length.
     """
     facts = data.facts(spec.data.name)
     examples = spec.data.train_examples or facts.train_size
-    steps = examples // settings.batch_size
+    epoch = examples // run.train.batch_size
     module = nn.build(spec.model.name, facts.classes, **spec.model.options)
     net = problem.problem_from_flax(module, facts.shape)
-    trained = problem.problem_from_flax(
-        nn.convolving(module, nn.convolution(convolution)), facts.shape
-    )
-    shapes = structure.forward_shapes(net, facts.shape)
-    connect = structure.connectivity_of(net, facts.shape)
-    optimizer = optim.optimizer(
-        settings.optimizer,
-        split_options(settings)[1],
-        optim.rate_schedule(
-            settings.schedule,
-            steps * settings.epochs,
-            warmup=round(settings.warmup_epochs * steps),
-            milestones=[round(m * steps) for m in settings.milestones],
-            factor=settings.factor,
-        ),
-    )
+    convolving = nn.convolving(module, nn.convolution(convolution))
     fetch = data.fetcher(facts.mean, facts.std, spec.data.augment)
     plain_fetch = data.fetcher(facts.mean, facts.std, ())
     if batch_devices > 1:
         fetch, plain_fetch = _divided(fetch), _divided(plain_fetch)
-    step = train.fetch_step(train.train_step(trained, optimizer), fetch)
-    evaluate = train.evaluate_batch(trained, plain_fetch)
+    timeline = timeline_of(run.train, None if run.method == DENSE else run.method, epoch)
 
-    def order(key: Key, epoch: jax.Array) -> jax.Array:
-        return data.epoch_order(stream(key, 'data'), epoch, examples, settings.batch_size)
+    def order(key: Key, number: jax.Array) -> jax.Array:
+        return data.epoch_order(stream(key, 'data'), number, examples, run.train.batch_size)
 
-    def initial_weights(key: Key) -> Weights:  # drawn again rather than carried along
-        return tree.pick(net.init(stream(key, 'init'))[0], net.prunable)
+    def batch_of(data_: DeviceData, key: Key, clock: jax.Array) -> Batch:
+        indices = order(key, clock // epoch)[clock % epoch]
+        augment = jax.random.fold_in(stream(key, 'augment'), clock)
+        return jax.tree.map(lambda leaf: leaf[None], fetch(data_.train, augment, indices))
 
-    per_class, several = spec.prune.samples_per_class, spec.prune.batches
-
-    def fetched(data_: DeviceData, indices: jax.Array) -> Batch:
-        rows = [plain_fetch(data_.train, None, at) for at in indices]
-        return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *rows)
-
-    def score_batches(data_: DeviceData, key: Key, at: jax.Array) -> Batch:
-        # Fresh data in every round, the same for all methods of a seed.
-        draw = jax.random.fold_in(stream(key, 'score'), at)
-        return fetched(data_, data.balanced_indices(draw, data_.by_class, per_class, several))
-
-    def prune(spec_: MethodSpec):
-        pruner = method.get_pruner(
-            net,
-            spec_.name,
-            allocation=spec_.allocation,
-            train=spec_.batch_norm == 'train',
-            shapes=shapes,
-            floor=competing(shapes, spec_)[1],
-            cap=spec_.cap,
-            connect=connect if spec_.target == 'effective' or spec_.granularity == 'unit' else None,
-            granularity=spec_.granularity,
-            keep_all_units=spec_.keep_all_units,
-            **spec_.options,
-        )
-        event = train.event(net, optimizer, pruner, restart=spec_.restart)
-        begin = train.first_event(net, pruner)
-
-        def once(
-            at, data_: DeviceData, key: Key, hyper: Hyper, counts: Counts, state: RunState
-        ) -> tuple[RunState, PruneInfo]:
-            draw = jax.random.fold_in(stream(key, 'prune'), at)
-            if 'data' in pruner.needs:
-                batches = score_batches(data_, key, at)
-            elif 'shape' in pruner.needs:
-                shape = jax.numpy.zeros((1, 1, *facts.shape))
-                batches = Batch(shape, jax.numpy.zeros((1, 1), jax.numpy.int32))
-            else:
-                batches = None
-            initial = initial_weights(key) if 'initial' in pruner.needs else None
-            return event(draw, hyper, state, counts, batches, initial)
-
-        last = pruner.final_masks and train.last_event(net, optimizer, pruner)
-        return Events(begin, once, last)
-
-    entries = {name: flow.quantity(name) for name in spec.record.flow}
-    quantities = {name: entry.make(trained, tuple(shapes)) for name, entry in entries.items()}
-    look = any(entry.needs_data for entry in entries.values())
-    compare = any(entry.needs_initial for entry in entries.values())
-
-    def flows(data_: DeviceData, key: Key, state: RunState):
-        rows = None
-        if look:  # at the first examples of each class: the same at every step and for every run
-            first = data_.by_class[:, : per_class * several]
-            first = first.reshape(facts.classes, several, per_class).swapaxes(0, 1)
-            rows = fetched(data_, first.reshape(several, -1))
-        view, noise = problem.view_of(trained, state), stream(key, 'dropout')
-        if compare:
-            view = view._replace(initial=initial_weights(key))
-        return {name: measure(noise, view, rows) for name, measure in quantities.items()}
-
+    parts = _Parts(
+        net=net,
+        trained=problem.problem_from_flax(convolving, facts.shape),
+        shapes=structure.forward_shapes(net, facts.shape),
+        connect=structure.connectivity_of(net, facts.shape),
+        optimizer=_optimizer(run, epoch, timeline.train_steps),
+        examples=examples_of(spec.prune, facts.classes, plain_fetch),
+        input_shape=facts.shape,
+        augmented=fetch,
+        plain=plain_fetch,
+        batch_of=batch_of,
+        initial=lambda key: tree.pick(net.init(stream(key, 'init'))[0], net.prunable),
+    )
     return Program(
         problem=net,
-        shapes=shapes,
-        connect=connect,
-        steps=steps,
-        init=train.init_run(net, optimizer),
+        shapes=parts.shapes,
+        connect=parts.connect,
+        steps=epoch,
+        timeline=timeline,
+        init=train.init_run(net, parts.optimizer),
         order=order,
-        step=lambda clock, data_, *rest: step(clock, data_.train, *rest),
-        evaluate=lambda data_, *rest: evaluate(data_.test, *rest),
-        prune=prune,
-        size=sum(math.prod(shape) for shape in shapes.values()),
+        stages=_stages(parts, spec.record, run.method),
+        events=lambda method_spec: _events(parts, method_spec),
+        rewind=train.rewind(parts.optimizer),
+        size=sum(math.prod(shape) for shape in parts.shapes.values()),
         record=spec.record,
-        flow=flows if quantities else None,
         convolves=nn.convolves(module),
+        hyper=hyper_of(run),
+    )
+
+
+def _optimizer(run: Run, epoch: int, train_steps: int) -> optim.Optimizer:
+    """The optimizer of a run, with a phase after pruning if there is one."""
+    finetune = run.method.finetune
+    phase = None
+    if finetune.epochs:
+        phase = optim.Finetune(train_steps, _schedule(finetune, epoch))
+    flags = split_options(run.train)[1]
+    return optim.optimizer(run.train.optimizer, flags, _schedule(run.train, epoch), phase)
+
+
+def _schedule(phase: TrainSpec | FinetuneSpec, epoch: int) -> Callable[[jax.Array], jax.Array]:
+    return optim.rate_schedule(
+        phase.schedule,
+        phase.epochs * epoch,
+        warmup=round(phase.warmup_epochs * epoch),
+        milestones=[round(m * epoch) for m in phase.milestones],
+        factor=phase.factor,
     )
 
 
@@ -214,6 +208,128 @@ def _divided(fetch: data.FetchFn) -> data.FetchFn:
         return jax.lax.with_sharding_constraint(fetch(*args), P('batch'))
 
     return divided
+
+
+def _pruner(parts: _Parts, spec: MethodSpec, hyper: Hyper) -> Pruner:
+    """The pruner of a method, its numbers those of a run."""
+    by_path = spec.target == 'effective' or spec.granularity == 'unit'
+    return method.get_pruner(
+        parts.net,
+        spec.name,
+        allocation=spec.allocation,
+        batch_norm=spec.batch_norm or None,
+        shapes=parts.shapes,
+        floor=competing(parts.shapes, spec)[1],
+        cap=spec.cap,
+        connect=parts.connect if by_path else None,
+        granularity=spec.granularity,
+        keep_all_units=spec.keep_all_units,
+        repair=spec.repair,
+        repair_gain=spec.repair_gain,
+        score_on=spec.score_on,
+        **method_options(spec)[1],
+        **hyper.method,
+    )
+
+
+def _events(parts: _Parts, spec: MethodSpec) -> EventsFn:
+    """The rounds of a method on a run."""
+
+    def events(clock, data_: DeviceData, key: Key, hyper: Hyper) -> method.Rounds:
+        pruner = _pruner(parts, spec, hyper)
+
+        def batches_of(number: jax.Array) -> Batch | None:
+            if 'data' in pruner.needs:
+                return parts.examples.drawn(data_, key, number)
+            if 'train_batch' in pruner.needs:
+                return parts.batch_of(data_, key, clock)
+            if 'shape' in pruner.needs:
+                shape = jax.numpy.zeros((1, 1, *parts.input_shape))
+                return Batch(shape, jax.numpy.zeros((1, 1), jax.numpy.int32))
+            return None
+
+        return train.run_events(
+            parts.net,
+            parts.optimizer,
+            pruner,
+            stream(key, 'prune'),
+            hyper,
+            batches_of,
+            clock=clock,
+            initial=parts.initial(key) if 'initial' in pruner.needs else None,
+            restart=spec.restart,
+        )
+
+    return events
+
+
+def _stages(parts: _Parts, record: RecordSpec, spec: MethodSpec) -> dict[bool, Stage]:
+    """What a run does without a hook, and with that of its method if it has one."""
+    stages = {False: _stage(parts, record, lambda hyper: (None, False))}
+    if stays(spec):
+
+        def hooked(hyper: Hyper) -> tuple[StepHook | None, bool]:
+            pruner = _pruner(parts, spec, hyper)
+            return pruner.hook, pruner.dense
+
+        stages[True] = _stage(parts, record, hooked)
+    return stages
+
+
+def _stage(
+    parts: _Parts, record: RecordSpec, hook_of: Callable[[Hyper], tuple[StepHook | None, bool]]
+) -> Stage:
+    def step(clock, data_: DeviceData, key: Key, hyper: Hyper, indices, state: RunState):
+        hook, dense = hook_of(hyper)
+        one = train.train_step(parts.trained, parts.optimizer, hook, dense=dense)
+        return train.fetch_step(one, parts.augmented)(
+            clock, data_.train, key, hyper, indices, state
+        )
+
+    def evaluate(clock, data_: DeviceData, hyper: Hyper, state: RunState, indices, valid):
+        sums = train.evaluate_batch(parts.trained, parts.plain, hook_of(hyper)[0])
+        return sums(clock, data_.test, state, indices, valid)
+
+    entries = {name: flow.quantity(name) for name in record.flow}
+    quantities = {name: q.make(parts.trained, tuple(parts.shapes)) for name, q in entries.items()}
+    needs_data = any(entry.needs_data for entry in entries.values())
+    needs_initial = any(entry.needs_initial for entry in entries.values())
+
+    def flows(clock, data_: DeviceData, key: Key, hyper: Hyper, state: RunState):
+        rows = parts.examples.first(data_) if needs_data else None
+        view = train.hooked_view(parts.trained, state, hook_of(hyper)[0], clock)
+        if needs_initial:
+            view = view._replace(initial=parts.initial(key))
+        noise = stream(key, 'dropout')
+        return {name: measure(noise, view, rows) for name, measure in quantities.items()}
+
+    return Stage(step, evaluate, flows if quantities else None)
+
+
+class MethodFacts(NamedTuple):
+    """What is known of a method before it runs.
+
+    Attributes:
+      state: the abstract state that it carries from its first round to its last.
+      finishes: does something happen after its last round?
+    """
+
+    state: PyTree
+    finishes: bool
+
+
+def method_facts(program: Program, spec: MethodSpec) -> MethodFacts:
+    """Traces the beginning of a method on a run, without computing anything."""
+    numbers = dict.fromkeys(method_options(spec)[0], np.float32(1))
+    finishes: list[bool] = []
+
+    def begun(key: Key, hyper: Hyper) -> PyTree:
+        rounds = program.events(spec)(np.int32(0), None, key, hyper)
+        finishes.append(rounds.finish is not None)
+        return rounds.begin(program.init(key, hyper)).method_state
+
+    state = jax.eval_shape(begun, jax.random.key(0), program.hyper._replace(method=numbers))
+    return MethodFacts(state, finishes[0])
 
 
 def competing(
@@ -227,46 +343,24 @@ def competing(
 
 
 def hyper_of(run: Run) -> Hyper:
-    """A run's traced numbers."""
-    numbers, _ = split_options(run.train)
+    """A run's traced numbers, as its training program takes them.
+
+    Those of a method are among them only if it changes training: all others share one program.
+    """
+
+    def traced(numbers: Mapping[str, float]) -> dict[str, np.float32]:
+        return {name: np.float32(value) for name, value in sorted(numbers.items())}
+
+    finetune = run.method.finetune
     return Hyper(
         np.float32(run.train.learning_rate),
         np.float32(run.train.weight_decay),
-        {name: np.float32(value) for name, value in sorted(numbers.items())},
+        traced(split_options(run.train)[0]),
+        traced(method_options(run.method)[0] if stays(run.method) else {}),
+        traced({'learning_rate': finetune.learning_rate} if finetune.epochs else {}),
     )
 
 
-def device_data(spec: SweepSpec, dataset: Dataset) -> DeviceData:
-    """The data set as device arrays, cut to the sizes the specification asks for.
-
-    Raises:
-      SpecError: a class has too few examples to score on.
-    """
-
-    def first(split, count):
-        return split._replace(
-            images=split.images[: count or None], labels=split.labels[: count or None]
-        )
-
-    training = first(dataset.train, spec.data.train_examples)
-    by_class = np.zeros((dataset.classes, 0), np.int32)
-    if scores_need_data(spec):
-        smallest = np.bincount(training.labels, minlength=dataset.classes).min()
-        wanted = spec.prune.samples_per_class * spec.prune.batches
-        if wanted > smallest:
-            raise SpecError(
-                f'prune.samples_per_class: {wanted} of each class are more than the {smallest} '
-                f'that the smallest class has among {len(training.labels)} training examples'
-            )
-        by_class = data.class_balanced(training.labels, dataset.classes)
-    return DeviceData(
-        train=data.to_device(training),
-        test=data.to_device(first(dataset.test, spec.data.test_examples)),
-        by_class=jax.numpy.asarray(by_class),
-    )
-
-
-def scores_need_data(spec: SweepSpec) -> bool:
-    """Does a method or a recorded quantity of the sweep look at class-balanced examples?"""
-    scores = any('data' in method.method(m.name).needs for m in spec.grid.method)
-    return scores or any(flow.quantity(name).needs_data for name in spec.record.flow)
+def method_numbers(run: Run) -> dict[str, np.float32]:
+    """The traced numbers of a run's method, `Hyper.method` of its events."""
+    return {name: np.float32(v) for name, v in sorted(method_options(run.method)[0].items())}

@@ -16,17 +16,20 @@ from jaxprune.errors import JaxpruneError, SpecError, StoreError, first_line
 from jaxprune.sweep import store
 from jaxprune.sweep.checkpoint import checkpoint
 from jaxprune.sweep.chunk import rows_of, run_chunk
+from jaxprune.sweep.device_data import device_data
 from jaxprune.sweep.devices import memory_limit
 from jaxprune.sweep.engine import Engine, make_engine
-from jaxprune.sweep.grid import Run, runs
+from jaxprune.sweep.grid import Run, representative, runs
+from jaxprune.sweep.groups import Group, chosen_anew
 from jaxprune.sweep.load import identity, load_spec, make_spec, spec_hash, to_toml
+from jaxprune.sweep.measure import measure
 from jaxprune.sweep.probe import trial_line
-from jaxprune.sweep.program import Program, device_data, make_program
+from jaxprune.sweep.program import Program, make_program
 from jaxprune.sweep.progress import Progress, Shown, silent
 from jaxprune.sweep.provenance import provenance
-from jaxprune.sweep.spec import EngineSpec, SweepSpec
+from jaxprune.sweep.spec import FORMAT, EngineSpec, SweepSpec
 from jaxprune.sweep.strategy import Strategy
-from jaxprune.sweep.sweep_plan import cut, make_plan, measure
+from jaxprune.sweep.sweep_plan import checked_groups, cut, make_plan
 from jaxprune.sweep.timing import stopwatch
 
 #: The part of a device's memory that a training program may take, by the compiler's own account.
@@ -73,7 +76,8 @@ def run_sweep(
     elif not isinstance(spec, SweepSpec):
         spec = make_spec(spec, source)
     out = default_out(spec) if out is None else Path(out)
-    plan_table = make_plan(spec, source)
+    groups = checked_groups(spec, source)
+    plan_table = make_plan(spec, source, groups)
     dataset = data.load(spec.data.name, data_dir)
     try:
         on_device = device_data(spec, dataset)
@@ -83,8 +87,8 @@ def run_sweep(
     with store.locked(out):
         _open(spec, out, plan_table)
         with (progress or silent)(plan_table, out) as shown:
-            _measure_first(spec, out, shown)
-            _run_chunks(spec, out, on_device, shown)
+            groups = _measure_first(spec, groups, out, shown)
+            _run_chunks(spec, groups, out, on_device, shown)
         return store.read_results(out)
 
 
@@ -96,12 +100,17 @@ def _open(spec: SweepSpec, out: Path, plan_table: dict[str, Any]) -> None:
     """
     text = to_toml(spec)
     spec_file, plan_file = out / 'spec.toml', out / 'plan.json'
+    if plan_file.exists() and (written := store.read_plan(out).get('format')) != FORMAT:
+        raise StoreError(
+            f'{out} holds a sweep of format {written}, and this version of jaxprune writes format '
+            f'{FORMAT}: it says when rounds happen with other keys. Choose another --out'
+        )
     if spec_file.exists() and identity(load_spec(spec_file)) != identity(spec):
         raise StoreError(f'{out} holds another sweep (see its spec.toml): choose another --out')
     store.remove_leftovers(out)
     if plan_file.exists():
         stored = store.read_plan(out)
-        if any(stored.get(key) != plan_table[key] for key in ('format', 'spec')):
+        if stored.get('spec') != plan_table['spec']:
             raise StoreError(
                 f'{out} was written by another version of jaxprune: choose another --out'
             )
@@ -162,21 +171,28 @@ def _no_larger(planned: dict[str, Any], tight: dict[str, Any]) -> dict[str, Any]
     return {**planned, 'chunk': chunk, 'strategy': strategy._asdict(), 'ran_out': True}
 
 
-def _measure_first(spec: SweepSpec, out: Path, shown: Shown) -> None:
+def _measure_first(
+    spec: SweepSpec, groups: Sequence[Group], out: Path, shown: Shown
+) -> Sequence[Group]:
     """Where the ways to train are worth trying, tries them and plans what is left anew."""
     stored = store.read_plan(out)
     begun = any(store.finished(out, chunk['id']) for chunk in stored['chunks'])
     if begun or (out / 'checkpoints').exists():  # whose chunks would be cut anew
-        return
-    if measure(spec, stored, lambda measured: shown.note(trial_line(measured))):
-        plan_table = recut(stored, make_plan(spec), out)
+        return groups
+    if measure(spec, groups, stored, lambda measured: shown.note(trial_line(measured))):
+        groups = chosen_anew(spec, groups)
+        plan_table = recut(stored, make_plan(spec, groups=groups), out)
         for program in plan_table['programs']:
             shown.note(f'program {program["id"]}: {Strategy(**program["strategy"])}')
         store.write_json(out / 'plan.json', plan_table)
+    return groups
 
 
-def _run_chunks(spec: SweepSpec, out: Path, on_device, shown: Shown) -> None:
+def _run_chunks(
+    spec: SweepSpec, groups: Sequence[Group], out: Path, on_device, shown: Shown
+) -> None:
     by_id = {run.run_id: run for run in runs(spec)}
+    by_program = {group.id: group for group in groups}
     plan_table = store.read_plan(out)
     current: tuple[str, Program, Engine] | None = None
     left = list(plan_table['chunks'])
@@ -188,7 +204,7 @@ def _run_chunks(spec: SweepSpec, out: Path, on_device, shown: Shown) -> None:
             left.pop(0)
             continue
         planned = next(p for p in plan_table['programs'] if p['id'] == chunk['program'])
-        heard, undo = _undoable(shown)
+        counting, undo = _undoable(shown)
         compiling = 0.0
         try:
             if current is None or current[0] != chunk['program']:
@@ -196,7 +212,8 @@ def _run_chunks(spec: SweepSpec, out: Path, on_device, shown: Shown) -> None:
                 current = None
                 with stopwatch() as watch:
                     with watch.phase('compile'):
-                        parts = _engine(spec, planned, members, on_device)
+                        group = by_program[chunk['program']]
+                        parts = _engine(spec, group, planned, members, on_device)
                     compiling = watch.seconds()['compile']
                 current = chunk['program'], *parts
             saved = checkpoint(out / 'checkpoints' / chunk['id'], spec.engine.checkpoint_minutes)
@@ -205,7 +222,7 @@ def _run_chunks(spec: SweepSpec, out: Path, on_device, shown: Shown) -> None:
                 *current[1:],
                 members,
                 planned['chunk'],
-                shown=heard,
+                shown=counting,
                 saved=saved,
             )
             made.timing['compile'] += compiling
@@ -214,15 +231,8 @@ def _run_chunks(spec: SweepSpec, out: Path, on_device, shown: Shown) -> None:
                 raise
             current = None
             undo()
-            smaller = _smaller(planned, first_line(error))
-            programs = [smaller if p is planned else p for p in plan_table['programs']]
-            plan_table = recut(plan_table, {**plan_table, 'programs': programs}, out)
-            store.write_json(out / 'plan.json', plan_table)
+            plan_table = _with_less_memory(plan_table, planned, first_line(error), out, shown)
             left = [c for c in plan_table['chunks'] if not store.finished(out, c['id'])]
-            shown.note(
-                f'out of memory with {planned["chunk"]} runs at a time; going on with '
-                f'{smaller["chunk"]} ({Strategy(**smaller["strategy"])})'
-            )
             continue
         store.write_chunk(out, chunk['id'], made)
         saved.remove()
@@ -232,26 +242,45 @@ def _run_chunks(spec: SweepSpec, out: Path, on_device, shown: Shown) -> None:
     shutil.rmtree(out / 'checkpoints', ignore_errors=True)
 
 
+def _with_less_memory(
+    plan_table: dict[str, Any], planned: dict[str, Any], reason: str, out: Path, shown: Shown
+) -> dict[str, Any]:
+    """The plan with fewer runs of a program at a time, stored."""
+    smaller = _smaller(planned, reason)
+    programs = [smaller if p is planned else p for p in plan_table['programs']]
+    plan_table = recut(plan_table, {**plan_table, 'programs': programs}, out)
+    store.write_json(out / 'plan.json', plan_table)
+    shown.note(
+        f'out of memory with {planned["chunk"]} runs at a time; going on with '
+        f'{smaller["chunk"]} ({Strategy(**smaller["strategy"])})'
+    )
+    return plan_table
+
+
 def _undoable(shown: Shown) -> tuple[Shown, Callable[[], None]]:
-    """The same listener, and a function that takes back the steps it was told of."""
+    """The same listener, and a function that takes back the steps that were counted."""
     counts: dict[str, list[int]] = {'steps': [], 'resume': []}
 
-    def hearing(name: str) -> Callable[[int], None]:
-        def hear(count: int) -> None:
-            counts[name].append(count)
-            getattr(shown, name)(count)
+    def counting(name: str) -> Callable[[int], None]:
+        def count(steps: int) -> None:
+            counts[name].append(steps)
+            getattr(shown, name)(steps)
 
-        return hear
+        return count
 
     def undo() -> None:
-        for name, told in counts.items():
-            getattr(shown, name)(-sum(told))
+        for name, steps in counts.items():
+            getattr(shown, name)(-sum(steps))
 
-    return shown._replace(**{name: hearing(name) for name in counts}), undo
+    return shown._replace(**{name: counting(name) for name in counts}), undo
 
 
 def _engine(
-    spec: SweepSpec, planned: Mapping[str, Any], members: Sequence[Run], on_device
+    spec: SweepSpec,
+    group: Group,
+    planned: Mapping[str, Any],
+    members: Sequence[Run],
+    on_device,
 ) -> tuple[Program, Engine]:
     """The functions and the engine of a planned program.
 
@@ -259,7 +288,9 @@ def _engine(
       MemoryError: by the compiler's own account, a chunk would not fit.
     """
     strategy = Strategy(**planned['strategy'])
-    program = make_program(spec, members[0].train, strategy.convolution, strategy.batch_devices)
+    how = strategy.convolution, strategy.batch_devices
+    run = representative(group.runs)
+    program = group.program if how == ('native', 1) else make_program(spec, run, *how)
     places = strategy.devices // strategy.batch_devices
     at_once = places if strategy.batching == 'unroll' else planned['chunk']
     seconds = (planned['seconds_per_step'] or 0) * at_once

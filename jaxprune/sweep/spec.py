@@ -10,20 +10,38 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxprune.allocation import ALLOCATIONS
-from jaxprune.method import GRANULARITIES
+from jaxprune.flow.orthogonal import GAINS
+from jaxprune.method import GRANULARITIES, REPAIRS
 from jaxprune.nn import CONVOLUTIONS
 from jaxprune.schedule import SCHEDULES
 from jaxprune.structure import TARGETS
 from jaxprune.sweep.strategy import BATCHINGS, STEPPINGS
 
+#: What a run may take back after a round: all but its masks, or the learning rate alone.
+REWINDS = ('weights', 'rate')
+
 #: Bumped when the meaning of a stored result changes.
-FORMAT = 2
+FORMAT = 3
 
 
 def _key(doc: str, *, default=dataclasses.MISSING, choices=None, low=None, above=None, high=None):
     """A field with its explanation and the values it takes."""
     metadata = {'doc': doc, 'choices': choices, 'low': low, 'above': above, 'high': high}
     return field(default=default, metadata=metadata)
+
+
+#: Keys of a method that say when its rounds happen.
+WHEN = (
+    'start',
+    'every',
+    'end',
+    'time_unit',
+    'rounds',
+    'density_schedule',
+    'rewind',
+    'rewind_to',
+    'restart',
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +95,32 @@ class PruneSpec:
 
 
 @dataclass(frozen=True)
+class FinetuneSpec:
+    """The table `finetune` of a method: a phase after pruning with its own learning rate."""
+
+    epochs: int = _key('length of the phase; 0 for none', default=0, low=0)
+    learning_rate: float = _key('peak learning rate', default=0.0, low=0)
+    schedule: str = _key(
+        'constant, cosine or step', default='cosine', choices=('constant', 'cosine', 'step')
+    )
+    milestones: tuple[float, ...] = _key(
+        'epochs of the phase at which step multiplies the rate', default=()
+    )
+    factor: float = _key('by what step multiplies the rate', default=0.1, above=0)
+    warmup_epochs: float = _key('epochs of linear increase from zero', default=0.0, low=0)
+    each_round: bool = _key(
+        'begin the phase after every round; otherwise after the last one', default=False
+    )
+
+
+@dataclass(frozen=True)
 class MethodSpec:
-    """An entry of grid.method: a name, or a table; open for the method's options."""
+    """An entry of grid.method: a name, or a table; open for the method's options.
+
+    What is pruned: allocation, target, granularity, keep_all_units, floor, floor_share, cap.
+    When: start, every, end, time_unit, rounds, density_schedule, rewind, restart, finetune.
+    How: name, batch_norm, score_on, repair and the method's own options.
+    """
 
     name: str = _key('the name of a method, such as snip')
     allocation: str = _key(
@@ -105,20 +147,58 @@ class MethodSpec:
     floor: int = _key('fewest weights (or units) that any layer keeps', default=0, low=0)
     cap: float = _key('largest density of any layer', default=1.0, above=0, high=1)
     label: str = _key('how figures and tables call it', default='')
-    rounds: int = _key('pruning rounds; 0 for the published number', default=0, low=0)
+    rounds: int = _key(
+        'pruning rounds; 0 for the published number, or as many as every and end give',
+        default=0,
+        low=0,
+    )
     density_schedule: str = _key(
         "density over the rounds: 'exponential', 'linear', 'harmonic'; '' for the published one",
         default='',
         choices=('', *SCHEDULES),
     )
-    after_epochs: int = _key(
-        'train so many epochs before each round; 0 for all rounds before training',
-        default=0,
+    start: float = _key('when the first round happens; 0 is before training', default=0.0, low=0)
+    every: float = _key(
+        'time between two rounds; 0 for all rounds at once, or spread evenly up to end',
+        default=0.0,
         low=0,
     )
+    end: float = _key('no round happens later; 0 for no such limit', default=0.0, low=0)
+    time_unit: str = _key(
+        "what start, every, end and rewind_to count: 'epochs' (fractions too) or 'steps'",
+        default='epochs',
+        choices=('epochs', 'steps'),
+    )
+    rewind: str = _key(
+        "after each round: 'weights' takes weights, batch statistics, optimizer and learning rate "
+        "back to rewind_to, 'rate' keeps them and takes the learning rate back; '' for neither",
+        default='',
+        choices=('', *REWINDS),
+    )
+    rewind_to: float = _key('to what time of training rewind goes back', default=0.0, low=0)
     restart: bool = _key(
         'begin with a fresh optimizer after each round: moments of the weights kept are zero too',
         default=False,
+    )
+    finetune: FinetuneSpec = _key(
+        'a phase after the last round with its own epochs, learning_rate, schedule',
+        default=FinetuneSpec(),
+    )
+    repair: str = _key(
+        "what the last round does to kept weights: 'orthp' makes kernels orthogonal, for units",
+        default='',
+        choices=('', *REPAIRS),
+    )
+    repair_gain: str = _key(
+        "the activation whose gain repaired kernels have: 'linear', 'relu', ...",
+        default='linear',
+        choices=tuple(GAINS),
+    )
+    score_on: str = _key(
+        "what scores that need data look at: 'balanced' (see [prune]) or 'train_batch', the batch "
+        'of the next training step',
+        default='balanced',
+        choices=('balanced', 'train_batch'),
     )
     batch_norm: str = _key(
         "while scoring: 'train' (batch statistics), 'eval' (running); '' for the published mode",
@@ -128,7 +208,7 @@ class MethodSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GridSpec:
     """[grid]: every method x compression x seed x combination of [grid.train].
 
@@ -136,7 +216,10 @@ class GridSpec:
     """
 
     method: tuple[MethodSpec, ...] = _key('pruning methods')
-    compression: tuple[float, ...] = _key('1 / density; 1 is the dense control', low=1)
+    compression: tuple[float, ...] = _key('1 / density; 1 is the dense control', default=(), low=1)
+    density: tuple[float, ...] = _key(
+        'in place of compression; 1 is the dense control', default=(), above=0, high=1
+    )
     seed: tuple[int, ...] = _key('one run each; the seed fixes initialisation and data', low=0)
     train: Mapping[str, tuple] = field(default_factory=dict)
 
@@ -153,6 +236,7 @@ class RecordSpec:
         low=0,
     )
     evaluate: bool = _key('evaluate at these steps too', default=False)
+    rounds: bool = _key('record right after each pruning round, too', default=False)
     flow: tuple[str, ...] = _key(
         'quantities recorded at these steps too, such as \'weight_norm\'; README, "Gradient flow"',
         default=(),

@@ -71,16 +71,20 @@ lie on a path from input to output."""
 CURVES = {
     'run_id': pl.String,
     'step': pl.Int64,
+    'rounds': pl.Int64,
     'train_loss': pl.Float64,
     'test_loss': pl.Float64,
     'test_accuracy': pl.Float64,
 }
 """Columns of a curves row: the mean training loss since the row before; test loss and accuracy at
-this step, null where they were not asked for."""
+this step, null where they were not asked for. `rounds` counts the pruning rounds before: a step at
+which rounds happen may have two rows, one from before them and one, without a training loss, from
+right after them."""
 
 FLOW = {
     'run_id': pl.String,
     'step': pl.Int64,
+    'rounds': pl.Int64,
     'path': pl.String,
     'quantity': pl.String,
     'value': pl.Float64,

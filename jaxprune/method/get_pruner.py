@@ -1,0 +1,169 @@
+"""A pruner from the name of a method and what the caller chooses."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxprune import arguments, score
+from jaxprune.allocation import SHARED, Shape, bounds
+from jaxprune.errors import PruneError, nearest
+from jaxprune.method.methods import Method, method
+from jaxprune.method.pruner import FinalMasksFn, pruner
+from jaxprune.method.repair import repair_of
+from jaxprune.method.rules import Choices, check_choices
+from jaxprune.method.unit_pruning import alike, unit_select, unit_shapes
+from jaxprune.select import global_top_k, layerwise_top_k
+from jaxprune.structure import Connect, chain, prune_to_active
+from jaxprune.types import Problem, Pruner, ScoreFn
+
+
+def get_pruner(
+    problem: Problem,
+    name: str,
+    *,
+    allocation: str = 'global',
+    batch_norm: str | None = None,
+    shapes: Mapping[str, Shape] | None = None,
+    floor: int | Mapping[str, int] = 0,
+    cap: float | Mapping[str, float] = 1.0,
+    connect: Connect | None = None,
+    granularity: str = 'weight',
+    keep_all_units: str = '',
+    repair: str = '',
+    repair_gain: str = 'linear',
+    score_on: str = 'balanced',
+    **options: Any,
+) -> Pruner:
+    """The pruner of a registered method.
+
+    Args:
+      problem: the network it will prune.
+      name: a key of `METHODS`.
+      allocation: 'global' ranks all leaves together, 'lamp' gives each leaf as many weights as
+        LAMP would, anything else ranks within each leaf by the counts it is given.
+      batch_norm: while scoring, 'train' (batch statistics) or 'eval' (running); None for the
+        published mode.
+      shapes: path -> shape of the prunable leaves in forward order; for the next three.
+      floor: fewest weights of a leaf, see `allocation.bounds`. Layerwise counts include their
+        bounds; a ranking over all leaves is held to them here.
+      cap: largest density of a leaf, in the same way.
+      connect: see `structure.connectivity`; with it the pruner's `final_masks` prunes to a number
+        of active weights, along the chain of the allocation; where units are pruned, it finds what
+        reads them.
+      granularity: 'weight', or 'unit' for whole neurons and filters, ranked by the sum of their
+        weights' scores (those of the gradient-flow study by their own rule); counts and floor are
+        units then, and `shapes` and `connect` are needed.
+      keep_all_units: regular expression of layers that keep all units, see `unit_shapes`.
+      repair: what happens to kept weights after the last round, one of `REPAIRS`; '' for nothing.
+      repair_gain: the activation whose gain repaired kernels have.
+      score_on: 'balanced' or 'train_batch', what an event hands to scores that need data.
+      **options: the method's own options; numbers may be traced.
+
+    Raises:
+      PruneError: an unknown name or option, or options that do not go together; the message begins
+        with the key.
+    """
+    entry = method(name)
+    own = _own_options(entry, name, options)
+    choices = Choices(
+        name,
+        allocation,
+        granularity=granularity,
+        keep_all_units=keep_all_units,
+        cap=cap,
+        batch_norm=batch_norm,
+        score_on=score_on,
+        repair=repair,
+        repair_gain=repair_gain,
+        apart=True,  # when its events happen is the caller's affair
+    )
+    check_choices(entry, choices)
+    train = (batch_norm or entry.batch_norm) == 'train'
+    if granularity == 'unit':
+        made = _of_units(problem, entry, choices, shapes, connect, floor, train, own)
+    else:
+        made = _of_weights(problem, entry, choices, shapes, connect, floor, train, own)
+    needs = made.needs
+    if score_on == 'train_batch':
+        needs = needs - {'data'} | {'train_batch'}
+    return made._replace(needs=needs, repaired_values=repair_of(repair, repair_gain))
+
+
+def _own_options(entry: Method, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's options, published values filled in."""
+    for option in given:
+        if option not in entry.options:
+            valid = nearest(option, entry.options) if entry.options else 'it has none'
+            raise PruneError(f"method '{name}' has no option '{option}': {valid}")
+    checked = {
+        option: arguments.like(f"option '{option}'", value, entry.options[option])
+        for option, value in given.items()
+    }
+    return {**entry.options, **checked}
+
+
+def _of_weights(
+    problem: Problem,
+    entry: Method,
+    choices: Choices,
+    shapes: Mapping[str, Shape] | None,
+    connect: Connect | None,
+    floor: int | Mapping[str, int],
+    train: bool,
+    options: Mapping[str, Any],
+) -> Pruner:
+    """A pruner of single weights."""
+    cap, allocation = choices.cap, choices.allocation
+    if shapes is None and (floor or cap != 1.0 or connect is not None):
+        raise PruneError('floor, cap and connect need shapes: path -> shape of every prunable leaf')
+    scorer = entry.score(problem, train, **options)
+    if allocation == 'lamp':
+        scorer = score.ranked_like(scorer, score.lamp())
+    shared = allocation in SHARED
+    fewest, most = bounds(shapes, floor, cap) if shapes is not None and shared else (None, None)
+    final_masks: FinalMasksFn | None = None
+    if connect is not None:
+        masks = chain(shapes, allocation, floor=floor, cap=cap)
+
+        def final_masks(ranking, active):
+            return prune_to_active(connect, ranking, masks, active)
+
+    return pruner(
+        scorer,
+        global_top_k if shared else layerwise_top_k,
+        monotone=entry.monotone,
+        needs=entry.needs,
+        fewest=fewest if floor else None,
+        most=most if cap != 1.0 else None,
+        final_masks=final_masks,
+    )
+
+
+def _of_units(
+    problem: Problem,
+    entry: Method,
+    choices: Choices,
+    shapes: Mapping[str, Shape] | None,
+    connect: Connect | None,
+    floor: int | Mapping[str, int],
+    train: bool,
+    options: Mapping[str, Any],
+) -> Pruner:
+    """A pruner of whole units."""
+    if shapes is None or connect is None:
+        raise PruneError('units need shapes, path -> shape in forward order, and connect')
+    units = unit_shapes(shapes, choices.keep_all_units)
+    fewest, _ = bounds(units, floor)
+    fewest = fewest if any(fewest.values()) and choices.allocation == 'global' else None
+    select = unit_select(connect, list(units), fewest)
+    if entry.make is not None:
+        return entry.make(problem, units, select, **options)
+    return pruner(_unit_score(problem, entry, train, options), select, needs=entry.needs)
+
+
+def _unit_score(
+    problem: Problem, entry: Method, train: bool, options: Mapping[str, Any]
+) -> ScoreFn:
+    """One score for all weights of a unit: the method's own rule, or the sum over the unit."""
+    if entry.grouped:
+        return entry.score(problem, train, **options, by='unit')
+    return alike(entry.score(problem, train, **options))

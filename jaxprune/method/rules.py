@@ -1,0 +1,118 @@
+"""Which options of a method go together. Callers put the path of the key in front."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from jaxprune.allocation import ALLOCATIONS
+from jaxprune.errors import PruneError, nearest
+from jaxprune.flow.orthogonal import GAINS
+from jaxprune.method.methods import Method
+from jaxprune.method.repair import REPAIRS
+from jaxprune.method.unit_pruning import GRANULARITIES, UNIT_ALLOCATIONS
+from jaxprune.structure import TARGETS
+
+#: What scores that need data may look at.
+SCORED_ON = ('balanced', 'train_batch')
+BATCH_NORMS = ('train', 'eval')
+
+
+class Choices(NamedTuple):
+    """What a caller asks of a method; see `MethodSpec` for the keys.
+
+    Attributes:
+      apart: its rounds happen at different times of training; None where there is no training.
+    """
+
+    name: str
+    allocation: str = 'global'
+    target: str = 'direct'
+    granularity: str = 'weight'
+    keep_all_units: str = ''
+    floor_share: float = 0.0
+    cap: Any = 1.0
+    batch_norm: str | None = None
+    score_on: str = 'balanced'
+    repair: str = ''
+    repair_gain: str = 'linear'
+    apart: bool | None = None
+
+
+def check_choices(entry: Method, choices: Choices) -> None:
+    """Raises PruneError, beginning with the key, for the first rule that a caller breaks."""
+    for key, message in broken_rules(entry, choices):
+        raise PruneError(f'{key}: {message}')
+
+
+def broken_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
+    """The rules that a caller breaks: key and message."""
+    for key, valid in (
+        ('allocation', ALLOCATIONS),
+        ('target', TARGETS),
+        ('granularity', GRANULARITIES),
+        ('score_on', SCORED_ON),
+        ('repair', ('', *REPAIRS)),
+        ('repair_gain', GAINS),
+        ('batch_norm', (None, '', *BATCH_NORMS)),
+    ):
+        value = getattr(choices, key)
+        if not isinstance(value, str | None) or value not in valid:
+            yield key, f"unknown {key} '{value}': {nearest(str(value), filter(None, valid))}"
+    yield from (_unit_rules if choices.granularity == 'unit' else _weight_rules)(entry, choices)
+    reads_data = 'data' in entry.needs
+    if choices.batch_norm and not reads_data and not (entry.needs and entry.batch_norm == 'train'):
+        yield 'batch_norm', f"'{choices.name}' looks at no data: there is no mode to choose"
+    if choices.score_on == 'train_batch':
+        if not reads_data:
+            yield 'score_on', f"'{choices.name}' looks at no data"
+        elif choices.apart is None:
+            yield 'score_on', 'there is no training batch here: pass the examples to score on'
+    if entry.hooked and not choices.apart:
+        yield 'name', f"'{choices.name}' acts between its first round and its last, during training"
+
+
+def _unit_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
+    without = "does not go with granularity 'unit'"
+    if choices.allocation not in UNIT_ALLOCATIONS:
+        yield (
+            'allocation',
+            (
+                f"'{choices.allocation}' {without}: units are shared out "
+                f'{", ".join(UNIT_ALLOCATIONS)}'
+            ),
+        )
+    if choices.target != 'direct':
+        yield 'target', f"'{choices.target}' {without}: a density of units is meant"
+    if choices.cap != 1:
+        yield 'cap', f'{choices.cap!r} {without}: layers of units have a floor, but no cap'
+    if not entry.monotone:
+        yield (
+            'name',
+            (
+                f"'{choices.name}' {without}: it brings weights back, "
+                'and readers of units do not return'
+            ),
+        )
+    if not 0 <= choices.floor_share < 1:
+        yield 'floor_share', f'expected a share below 1, not {choices.floor_share}'
+    try:
+        re.compile(choices.keep_all_units)
+    except re.error as error:
+        yield 'keep_all_units', f"'{choices.keep_all_units}' is no regular expression: {error}"
+
+
+def _weight_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
+    goes_with = "goes with granularity 'unit'"
+    if choices.keep_all_units:
+        yield 'keep_all_units', f'names layers that keep all units, and {goes_with}'
+    if choices.floor_share:
+        yield 'floor_share', f'is a share of units, and {goes_with}'
+    if choices.repair:
+        yield 'repair', f"'{choices.repair}' {goes_with}: kernels must lose whole rows and columns"
+    if entry.hooked:
+        yield 'granularity', f"'{choices.name}' prunes units: expected 'unit'"
+    if choices.allocation == 'lamp' and not entry.monotone:
+        yield (
+            'allocation',
+            (f"'lamp' goes by the weights left, and '{choices.name}' brings weights back"),
+        )

@@ -1,0 +1,192 @@
+"""The rows of the tables that a chunk leaves behind."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+
+from jaxprune.sweep import store
+from jaxprune.sweep.grid import Run, split_options
+from jaxprune.sweep.observe import Recorded
+from jaxprune.sweep.parse import plain
+from jaxprune.sweep.program import Program
+from jaxprune.sweep.spec import SweepSpec
+from jaxprune.sweep.timeline import recorded_steps
+
+
+class Moment(NamedTuple):
+    """What was recorded of all runs of a chunk at one moment.
+
+    Attributes:
+      step: steps taken before.
+      rounds: pruning rounds before.
+      after_round: recorded right after a round, and not on the way.
+      recorded: the values.
+    """
+
+    step: int
+    rounds: int
+    after_round: bool
+    recorded: Recorded
+
+
+def results_rows(
+    spec: SweepSpec,
+    program: Program,
+    members: Sequence[Run],
+    counted: Sequence[Sequence[Mapping[str, int]]],
+    errors: Sequence[str | None],
+    step: int,
+    train_loss: np.ndarray,
+    test: tuple[np.ndarray, np.ndarray],
+) -> list[dict[str, Any]]:
+    """Rows of `store.RESULTS` of an evaluation.
+
+    Args:
+      counted: of each run, weights kept and active by path.
+      train_loss: `(runs,)`, the mean since the evaluation before.
+      test: test losses and accuracies, each `(runs,)`.
+    """
+    test_loss, accuracy = test
+    return [
+        {
+            **identity_columns(spec, program, run, *counted[i]),
+            'step': step,
+            'epoch': -(-step // program.steps),
+            # A mask from broken scores means nothing, and neither does its accuracy.
+            'train_loss': math.nan if errors[i] else float(train_loss[i]),
+            'test_loss': math.nan if errors[i] else float(test_loss[i]),
+            'test_accuracy': math.nan if errors[i] else float(accuracy[i]),
+            'error': errors[i],
+        }
+        for i, run in enumerate(members)
+    ]
+
+
+def curves_rows(
+    program: Program,
+    members: Sequence[Run],
+    errors: Sequence[str | None],
+    before: int,
+    losses: np.ndarray,
+    moments: Sequence[Moment],
+) -> list[list]:
+    """Rows of `store.CURVES` of an epoch, or of what there is of the last one.
+
+    Args:
+      before: steps before the epoch.
+      losses: `(runs, steps)` of the epoch.
+      moments: what was recorded in it.
+    """
+    every, rows = program.record.every, []
+    tests = {m.step: m for m in moments if not m.after_round}
+    end = before + losses.shape[1]
+    first = before
+    for step in recorded_steps(end, every, program.steps, before) if every else ():
+        loss = losses[:, first - before : step - before].mean(axis=1)
+        moment = tests.get(step)
+        done = sum(r.count for r in program.timeline.rounds if r.step < step)
+        rows += _curve(members, errors, step, done, loss, moment and moment.recorded.test)
+        first = step
+    return rows
+
+
+def curves_rows_after_rounds(
+    members: Sequence[Run], errors: Sequence[str | None], moments: Sequence[Moment]
+) -> list[list]:
+    """Rows of `store.CURVES` of what was recorded right after pruning rounds."""
+    rows = []
+    for m in moments:
+        if m.after_round and m.recorded.test:
+            rows += _curve(members, errors, m.step, m.rounds, None, m.recorded.test)
+    return rows
+
+
+def _curve(
+    members: Sequence[Run],
+    errors: Sequence[str | None],
+    step: int,
+    rounds: int,
+    loss: np.ndarray | None,
+    test: tuple[np.ndarray, np.ndarray] | None,
+) -> list[list]:
+    rows = []
+    for i, run in enumerate(members):
+        values = [
+            None if loss is None else float(loss[i]),
+            *([float(t[i]) for t in test] if test else [None, None]),
+        ]
+        kept = [math.nan if errors[i] and value is not None else value for value in values]
+        rows.append([run.run_id, step, rounds, *kept])
+    return rows
+
+
+def flow_rows(
+    members: Sequence[Run], errors: Sequence[str | None], moments: Sequence[Moment]
+) -> list[list]:
+    """Rows of `store.FLOW` of what was recorded."""
+    return [
+        [run.run_id, m.step, m.rounds, path, quantity, math.nan if errors[i] else float(values[i])]
+        for m in moments
+        for quantity, by_path in m.recorded.flow.items()
+        for path, values in by_path.items()
+        for i, run in enumerate(members)
+    ]
+
+
+def identity_columns(
+    spec: SweepSpec,
+    program: Program,
+    run: Run,
+    kept: Mapping[str, int],
+    active: Mapping[str, int],
+) -> dict[str, Any]:
+    """The columns of a results row that say which run it is."""
+    size = program.size
+    left, working = sum(kept.values()), sum(active.values())
+    numbers, flags = split_options(run.train)
+    settings = {**plain(run.train), **numbers, **flags}
+    return {
+        'run_id': run.run_id,
+        'model': spec.model.name,
+        'dataset': spec.data.name,
+        'label': run.method.label,
+        'method': run.method.name,
+        'allocation': run.method.allocation,
+        'seed': run.seed,
+        'target': 'units' if run.method.granularity == 'unit' else run.method.target,
+        'target_compression': run.compression,
+        'density': left / size,
+        'compression': size / left if left else math.inf,
+        'effective_compression': size / working if working else math.inf,
+        'learning_rate': run.train.learning_rate,
+        'weight_decay': run.train.weight_decay,
+        **{key: _cell(settings[key]) for key in grid_columns(spec)},
+    }
+
+
+def grid_columns(spec: SweepSpec) -> dict[str, Any]:
+    """Column -> type of the swept training settings that have no column of their own."""
+    types = {bool: pl.Boolean, int: pl.Int64, float: pl.Float64}
+    return {
+        key: types.get(type(values[0]), pl.String)
+        for key, values in spec.grid.train.items()
+        if key not in store.RESULTS
+    }
+
+
+def _cell(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def layers_table(
+    program: Program, members: Sequence[Run], counted: Sequence[Sequence[Mapping[str, int]]]
+) -> pl.DataFrame:
+    rows = [
+        (run.run_id, path, math.prod(shape), kept[path], active[path])
+        for run, (kept, active) in zip(members, counted, strict=True)
+        for path, shape in program.shapes.items()
+    ]
+    return pl.DataFrame(rows, schema=store.LAYERS, orient='row')

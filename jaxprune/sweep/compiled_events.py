@@ -1,0 +1,219 @@
+"""The rounds of a method for a few rows of a chunk: one compiled loop, or calls from the host."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxprune.method import Rounds, host_loop, run_rounds
+from jaxprune.sweep import timeline
+from jaxprune.sweep.advance import Rows
+from jaxprune.sweep.device_data import DeviceData
+from jaxprune.sweep.grid import event_program
+from jaxprune.sweep.layout import jitted
+from jaxprune.sweep.program import MethodFacts, Program, method_facts
+from jaxprune.sweep.slots import Slots, in_parts
+from jaxprune.sweep.spec import MethodSpec
+from jaxprune.types import PruneInfo, RunState
+
+
+class EventCall(NamedTuple):
+    """What an event hands to the rows of one method.
+
+    Attributes:
+      method: the method.
+      happening: which of its rounds, and when.
+      at: numbers of the rows, rising.
+      counts: path -> keep counts `(len(at), rounds)`.
+      active: `(len(at),)`, how many active weights are wanted, for methods that target them.
+      numbers: the method's traced options, name -> `(len(at),)`.
+    """
+
+    method: MethodSpec
+    happening: timeline.Rounds
+    at: Sequence[int]
+    counts: Mapping[str, np.ndarray]
+    active: np.ndarray
+    numbers: Mapping[str, np.ndarray]
+
+
+class PruneFn(Protocol):
+    def __call__(self, rows: Rows, call: EventCall, states: Any) -> tuple[Any, PruneInfo]:
+        """Prunes some rows: `(states, info)`; the states handed in are used up.
+
+        Returns:
+          The info of the last round but `nonfinite` of all rounds and `nonzero` of the first, host
+          arrays `(len(at), ...)`.
+        """
+
+
+class Compiled(NamedTuple):
+    """Some rounds of a method for a few rows, compiled.
+
+    Attributes:
+      run: `(before, clock, data, keys, hyper, counts, active, states) -> (states, infos)`, infos
+        `(rows, rounds)`; `before` is the number of rounds before.
+      once: the compiled function that scores and selects.
+    """
+
+    run: Callable
+    once: Callable
+
+
+def make_prune(
+    program: Program,
+    mesh: Mesh,
+    data: DeviceData,
+    slots: Slots,
+    batching: str,
+    hosted: bool,
+    at_once: int,
+) -> tuple[PruneFn, dict[str, Compiled]]:
+    """The pruning of a program's rows, and its compiled functions by name, as they are made."""
+    compiled: dict[str, Compiled] = {}
+    facts: dict[str, MethodFacts] = {}
+
+    def of(call: EventCall) -> Compiled:
+        happening, kind = call.happening, event_program(call.method)
+        if kind not in facts:
+            facts[kind] = method_facts(program, call.method)
+        known = facts[kind]
+        # A method that carries nothing from round to round begins anew in each of them.
+        carries = bool(jax.tree.leaves(known.state))
+        begin, finish = happening.begin or not carries, happening.finish
+        name = ', '.join(
+            [kind]
+            + [f'{happening.count} rounds'] * (happening.count > 1)
+            + ['later'] * (not begin)
+            + ['earlier'] * (not finish and (carries or known.finishes))
+        )
+        if name not in compiled:
+            make = _hosted if hosted else _looped
+            ends = finish and known.finishes
+            compiled[name] = make(
+                program, call.method, batching, mesh, begin, ends, finish or not carries
+            )
+        return compiled[name]
+
+    def prune(rows, call, states):
+        events, states, infos = of(call), list(states), []
+        at, runs = np.asarray(call.at), len(rows.keys)
+        for number, slot in enumerate(slots.of(runs)):
+            inside, made = np.flatnonzero((at >= slot.start) & (at < slot.stop)), []
+            for chosen, real in in_parts(inside, min(at_once, runs)):
+                where = at[chosen]
+                keys, hyper = slots.take(rows, where)
+                method = {name: np.asarray(v)[chosen] for name, v in call.numbers.items()}
+                new, info = events.run(
+                    np.int32(call.happening.first),
+                    np.int32(call.happening.clock),
+                    data,
+                    keys,
+                    hyper._replace(method=method),
+                    {path: np.asarray(c)[chosen] for path, c in call.counts.items()},
+                    np.asarray(call.active)[chosen],
+                    slots.take(states[number], where - slot.start),
+                )
+                made.append((where - slot.start, real, new))
+                infos.append(jax.tree.map(lambda leaf, real=real: np.asarray(leaf)[:real], info))
+            states[number] = _placed(slots, states[number], made)
+        infos = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
+        return states, _summary(infos)
+
+    return prune, compiled
+
+
+def _placed(slots: Slots, states: RunState, made: Sequence[tuple]) -> RunState:
+    """The states of a slot with the rows that an event made."""
+    if not made:
+        return states
+    before, after = (jax.tree.structure(s.method_state) for s in (states, made[0][2]))
+    carried = states.method_state
+    if before != after:
+        # All rows of a slot begin and end together, part by part in their order.
+        parts = [
+            jax.tree.map(lambda leaf, real=real: leaf[:real], new.method_state)
+            for _, real, new in made
+        ]
+        carried = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+        states = states._replace(method_state=())
+        made = [(where, real, new._replace(method_state=())) for where, real, new in made]
+    for where, _, new in made:
+        states = slots.place(states, where, new)
+    return states if before == after else states._replace(method_state=carried)
+
+
+def _summary(infos: PruneInfo) -> PruneInfo:
+    """Of all rounds `(rows, rounds)`: see `PruneFn`."""
+    last = jax.tree.map(lambda leaf: leaf[:, -1], infos)
+    return last._replace(nonfinite=infos.nonfinite.sum(1), nonzero=infos.nonzero[:, 0])
+
+
+def _looped(
+    program: Program, method: MethodSpec, batching: str, mesh: Mesh, begin: bool, finish: bool,
+    drop: bool,
+) -> Compiled:  # fmt: skip
+    """Rounds as a loop inside one program.
+
+    Args:
+      begin: they are the method's first.
+      finish: they are its last, and something happens after them.
+      drop: the method's state ends with them: states that all methods share have none.
+    """
+    events = program.events(method)
+
+    def rounds(before, clock, data, key, hyper, counts, active, state):
+        rounds = events(clock, data, key, hyper)
+        state, infos = run_rounds(
+            rounds, state, counts, before=before, begin=begin, finish=finish, active=active
+        )
+        return state._replace(method_state=()) if drop else state, infos
+
+    compiled = jitted(rounds, (None, None, None, 0, 0, 0, 0, 0), batching, mesh)
+    return Compiled(compiled, compiled)
+
+
+def _hosted(
+    program: Program, method: MethodSpec, batching: str, mesh: Mesh, begin: bool, finish: bool,
+    drop: bool,
+) -> Compiled:  # fmt: skip
+    """Rounds as calls from the host; arguments as in `_looped`."""
+    events = program.events(method)
+
+    def start(clock, data, key, hyper, state):
+        return events(clock, data, key, hyper).begin(state)
+
+    def once(number, clock, data, key, hyper, counts, state):
+        return events(clock, data, key, hyper).once(number, counts, state)
+
+    def end(clock, data, key, hyper, active, state):
+        return events(clock, data, key, hyper).finish(state, active)
+
+    started = jitted(start, (None, None, 0, 0, 0), batching, mesh)
+    single = jitted(once, (None, None, None, 0, 0, 0, 0), batching, mesh)
+    ended = jitted(end, (None, None, 0, 0, 0, 0), batching, mesh)
+
+    def run(before, clock, data, keys, hyper, counts, active, states):
+        shared = (clock, data, keys, hyper)
+        rounds = Rounds(
+            lambda states: started(*shared, states),
+            lambda number, now, states: single(number, *shared, now, states),
+            lambda states, active: ended(*shared, active, states),
+        )
+        states, infos = run_rounds(
+            rounds,
+            states,
+            {path: np.swapaxes(column, 0, 1) for path, column in counts.items()},
+            before=before,
+            begin=begin,
+            finish=finish,
+            active=active,
+            loop=host_loop,
+        )
+        infos = jax.tree.map(lambda leaf: np.swapaxes(np.asarray(leaf), 0, 1), infos)
+        return states._replace(method_state=()) if drop else states, infos
+
+    return Compiled(run, single)

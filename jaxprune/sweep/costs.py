@@ -1,0 +1,88 @@
+"""What a run costs: parameters, bytes, floating-point operations, and estimates of time."""
+
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import data
+from jaxprune.sweep.program import Program
+from jaxprune.sweep.spec import SweepSpec
+
+
+def costs(spec: SweepSpec, program: Program, batch: int) -> dict[str, Any]:
+    """Parameters, bytes and floating-point operations of one run, from abstract values.
+
+    Bytes: the state, one gradient, and every intermediate of one forward pass held for the
+    backward pass; an estimate, as the compiler fuses and reuses.
+
+    Args:
+      batch: examples per step.
+    """
+    facts = data.facts(spec.data.name)
+    key = jax.random.key(0)
+    state = jax.eval_shape(program.init, key, program.hyper)
+    x = jax.ShapeDtypeStruct((batch, *facts.shape), jnp.float32)
+    y = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def loss(params, model_state, x, y):
+        logits, _ = program.problem.apply(params, model_state, x, train=True, key=key)
+        return program.problem.loss(logits, y).mean()
+
+    forward = jax.make_jaxpr(loss)(state.params, state.model_state, x, y)
+    activations = sum(
+        math.prod(var.aval.shape) * var.aval.dtype.itemsize
+        for equation in forward.eqns
+        for var in equation.outvars
+    )
+    lowered = jax.jit(jax.grad(loss)).lower(state.params, state.model_state, x, y)
+    analysis = lowered.cost_analysis() or {}
+    return {
+        'parameters': sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
+        'bytes_per_run': _bytes(state) + _bytes(state.params) + int(activations),
+        'flops_per_step': float(analysis.get('flops', math.nan)),
+    }
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def data_bytes(spec: SweepSpec) -> int:
+    """Bytes of the data set on the device, uint8 pixels and int32 labels."""
+    facts = data.facts(spec.data.name)
+    examples = (spec.data.train_examples or facts.train_size) + (
+        spec.data.test_examples or facts.test_size
+    )
+    return examples * (math.prod(facts.shape) + 4)
+
+
+def estimate(plan_table: dict[str, Any], spec: SweepSpec) -> dict[str, float]:
+    """Peak memory of a chunk in bytes and training time in seconds, both rough.
+
+    Time is that of measured steps; where nothing was measured, the arithmetic of all steps at the
+    speed of one short matrix product on this machine. Convolutions and small layers reach less.
+    """
+    speed = matmul_speed()
+    seconds, peak = 0.0, 0
+    for program in plan_table['programs']:
+        step = program['seconds_per_step'] or program['flops_per_step'] / speed
+        seconds += program['runs'] * program['steps'] * step
+        peak = max(peak, program['chunk'] * program['bytes_per_run'])
+    return {'seconds': seconds, 'bytes': peak + data_bytes(spec), 'flops_per_second': speed}
+
+
+def matmul_speed(seconds: float = 0.3) -> float:
+    """Floating-point operations per second of float32 matrix products, measured briefly."""
+    side = 512
+    a = jnp.asarray(np.random.default_rng(0).normal(size=(side, side)), jnp.float32)
+    product = jax.jit(lambda a: a @ a / side)
+    product(a).block_until_ready()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        product(a).block_until_ready()
+        count += 1
+    return count * 2 * side**3 / (time.perf_counter() - start)

@@ -1,0 +1,94 @@
+"""Runs that share one training program, and how it is trained."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxprune.errors import JaxpruneError, SpecError, first_line
+from jaxprune.sweep.grid import Run, digest, program_settings, representative, runs
+from jaxprune.sweep.parse import plain
+from jaxprune.sweep.probe import Measured, remembered
+from jaxprune.sweep.program import Program, make_program
+from jaxprune.sweep.spec import SweepSpec
+from jaxprune.sweep.strategy import Strategy, forced, usual
+
+
+class Group(NamedTuple):
+    """Runs that share one training program.
+
+    Attributes:
+      id: hash of what makes the program.
+      settings: its static settings, see `program_settings`.
+      strategy: how its runs are trained.
+      chosen: why so: 'measured', 'usual' or 'forced'.
+      measured: what was measured of the strategy on this machine, None if it never was.
+      runs: its runs, sorted so that chunks hold few methods.
+      program: its functions, convolving natively.
+    """
+
+    id: str
+    settings: dict[str, Any]
+    strategy: Strategy
+    chosen: str
+    measured: Measured | None
+    runs: list[Run]
+    program: Program
+
+
+def groups_of(spec: SweepSpec, source: str = 'spec') -> list[Group]:
+    """The runs of a specification by training program, in order of first appearance.
+
+    Raises:
+      SpecError: a model or an optimizer refuses its arguments.
+    """
+    by_key: dict[str, list[Run]] = {}
+    network = [plain(spec.model), plain(spec.data)]
+    for run in runs(spec):
+        by_key.setdefault(digest([*network, program_settings(run)]), []).append(run)
+    made = []
+    for key, members in by_key.items():
+        with library_errors(source):
+            run = representative(members)
+            program = make_program(spec, run)
+            choice = _choice(spec, program, run)
+        made.append(Group(key, program_settings(run), *choice, members, program))
+    return made
+
+
+def chosen_anew(spec: SweepSpec, groups: Sequence[Group]) -> list[Group]:
+    """The groups with the strategies that are fastest by what has been measured since."""
+    fields = ('strategy', 'chosen', 'measured')
+    return [
+        group._replace(
+            **dict(zip(fields, _choice(spec, group.program, group.runs[0]), strict=True))
+        )
+        for group in groups
+    ]
+
+
+def _choice(spec: SweepSpec, program: Program, run: Run) -> tuple[Strategy, str, Measured | None]:
+    """The fastest strategy measured here that [engine] allows, or else the usual one."""
+    devices = jax.local_device_count()
+    known = remembered(spec, run)
+    allowed = [m for m in known if forced(m.strategy, spec.engine, devices) == m.strategy]
+    if allowed and not allowed[0].error:
+        return allowed[0].strategy, 'measured', allowed[0]
+    best = usual(program.convolves, jax.default_backend(), devices)
+    taken = forced(best, spec.engine, devices)
+    return taken, 'usual' if taken == best else 'forced', None
+
+
+@contextlib.contextmanager
+def library_errors(source: str) -> Iterator[None]:
+    """Whatever a model or an optimizer refuses, as a SpecError."""
+    try:
+        yield
+    except JaxpruneError as error:
+        raise SpecError(f'{source}: {error}') from None
+    except Exception as error:
+        # An argument that optax or flax refuses; its own message says which.
+        raise SpecError(
+            f'{source}: model or train: refused by the library: {first_line(error)}'
+        ) from error

@@ -1,0 +1,240 @@
+"""When things happen in a run: its rounds, where its clock stands, where a chunk stops on the way.
+
+Two counts run along a run. Its *step* counts all steps taken and never falls; results are filed
+under it. Its *clock* says where the run stands in its schedule: the learning rate, the order of the
+data and all random draws follow the clock. The clock runs with the steps, but a round may set it
+back (rewinding) or on to the phase after pruning. That phase begins where training ends on the
+clock, at `epochs * steps_per_epoch`, whether training got that far or not.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxprune.errors import SpecError
+from jaxprune.sweep.spec import MethodSpec, RecordSpec, TrainSpec
+
+
+class Rounds(NamedTuple):
+    """Rounds that happen at one step, one after another.
+
+    Attributes:
+      step: steps taken before.
+      clock: where the clock stands.
+      first: how many rounds of the method happened before.
+      count: how many happen here.
+      begin: the method begins here.
+      finish: the method ends here.
+      rewind: 'weights', 'rate' or '', what the run takes back afterwards.
+    """
+
+    step: int
+    clock: int
+    first: int
+    count: int
+    begin: bool
+    finish: bool
+    rewind: str
+
+
+class Span(NamedTuple):
+    """Training without a round in between.
+
+    Attributes:
+      step: steps taken before.
+      clock: where the clock stands before.
+      length: steps.
+      hooked: the method is between its first round and its last.
+    """
+
+    step: int
+    clock: int
+    length: int
+    hooked: bool
+
+
+class Timeline(NamedTuple):
+    """A run from its first step to its last.
+
+    Attributes:
+      rounds: where rounds happen, in order; empty for the dense control.
+      spans: the training between them, in order; together all of it.
+      steps: of training in all.
+      anchor: the step before which the run's state is kept for rewinding; None for never.
+      train_steps: the length of training on the clock, where the phase after pruning begins.
+    """
+
+    rounds: tuple[Rounds, ...]
+    spans: tuple[Span, ...]
+    steps: int
+    anchor: int | None
+    train_steps: int
+
+
+def round_steps(method: MethodSpec, epoch: int) -> tuple[int, ...]:
+    """The step before which each round happens.
+
+    Args:
+      method: with its number of rounds.
+      epoch: steps per epoch.
+
+    Raises:
+      SpecError: keys of *when* that contradict each other; the message begins with the key.
+    """
+    unit = epoch if method.time_unit == 'epochs' else 1
+    start, every, end, rounds = method.start, method.every, method.end, method.rounds
+    if end and end < start:
+        raise SpecError(f'end: {end:g} is before start, {start:g}')
+    if end and not every and rounds > 1:
+        every = (end - start) / (rounds - 1)
+    elif method.rewind and rounds > 1 and not every:
+        every = start - method.rewind_to  # every round where the first one is on the clock
+    last = start + (rounds - 1) * every
+    if end and last > end * (1 + 1e-12):
+        raise SpecError(
+            f'end: round {rounds} happens at {last:g}, later than end, {end:g}: leave out one of '
+            'rounds, every and end'
+        )
+    return tuple(round(unit * (start + i * every)) for i in range(rounds))
+
+
+def rounds_until(method: MethodSpec) -> int:
+    """How many rounds `start`, `every` and `end` make."""
+    return int((method.end - method.start) / method.every * (1 + 1e-12)) + 1
+
+
+def timeline_of(train: TrainSpec, method: MethodSpec | None, epoch: int) -> Timeline:
+    """The timeline of a run.
+
+    Args:
+      train: its training settings.
+      method: how it is pruned; None for the dense control.
+      epoch: steps per epoch.
+
+    Raises:
+      SpecError: a round would come after the end of training, or rewinding would go forward; the
+        message begins with the key of the method.
+    """
+    length = train.epochs * epoch
+    if method is None:
+        return Timeline((), (Span(0, 0, length, False),), length, None, length)
+    steps = round_steps(method, epoch)
+    back = _rewind_to(method, epoch, steps[0])
+    rounds, spans = [], []
+    step = clock = done = 0
+    limit = length  # how far the clock may run
+    for at, together in itertools.groupby(steps):
+        count, taken = len(list(together)), at - step
+        if clock + taken > limit:
+            over = (step + limit - clock) / epoch
+            raise SpecError(
+                f'{"every" if done else "start"}: round {done + 1} happens after epoch '
+                f'{at / epoch:g}, but training is over after {over:g}'
+            )
+        if taken:
+            spans.append(Span(step, clock, taken, bool(done)))
+        step, clock = at, clock + taken
+        finish = done + count == len(steps)
+        rounds.append(Rounds(at, clock, done, count, not done, finish, method.rewind))
+        done += count
+        if method.rewind:
+            clock = back
+        if method.finetune.epochs and (finish or method.finetune.each_round):
+            clock, limit = length, length + method.finetune.epochs * epoch
+    if limit > clock:
+        spans.append(Span(step, clock, limit - clock, False))
+    total = step + limit - clock
+    anchor = back if method.rewind == 'weights' else None
+    return Timeline(tuple(rounds), tuple(spans), total, anchor, length)
+
+
+def _rewind_to(method: MethodSpec, epoch: int, first: int) -> int:
+    """The clock to which rewinding goes back."""
+    back = round(method.rewind_to * (epoch if method.time_unit == 'epochs' else 1))
+    if method.rewind and back > first:
+        raise SpecError(
+            f'rewind_to: {method.rewind_to:g} is after the first round, at {method.start:g}'
+        )
+    return back
+
+
+class Border(NamedTuple):
+    """A step at which a chunk stops to do something.
+
+    Attributes:
+      step: steps taken before.
+      epoch_end: the losses since the last such border are summed up, and a checkpoint may be saved.
+      record: quantities along training are recorded.
+      evaluate: a row of results is made.
+      keep: the state is kept for rewinding.
+      rounds: the rounds that happen here, or None.
+    """
+
+    step: int
+    epoch_end: bool
+    record: bool
+    evaluate: bool
+    keep: bool
+    rounds: Rounds | None
+
+
+def borders_of(timeline: Timeline, record: RecordSpec, epoch: int) -> list[Border]:
+    """All borders of a timeline, in order.
+
+    Losses alone need no border to be recorded: they come back from training step by step.
+    """
+    watching = bool(record.every and (record.evaluate or record.flow))
+    rounds = {happening.step: happening for happening in timeline.rounds}
+    epochs = {min(end, timeline.steps) for end in range(epoch, timeline.steps + epoch, epoch)}
+    marks = set(recorded_steps(timeline.steps, record.every, epoch)) if watching else set()
+    found = []
+    for step in sorted({*epochs, *marks, *rounds, *_kept(timeline)}):
+        number = -(-step // epoch)
+        ends = step in epochs
+        found.append(
+            Border(
+                step=step,
+                epoch_end=ends,
+                record=step in marks,
+                evaluate=ends and (number % record.every_epochs == 0 or step == timeline.steps),
+                keep=step == timeline.anchor,
+                rounds=rounds.get(step),
+            )
+        )
+    return found
+
+
+def recorded_steps(steps: int, every: int, epoch: int, first: int = 0) -> list[int]:
+    """Steps after `first` at which [record] looks: every so many of an epoch, and at its end."""
+    return [
+        step
+        for step in range(first + 1, steps + 1)
+        if step % epoch % every == 0 or step == steps or step % epoch == 0
+    ]
+
+
+def _kept(timeline: Timeline) -> Sequence[int]:
+    return () if timeline.anchor is None else (timeline.anchor,)
+
+
+class Stretch(NamedTuple):
+    """Training from one border to the next: from `start` to `stop` on the clock."""
+
+    start: int
+    stop: int
+    hooked: bool
+
+
+def stretches_of(timeline: Timeline, borders: Sequence[Border]) -> list[Stretch | None]:
+    """What is trained before each border; None where nothing is."""
+    found, before = [], 0
+    for border in borders:
+        stretch = None
+        if border.step > before:
+            # Rounds are borders, so a stretch lies within one span.
+            span = next(s for s in timeline.spans if s.step <= before < s.step + s.length)
+            start = span.clock + before - span.step
+            stretch = Stretch(start, start + border.step - before, span.hooked)
+        found.append(stretch)
+        before = border.step
+    return found
