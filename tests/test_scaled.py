@@ -364,6 +364,18 @@ def test_operations_and_their_gradients(name):
     np.testing.assert_allclose(plain(*our_gradient), gradient, rtol=1e-5, atol=1e-5)
 
 
+def test_a_scan_is_computed_as_written():
+    """Expectation: the docstring of `evaluate`: squared in a scan 1e-30 vanishes in float32, as JAX
+    computes it; squared outside it is 1e-60."""
+
+    def squared(a):
+        return jax.lax.scan(lambda h, _: (h * h, None), a, length=1)[0]
+
+    small = scaled.normalise(jnp.float32(1e-30))
+    assert float(scaled.evaluate(squared, small).array) == float(squared(jnp.float32(1e-30))) == 0
+    np.testing.assert_allclose(plain(*scaled.evaluate(jnp.square, small)[:2]), 1e-60, rtol=1e-6)
+
+
 def test_types_stay_when_double_precision_is_enabled():
     """Expectation: constants written into a function do not widen single precision to double."""
     with jax.enable_x64(True):

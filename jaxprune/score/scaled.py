@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import JaxprEqn, Literal, Var
 
+from jaxprune.jaxpr import bind, interpret
 from jaxprune.types import PyTree
 
 #: The exponent of zero, so low that zero never decides to which exponent others are aligned; and
@@ -37,10 +38,6 @@ class Scaled(NamedTuple):
     normal: bool = False
 
 
-_CALLS = frozenset(
-    {'jit', 'pjit', 'closed_call', 'core_call', 'custom_jvp_call', 'custom_vjp_call'}
-    | {'checkpoint', 'remat', 'remat2'}
-)
 #: The number is moved, not changed.
 _MOVES = frozenset(
     {'reshape', 'transpose', 'broadcast_in_dim', 'squeeze', 'expand_dims', 'rev', 'copy', 'neg'}
@@ -80,7 +77,8 @@ def evaluate(fn: Callable[..., PyTree], scaled: PyTree, *plain: PyTree) -> PyTre
     arrays = jax.tree.map(lambda s: s.array, scaled, is_leaf=_is_scaled)
     jaxpr, shape = jax.make_jaxpr(fn, return_shape=True)(arrays, *plain)
     args = [*jax.tree.leaves(scaled, is_leaf=_is_scaled), *jax.tree.leaves(plain)]
-    return jax.tree.unflatten(jax.tree.structure(shape), [_number(v) for v in _run(jaxpr, args)])
+    outputs = interpret(jaxpr, args, _rule, _constant, scan=_as_written)
+    return jax.tree.unflatten(jax.tree.structure(shape), [_number(v) for v in outputs])
 
 
 def normalise(array: jax.Array) -> Scaled:
@@ -129,35 +127,19 @@ def _number(value: Any) -> Scaled:
     return value if _is_scaled(value) else Scaled(jnp.asarray(value), jnp.int32(0))
 
 
-# --- a jaxpr, equation by equation ------------------------------------------------------------
+# --- the rules of the operations ----------------------------------------------------------------
 
 
-def _run(called: ClosedJaxpr | Jaxpr, args: list[Any]) -> list[Any]:
-    closed = isinstance(called, ClosedJaxpr)
-    jaxpr, consts = (called.jaxpr, called.consts) if closed else (called, [])
-    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-
-    def read(atom):
-        return _literal(atom) if isinstance(atom, Literal) else values[atom]
-
-    for equation in jaxpr.eqns:
-        outputs = _step(equation, [read(atom) for atom in equation.invars])
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _literal(atom: Literal) -> Any:
-    if not _floating(atom.aval.dtype):
-        return atom.val
-    value = np.asarray(atom.val, atom.aval.dtype)
+def _constant(array: Any, atom: Literal | Var) -> Any:
+    """Literals with their dtype, zero and infinity as scaled numbers; other arrays as they are."""
+    if not isinstance(atom, Literal) or not _floating(atom.aval.dtype):
+        return array
+    value = np.asarray(array, atom.aval.dtype)
     return Scaled(jnp.asarray(value), ZERO, True) if value == 0 or np.isinf(value) else value
 
 
-def _step(equation: JaxprEqn, given: list[Any]) -> list[Any]:
+def _rule(equation: JaxprEqn, given: list[Any]) -> list[Any]:
     name = equation.primitive.name
-    if name in _CALLS:
-        params = equation.params
-        return _run(params['jaxpr'] if 'jaxpr' in params else params['call_jaxpr'], given)
     if name == 'optimization_barrier':
         return given
     numbers = [v for v in given if _is_scaled(v)]
@@ -169,29 +151,24 @@ def _step(equation: JaxprEqn, given: list[Any]) -> list[Any]:
     return _RULES.get(name, _as_written)(equation, given)
 
 
-def _bind(equation: JaxprEqn, arrays: list[Any]) -> list[Any]:
-    out = equation.primitive.bind(*arrays, **equation.params)
-    return list(out) if equation.primitive.multiple_results else [out]
-
-
 def _as_written(equation, given):
-    return _bind(equation, [_plain(v) for v in given])
+    return bind(equation, *[_plain(v) for v in given])
 
 
 def _keep(equation, given):
     first = _number(given[0])
     arrays = [_array(v) for v in given]
     normal = first.normal and equation.primitive.name in _MOVES
-    return [Scaled(out, first.exponent, normal) for out in _bind(equation, arrays)]
+    return [Scaled(out, first.exponent, normal) for out in bind(equation, *arrays)]
 
 
 def _scaleless(equation, given):
-    return _bind(equation, [_array(v) for v in given])
+    return bind(equation, *[_array(v) for v in given])
 
 
 def _multiply(equation, given):
     exponents = [v.exponent for v in given if _is_scaled(v)]
-    (out,) = _bind(equation, [_array(v) for v in given])
+    (out,) = bind(equation, *[_array(v) for v in given])
     result = Scaled(out, _add(*exponents))
     # A product with an ordinary array, like a batch norm's scale, stays near where it was.
     return [_normal(result) if len(exponents) > 1 or equation.primitive.name != 'mul' else result]
@@ -199,25 +176,25 @@ def _multiply(equation, given):
 
 def _divide(equation, given):
     above, below = map(_number, given)
-    (out,) = _bind(equation, [above.array, below.array])
+    (out,) = bind(equation, above.array, below.array)
     exponent = above.exponent if _is_zero(above) else above.exponent - below.exponent
     return [_normal(Scaled(out, exponent))]
 
 
 def _power(equation, given):
     power = 2 if equation.primitive.name == 'square' else equation.params['y']
-    (out,) = _bind(equation, [given[0].array])
+    (out,) = bind(equation, given[0].array)
     # The exponent of zero would overflow.
     return [_normal(Scaled(out, jnp.clip(given[0].exponent, -(2**20), 2**20) * power))]
 
 
 def _align(equation, given):
     arrays, exponent = _aligned(given)
-    return [Scaled(out, exponent) for out in _bind(equation, arrays)]
+    return [Scaled(out, exponent) for out in bind(equation, *arrays)]
 
 
 def _compare(equation, given):
-    return _bind(equation, _aligned(given)[0])
+    return bind(equation, *_aligned(given)[0])
 
 
 _RULES = {

@@ -12,6 +12,7 @@ from jaxprune.structure.effective import (
     shapes_in_order,
 )
 from jaxprune.structure.fold import Folded, fold_constants
+from jaxprune.structure.forward_order import forward_order
 from jaxprune.structure.target import (
     TARGETS,
     Chain,
@@ -22,7 +23,6 @@ from jaxprune.structure.target import (
     prune_to_active,
     rounds_before,
 )
-from jaxprune.structure.walk import forward_order
 
 __all__ = [
     'TARGETS',

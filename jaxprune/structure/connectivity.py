@@ -36,9 +36,9 @@ import jax.numpy as jnp
 
 from jaxprune import tree
 from jaxprune.errors import PruneError
+from jaxprune.jaxpr import interpret, trace
 from jaxprune.structure.rules import liveness
 from jaxprune.structure.values import Const, Signal, Weight
-from jaxprune.structure.walk import trace, walk
 from jaxprune.types import Masks, PyTree, Rule
 
 Connect = Callable[[Masks], Masks]
@@ -87,7 +87,7 @@ def connectivity(
             for aval in arguments[len(traced.paths) :][: traced.inputs]
         ]
         args += [Const()] * traced.constants
-        outputs = walk(traced.jaxpr, args, liveness(roots), Const)
+        outputs = interpret(traced.jaxpr, args, liveness(roots), lambda array, atom: Const(array))
         return sum((out.live.sum() for out in outputs if isinstance(out, Signal)), jnp.zeros(()))
 
     def connect(masks: Masks) -> Masks:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxprune import tree
 from jaxprune.select import count_kept
 from jaxprune.structure.connectivity import Connect, connectivity
-from jaxprune.structure.walk import forward_order
+from jaxprune.structure.forward_order import forward_order
 from jaxprune.types import Masks, Problem, PyTree, Rule
 
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from jaxprune import tree
 from jaxprune.errors import PruneError
+from jaxprune.jaxpr import EquationRule, bind, interpret, trace
 from jaxprune.structure.connectivity import connectivity
 from jaxprune.structure.operations import JOINS, MOVES, SAME
 from jaxprune.structure.rules import liveness
 from jaxprune.structure.values import Const, Signal, Weight
-from jaxprune.structure.walk import trace, walk
 from jaxprune.types import Masks, PyTree, Rule
 
 #: How far a folded constant may vary over examples and places, and the outputs may change,
@@ -70,7 +70,7 @@ class _Shift(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """A value in the walk: its numbers, its liveness and what folding needs to know.
+    """A value of the interpreter: its numbers, its liveness and what folding needs to know.
 
     Attributes:
       number: the array, under the original masks.
@@ -140,7 +140,7 @@ def fold_constants(
     shifts: list[_Shift] = []
     unfolded: set[str] = set()
     rule = _rule(liveness(roots), shifts, unfolded, names)
-    outputs = walk(traced.jaxpr, args, rule, lambda value: _Node(value, Const(value)))
+    outputs = interpret(traced.jaxpr, args, rule, lambda array, atom: _Node(array, Const(array)))
     for out in outputs:
         _give_up(out, unfolded)
 
@@ -160,17 +160,14 @@ def fold_constants(
     return folded
 
 
-def _rule(kinds: Callable, shifts: list[_Shift], unfolded: set[str], names: dict) -> Callable:
-    """The rule for `walk`: numbers and liveness side by side; fills `shifts` and `unfolded`."""
+def _rule(
+    kinds: EquationRule, shifts: list[_Shift], unfolded: set[str], names: dict
+) -> EquationRule:
+    """The rule for `interpret`: numbers next to liveness; it fills `shifts` and `unfolded`."""
 
     def rule(equation, given: list[_Node]) -> list[_Node]:
         name = equation.primitive.name
-
-        def bind(*arrays):
-            out = equation.primitive.bind(*arrays, **equation.params)
-            return list(out) if equation.primitive.multiple_results else [out]
-
-        numbers = bind(*[node.number for node in given])
+        numbers = bind(equation, *[node.number for node in given])
         made = [
             _Node(number, kind)
             for number, kind in zip(numbers, kinds(equation, [n.kind for n in given]), strict=True)
@@ -180,17 +177,18 @@ def _rule(kinds: Callable, shifts: list[_Shift], unfolded: set[str], names: dict
         if name in ('dot_general', 'conv_general_dilated') and weight and signal:
             dead = jnp.where(signal.kind.live > 0, 0, signal.number)
             pair = [dead if n is signal else n.removed for n in given]
-            return [made[0]._replace(pending=_Pending(weight.kind.leaves, bind(*pair)[0]))]
+            (added,) = bind(equation, *pair)
+            return [made[0]._replace(pending=_Pending(weight.kind.leaves, added))]
         if weight and not signal:
-            parts = bind(*[_removed(name, i, n) for i, n in enumerate(given)])
+            parts = bind(equation, *[_removed(name, i, n) for i, n in enumerate(given)])
             return [n._replace(removed=part) for n, part in zip(made, parts, strict=True)]
         if name in MOVES and len(given) == 1:
             node = given[0]
             if node.places is not None:
-                parts = bind(node.places)
+                parts = bind(equation, node.places)
                 return [n._replace(places=p) for n, p in zip(made, parts, strict=True)]
             if node.pending is not None:
-                parts = bind(node.pending.added)
+                parts = bind(equation, node.pending.added)
                 return [
                     n._replace(pending=node.pending._replace(added=p))
                     for n, p in zip(made, parts, strict=True)

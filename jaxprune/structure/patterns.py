@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
+from jaxprune.jaxpr import bind
 from jaxprune.structure.operations import KEEPS_LOW, POSITIVE
 from jaxprune.structure.values import Pattern, numbers
 
@@ -86,8 +87,7 @@ def placed(equation: JaxprEqn, patterns: Sequence[Pattern], avals, *leading: Any
             jnp.broadcast_to(False if p is None else p, aval.shape)
             for p, aval in zip(patterns, avals, strict=True)
         ]
-        out = equation.primitive.bind(*leading, *each, **equation.params)
-        return [known(p) for p in (out if equation.primitive.multiple_results else [out])]
+        return [known(p) for p in bind(equation, *leading, *each)]
 
 
 def reduced(pattern: Pattern, axes: tuple[int, ...]) -> Pattern:
@@ -165,4 +165,4 @@ def zero_stays(equation: JaxprEqn, given: Sequence[Any]) -> jax.Array | bool:
             v.value if numbers(v) is not None else jnp.zeros(x.aval.shape, x.aval.dtype)
             for v, x in zip(given, equation.invars, strict=True)
         ]
-        return equation.primitive.bind(*zeros, **equation.params) == 0
+        return bind(equation, *zeros)[0] == 0

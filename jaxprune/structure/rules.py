@@ -1,11 +1,11 @@
-"""What each operation means for paths: the rule that `connectivity` walks a network with.
+"""What each operation means for paths: the rule by which `connectivity` interprets a network.
 
 Its sentences stand at the head of `structure.connectivity`.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
+from jaxprune.jaxpr import EquationRule, Unknown, bind
 from jaxprune.structure import patterns
 from jaxprune.structure.operations import (
     ARITHMETIC,
@@ -33,7 +34,6 @@ from jaxprune.structure.operations import (
 )
 from jaxprune.structure.patterns import low_of, open_where, shut_of
 from jaxprune.structure.values import Const, Signal, Weight, named, numbers
-from jaxprune.structure.walk import Unknown
 
 #: Larger constants would only sit in memory; a causal mask of 8192 tokens is as large.
 _LARGEST = 2**26
@@ -51,8 +51,8 @@ def binarise(x: jax.Array) -> jax.Array:
 binarise.defvjp(lambda x: (binarise(x), None), lambda _, ct: ((ct > 0.5).astype(ct.dtype),))
 
 
-def liveness(roots: itertools.count) -> Callable[[JaxprEqn, list[Any]], Sequence[Any]]:
-    """The rule for `walk` that carries `Const`, `Weight` and `Signal` values.
+def liveness(roots: itertools.count) -> EquationRule:
+    """The rule for `interpret` that carries `Const`, `Weight` and `Signal` values.
 
     Args:
       roots: gives every new tensor its number.
@@ -124,8 +124,7 @@ def _constants(equation: JaxprEqn, given: Sequence[Const]) -> list[Const]:
     size = sum(math.prod(getattr(v.aval, 'shape', ())) for v in equation.outvars)
     if all(v.value is not None for v in given) and size <= _LARGEST and not equation.effects:
         with jax.ensure_compile_time_eval():  # numbers, also while something is traced
-            out = _bind(equation, *[v.value for v in given])
-        return [Const(v) for v in (out if equation.primitive.multiple_results else [out])]
+            return [Const(v) for v in bind(equation, *[v.value for v in given])]
     mixed = tuple(dict.fromkeys(leaf for v in given for leaf in v.mixed))
     shuts, lows = [None] * outs, [None] * outs
     avals = [x.aval for x in equation.invars]
@@ -143,10 +142,6 @@ def _constants(equation: JaxprEqn, given: Sequence[Const]) -> list[Const]:
         Const(source=source, mixed=mixed, shut=shut, low=low)
         for shut, low in zip(shuts, lows, strict=True)
     ]
-
-
-def _bind(equation: JaxprEqn, *arrays: jax.Array) -> Any:
-    return equation.primitive.bind(*arrays, **equation.params)
 
 
 def _fit(live: jax.Array, equation: JaxprEqn) -> jax.Array:
@@ -169,9 +164,7 @@ def _rearranged(equation: JaxprEqn, given: list[Any], weights: list[Weight]) -> 
     leaves = tuple(dict.fromkeys(leaf for w in weights for leaf in w.leaves))
     factors = [_factor(v, x.aval) for v, x in zip(given, equation.invars, strict=True)]
     if name in MOVES and len(given) == 1:
-        out = _bind(equation, first.kept)
-        outs = out if equation.primitive.multiple_results else [out]
-        return [Weight(kept, leaves) for kept in outs]
+        return [Weight(kept, leaves) for kept in bind(equation, first.kept)]
     if name in SAME or name in ('neg', 'abs'):
         return [first]
     scaled = name == 'mul' or (name == 'div' and given[0] is first)
@@ -179,11 +172,13 @@ def _rearranged(equation: JaxprEqn, given: list[Any], weights: list[Weight]) -> 
         kept = math.prod(factors) if name == 'mul' else first.kept
         return [Weight(_fit(kept, equation), leaves)]
     if name in ('dynamic_slice', 'gather') and all(v.value is not None for v in constants):
-        return [Weight(_bind(equation, first.kept, *[v.value for v in constants]), leaves)]
+        (kept,) = bind(equation, first.kept, *[v.value for v in constants])
+        return [Weight(kept, leaves)]
     if name in JOINS:
-        return [Weight(_bind(equation, *factors), leaves)]
+        return [Weight(kept, leaves) for kept in bind(equation, *factors)]
     if name == 'select_n' and isinstance(given[0], Const) and given[0].value is not None:
-        return [Weight(_bind(equation, given[0].value, *factors[1:]), leaves)]
+        (kept,) = bind(equation, given[0].value, *factors[1:])
+        return [Weight(kept, leaves)]
     raise Unknown(
         f'paths through {named(leaves)} after it are not known; keep it out of the prunable ones'
     )
@@ -362,13 +357,12 @@ def _open(name: str, given: list[Any], signals: list[Signal]) -> bool:
 
 
 def _moved(equation: JaxprEqn, signal: Signal, roots: itertools.count) -> list[Signal]:
-    out = _bind(equation, signal.live)
+    outs = bind(equation, signal.live)
     avals = [equation.invars[0].aval]
     shuts = patterns.placed(equation, [signal.shut], avals)
     lows = patterns.placed(equation, [signal.low], avals)
     if equation.primitive.name in WHOLE:
-        return [signal._replace(live=out, shut=shuts[0], low=lows[0])]
-    outs = out if equation.primitive.multiple_results else [out]
+        return [signal._replace(live=outs[0], shut=shuts[0], low=lows[0])]
     return [
         # Turned about, a statistic is still one of the same tensor.
         Signal(
@@ -391,7 +385,7 @@ def _live_or_dead(value: Any, aval: Any) -> jax.Array:
 def _joined(equation: JaxprEqn, given: list[Any], roots: itertools.count) -> Signal:
     avals = [x.aval for x in equation.invars]
     pairs = list(zip(given, avals, strict=True))
-    live = _bind(equation, *[_live_or_dead(v, aval) for v, aval in pairs])
+    (live,) = bind(equation, *[_live_or_dead(v, aval) for v, aval in pairs])
     shut = patterns.placed(equation, [shut_of(v, aval) for v, aval in pairs], avals)[0]
     low = patterns.placed(equation, [low_of(v, aval) for v, aval in pairs], avals)[0]
     return Signal(live, next(roots), shut=shut, low=low)
@@ -425,7 +419,8 @@ def _sliced(equation: JaxprEqn, given: list[Any], roots: itertools.count) -> Sig
     parts = [
         _live_or_dead(v, x.aval) for v, x in zip(given[:arrays], equation.invars, strict=False)
     ]
-    return Signal(_bind(equation, *parts, *[v.value for v in starts]), next(roots))
+    (live,) = bind(equation, *parts, *[v.value for v in starts])
+    return Signal(live, next(roots))
 
 
 def _chosen(equation: JaxprEqn, given: Sequence[Any]) -> tuple[Any, Any]:
@@ -455,7 +450,7 @@ def _select(equation: JaxprEqn, given: list[Any], roots: itertools.count) -> Sig
         only = _same_everywhere(choice)
         if only is not None and isinstance(cases[only], Signal):
             return cases[only]
-        live = _bind(equation, choice.value, *lives)
+        (live,) = bind(equation, choice.value, *lives)
         return Signal(live, next(roots), open=positive, shut=shut, low=low)
     live = sum(lives)
     if isinstance(choice, Signal):

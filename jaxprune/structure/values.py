@@ -1,4 +1,4 @@
-"""What the walk for connectivity carries in place of numbers."""
+"""What connectivity carries through a network in place of numbers."""
 
 from typing import Any, NamedTuple
 
