@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Mapping
 
 from jaxprune import arguments
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, lookup, nearest, quoted
 
 Shape = tuple[int, ...]
 #: (shapes, density) -> path -> density of that layer, in [0, 1]. The shapes stand in forward
@@ -113,9 +113,8 @@ def erdos_renyi(
     # All sides of an ERK kernel count; plain ER looks at the channels, the last two axes.
     sides = {path: (shapes[path] if kernel else shapes[path][-2:]) or (1,) for path in size}
     raw = {path: sum(sides[path]) / math.prod(sides[path]) for path in size}
-    if excess not in _EXCESS:
-        raise PruneError(f"unknown excess '{excess}': {nearest(excess, _EXCESS)}")
-    return _keyed(shapes, _EXCESS[excess](size, raw, density))
+    rule = lookup('excess', excess, _EXCESS)
+    return _keyed(shapes, rule(size, raw, density))
 
 
 def _rescaled(size: dict[str, int], raw: dict[str, float], density: float) -> dict[str, float]:
@@ -244,9 +243,7 @@ ORDERED = ('uniform_plus', 'smart_ratio', 'smart_ratio_vgg')
 
 def layerwise(name: str) -> AllocationFn:
     """The allocation rule of that name."""
-    if name not in LAYERWISE:
-        raise PruneError(f"unknown allocation '{name}': {nearest(name, LAYERWISE)}")
-    return LAYERWISE[name]
+    return lookup('allocation', name, LAYERWISE)
 
 
 def round_counts(shapes: Mapping[str, Shape], densities: Mapping[str, float]) -> dict[str, int]:
@@ -356,7 +353,7 @@ def _per_layer(kind: str, bound, default, size: Mapping[str, int]) -> dict:
         return dict.fromkeys(size, bound)
     for path in bound:
         if path not in size:
-            raise PruneError(f"{kind} of an unknown layer '{path}': {nearest(path, size)}")
+            raise PruneError(f'{kind} of an unknown layer {quoted(path)}: {nearest(path, size)}')
     return {path: bound.get(path, default) for path in size}
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.allocation import Shape, check_density
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, check_choice, nearest, quoted, shown
 from jaxprune.select import (
     as_floats,
     global_top_k,
@@ -74,12 +74,11 @@ def n_of_m(
     n, m = _integer('n', n), _integer('m', m)
     if not 1 <= n <= m:
         raise PruneError(f'n of m needs 1 <= n <= m, not n = {n} and m = {m}')
-    if ties not in TIES:
-        raise PruneError(f"unknown ties '{ties}': {nearest(ties, TIES)}")
+    check_choice('ties', ties, TIES)
     axes = axis if isinstance(axis, Mapping) else dict.fromkeys(scores, axis)
     for path in axes:
         if path not in scores:
-            raise PruneError(f"an axis is given for '{path}': {nearest(path, scores)}")
+            raise PruneError(f'an axis is given for {quoted(path)}: {nearest(path, scores)}')
     along = {p: _contraction_axis(f"'{p}'", x.shape, axes.get(p)) for p, x in scores.items()}
     groups = {p: _groups(as_floats(leaf), m, along[p]) for p, leaf in sorted(scores.items())}
     # All leaves at once, as columns: the selection is compiled once and not once per leaf.
@@ -170,8 +169,7 @@ def block_top_k(
       PruneError: counts with other paths, a block side below 1, axes that a leaf lacks, an unknown
         reduction, scores that are not floating point.
     """
-    if reduce not in REDUCTIONS:
-        raise PruneError(f"unknown reduction '{reduce}': {nearest(reduce, REDUCTIONS)}")
+    check_choice('reduction', reduce, REDUCTIONS)
     scores = {path: as_floats(leaf) for path, leaf in sorted(scores.items())}
     tiles = {p: _tiling(f"'{p}'", leaf.shape, block, axes, pooled) for p, leaf in scores.items()}
     values = {path: _reduced(leaf, tiles[path], reduce) for path, leaf in scores.items()}
@@ -210,7 +208,7 @@ def unit_top_k(
     """
     unknown = sorted(set(ranked) - set(scores))
     if unknown:
-        raise PruneError(f"no scores of '{unknown[0]}': {nearest(unknown[0], scores)}")
+        raise PruneError(f'no scores of {quoted(unknown[0])}: {nearest(unknown[0], scores)}')
     scores = {path: as_floats(leaf) for path, leaf in sorted(scores.items())}
     values = {p: jnp.moveaxis(scores[p], axis, 0) for p in scores if p in set(ranked)}
     values = {p: leaf.reshape(leaf.shape[0], -1).max(1) for p, leaf in values.items()}
@@ -284,10 +282,10 @@ def _tiling(
 ) -> _Tiling:
     block, axes = _pair('block', block), _pair('axes', axes)
     if min(block) < 1:
-        raise PruneError(f'the sides of a block must be at least 1, not {block}')
+        raise PruneError(f'the sides of a block must be at least 1, not {shown(block)}')
     sides = {_axis(name, shape, axis): side for axis, side in zip(axes, block, strict=True)}
     if len(sides) < 2:
-        raise PruneError(f'axes must be two different ones of {name}, not {axes}')
+        raise PruneError(f'axes must be two different ones of {name}, not {shown(axes)}')
     tile = tuple(
         # No larger than the leaf: padding one to 128 x 128 would cost memory for nothing.
         max(1, min(sides.get(axis, size if pooled else 1), size))
@@ -333,7 +331,7 @@ def _axis(name: str, shape: Shape, axis: int) -> int:
 def _pair(what: str, values: Iterable[int]) -> tuple[int, int]:
     values = tuple(values) if isinstance(values, Iterable) else (values,)
     if len(values) != 2:
-        raise PruneError(f'{what} must be two integers, not {values}')
+        raise PruneError(f'{what} must be two integers, not {shown(values)}')
     return tuple(_integer(what, value) for value in values)
 
 
@@ -341,4 +339,4 @@ def _integer(what: str, value: int) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise PruneError(f'{what} must be a plain integer, not {value!r}') from None
+        raise PruneError(f'{what} must be a plain integer, not {shown(value)}') from None

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprune.data import array_record, mnist_small
-from jaxprune.errors import DataError, nearest
+from jaxprune.errors import DataError, lookup
 
 
 class Split(NamedTuple):
@@ -83,9 +83,7 @@ def facts(name: str) -> Facts:
     Raises:
       DataError: the name is unknown; the message offers the nearest one.
     """
-    if name not in FACTS:
-        raise DataError(f'unknown data set {name!r}: {nearest(name, FACTS)}')
-    return FACTS[name]
+    return lookup('data set', name, FACTS, DataError)
 
 
 def load(name: str, data_dir: str | None = None) -> Dataset:

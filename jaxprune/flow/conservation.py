@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, nearest, quoted
 from jaxprune.score.derivatives import derivatives, parameters
 from jaxprune.score.group_sums import grouped
 from jaxprune.types import Batch, Key, Problem, View, Weights
@@ -42,7 +42,7 @@ def imbalance(view: View, order: Sequence[str], *, biases: Sequence[str | None] 
         raise PruneError(f'{len(order)} layers have {len(order)} biases or None, not {len(extra)}')
     for path in (*order, *(p for p in extra if p is not None)):
         if path not in params:
-            raise PruneError(f"no parameter '{path}': {nearest(path, params)}")
+            raise PruneError(f'no parameter {quoted(path)}: {nearest(path, params)}')
 
     def square(path: str | None) -> jax.Array:
         return jnp.zeros(()) if path is None else (params[path] ** 2).sum()

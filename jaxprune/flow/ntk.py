@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxprune import linalg
 from jaxprune.arguments import least
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import check_choice
 from jaxprune.flow.krylov import ritz
 from jaxprune.rng import stream
 from jaxprune.score.derivatives import moving, parameters
@@ -163,5 +163,4 @@ def _outputs(
 
 
 def _check(outputs: str) -> None:
-    if outputs not in OUTPUTS:
-        raise PruneError(f"unknown outputs '{outputs}': {nearest(outputs, OUTPUTS)}")
+    check_choice('outputs', outputs, OUTPUTS)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import linalg
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import check_choice, lookup
 from jaxprune.select import as_floats
 from jaxprune.tree import check_masks_of, check_same_paths
 from jaxprune.types import Masks, Weights
@@ -56,10 +56,8 @@ def orthogonalised(
     Raises:
       PruneError: another activation or method.
     """
-    if activation not in GAINS:
-        raise PruneError(f"unknown activation '{activation}': {nearest(activation, GAINS)}")
-    if method not in METHODS:
-        raise PruneError(f"unknown method '{method}': {nearest(method, METHODS)}")
+    gain = lookup('activation', activation, GAINS)
+    check_choice('method', method, METHODS)
     rows = _rows(as_floats(kernel))
     keep = jnp.ones(rows.shape, bool) if mask is None else _rows(mask)
     outputs, inputs = keep.any(1), keep.any(0)
@@ -74,7 +72,7 @@ def orthogonalised(
                 _gram_schmidt(rows.T, outputs).T,
                 _gram_schmidt(rows, inputs),
             )
-    made = jnp.where(block, made * GAINS[activation], 0)
+    made = jnp.where(block, made * gain, 0)
     made = jnp.where((keep == block).all(), made, jnp.nan)
     return _kernel(made, kernel.shape).astype(kernel.dtype)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import lookup
 from jaxprune.flow import conservation, curvature, isometry, norms, ntk
 from jaxprune.flow.agreement import agreement
 from jaxprune.score.derivatives import parameters
@@ -196,6 +196,4 @@ QUANTITIES: dict[str, Quantity] = {
 
 def quantity(name: str) -> Quantity:
     """The registry entry of a quantity."""
-    if name not in QUANTITIES:
-        raise PruneError(f"unknown quantity '{name}': {nearest(name, QUANTITIES)}")
-    return QUANTITIES[name]
+    return lookup('quantity', name, QUANTITIES)

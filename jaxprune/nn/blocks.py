@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
-from jaxprune.errors import JaxpruneError, nearest
+from jaxprune.errors import JaxpruneError, lookup
 from jaxprune.nn.conv import ConvFn
 from jaxprune.nn.initial import kaiming_normal
 
@@ -98,9 +98,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """An activation by name."""
-    if name not in ACTIVATIONS:
-        raise JaxpruneError(f"unknown activation '{name}': {nearest(name, ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    return lookup('activation', name, ACTIVATIONS, JaxpruneError)
 
 
 def scaled(maps: int, width: float) -> int:

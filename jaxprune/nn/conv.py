@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.errors import JaxpruneError, nearest
+from jaxprune.errors import JaxpruneError, lookup
 
 #: `(x, kernel, strides, padding, **as in lax.conv_general_dilated) -> y`.
 ConvFn = Callable[..., jax.Array]
@@ -66,9 +66,7 @@ CONVOLUTIONS: dict[str, ConvFn] = {'native': native, 'patches': patches, 'taps':
 
 def convolution(name: str) -> ConvFn:
     """A way to convolve by its name."""
-    if name not in CONVOLUTIONS:
-        raise JaxpruneError(f"unknown convolution '{name}': {nearest(name, CONVOLUTIONS)}")
-    return CONVOLUTIONS[name]
+    return lookup('convolution', name, CONVOLUTIONS, JaxpruneError)
 
 
 def _matmul(rows: jax.Array, weights: jax.Array, dtype) -> jax.Array:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax.linen import initializers
 from jax.nn.initializers import Initializer
 
-from jaxprune.errors import JaxpruneError, nearest
+from jaxprune.errors import JaxpruneError, lookup
 from jaxprune.linalg import one_by_one
 
 #: What every network takes by default; the variance is 2 / fan in.
@@ -34,6 +34,4 @@ INITIALISATIONS: dict[str, Initializer] = {
 
 def initialisation(name: str) -> Initializer:
     """How to draw kernels, by name."""
-    if name not in INITIALISATIONS:
-        raise JaxpruneError(f"unknown initialisation '{name}': {nearest(name, INITIALISATIONS)}")
-    return INITIALISATIONS[name]
+    return lookup('initialisation', name, INITIALISATIONS, JaxpruneError)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, check_choice
 from jaxprune.score.loss import batch_loss, mean_over_batches, split
 from jaxprune.tree import put
 from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View
@@ -35,8 +35,7 @@ def fisher(problem: Problem, *, train: bool = False, labels: str = 'data') -> Sc
             'fisher takes the gradient of single examples, whose batch statistics mean nothing: '
             'score with train=False'
         )
-    if labels not in LABELS:
-        raise PruneError(f"unknown labels '{labels}': {nearest(labels, LABELS)}")
+    check_choice('labels', labels, LABELS)
 
     def score(key: Key, view: View, batches: Batch | None) -> Scores:
         gradient = jax.grad(batch_loss(problem, view, key, train=False))

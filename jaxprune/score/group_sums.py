@@ -7,7 +7,7 @@ of the kernel along the output axis, the last one in flax and haiku, the first i
 import jax
 import jax.numpy as jnp
 
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import check_choice
 from jaxprune.types import GLOBAL, Weights
 
 GROUPS = ('weight', 'unit', 'layer', 'network')
@@ -52,5 +52,4 @@ def spread(groups: dict[str, jax.Array], like: Weights, by: str, axis: int = -1)
 
 def check_groups(by: str) -> None:
     """Raises PruneError unless `by` names a kind of group."""
-    if by not in GROUPS:
-        raise PruneError(f"unknown groups '{by}': {nearest(by, GROUPS)}")
+    check_choice('groups', by, GROUPS)

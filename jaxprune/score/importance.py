@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxprune.arguments import positive
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, check_choice, shown
 from jaxprune.score.derivatives import derivatives
 from jaxprune.score.group_sums import check_groups, grouped, spread
 from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View, Weights
@@ -72,10 +72,9 @@ def importance(
         called, initial weights that the view lacks.
     """
     if order not in (0, 1, 2):
-        raise PruneError(f'importance has the order 0, 1 or 2, not {order}')
-    for name, value, valid in (('mode', mode, MODES), ('bias', bias, BIASES)):
-        if value not in valid:
-            raise PruneError(f"unknown {name} '{value}': {nearest(value, valid)}")
+        raise PruneError(f'importance has the order 0, 1 or 2, not {shown(order)}')
+    check_choice('mode', mode, MODES)
+    check_choice('bias', bias, BIASES)
     check_groups(by)
     positive('temperature of importance', temperature)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxprune import linalg
 from jaxprune.arguments import least
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, check_choice
 
 PADDINGS = ('circular', 'zero')
 
@@ -38,8 +38,7 @@ def conv_singular_values(
     least(1, height=height, width=width, stride=stride)
     if kernel.ndim != 4:
         raise PruneError(f'a kernel is (height, width, in, out), not {tuple(kernel.shape)}')
-    if padding not in PADDINGS:
-        raise PruneError(f"unknown padding '{padding}': {nearest(padding, PADDINGS)}")
+    check_choice('padding', padding, PADDINGS)
     if padding == 'zero':
         return linalg.singular_values(_matrix(kernel, height, width, stride))
     if height % stride or width % stride:
