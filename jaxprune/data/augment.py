@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxprune.errors import nearest
+from jaxprune.errors import DataError, lookup
 from jaxprune.types import Key
 
 #: `(key, images (batch, height, width, channels)) -> images` of the same shape and dtype.
@@ -31,10 +31,10 @@ def pad_crop(padding: int = 4) -> Augmentation:
       padding: pixels added on each side.
 
     Raises:
-      ValueError: `padding` is negative.
+      DataError: `padding` is negative.
     """
     if padding < 0:
-        raise ValueError(f'padding must not be negative, got {padding}')
+        raise DataError(f'padding must not be negative, got {padding}')
     margin = (padding, padding)
 
     def crop(key: Key, images: jax.Array) -> jax.Array:
@@ -73,8 +73,6 @@ def augmentation(name: str) -> Augmentation:
     """Makes the augmentation of that name, with its customary settings.
 
     Raises:
-      ValueError: the name is unknown; the message offers the nearest one.
+      DataError: the name is unknown; the message offers the nearest one.
     """
-    if name not in AUGMENTATIONS:
-        raise ValueError(f'unknown augmentation {name!r}: {nearest(name, AUGMENTATIONS)}')
-    return AUGMENTATIONS[name]()
+    return lookup('augmentation', name, AUGMENTATIONS, DataError)()

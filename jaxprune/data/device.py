@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxprune.data.augment import augmentation
 from jaxprune.data.sets import Split
+from jaxprune.errors import DataError
 from jaxprune.types import Batch, Key
 
 
@@ -52,10 +53,10 @@ def epoch_order(key: Key, epoch: ArrayLike, examples: int, batch: int) -> jax.Ar
       int32 indices `(examples // batch, batch)`, none twice.
 
     Raises:
-      ValueError: not even one batch can be filled.
+      DataError: not even one batch can be filled.
     """
     if not 1 <= batch <= examples:
-        raise ValueError(f'a batch of {batch} cannot be filled from {examples} examples')
+        raise DataError(f'a batch of {batch} cannot be filled from {examples} examples')
     order = jax.random.permutation(
         jax.random.fold_in(key, epoch), jnp.arange(examples, dtype=jnp.int32)
     )
@@ -79,7 +80,7 @@ def fetcher(mean: Sequence[float], std: Sequence[float], augment: Sequence[str] 
       program cannot object. The key is unused without augmentation.
 
     Raises:
-      ValueError: an augmentation is unknown; from `fetch`, the images have other channels than
+      DataError: an augmentation is unknown; from `fetch`, the images have other channels than
         `mean` and `std`.
     """
     steps = [augmentation(name) for name in augment]
@@ -89,7 +90,7 @@ def fetcher(mean: Sequence[float], std: Sequence[float], augment: Sequence[str] 
         channels = split.images.shape[-1:]
         # Broadcasting would quietly turn one channel into three.
         if not center.shape == scale.shape == channels:
-            raise ValueError(
+            raise DataError(
                 f'images have {channels[0]} channels, mean has shape {center.shape}'
                 f' and std {scale.shape}'
             )
@@ -112,16 +113,16 @@ def class_balanced(labels: np.ndarray, classes: int) -> np.ndarray:
       int32 `(classes, smallest)`: row c holds the first indices whose label is c, ascending.
 
     Raises:
-      ValueError: a label is out of range, or a class has no example.
+      DataError: a label is out of range, or a class has no example.
     """
     labels = np.asarray(labels)
     if labels.size and not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(
+        raise DataError(
             f'labels run from {labels.min()} to {labels.max()}, not within 0 to {classes - 1}'
         )
     counts = np.bincount(labels, minlength=classes)
     if counts.min() == 0:
-        raise ValueError(f'class {counts.argmin()} has no example')
+        raise DataError(f'class {counts.argmin()} has no example')
     rows = [np.flatnonzero(labels == c)[: counts.min()] for c in range(classes)]
     return np.stack(rows).astype(np.int32)
 
@@ -139,12 +140,12 @@ def balanced_indices(key: Key, table: ArrayLike, per_class: int, batches: int) -
       int32 indices `(batches, classes * per_class)`, none twice, shuffled within each batch.
 
     Raises:
-      ValueError: `per_class * batches` exceeds the smallest class.
+      DataError: `per_class * batches` exceeds the smallest class.
     """
     table = jnp.asarray(table, jnp.int32)
     classes, smallest = table.shape
     if per_class * batches > smallest:
-        raise ValueError(
+        raise DataError(
             f'{batches} batches of {per_class} per class need {per_class * batches} examples'
             f' of each class; the smallest has {smallest}'
         )
