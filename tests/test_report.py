@@ -15,7 +15,7 @@ from matplotlib.colors import to_rgb
 from jaxprune import report
 from jaxprune.errors import StoreError
 from jaxprune.report import curves, effective, heatmap, page, style, tables, terminal, text
-from jaxprune.stats import bootstrap_interval
+from jaxprune.stats import student_interval
 from jaxprune.sweep import store
 from jaxprune.sweep.timing import PHASES
 
@@ -204,7 +204,7 @@ def test_summary_against_numpy():
         assert row['seeds'] == 4
         assert row['accuracy'] == pytest.approx(accuracy.mean())
         bounds = row['accuracy_low'], row['accuracy_high']
-        assert bounds == pytest.approx(bootstrap_interval(accuracy))
+        assert bounds == pytest.approx(student_interval(accuracy))
         direct = sum(PATHS.values()) / kept.sum(1)
         assert row['compression'] == pytest.approx(np.exp(np.log(direct).mean()))
         connected = direct[(kept > 0).all(1)]
@@ -218,7 +218,7 @@ def test_summary_against_numpy():
         assert row['pairs'] == 4
         assert row['deficit'] == pytest.approx((dense - accuracy).mean())
         bounds = row['deficit_low'], row['deficit_high']
-        assert bounds == pytest.approx(bootstrap_interval(dense - accuracy))
+        assert bounds == pytest.approx(student_interval(dense - accuracy))
     assert summary['collapsed'].sum() == 3
 
 

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from jaxprune.report import style, tables, text
-from jaxprune.stats import bootstrap_interval
+from jaxprune.stats import student_interval
 from jaxprune.sweep import store
 
 #: (method, allocation) -> how the figure calls it, in the order of the legend.
@@ -250,7 +250,7 @@ def _key(axes: Axes, looks: dict[str, dict]) -> None:
 # --- the claims -----------------------------------------------------------------------------------
 #
 # Each check states a claim of the paper in the first line of its docstring, which is printed. One
-# method is more accurate than another where the 95 % bootstrap interval of their mean difference
+# method is more accurate than another where the 95 % Student interval of their mean difference
 # over seeds, run by run, does not hold zero; otherwise they are equal.
 
 PASS, FAIL, NOTE = 'PASS', 'FAIL', 'note'
@@ -291,7 +291,7 @@ def _better(frame: pl.DataFrame, ours: str, theirs: str, target: str) -> dict[fl
     second = _cells(frame, theirs, target, 'accuracy')
     signs = {}
     for at in sorted(first.keys() & second.keys()):
-        low, high = bootstrap_interval(first[at] - second[at])
+        low, high = student_interval(first[at] - second[at])
         signs[at] = '+' if low > 0 else '-' if high < 0 else '='
     return signs
 

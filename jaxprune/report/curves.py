@@ -45,6 +45,8 @@ def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]
 def trace(rows: pl.DataFrame, column: str, start: tuple | None, first: float = 1.0) -> tuple:
     """Points of a line from the dense one on: `(x, mean, low, high)`, the last three in percent.
 
+    Bounds are cut off at 0 and 100 %, which Student's intervals may pass.
+
     Args:
       rows: accuracies, none null; x is their `column`.
       start: `(mean, low, high)` of the dense control in percent, if there is one.
@@ -52,7 +54,7 @@ def trace(rows: pl.DataFrame, column: str, start: tuple | None, first: float = 1
     """
     x = rows[column].to_list()
     lines = [
-        (100 * rows[name].fill_null(rows['accuracy'])).to_list()
+        (100 * rows[name].fill_null(rows['accuracy']).clip(0, 1)).to_list()
         for name in ('accuracy', 'accuracy_low', 'accuracy_high')
     ]
     if start is not None and x and x[0] > first:
@@ -92,7 +94,8 @@ def draw_control(axes: Axes, rows: pl.DataFrame, x: float | None = 1.0) -> tuple
     row = rows.row(0, named=True)
     mean = 100 * row['accuracy']
     low, high = (
-        mean if row[end] is None else 100 * row[end] for end in ('accuracy_low', 'accuracy_high')
+        mean if row[end] is None else 100 * min(max(row[end], 0), 1)
+        for end in ('accuracy_low', 'accuracy_high')
     )
     axes.axhspan(low, high, color=style.INK, alpha=0.10, linewidth=0)
     # On top: where methods are as good as dense their lines would hide it.

@@ -185,7 +185,7 @@ def _accuracy_panel(
             y = 100 * row['accuracy']
             _point(where, x, y, row, look)
             if row['disconnected'] and row['accuracy_low'] is not None:
-                ends = 100 * row['accuracy_low'], 100 * row['accuracy_high']
+                ends = max(100 * row['accuracy_low'], 0), min(100 * row['accuracy_high'], 100)
                 where.vlines(x, *ends, color=look['color'], alpha=0.4, linewidth=1.2)
             if row['diverged']:
                 where.plot(x, y, **curves.CROSS, zorder=4)

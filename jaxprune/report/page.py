@@ -153,7 +153,7 @@ def _bands(frame: pl.DataFrame) -> str:
     """What the bands of a figure of accuracies are."""
     if frame['seeds'].max() == 1:
         return 'One seed per point, so no band.'
-    return 'Band: 95 % bootstrap interval of the mean over seeds.'
+    return 'Band: 95 % Student interval of the mean over seeds.'
 
 
 def _accuracy_words(summary: pl.DataFrame, some: str) -> dict:
