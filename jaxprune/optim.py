@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,22 @@ from jaxprune.tree import mask_tree
 from jaxprune.types import Hyper, Masks, PyTree
 
 
+class MakeFn(Protocol):
+    def __call__(self, hyper: Hyper, learning_rate: jax.Array) -> optax.GradientTransformation:
+        """Makes the transformation of one run from its numbers, inside the compiled step."""
+
+
 class Optimizer(NamedTuple):
     """An optimizer whose numbers are traced, one set per run.
 
     Attributes:
-      make: `(hyper, learning_rate) -> transformation`, to be called inside the compiled step.
+      make: makes the transformation, see `MakeFn`.
       coupled_decay: weight decay is added to the gradient (L2, as torch's SGD and Adam do);
         False if the optimizer takes weight decay itself (decoupled, as AdamW).
       rate: `clock -> factor` of the learning rate; the clock is a step count.
     """
 
-    make: Callable[[Hyper, jax.Array], optax.GradientTransformation]
+    make: MakeFn
     coupled_decay: bool
     rate: Callable[[jax.Array], jax.Array]
 

@@ -5,6 +5,7 @@ shape-stable, so they can be vmapped over runs.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,18 @@ import jax.numpy as jnp
 from jaxprune.errors import DataError, lookup
 from jaxprune.types import Key
 
-#: `(key, images (batch, height, width, channels)) -> images` of the same shape and dtype.
-Augmentation = Callable[[Key, jax.Array], jax.Array]
+
+class Augmentation(Protocol):
+    def __call__(self, key: Key, images: jax.Array) -> jax.Array:
+        """Changes images at random.
+
+        Args:
+          key: of this draw.
+          images: `(batch, height, width, channels)`.
+
+        Returns:
+          Images of the same shape and dtype.
+        """
 
 
 def crop_offsets(key: Key, examples: int, padding: int) -> jax.Array:

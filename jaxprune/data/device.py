@@ -3,8 +3,8 @@
 Written for one run; the driver vmaps over keys while the data stays unbatched and shared.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,15 @@ class DeviceSplit(NamedTuple):
     labels: jax.Array
 
 
-#: `(split, key, indices (batch,)) -> Batch`; the key is for augmentation, None without any.
-FetchFn = Callable[[DeviceSplit, Key | None, jax.Array], Batch]
+class FetchFn(Protocol):
+    def __call__(self, split: DeviceSplit, key: Key | None, indices: jax.Array) -> Batch:
+        """Makes a batch.
+
+        Args:
+          split: where the examples are.
+          key: for augmentation; None without any.
+          indices: integers `(batch,)`.
+        """
 
 
 def to_device(split: Split) -> DeviceSplit:

@@ -10,6 +10,7 @@ Importances and the effect of masks, as the studies have them, look at the netwo
 evaluated: running statistics, unless `train=True`. `weight_norm`, `gradient_norm` and distances are
 those of kernels; derivatives of norms, curvature and kernels are with respect to all parameters.
 
+measure       the types of the functions that are returned
 norms         weights, gradients, distances; norms to second order in time, measured and predicted
 conservation  what the flow keeps
 mask_effect   what a mask does to loss, gradient and first-order evolution, exact and predicted
@@ -20,7 +21,7 @@ isometry      singular values of Jacobians and kernels
 orthogonal    OrthP, penalties and TPP: how isometry is brought back, or kept
 speed         how fast a network trains; how much two of them disagree
 krylov        spectra from products alone
-registry      the quantities that a specification may record along training
+quantities    the quantities that a specification may record along training
 """
 
 from jaxprune.flow.agreement import Agreement, agreement, pearson, spearman, top_overlap
@@ -49,6 +50,7 @@ from jaxprune.flow.mask_effect import (
     gradient_norm_change,
     loss_change,
 )
+from jaxprune.flow.measure import MaskMeasureFn, MeasureFn
 from jaxprune.flow.norms import (
     NormDynamics,
     displacement,
@@ -80,7 +82,7 @@ from jaxprune.flow.orthogonal import (
     tpp_penalty,
     tpp_strength,
 )
-from jaxprune.flow.quantities import QUANTITIES, Measure, Quantity, quantity
+from jaxprune.flow.quantities import QUANTITIES, Quantity, quantity
 from jaxprune.flow.speed import churn, steps_to_loss, training_speed
 from jaxprune.score.operators import conv_singular_values
 
@@ -94,7 +96,8 @@ __all__ = [
     'GradientChange',
     'Isometry',
     'KernelSpectrum',
-    'Measure',
+    'MaskMeasureFn',
+    'MeasureFn',
     'NormDynamics',
     'Quantity',
     'agreement',

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.errors import PruneError, nearest, quoted
+from jaxprune.flow.measure import MeasureFn
 from jaxprune.score.derivatives import derivatives, parameters
 from jaxprune.score.group_sums import grouped
 from jaxprune.types import Batch, Key, Problem, View, Weights
@@ -20,7 +21,9 @@ from jaxprune.types import Batch, Key, Problem, View, Weights
 _TINY = 1e-30
 
 
-def imbalance(view: View, order: Sequence[str], *, biases: Sequence[str | None] = ()) -> dict:
+def imbalance(
+    view: View, order: Sequence[str], *, biases: Sequence[str | None] = ()
+) -> dict[str, jax.Array]:
     """`‖W_l‖² - ‖W_(l+1)‖²` of layers that feed each other, path of the first -> scalar.
 
     Constant under gradient flow where the map between the two is homogeneous: linear, ReLU, max or
@@ -73,7 +76,9 @@ def unit_imbalance(first: jax.Array, second: jax.Array, bias: jax.Array | None =
     return incoming - outgoing + (0 if bias is None else bias**2)
 
 
-def radial_gradient(problem: Problem, *, train: bool = True, axis: int = -1):
+def radial_gradient(
+    problem: Problem, *, train: bool = True, axis: int = -1
+) -> MeasureFn[dict[str, jax.Array]]:
     """`(key, view, batches) -> path -> root mean square over units of cos(w_u, g_u)`, scalars.
 
     Zero for filters followed by batch norm with batch statistics, which do not feel their own

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxprune.arguments import least
 from jaxprune.flow.krylov import first, ritz
+from jaxprune.flow.measure import MeasureFn
 from jaxprune.rng import stream
 from jaxprune.score.derivatives import derivatives, dot, moving, parameters
 from jaxprune.score.group_sums import check_groups, grouped
@@ -19,7 +20,7 @@ from jaxprune.types import Batch, Key, Problem, View, Weights
 
 def gradient_curvature(
     problem: Problem, *, by: str = 'network', train: bool = True, axis: int = -1
-):
+) -> MeasureFn[dict[str, jax.Array]]:
     """`(key, view, batches) -> gᵀHg`, the whole at the path '*', or the share of each group.
 
     Under gradient flow `d‖g‖²/dt = -2 gᵀHg` and `d²L/dt² = 2 gᵀHg`.
@@ -34,7 +35,9 @@ def gradient_curvature(
     return measure
 
 
-def hessian_eigenvalues(problem: Problem, *, count: int = 1, steps: int = 20, train: bool = True):
+def hessian_eigenvalues(
+    problem: Problem, *, count: int = 1, steps: int = 20, train: bool = True
+) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> (count,)`, the largest eigenvalues, falling.
 
     Lanczos: the outer eigenvalues converge first, from below. Multiple eigenvalues are found once;
@@ -52,7 +55,9 @@ def hessian_eigenvalues(problem: Problem, *, count: int = 1, steps: int = 20, tr
     return measure
 
 
-def hessian_trace(problem: Problem, *, probes: int = 10, train: bool = True):
+def hessian_trace(
+    problem: Problem, *, probes: int = 10, train: bool = True
+) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> tr H`, a scalar, estimated by Hutchinson's `E vᵀHv`, v of signs.
 
     Unbiased; of a standard deviation `sqrt(2 Σ_(i≠j) H_ij² / probes)`.
@@ -83,13 +88,14 @@ class Density(NamedTuple):
     weights: jax.Array
 
 
-def spectral_density(problem: Problem, *, steps: int = 40, probes: int = 4, train: bool = True):
+def spectral_density(
+    problem: Problem, *, steps: int = 40, probes: int = 4, train: bool = True
+) -> MeasureFn[Density]:
     """`(key, view, batches) -> Density` of the Hessian: stochastic Lanczos quadrature.
 
     Its k-th moment estimates `tr Hᵏ / n` for k < 2 `steps`, n the number of parameters that move
     (Ghorbani, Krishnan & Xiao, ICML 2019, arXiv:1901.10159). Draw it with `smoothed`.
     """
-
     least(1, steps=steps, probes=probes)
 
     def measure(key: Key, view: View, batches: Batch | None) -> Density:

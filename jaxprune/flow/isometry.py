@@ -6,6 +6,7 @@ has no Jacobian of its own. Matrix products at full precision: seven in a row wo
 digit on hardware that rounds them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,13 +15,14 @@ import jax.numpy as jnp
 from jaxprune import linalg
 from jaxprune.arguments import least
 from jaxprune.flow.krylov import first, ritz
+from jaxprune.flow.measure import MeasureFn
 from jaxprune.rng import stream
 from jaxprune.score.loss import examples
 from jaxprune.tree import put
 from jaxprune.types import Batch, Key, Problem, View, Weights
 
 
-def jacobian(problem: Problem):
+def jacobian(problem: Problem) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> (examples, classes, inputs)`: `∂ logits / ∂ x`, one per example."""
 
     def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
@@ -33,7 +35,7 @@ def jacobian(problem: Problem):
     return measure
 
 
-def jacobian_singular_values(problem: Problem):
+def jacobian_singular_values(problem: Problem) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> (examples, min(classes, inputs))`, falling, all of them.
 
     One backward pass per class, and a decomposition per example. A masked network has the values of
@@ -47,7 +49,9 @@ def jacobian_singular_values(problem: Problem):
     return measure
 
 
-def largest_jacobian_singular_values(problem: Problem, *, count: int = 1, steps: int = 20):
+def largest_jacobian_singular_values(
+    problem: Problem, *, count: int = 1, steps: int = 20
+) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> (examples, count)`, falling, for networks with many outputs.
 
     Lanczos on `J Jᵀ`, by products with J and Jᵀ alone. Squared on the way: values below `1e-3` of
@@ -128,7 +132,7 @@ def kernel_singular_values(view: View) -> Weights:
     }
 
 
-def _logits(problem: Problem, view: View):
+def _logits(problem: Problem, view: View) -> Callable[[jax.Array], jax.Array]:
     """`x -> logits` of one example."""
     params = put(view.params, view.weights)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune.flow.measure import MaskMeasureFn
 from jaxprune.score.derivatives import derivatives, dot, moving, parameters
 from jaxprune.score.group_sums import check_groups, grouped
 from jaxprune.score.loss import mean_loss, mean_over_batches
@@ -46,7 +47,9 @@ class GradientChange(NamedTuple):
     survivors: jax.Array
 
 
-def loss_change(problem: Problem, *, train: bool = False, temperature: float = 1.0):
+def loss_change(
+    problem: Problem, *, train: bool = False, temperature: float = 1.0
+) -> MaskMeasureFn[Change]:
     """`(key, view, masks, batches) -> Change` of the mean loss.
 
     `L(m Θ) - L(Θ)` against `-Σ θ g` over the weights removed, and that `+ ½ δᵀHδ`: one Hessian
@@ -70,7 +73,9 @@ def loss_change(problem: Problem, *, train: bool = False, temperature: float = 1
     return measure
 
 
-def gradient_norm_change(problem: Problem, *, train: bool = False, temperature: float = 1.0):
+def gradient_norm_change(
+    problem: Problem, *, train: bool = False, temperature: float = 1.0
+) -> MaskMeasureFn[GradientChange]:
     """`(key, view, masks, batches) -> GradientChange` of `‖g‖²`, over all parameters.
 
     To first order `2 gᵀHδ = -2 Σ θ (Hg)` over the weights removed; to second order
@@ -128,7 +133,7 @@ def evolution_error(
     train: bool = False,
     temperature: float = 1.0,
     axis: int = -1,
-):
+) -> MaskMeasureFn[EvolutionError]:
     """`(key, view, masks, batches) -> EvolutionError` of the prunable weights, group by group.
 
     The first-order evolution that loss preservation keeps: with g as it is before pruning.

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxprune.arguments import least
 from jaxprune.errors import PruneError
+from jaxprune.flow.measure import MeasureFn
 from jaxprune.score.derivatives import derivatives, parameters
 from jaxprune.score.group_sums import check_groups, grouped
 from jaxprune.score.loss import mean_gradient
@@ -20,7 +21,7 @@ from jaxprune.types import Batch, Key, Problem, View, Weights
 Grouped = dict[str, jax.Array]
 
 
-def weight_norm(problem: Problem):
+def weight_norm(problem: Problem) -> MeasureFn[Grouped]:
     """`(key, view, batches) -> path -> ‖w‖`, scalars: the Euclidean norm of the weights in force.
 
     Looks at no data.
@@ -34,7 +35,7 @@ def weight_norm(problem: Problem):
     return measure
 
 
-def gradient_norm(problem: Problem):
+def gradient_norm(problem: Problem) -> MeasureFn[Grouped]:
     """`(key, view, batches) -> path -> ‖m g‖`, scalars: of the gradient that the weights follow.
 
     g is the gradient of the mean loss over all batches, with batch statistics as in training, and
@@ -51,7 +52,7 @@ def gradient_norm(problem: Problem):
     return measure
 
 
-def distance_from_initial(problem: Problem):
+def distance_from_initial(problem: Problem) -> MeasureFn[Grouped]:
     """`(key, view, batches) -> path -> ‖w - w(0)‖`, scalars, over the weights in force.
 
     Looks at no data; the view must hold the initial weights. What the mask removes counts for
@@ -104,7 +105,7 @@ def norm_dynamics(
     weight_decay: float = 0.0,
     second: bool = True,
     axis: int = -1,
-):
+) -> MeasureFn[NormDynamics]:
     """`(key, view, batches) -> NormDynamics`: the norm to second order in time.
 
     Of all parameters, biases and normalisation included. The flow is that of the network as it is
@@ -218,7 +219,9 @@ def saliency_drift(dynamics: NormDynamics) -> Grouped:
     return {path: -leaf / 2 for path, leaf in dynamics.second.items()}
 
 
-def distance_rate(problem: Problem, *, by: str = 'layer', train: bool = True, axis: int = -1):
+def distance_rate(
+    problem: Problem, *, by: str = 'layer', train: bool = True, axis: int = -1
+) -> MeasureFn[Grouped]:
     """`(key, view, batches) -> d‖w - w(0)‖²/dt = -2 (w - w(0))ᵀ g`, over the weights in force."""
     check_groups(by)
 

@@ -15,6 +15,7 @@ from jaxprune import linalg
 from jaxprune.arguments import least
 from jaxprune.errors import check_choice
 from jaxprune.flow.krylov import ritz
+from jaxprune.flow.measure import MeasureFn
 from jaxprune.rng import stream
 from jaxprune.score.derivatives import moving, parameters
 from jaxprune.score.loss import examples
@@ -25,7 +26,7 @@ OUTPUTS = ('logits', 'sum')
 _WHAT = 'a tangent kernel'
 
 
-def tangent_kernel(problem: Problem, *, outputs: str = 'logits'):
+def tangent_kernel(problem: Problem, *, outputs: str = 'logits') -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> K`, of all examples of all batches.
 
     Holds the Jacobian in memory, rows of K times parameters: for few examples.
@@ -91,7 +92,9 @@ def kernel_distance(one: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.where(scale > 0, (difference**2).sum() / 2, jnp.nan)
 
 
-def ntk_largest(problem: Problem, *, steps: int = 20, outputs: str = 'logits'):
+def ntk_largest(
+    problem: Problem, *, steps: int = 20, outputs: str = 'logits'
+) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> ` largest eigenvalue, by Lanczos on `u -> J (Jᵀ u)`.
 
     One vector-Jacobian and one Jacobian-vector product per step, and no Jacobian in memory.
@@ -113,7 +116,9 @@ def ntk_largest(problem: Problem, *, steps: int = 20, outputs: str = 'logits'):
     return measure
 
 
-def ntk_trace(problem: Problem, *, probes: int = 0, outputs: str = 'logits'):
+def ntk_trace(
+    problem: Problem, *, probes: int = 0, outputs: str = 'logits'
+) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> tr K = ‖J‖²`, the sum of squared gradients of all outputs.
 
     Args:

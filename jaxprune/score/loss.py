@@ -1,6 +1,7 @@
 """The loss as a function of the weights, and its mean gradient over batches."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,19 @@ from jaxprune.tree import put
 from jaxprune.types import Batch, Key, Problem, PyTree, View, Weights
 
 
+class ParamsLossFn(Protocol):
+    def __call__(self, params: PyTree, batch: Batch) -> jax.Array:
+        """Computes the mean loss of a batch, a scalar, from all parameters."""
+
+
+class WeightsLossFn(Protocol):
+    def __call__(self, weights: Weights, batch: Batch) -> jax.Array:
+        """Computes the mean loss of a batch, a scalar, from the prunable weights."""
+
+
 def mean_loss(
     problem: Problem, view: View, key: Key, *, train: bool, temperature: float = 1.0
-) -> Callable[[PyTree, Batch], jax.Array]:
+) -> ParamsLossFn:
     """`(params, batch) -> mean loss` of all parameters; see `batch_loss`."""
 
     def loss(params: PyTree, batch: Batch) -> jax.Array:
@@ -26,7 +37,7 @@ def mean_loss(
 
 def batch_loss(
     problem: Problem, view: View, key: Key, *, train: bool, temperature: float = 1.0
-) -> Callable[[Weights, Batch], jax.Array]:
+) -> WeightsLossFn:
     """`(weights, batch) -> mean loss`; the logits are divided by `temperature`.
 
     Args:
