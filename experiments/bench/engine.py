@@ -573,7 +573,7 @@ def draw(rows: list[dict], path: Path) -> None:
         return
     figure = Figure(figsize=(3 * len(nets), 3.2), layout='constrained')
     axes = figure.subplots(1, len(nets), squeeze=False)[0]
-    looks = {
+    styles = {
         'sweep': ('#0072B2', 'o', '-'),
         'JAX': ('#E69F00', 's', '--'),
         'PyTorch': ('#009E73', '^', '--'),
@@ -582,7 +582,7 @@ def draw(rows: list[dict], path: Path) -> None:
     words = {'sweep': 'the sweep', 'JAX': 'JAX, one by one', 'graphs': 'PyTorch, CUDA graphs'}
     for ax, name in zip(axes, nets, strict=True):
         mine = [r for r in rows if r['net'] == name and 'sweep ms' in r]
-        for way, (colour, marker, line) in looks.items():
+        for way, (colour, marker, line) in styles.items():
             points = [(r['N'], float(r[f'{way} ms'])) for r in mine if f'{way} ms' in r]
             if points:
                 label = words.get(way, way)

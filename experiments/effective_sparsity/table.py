@@ -296,9 +296,9 @@ def print_random() -> list[str]:
         for allocation, known, active in zip(LAYERWISE, knowns, row, strict=True):
             found = compression(active)
             cut = int(np.isinf(found).sum())
-            said = summary(float(np.median(found)), found.min(), found.max(), cut)
+            result = summary(float(np.median(found)), found.min(), found.max(), cut)
             expected = summary(known.median, known.low, known.high, known.disconnected)
-            print(f'{compressed:>6}  {allocation:<10} {said:<34} {expected}')
+            print(f'{compressed:>6}  {allocation:<10} {result:<34} {expected}')
             wrong += [f'random, {allocation}, {compressed}: {line}' for line in off(known, active)]
     return wrong
 
@@ -325,9 +325,9 @@ def print_magnitude() -> list[str]:
         active = found['active'][i].sum(axis=-1)
         values = compression(active)
         cut = int(np.isinf(values).sum())
-        said = summary(float(np.median(values)), values.min(), values.max(), cut)
+        result = summary(float(np.median(values)), values.min(), values.max(), cut)
         layers = ', '.join(f'{n:g}' for n in np.median(found['kept'][i], axis=0))
-        print(f'{compressed:>6}  {said:<34} {short(known):<9} {layers}')
+        print(f'{compressed:>6}  {result:<34} {short(known):<9} {layers}')
         wrong += [f'magnitude, {compressed}: {line}' for line in magnitude_off(known, active)]
     return wrong
 
@@ -341,10 +341,10 @@ def print_synflow() -> list[str]:
     wrong, sums = [], []
     for i, (compressed, known) in enumerate(SYNFLOW.items()):
         kept, active = found['kept'][i], found['active'][i]
-        said = ', '.join(map(str, active.sum(axis=1)))
+        result = ', '.join(map(str, active.sum(axis=1)))
         layers = ', '.join(f'{n:g}' for n in np.median(kept, axis=0))
         expected = f'{known.active} of {known.kept} active, {", ".join(map(str, known.layers))}'
-        print(f'{compressed:>6}  {kept[0].sum():>4}  {said:<28}  {layers:<24}  {expected}')
+        print(f'{compressed:>6}  {kept[0].sum():>4}  {result:<28}  {layers:<24}  {expected}')
         wrong += [f'SynFlow, {compressed}: {line}' for line in flow_off(known, kept, active)]
         flows = layer_flows(0, {path: mask[i, 0] for path, mask in masks.items()})
         sums.append(np.ptp(flows) / flows.max())

@@ -27,22 +27,22 @@ class Quantity(NamedTuple):
 
     Attributes:
       make: `(problem, paths) -> measure`; the paths of the prunable leaves in forward order.
-      says: what it is, in a few words.
-      needs_data: does it look at batches?
-      needs_initial: does it look at the initial weights?
-      together: what layers come to as a network, for figures: 'norm' (root of the sum of squares),
+      description: what it is, in a few words.
+      needs_data: does it need batches?
+      needs_initial: does it need the initial weights?
+      together: how figures combine the layers into one value: 'norm' (root of the sum of squares),
         'sum', 'mean', or '*' where the network has a value of its own.
     """
 
     make: _MakeMeasure
-    says: str
+    description: str
     needs_data: bool = True
     needs_initial: bool = False
     together: str = '*'
 
 
 def _of(make: Callable, **options) -> _MakeMeasure:
-    """A quantity that does not ask for the order of the layers."""
+    """A quantity that does not depend on the order of the layers."""
     return lambda problem, paths: make(problem, **options)
 
 
@@ -151,12 +151,12 @@ QUANTITIES: dict[str, Quantity] = {
     ),
     'norm_acceleration': Quantity(
         _part(norms.norm_dynamics, lambda found: found.second),
-        'd²‖w‖²/dt² = 2‖g‖² + 2 wᵀHg, likewise',
+        'd²‖w‖²/dt² = 2‖g‖² + 2 wᵀHg, without weight decay',
         together='sum',
     ),
     'saliency_drift': Quantity(
         _part(norms.norm_dynamics, norms.saliency_drift),
-        'd(wᵀg)/dt = -‖g‖² - wᵀHg, likewise',
+        'd(wᵀg)/dt = -‖g‖² - wᵀHg, without weight decay',
         together='sum',
     ),
     'imbalance': Quantity(

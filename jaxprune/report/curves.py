@@ -63,22 +63,22 @@ def trace(rows: pl.DataFrame, column: str, start: tuple | None, first: float = 1
     return x, *lines
 
 
-def _line(axes: Axes, rows: pl.DataFrame, look: dict, start: tuple | None) -> None:
+def _line(axes: Axes, rows: pl.DataFrame, props: dict, start: tuple | None) -> None:
     """One method: its band, its line from the dense point on, and a marker per compression."""
     rows = rows.filter(pl.col('accuracy').is_not_null())
     if rows.is_empty():
         return
     x, y, low, high = trace(rows, 'target_compression', start)
-    axes.fill_between(x, low, high, color=look['color'], alpha=0.16, linewidth=0)
-    axes.plot(x, y, color=look['color'], linestyle=look['linestyle'])
+    axes.fill_between(x, low, high, color=props['color'], alpha=0.16, linewidth=0)
+    axes.plot(x, y, color=props['color'], linestyle=props['linestyle'])
     for row in rows.iter_rows(named=True):
         point = (row['target_compression'], 100 * row['accuracy'])
         axes.plot(
             *point,
             linestyle='none',
-            marker=look['marker'],
-            color=look['color'],
-            markerfacecolor='white' if row['collapsed'] else look['color'],
+            marker=props['marker'],
+            color=props['color'],
+            markerfacecolor='white' if row['collapsed'] else props['color'],
             markeredgewidth=1.3,
             zorder=3,
         )
@@ -115,17 +115,24 @@ def two_points_high(axes: Axes) -> None:
         axes.set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
 
 
-def legend(drawing: Figure, looks: dict, *, dense: bool, flags: tuple = (), markers=True) -> None:
-    """The key at the right: dense, one line per label, then `flags`, pairs of a look and words."""
+def legend(drawing: Figure, styles: dict, *, dense: bool, flags: tuple = (), markers=True) -> None:
+    """The key at the right: dense, one line per label, then `flags`.
+
+    Args:
+      styles: label -> line properties.
+      dense: whether the dense control is drawn.
+      flags: pairs of line properties and a text.
+      markers: whether the lines have markers.
+    """
     handles, names = [], []
     if dense:
         handles.append(Line2D([], [], **CONTROL, marker='o' if markers else None))
         names.append('dense')
-    for label, look in looks.items():
-        handles.append(Line2D([], [], **(look if markers else look | {'marker': None})))
+    for label, props in styles.items():
+        handles.append(Line2D([], [], **(props if markers else props | {'marker': None})))
         names.append(style.wrapped(label))
-    for look, name in flags:
-        handles.append(Line2D([], [], **{'color': style.INK, **look}))
+    for props, name in flags:
+        handles.append(Line2D([], [], **{'color': style.INK, **props}))
         names.append(style.wrapped(name))
     drawing.legend(handles, names, loc='outside right upper', handlelength=2.8, labelspacing=0.55)
 
@@ -144,7 +151,7 @@ def accuracy(summary: pl.DataFrame, settings: list[dict]) -> Figure:
       settings: those to draw.
     """
     labels = tables.labels(summary)
-    looks = style.lines(labels)
+    styles = style.lines(labels)
     parts = [tables.at(summary, setting) for setting in settings]
     shown = pl.concat(parts)
     dense = not shown.filter(pl.col('method') == tables.DENSE).is_empty()
@@ -161,14 +168,14 @@ def accuracy(summary: pl.DataFrame, settings: list[dict]) -> Figure:
             start = draw_control(axes, part.filter(pl.col('method') == tables.DENSE))
             for label in labels:
                 rows = part.filter(pl.col('label') == label, pl.col('method') != tables.DENSE)
-                _line(axes, rows, looks[label], start)
+                _line(axes, rows, styles[label], start)
             if many:
                 axes.set_title(style.wrapped(text.setting_name(setting), 44))
         two_points_high(panels[0])
         drawing.supxlabel(_AXIS[aim(summary)], fontsize=10)
         drawing.supylabel('test accuracy (%)', fontsize=10)
         # Far above the ticks of every panel, and once: it is the same axis read differently.
-        legend(drawing, looks, dense=dense, flags=tuple(flags))
+        legend(drawing, styles, dense=dense, flags=tuple(flags))
         values = shown['target_compression'].unique().sort().to_list()
         style.compression_axis(panels, values, top=text.sparsity)
     return drawing
@@ -181,14 +188,14 @@ def panel_compressions(learning: pl.DataFrame) -> tuple[list[float], int]:
     return tables.evenly(values.to_list(), MOST_PANELS), len(values)
 
 
-def learning(frame: pl.DataFrame, column: str, unit: str, looks: dict) -> Figure:
+def learning(frame: pl.DataFrame, column: str, unit: str, styles: dict) -> Figure:
     """Small multiples over training time, one panel per compression.
 
     Args:
       frame: the rows of `tables.learning` for one setting.
       column: `'train_loss'` or `'test_accuracy'`.
       unit: what the column `time` counts.
-      looks: `style.lines` of the labels of the sweep.
+      styles: `style.lines` of the labels of the sweep.
     """
     chosen, _ = panel_compressions(frame)
     scale = 100 if column == 'test_accuracy' else 1
@@ -201,7 +208,7 @@ def learning(frame: pl.DataFrame, column: str, unit: str, looks: dict) -> Figure
             axes.set_title(text.times(compression))
             if not control.is_empty():
                 axes.plot(control['time'], scale * control[column], **CONTROL, zorder=2.5)
-            for label, look in looks.items():
+            for label, props in styles.items():
                 rows = frame.filter(
                     pl.col('label') == label,
                     pl.col('method') != tables.DENSE,
@@ -210,8 +217,8 @@ def learning(frame: pl.DataFrame, column: str, unit: str, looks: dict) -> Figure
                 axes.plot(
                     rows['time'],
                     scale * rows[column],
-                    color=look['color'],
-                    linestyle=look['linestyle'],
+                    color=props['color'],
+                    linestyle=props['linestyle'],
                     linewidth=1.4,
                 )
         values = frame[column].drop_nulls()
@@ -224,6 +231,6 @@ def learning(frame: pl.DataFrame, column: str, unit: str, looks: dict) -> Figure
         names = {'train_loss': 'training loss', 'test_accuracy': 'test accuracy (%)'}
         drawing.supylabel(names[column], fontsize=10)
         drawing.supxlabel(unit, fontsize=10)
-        shown = {label: look for label, look in looks.items() if label in present}
+        shown = {label: props for label, props in styles.items() if label in present}
         legend(drawing, shown, dense=not control.is_empty(), markers=False)
     return drawing

@@ -121,7 +121,7 @@ def layers(frame: pl.DataFrame) -> tuple[Figure, bool]:
         'ink', colormaps['Blues'](np.linspace(0.06, 1.0, 256))
     )
     with style.context():
-        # A few wide cells would look like many weights: a small table is a small figure.
+        # A few wide cells would suggest many weights: a small table gets a small figure.
         width = min(style.WIDTH, 3.4 + columns * max(1.6, 0.8 * len(compressions)))
         drawing = style.figure(max(width, 6.0), rows * (high * len(paths) + 0.62) + 0.75)
         grid = drawing.add_gridspec(rows, columns)

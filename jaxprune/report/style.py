@@ -1,4 +1,4 @@
-"""How figures look: colours, ticks that never collide, PNG bytes.
+"""The style of figures: colours, ticks that never collide, PNG bytes.
 
 Figures are built with matplotlib's object interface and drawn by Agg: no pyplot, no window, and no
 setting of the surrounding program is touched or obeyed.

@@ -55,15 +55,16 @@ def known(found: jax.Array) -> Pattern:
 
 def shut_of(value: Any, aval: Any) -> Pattern:
     """Where a value, a constant or not, is zero."""
-    return _told(value, aval, value.shut, lambda numbers: numbers == 0)
+    return _pattern(value, aval, value.shut, lambda numbers: numbers == 0)
 
 
 def low_of(value: Any, aval: Any) -> Pattern:
     """Where a value is very negative."""
-    return _told(value, aval, value.low, lambda n: n <= LOW)
+    return _pattern(value, aval, value.low, lambda n: n <= LOW)
 
 
-def _told(value: Any, aval: Any, pattern: Pattern, test: Callable) -> Pattern:
+def _pattern(value: Any, aval: Any, pattern: Pattern, test: Callable) -> Pattern:
+    """Where a constant passes a test, or the pattern given if the numbers are not known."""
     array = numbers(value)
     if array is None:
         return pattern
@@ -136,9 +137,11 @@ def _low_sum(name: str, given: Sequence[Any], avals, shape) -> Pattern:
         sign = -1 if name == 'sub' and i else 1
         if numbers(value) is not None and _signed(aval):
             # A number added everywhere is a shift, not a mask.
-            down = _told(value, aval, None, lambda n, s=sign: (s * n <= LOW) & (s * n > LOW).any())
+            down = _pattern(
+                value, aval, None, lambda n, s=sign: (s * n <= LOW) & (s * n > LOW).any()
+            )
             lows.append(down)
-            lifts.append(_told(value, aval, None, lambda n, s=sign: s * n >= -LOW))
+            lifts.append(_pattern(value, aval, None, lambda n, s=sign: s * n >= -LOW))
         elif sign > 0:
             lows.append(value.low)
         else:

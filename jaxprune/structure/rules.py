@@ -434,8 +434,8 @@ def _chosen(equation: JaxprEqn, given: Sequence[Any]) -> tuple[Any, Any]:
     avals = [x.aval for x in equation.invars[1:]]
     shape = equation.outvars[0].aval.shape
     found = []
-    for told in (shut_of, low_of):
-        each = [told(v, aval) for v, aval in zip(cases, avals, strict=True)]
+    for where in (shut_of, low_of):
+        each = [where(v, aval) for v, aval in zip(cases, avals, strict=True)]
         if isinstance(choice, Const) and choice.value is not None:
             found.append(patterns.placed(equation, each, avals, choice.value)[0])
             continue
