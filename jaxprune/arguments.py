@@ -1,6 +1,6 @@
-"""Checks of arguments: a wrong type is told as a wrong value is, in one line and by name.
+"""Checks of arguments; a wrong type or value raises a one-line error that names the argument.
 
-Those that return something return the value as the Python type it stands for.
+Checks that return a value return it as a plain Python type.
 """
 
 import numbers
@@ -37,7 +37,7 @@ def whole(name: str, value: Any) -> int:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, and nothing that merely counts as one."""
+    """True or False; numbers such as 0 and 1 are refused."""
     if not isinstance(value, (bool, np.bool_)):
         raise PruneError(f'{name} must be True or False, not {shown(value)}')
     return bool(value)
@@ -61,7 +61,7 @@ def least(low: int, **numbers: Any) -> None:
 
 
 def positive(name: str, value: float) -> None:
-    """Raises PruneError unless a number is above zero; of a traced one nothing is known yet."""
+    """Raises PruneError unless a number is above zero; traced numbers are not checked."""
     if not isinstance(real(name, value), jax.core.Tracer) and not value > 0:
         raise PruneError(f'{name} must be above 0, not {shown(value)}')
 

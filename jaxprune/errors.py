@@ -1,4 +1,4 @@
-"""Errors a user can mend, and how their messages show values and suggest names."""
+"""Errors that a user can fix, and how their messages show values and suggest names."""
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping
@@ -10,7 +10,7 @@ _VALUE, _NAME = 40, 100
 
 
 class JaxpruneError(Exception):
-    """A mistake in what was asked; its message is one line that says how to mend it."""
+    """An error that the caller can fix; its message is one line and says how."""
 
 
 class SpecError(JaxpruneError):
@@ -26,7 +26,7 @@ class StoreError(JaxpruneError):
 
 
 class PruneError(JaxpruneError):
-    """A mask that would not be what was asked for."""
+    """Arguments for which there is no valid mask, score or measurement."""
 
 
 def lookup(

@@ -1,9 +1,9 @@
 """Masks with a structure inside a kernel: n of every m weights, whole blocks, whole units.
 
-Patterns that hardware can use: 2:4 on sparse tensor cores, tiles such as 8x128 or 128x128 on
-matrix units. A mask alone speeds nothing up. All selections are made of `top_k_mask` and obey
-its law: ties go to the lowest index, NaN and -inf are never kept, so pruned entries stay pruned
-when their score is -inf.
+Patterns that hardware can use: 2:4 on sparse tensor cores, tiles such as 8x128 or 128x128 on matrix
+units. A mask alone speeds nothing up. All selections use `top_k_mask` and follow its rules: ties go
+to the lowest index, NaN and -inf are never kept, so pruned entries stay pruned when their score is
+-inf.
 
 Kernels are `(in, out)` or HWIO, `(height, width, in, out)`. Shapes, block sizes and axes are
 static; numbers of blocks to keep may be traced.
@@ -44,9 +44,9 @@ def n_of_m(
     """The n best of every m consecutive entries along the contraction axis: N:M sparsity.
 
     2:4 is the pattern of NVIDIA's sparse tensor cores (Mishra et al., 2021, arXiv:2104.08378),
-    general n and m as in Zhou et al. (2021, arXiv:2102.04010). The groups start at index 0 of
-    the axis; all other axes are indexed independently. There are no counts to give, so as a
-    selection of a pruner: `lambda scores, counts: n_of_m(scores, n=2, m=4)`.
+    general n and m as in Zhou et al. (2021, arXiv:2102.04010). The groups start at index 0 of the
+    axis; all other axes are indexed independently. It takes no counts; as the selection of a
+    pruner: `lambda scores, counts: n_of_m(scores, n=2, m=4)`.
 
     Padding: where the axis is no multiple of m, the last group is short and keeps the best
     `min(n, its length)`, as if filled up with entries that are never kept. A group also keeps
@@ -60,8 +60,8 @@ def n_of_m(
       n: how many to keep of each group, in [1, m].
       m: length of a group.
       axis: the axis along which a dot product sums, the input axis: one for all leaves (-2 suits
-        `(in, out)` and HWIO alike) or path -> axis. A leaf of two axes takes the first unless
-        told otherwise; others must be given theirs, since a convolution sums over three.
+        `(in, out)` and HWIO alike) or path -> axis. A leaf of two axes uses the first by default;
+        for other leaves the axis must be given, since a convolution sums over three.
       ties: 'lowest' keeps the lowest index of equal scores; 'highest' as jaxpruner does.
 
     Returns:
@@ -139,15 +139,15 @@ def block_top_k(
     counts are numbers of blocks.
 
     Padding: where a side is no multiple of the block, the blocks at its far edge are smaller.
-    What they lack counts as nothing: 0 in a sum, absent from mean and maximum. So a sum of
+    Missing entries do not count: they are 0 in a sum and absent from mean and maximum. So a sum of
     positive scores ranks edge blocks low, and in one ranking over all leaves also the leaves
     whose blocks hold fewer entries; a mean does neither.
 
-    Entries at -inf, weights pruned before, count as nothing as well, and are not kept with their
-    block: a mask is whole blocks but for them. A block whose score is -inf or NaN is never kept:
-    one without an entry above -inf, or with a NaN.
+    Entries at -inf, weights pruned before, do not count either, and are not kept with their block:
+    a mask is whole blocks except for them. A block whose score is -inf or NaN is never kept: one
+    without an entry above -inf, or with a NaN.
 
-    To repeat jaxpruner: `axes=(0, 1), pooled=True`, for its 'avg' the mean, and a vector reshaped
+    To reproduce jaxpruner: `axes=(0, 1), pooled=True`, the mean for its 'avg', and vectors reshaped
     to one row. It pools the first two axes whatever a kernel's layout, over all further ones
     together; it keeps one block at least; and where a side is no multiple of the block it pads by
     the remainder, which gives a mask of the right shape only by luck.

@@ -36,7 +36,7 @@ frame = jp.run_sweep(spec, out='runs/notebook')
 frame.head(3)
 
 # %% [markdown]
-# Each run tells two compressions: how many weights it kept (`compression`), and how many of those
+# Each run reports two compressions: how many weights it kept (`compression`), and how many of those
 # lie on a path from input to output at all (`effective_compression`). Runs with the same seed start
 # from the same weights and see the same data, so methods are compared in pairs.
 

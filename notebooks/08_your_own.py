@@ -36,7 +36,7 @@ batches = Batch(x[None, :300], y[None, :300])
 #
 # `(key, view, batches) -> one number per weight`, high = keep. This one is |w| times how far the
 # unit that reads the input moves the loss, by its gradient: blame shared out by size. The view
-# holds all that a score may look at: weights, masks, model state, initial weights where they are
+# holds all that a score may use: weights, masks, model state, initial weights where they are
 # kept.
 
 
@@ -99,7 +99,7 @@ plt.show()
 
 # %%
 def evenness(problem):
-    """`(Σw²)² / (n Σw⁴)` over the n weights in force: 1 if all are alike, 1/n if one has it all."""
+    """`(Σw²)² / (n Σw⁴)` over the n unpruned weights: 1 if all are alike, 1/n if one has it all."""
     del problem
 
     def measure(key: Key, view: View, batches: Batch | None):

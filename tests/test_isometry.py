@@ -369,7 +369,7 @@ def test_spectra_of_convolutions():
     [n if n in (1, 3, 6, 9) else pytest.param(n, marks=pytest.mark.slow) for n in range(11)],
 )
 def test_spectra_of_single_channels(number):
-    """Expectation: likewise, of kernels with one input and one output."""
+    """Expectation: the same, of kernels with one input and one output."""
     file = golden('structured/lean_norms')
     kernel = jnp.asarray(file[f'single/{number}/kernel'], jnp.float64)[..., None, None]
     expected = file[f'single/{number}/circular_sv']

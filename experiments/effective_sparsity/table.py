@@ -158,7 +158,7 @@ def prune_by_magnitude(compressions: Sequence[float], seeds: int = SEEDS) -> dic
 
 
 def prune_by_synflow(compressions: Sequence[float], seeds: int = FLOW_SEEDS, rounds: int = 100):
-    """Masks, with leading axes `(compressions, seeds)`, and what `counted` says of them."""
+    """Masks, with leading axes `(compressions, seeds)`, and the counts of `counted`."""
     pruner = jp.get_pruner(LENET, 'synflow')
 
     def network(seed, plan):
@@ -192,7 +192,7 @@ def layer_flows(seed: int, masks: Masks) -> np.ndarray:
 
 
 def _one_input(dtype) -> jp.Batch:
-    """SynFlow looks at the shape of an input only."""
+    """SynFlow uses the shape of an input only."""
     return jp.Batch(jnp.zeros((1, 1, *INPUT), dtype), jnp.zeros((1, 1), jnp.int32))
 
 

@@ -70,7 +70,7 @@ class Setting(NamedTuple):
       program: their functions.
       engine: trains and evaluates them.
       rows: their keys and hyperparameters.
-      batches: what importances look at: the first examples of each class.
+      batches: data of the importances: the first examples of each class.
       units: path -> `(units,)` of the layers whose units compete.
       keep: how many of them the sweep's ratio keeps.
     """

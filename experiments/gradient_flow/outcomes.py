@@ -1,4 +1,4 @@
-"""What the study says should come out, from finished sweeps and measures, with numbers.
+"""The outcomes that the study expects, checked on finished sweeps and measures.
 
     cd experiments/gradient_flow && python outcomes.py ../../runs/lenet5 ../../runs/vgg13
 

@@ -76,12 +76,12 @@ def flip() -> Augmentation:
     return mirror
 
 
-#: What a specification may name, with the customary settings.
+#: Augmentations by the names of specifications, with the usual settings.
 AUGMENTATIONS: dict[str, Callable[[], Augmentation]] = {'crop': pad_crop, 'flip': flip}
 
 
 def augmentation(name: str) -> Augmentation:
-    """Makes the augmentation of that name, with its customary settings.
+    """Makes the augmentation of that name, with its usual settings.
 
     Raises:
       DataError: the name is unknown; the message offers the nearest one.

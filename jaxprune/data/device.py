@@ -72,19 +72,19 @@ def epoch_order(key: Key, epoch: ArrayLike, examples: int, batch: int) -> jax.Ar
 
 
 def fetcher(mean: Sequence[float], std: Sequence[float], augment: Sequence[str] = ()) -> FetchFn:
-    """Makes the function that turns indices into a batch a network can be given.
+    """Makes the function that turns indices into a batch for a network.
 
     It gathers pixels, scales them to [0, 1], augments, then normalises: `(x - mean) / std`.
 
     Args:
       mean: per channel, of pixels scaled to [0, 1].
-      std: per channel, likewise.
+      std: per channel, of pixels scaled to [0, 1].
       augment: names from `AUGMENTATIONS`, applied in this order; none for evaluation.
 
     Returns:
       `fetch(split, key, indices) -> Batch`: `x` float32 `(batch, height, width, channels)`, `y`
       int32 `(batch,)`. Indices must lie in the split; others are clipped to it, as a compiled
-      program cannot object. The key is unused without augmentation.
+      program cannot raise. The key is unused without augmentation.
 
     Raises:
       DataError: an augmentation is unknown; from `fetch`, the images have other channels than

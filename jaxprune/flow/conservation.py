@@ -1,4 +1,4 @@
-"""What gradient flow leaves unchanged: monitors that are zero, or constant, where a law holds.
+"""Quantities that gradient flow conserves: zero, or constant, where a conservation law holds.
 
 Lubana & Dick, ICLR 2021, arXiv:2009.11839; Du, Hu & Lee, NeurIPS 2018, arXiv:1806.00900; Kunin et
 al., ICLR 2021, arXiv:2012.04728. A mask leaves the laws as they are: pruned weights drop out of
@@ -28,9 +28,9 @@ def imbalance(
 
     Constant under gradient flow where the map between the two is homogeneous: linear, ReLU, max or
     average pooling, without bias or with the bias counted on the input side; with dropout between
-    them there is no such law. Of a kernel before batch norm, with batch statistics, the norm
-    stands still by itself: two such layers keep theirs, one of them and a layer without do not.
-    Discrete steps change it by η² (‖g_l‖² - ‖g_(l+1)‖²).
+    them there is no such law. The norm of a kernel before batch norm, with batch statistics, is
+    constant by itself: so is the imbalance of two such layers, but not that of one such layer and a
+    layer without batch norm. Discrete steps change it by η² (‖g_l‖² - ‖g_(l+1)‖²).
 
     Args:
       order: paths of the layers, input first.
@@ -57,7 +57,7 @@ def imbalance(
 def unit_imbalance(first: jax.Array, second: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """`‖w_in,u‖² + b_u² - ‖w_out,u‖²` of every hidden unit u, `(units,)`.
 
-    The law of `imbalance`, unit by unit: the layers' is the sum.
+    The law of `imbalance` for every unit; the sum over units is that of the layers.
 
     Args:
       first: kernel that computes the units, `(..., units)`.
@@ -81,9 +81,9 @@ def radial_gradient(
 ) -> MeasureFn[dict[str, jax.Array]]:
     """`(key, view, batches) -> path -> root mean square over units of cos(w_u, g_u)`, scalars.
 
-    Zero for filters followed by batch norm with batch statistics, which do not feel their own
-    length: `w_uᵀ g_u = 0`, ‖w_u‖ stands still under the flow and grows by `η² ‖g_u‖²` per step
-    (but for the norm's ε). One where the gradient only lengthens or shortens.
+    Zero for filters followed by batch norm with batch statistics, where the loss does not depend on
+    their length: `w_uᵀ g_u = 0`, ‖w_u‖ is constant under the flow and grows by `η² ‖g_u‖²` per step
+    (up to the norm's ε). One where the gradient is parallel to the weights.
     """
 
     def measure(key: Key, view: View, batches: Batch | None) -> dict[str, jax.Array]:

@@ -1,7 +1,7 @@
 """Curvature of the loss: along the gradient, at the top of the spectrum, on average, as a density.
 
-Of the Hessian with respect to all parameters that move: rows and columns of pruned weights are left
-out. Products are forward over reverse and cost two to three gradients each.
+The Hessian is with respect to all parameters, without rows and columns of pruned weights. Its
+products are forward over reverse and cost two to three gradients each.
 """
 
 from typing import NamedTuple
@@ -44,7 +44,7 @@ def hessian_eigenvalues(
     NaN where there are fewer different ones than asked for.
 
     Args:
-      steps: Hessian products; so many copies of the parameters are held.
+      steps: Hessian products; as many copies of the parameters are held in memory.
     """
     least(1, steps=steps, count=count)
 
@@ -60,7 +60,7 @@ def hessian_trace(
 ) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> tr H`, a scalar, estimated by Hutchinson's `E vᵀHv`, v of signs.
 
-    Unbiased; of a standard deviation `sqrt(2 Σ_(i≠j) H_ij² / probes)`.
+    Unbiased, with a standard deviation of `sqrt(2 Σ_(i≠j) H_ij² / probes)`.
     """
     least(1, probes=probes)
 
@@ -93,7 +93,7 @@ def spectral_density(
 ) -> MeasureFn[Density]:
     """`(key, view, batches) -> Density` of the Hessian: stochastic Lanczos quadrature.
 
-    Its k-th moment estimates `tr Hᵏ / n` for k < 2 `steps`, n the number of parameters that move
+    Its k-th moment estimates `tr Hᵏ / n` for k < 2 `steps`, n the number of unpruned parameters
     (Ghorbani, Krishnan & Xiao, ICML 2019, arXiv:1901.10159). Draw it with `smoothed`.
     """
     least(1, steps=steps, probes=probes)
@@ -111,7 +111,7 @@ def spectral_density(
 
 
 def smoothed(density: Density, at: jax.Array, width: float) -> jax.Array:
-    """The density at some eigenvalues, every point made a Gaussian of this standard deviation."""
+    """The density at some eigenvalues: a sum of Gaussians, one per point, of this width."""
     values = jnp.where(density.weights > 0, density.values, 0).reshape(-1, 1)
     kernel = jnp.exp(-(((at - values) / width) ** 2) / 2) / (width * jnp.sqrt(2 * jnp.pi))
     return (density.weights.reshape(-1, 1) * kernel).sum(0)

@@ -1,8 +1,8 @@
-"""What a mask does to the loss, to the gradient and to first-order evolution: exact and predicted.
+"""The effect of a mask on loss, gradient and first-order evolution: exact and predicted.
 
-A view is the network before; masks are what it is pruned to. The displacement of the weights is
-`δ = -θ` where they are pruned, and a prediction expands along it (Lubana & Dick, ICLR 2021,
-arXiv:2009.11839; LeCun, Denker & Solla, 1990).
+A view is the network before pruning; the masks are those it is pruned to. The displacement of the
+weights is `δ = -θ` where they are pruned, and a prediction expands along it (Lubana & Dick, ICLR
+2021, arXiv:2009.11839; LeCun, Denker & Solla, 1990).
 """
 
 from typing import NamedTuple
@@ -94,7 +94,7 @@ def gradient_norm_change(
                 here = {path: leaf + along * step[path] for path, leaf in params.items()}
                 return jax.grad(lambda v: loss(put(view.params, v), batch))(here)
 
-            # What was pruned before counts as little after.
+            # Weights pruned before do not count after, either.
             return moving(view.masks, mean_over_batches(one, batches))
 
         def slope(along):
@@ -166,7 +166,7 @@ def evolution_error(
 
 
 def removal(view: View, masks: Masks) -> Weights:
-    """`δ`: what pruning to these masks adds to every parameter, zero where nothing is removed.
+    """`δ`: the change of every parameter by pruning to these masks, zero where nothing is removed.
 
     Raises:
       PruneError: masks of other paths or shapes than the weights, or not boolean.

@@ -91,7 +91,7 @@ def _ntk(take: Callable) -> _MakeMeasure:
 
 
 def _agreement(orders: tuple[int, int], kind: str) -> _MakeMeasure:
-    """Agreement between importances of two orders, over weights in force, running statistics."""
+    """Agreement between importances of two orders, over unpruned weights, running statistics."""
 
     def make(problem: Problem) -> MeasureFn[_Arrays]:
         # Magnitude and loss preservation are compared as sizes, the signed measures as they are.

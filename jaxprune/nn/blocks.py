@@ -25,7 +25,7 @@ def convolved(
     dtype: Any = None,
     kernel_init: Initializer = kaiming_normal,
 ) -> jax.Array:
-    """A convolution without bias that keeps height and width but for its stride."""
+    """A convolution without bias; it keeps height and width, divided by its stride."""
     return nn.Conv(
         maps,
         (side, side),
@@ -66,7 +66,7 @@ def pooled(x: jax.Array) -> jax.Array:
     """The maxima of 2x2 windows, an odd last row or column left out: `nn.max_pool`, but faster.
 
     XLA scatters the gradient of its own pooling, which takes a quarter of a VGG's step on CPU. As
-    there, of equal values the first one, row by row, gets the gradient.
+    with `nn.max_pool`, the first of equal values, row by row, gets the gradient.
     """
     batch, height, width, maps = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
@@ -88,7 +88,7 @@ def classified(
     return head(x.mean(axis=(1, 2))).astype(jnp.float32)
 
 
-#: What a network applies between its layers; 'linear' is nothing.
+#: Functions between the layers of a network; 'linear' is the identity.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'relu': nn.relu,
     'tanh': jnp.tanh,

@@ -102,10 +102,10 @@ def build(name: str, classes: int, **options: Any) -> nn.Module:
 
 
 def convolves(module: nn.Module) -> bool:
-    """Has a network convolutions? Those that have take the way to convolve as a field."""
+    """Whether a network has convolutions; if so, its field `conv` computes them."""
     return hasattr(module, 'conv')
 
 
 def convolving(module: nn.Module, conv: ConvFn) -> nn.Module:
-    """The same network with another way to convolve; unchanged if it has no convolutions."""
+    """The network with another implementation of convolution; unchanged if it has none."""
     return module.clone(conv=conv) if convolves(module) else module

@@ -106,7 +106,7 @@ def draw_control(axes: Axes, rows: pl.DataFrame, x: float | None = 1.0) -> tuple
 
 
 def two_points_high(axes: Axes) -> None:
-    """Widens an accuracy axis where seeds differ by a fraction of a point: it would show only them.
+    """Widens an accuracy axis to two points, so that differences of a fraction do not fill it.
 
     Call it after drawing.
     """
@@ -182,7 +182,7 @@ def accuracy(summary: pl.DataFrame, settings: list[dict]) -> Figure:
 
 
 def panel_compressions(learning: pl.DataFrame) -> tuple[list[float], int]:
-    """Which compressions get a panel of learning curves, and among how many they were chosen."""
+    """The compressions that get a panel of learning curves, and how many there are in all."""
     rows = learning.filter(pl.col('method') != tables.DENSE)
     values = (learning if rows.is_empty() else rows)['target_compression'].unique().sort()
     return tables.evenly(values.to_list(), MOST_PANELS), len(values)

@@ -1,4 +1,4 @@
-"""How much of every layer each method keeps."""
+"""The share of every layer that each method keeps."""
 
 import math
 
@@ -37,7 +37,7 @@ def _percent(density: float) -> str:
 
 
 def _cell(density: float) -> str:
-    """The number in a cell; one very long one would cost its whole panel the numbers."""
+    """The number in a cell; a very long one would leave no room for numbers in its panel."""
     return _percent(density) if 100 * density >= 0.001 else '<.001'
 
 

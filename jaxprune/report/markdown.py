@@ -1,4 +1,4 @@
-"""Markdown for scripts that check what a study says: tables, and differences with a verdict."""
+"""Markdown for scripts that check the claims of a study: tables, differences and verdicts."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ def difference(values: np.ndarray, digits: int = 2) -> str:
 
 
 def verdict(values: np.ndarray, digits: int = 2) -> str:
-    """What paired differences say of an expected plus: 'holds', 'reversed' or 'open', and the mean.
+    """Whether differences are positive as expected: 'holds', 'reversed' or 'open', and the mean.
 
     It holds if the interval lies above zero, is reversed if it lies below, and open otherwise.
     """

@@ -76,7 +76,7 @@ def figures(
 
     Args:
       along: rows of `store.read_curves`, if there are any.
-      flows: rows of `store.read_flow`, likewise.
+      flows: rows of `store.read_flow`, if there are any.
 
     Returns:
       `{name: (figure, words)}` in the order of the page; `words` holds `section`, `alt`, `caption`.
@@ -150,7 +150,7 @@ def _aims(frame: pl.DataFrame) -> str:
 
 
 def _bands(frame: pl.DataFrame) -> str:
-    """What the bands of a figure of accuracies are."""
+    """The meaning of the bands of a figure of accuracies."""
     if frame['seeds'].max() == 1:
         return 'One seed per point, so no band.'
     return 'Band: 95 % Student interval of the mean over seeds.'
@@ -290,7 +290,7 @@ def _row(row: dict, keys: list[str]) -> dict:
         'interval': text.interval(row['accuracy_low'], row['accuracy_high']),
         'deficit': text.percent(row['deficit']) if deficit else text.NONE,
         'deficit_interval': text.interval(row['deficit_low'], row['deficit_high']),
-        # Said only where it is not all of them.
+        # Shown only where it is not all of them.
         'pairs': row['pairs'] if deficit and row['pairs'] < row['seeds'] else None,
         'collapsed': row['collapsed'],
         'diverged': row['diverged'],

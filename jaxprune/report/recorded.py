@@ -14,7 +14,7 @@ MOST_COLUMNS = 3
 
 
 def whole(recorded: pl.DataFrame) -> pl.DataFrame:
-    """A value per run, step and quantity: layers together, as the quantity's entry says.
+    """A value per run, step and quantity: layers combined as the quantity's entry requires.
 
     Args:
       recorded: rows of `store.read_flow`.

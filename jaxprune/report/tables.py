@@ -26,7 +26,7 @@ _CONNECTED = _COMPUTED.filter(_COMPUTED.is_finite())
 
 
 def settings(results: pl.DataFrame) -> list[str]:
-    """Names of the columns that tell settings apart, i.e. those that vary."""
+    """Names of the columns that distinguish settings: those that vary."""
     candidates = [c for c in results.columns if c in _SETTINGS or c not in store.RESULTS]
     return [column for column in candidates if results[column].n_unique() > 1]
 
@@ -131,7 +131,7 @@ def summary(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
         collapsed               runs that lost a whole layer
         diverged                runs whose loss or accuracy is not finite
 
-    An accuracy that is itself not finite is in no mean. An accuracy that is finite counts even if
+    An accuracy that is not finite is left out of means. An accuracy that is finite counts even if
     the run diverged or collapsed: leaving failures out would flatter the method. Intervals of one
     run are null, and so is the deficit of the dense control, or without one.
 

@@ -1,7 +1,7 @@
 """Sums over groups of weights: single weights, units, layers, the network.
 
-A unit is what computes one output: a neuron, a filter of a convolution. Its weights are one slice
-of the kernel along the output axis, the last one in flax and haiku, the first in torch and equinox.
+A unit computes one output: a neuron, a filter of a convolution. Its weights are one slice of the
+kernel along the output axis, the last one in flax and haiku, the first in torch and equinox.
 """
 
 import jax

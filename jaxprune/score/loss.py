@@ -42,7 +42,7 @@ def batch_loss(
 
     Args:
       key: for dropout, which a train-mode forward pass may need; the same for every batch, so
-        that a gradient and a Hessian speak of one function.
+        that a gradient and a Hessian are those of the same function.
       train: True scores with the batch's own statistics, False with the running ones. The
         running statistics are never changed by a score.
     """
@@ -53,9 +53,9 @@ def batch_loss(
 def mean_gradient(
     problem: Problem, view: View, key: Key, batches: Batch | None, *, train: bool
 ) -> Weights:
-    """The gradient of the loss with respect to the weights in force, averaged over all batches.
+    """The gradient of the loss with respect to the masked weights, averaged over all batches.
 
-    It is dense: where the mask is False it says what the loss would do if the weight came back.
+    It is dense: where the mask is False, it is the slope of the loss if the weight came back.
     """
     gradient = jax.grad(batch_loss(problem, view, key, train=train))
     return mean_over_batches(lambda batch: gradient(view.weights, batch), batches)
@@ -76,10 +76,10 @@ def mean_over_batches(fn: Callable[[Batch], PyTree], batches: Batch | None) -> P
 
 
 def examples(batches: Batch | None, what: str) -> jax.Array:
-    """Inputs of all batches, `(examples, ...)`, for something that looks at each on its own.
+    """Inputs of all batches, `(examples, ...)`, for measures of single examples.
 
     Raises:
-      PruneError: there are none; `what` needs them.
+      PruneError: there are none; the message begins with `what`.
     """
     if batches is None:
         raise PruneError(f'{what} needs data: pass batches with leaves (batches, batch, ...)')

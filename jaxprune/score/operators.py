@@ -15,8 +15,8 @@ def conv_singular_values(
 ) -> jax.Array:
     """All singular values of a convolution as a linear map of images, falling.
 
-    The flattened kernel's singular values are others: a kernel with orthonormal filters need not
-    keep lengths, one whose only tap is orthogonal does.
+    They are not those of the flattened kernel: a kernel with orthonormal filters need not preserve
+    lengths, one whose only tap is orthogonal does.
 
     Args:
       kernel: `(height, width, in, out)`.
@@ -63,7 +63,7 @@ def _blocks(kernel: jax.Array, height: int, width: int, stride: int) -> jax.Arra
 def _transfer(kernel: jax.Array, height: int, width: int) -> jax.Array:
     """The kernel's Fourier transform at the frequencies of the grid, tap by tap.
 
-    A few taps need no fast transform, and XLA's waits for its own threads on the CPU.
+    A few taps need no fast transform, and XLA's own waits for its threads on the CPU.
     """
 
     def waves(size: int, taps: int) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Zeros that constants make: where a value is zero, or low, whatever the weights and the input.
+"""Where constants make a value zero, or very negative, whatever the weights and the input.
 
-Causal masks are why this is followed: a score of minus infinity is an attention of zero. Patterns
-are arrays computed while tracing, never traced themselves, and None where nothing is known.
+Causal masks need this: a score of minus infinity is an attention of zero. Patterns are arrays
+computed while tracing, never traced themselves, and None where nothing is known.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jaxprune.structure.values import Pattern, numbers
 
 #: Masks of attention are minus infinity, the smallest number, -1e9 or -1e4 where they shut.
 LOW = -1e4
-#: Scores are scaled by numbers above this; what was low stays so.
+#: Scores are scaled by numbers above this; low values stay low.
 _SCALE = 1e-2
 
 
@@ -78,7 +78,7 @@ def placed(equation: JaxprEqn, patterns: Sequence[Pattern], avals, *leading: Any
     """Patterns moved by an equation that only picks among its arguments.
 
     Args:
-      leading: arguments before those with patterns: what a known choice goes by.
+      leading: arguments before those with patterns: the known choice between them.
     """
     if all(p is None for p in patterns):
         return [None] * len(equation.outvars)
