@@ -18,11 +18,11 @@ class SpecError(JaxpruneError):
 
 
 class DataError(JaxpruneError):
-    """Data that are missing, cannot be read, or do not hold what was asked for."""
+    """Data that are missing, cannot be read, or do not fit the request."""
 
 
 class StoreError(JaxpruneError):
-    """A result directory that does not hold what was asked for."""
+    """A result directory that lacks what is read."""
 
 
 class PruneError(JaxpruneError):

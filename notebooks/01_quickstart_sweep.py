@@ -11,7 +11,7 @@
 #
 # A sweep is a table of runs: methods × compressions × seeds. It is written as a dictionary with the
 # keys of a TOML file, trained by one compiled program, and comes back as one frame, a row per run
-# and evaluation. Nothing is lost if you stop it: the same call goes on where it stopped.
+# and evaluation. Nothing is lost if you stop it: the same call continues where it stopped.
 
 # %%
 import matplotlib.pyplot as plt

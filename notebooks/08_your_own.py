@@ -35,7 +35,7 @@ batches = Batch(x[None, :300], y[None, :300])
 # ## A score
 #
 # `(key, view, batches) -> one number per weight`, high = keep. This one is |w| times how far the
-# unit that reads the input moves the loss, by its gradient: blame shared out by size. The view
+# unit that reads the input moves the loss, by its gradient: blame distributed by size. The view
 # holds all that a score may use: weights, masks, model state, initial weights where they are
 # kept.
 

@@ -954,7 +954,7 @@ def test_published_correction_to_effective_sparsity(name, sparsity, off):
 
 @pytest.mark.parametrize('allocation', ['global', 'uniform', 'erk', 'igq'])
 def test_the_sparsest_mask_of_the_chain(allocation):
-    """Expectation: every mask of the chain looked at in turn; and a chain is nested and exact."""
+    """Expectation: every mask of the chain in turn; and a chain is nested and exact."""
     connect, shapes = small('dense')
     steps = chain(shapes, allocation)
     scores = {

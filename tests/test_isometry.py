@@ -1,4 +1,4 @@
-"""Isometry: singular values of Jacobians and convolutions, and how they are brought back to 1.
+"""Isometry: singular values of Jacobians and convolutions, and how they are restored to 1.
 
 `isometry_*` hold what MingSun-Tse/TPP (a46ae3c) measures on three networks, dense, L1-pruned and
 orthogonalised; `lean_norms` brute-force spectra of convolutions: see `golden/README.md`.

@@ -629,7 +629,7 @@ def test_effective_is_drawn_over_direct_compression():
 
 
 def test_captions_say_what_differs():
-    """Expectation: the four situations the captions tell apart, one sweep each."""
+    """Expectation: the four situations that the captions distinguish, one sweep each."""
 
     def captions(**options):
         sweep = Sweep(seeds=2, epochs=1, **options)

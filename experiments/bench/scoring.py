@@ -1,4 +1,4 @@
-"""What one pruning round costs: the score, the selection, and the effective compression.
+"""The cost of one pruning round: the score, the selection, and the effective compression.
 
     pip install -e . && python experiments/bench/scoring.py --out scoring.md
 
@@ -13,8 +13,8 @@ with random inputs (times do not depend on their values). No data are needed. Fo
   paths      effective compression of 100 random masks: one vmapped call, lax.map, one by one;
              all must agree. And the time to prune to an effective compression.
 
-What is compared is timed in one process, in turns, so that the machine's mood hits all alike;
-printed are medians, without a first turn to warm up unless there is no other (0 turns). An item
+Items that are compared are timed in one process, in turns, so that other load affects all alike.
+Medians are printed, without a first turn to warm up unless there is no other (0 turns). An item
 that fails, needs too much memory or too much time is left out with the reason, and the rest goes
 on; a result that is wrong makes the exit status 1. A few minutes on two cores; `--minutes` bounds
 the whole, compilation included.
@@ -44,7 +44,7 @@ from jaxprune.sweep.devices import cores, memory_limit
 from jaxprune.types import Batch, Problem, View
 
 MIB = 2**20
-#: Scores kept in selections and examples SNIP looks at for them: ten per class, as published.
+#: Scores kept in selections, and examples of SNIP for them: ten per class, as published.
 KEPT, EXAMPLES = 0.1, 100
 #: Rows of scores selected from at once.
 ROWS = 4
@@ -106,7 +106,7 @@ def parse() -> argparse.Namespace:
         help='after these nothing new is begun (default 5.85)')  # fmt: skip
     add('--out', help='a markdown file for the tables, written anew after every item')
     add('--quick', action='store_true',
-        help='seconds, to see whether all runs: LeNet-300-100 with 4 examples, 5 masks, one'
+        help='seconds, to check that everything runs: LeNet-300-100 with 4 examples, 5 masks, one'
         ' turn; the other nets, very narrow, only if named by --nets')  # fmt: skip
     settings = parser.parse_args()
     if settings.quick:
@@ -229,7 +229,7 @@ class Item(NamedTuple):
     Attributes:
       program: what runs.
       call: runs it on its arguments; this is timed.
-      check: looks at what the first call returned.
+      check: checks the result of the first call.
     """
 
     program: Program

@@ -2,7 +2,7 @@
 
     python experiments/effective_sparsity/figure.py runs/direct runs/effective runs/uniform_plus
 
-Writes figure.png beside this script (or where `--out` says), prints the claims, and exits with 1 if
+Writes figure.png beside this script (or to `--out`), prints the claims, and exits with 1 if
 one of them fails. What this shorter recipe is known not to reproduce is printed as a note.
 """
 
@@ -22,7 +22,7 @@ from jaxprune.report import style, tables, text
 from jaxprune.stats import student_interval
 from jaxprune.sweep import store
 
-#: (method, allocation) -> how the figure calls it, in the order of the legend.
+#: (method, allocation) -> its name in the figure, in the order of the legend.
 NAMES = {
     ('random', 'uniform'): 'random, uniform',
     ('random', 'uniform_plus'): 'random, uniform+',
@@ -260,7 +260,7 @@ class Claim(NamedTuple):
     """What was found.
 
     Attributes:
-      verdict: PASS, FAIL or, where nothing is asked for, NOTE.
+      verdict: PASS or FAIL, or NOTE for a finding that no claim depends on.
       finding: what was measured, in words.
     """
 
@@ -326,7 +326,7 @@ def random_weights_are_idle(frame: pl.DataFrame) -> list[Claim]:
 
 
 def synflow_weights_work(frame: pl.DataFrame) -> list[Claim]:
-    """SynFlow's effective compression is its direct one, but for what the last cut leaves."""
+    """SynFlow's effective compression is its direct one, up to what the last cut leaves."""
     worst = max(ratio.max() for ratio in _ratios(frame, 'SynFlow').values())
     return [_judged(worst < 1.05, f'SynFlow: effective / direct compression at most {worst:.3f}')]
 

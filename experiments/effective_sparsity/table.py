@@ -40,7 +40,7 @@ class Known(NamedTuple):
       low: the smallest.
       high: the largest; infinite where a network is disconnected.
       disconnected: how many are; None where that was not written down.
-      digit: half a unit of the last digit that was.
+      digit: half a unit of the last digit that was written down.
     """
 
     median: float
@@ -196,15 +196,15 @@ def _one_input(dtype) -> jp.Batch:
     return jp.Batch(jnp.zeros((1, 1, *INPUT), dtype), jnp.zeros((1, 1), jnp.int32))
 
 
-# --- whether it is what it should be --------------------------------------------------------------
+# --- comparison with the known numbers ------------------------------------------------------------
 #
-# Two implementations draw different networks, so what can be asked for is agreement up to
+# Two implementations draw different networks, so they can only agree up to
 # sampling. 20 numbers of one distribution have a range of 3.7 standard deviations, and the
 # medians of two such samples differ by 0.4 of one (each has 1.25 / sqrt(20)): on a logarithmic
 # scale and up to rounding, medians must agree to a third of the known range, three such steps.
 # Where the range is open above, its lower half counts twice. Numbers of disconnected networks
 # must be compatible at p = 0.01 (Fisher's exact test); where more than half of the networks are
-# disconnected, the median says nothing more.
+# disconnected, the median is not informative.
 
 
 def compression(active: np.ndarray) -> np.ndarray:

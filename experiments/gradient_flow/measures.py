@@ -1,8 +1,8 @@
-"""Importances along dense training: how measures agree, and what pruning by each does at once.
+"""Importances along dense training: how measures agree, and what pruning by each does.
 
     cd experiments/gradient_flow && python measures.py ../../runs/lenet5
 
-Trains the dense runs of a sweep again, by its program, and looks at them before training, after
+Trains the dense runs of a sweep again, by its program, and measures them before training, after
 one epoch, half-way and at the end. Each time: the correlations that the study is about, over single
 weights and over filters; and for every measure, one-shot pruning at the sweep's ratio, without
 retraining: test loss and accuracy, and what share of each layer goes. Writes into the directory of

@@ -41,7 +41,7 @@ def hessian_eigenvalues(
     """`(key, view, batches) -> (count,)`, the largest eigenvalues, falling.
 
     Lanczos: the outer eigenvalues converge first, from below. Multiple eigenvalues are found once;
-    NaN where there are fewer different ones than asked for.
+    NaN where there are fewer distinct ones.
 
     Args:
       steps: Hessian products; as many copies of the parameters are held in memory.
