@@ -197,8 +197,8 @@ def _accuracy_effective_words(frame: pl.DataFrame, some: str) -> dict:
         )
     if frame.filter(pl.col('runs') < pl.col('seeds')).height:
         parts.append(
-            'Where only some seeds are, the point is split into two half-filled ones, each the '
-            'mean over its own seeds; dashed lines are means over all.'
+            'Where only some seeds are disconnected, the point is split into two half-filled ones, '
+            'each the mean over its own seeds; dashed lines are means over all.'
         )
     parts.append(_bands(frame))
     return {
