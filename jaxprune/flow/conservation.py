@@ -62,7 +62,7 @@ def unit_imbalance(first: jax.Array, second: jax.Array, bias: jax.Array | None =
     Args:
       first: kernel that computes the units, `(..., units)`.
       second: kernel that reads them, `(..., units, outputs)`; a dense kernel that reads flattened
-        maps, `(positions * units, outputs)`, will do, channels last.
+        maps, `(positions * units, outputs)`, works too, channels last.
       bias: `(units,)`.
 
     Raises:
