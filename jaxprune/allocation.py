@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable, Mapping
 
 from jaxprune import arguments
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, lookup, nearest, quoted
 
 Shape = tuple[int, ...]
 #: (shapes, density) -> path -> density of that layer, in [0, 1]. The shapes stand in forward
@@ -56,7 +56,7 @@ def uniform_down(shapes: Mapping[str, Shape], density: float) -> dict[str, float
 
 
 def uniform_plus(shapes: Mapping[str, Shape], density: float) -> dict[str, float]:
-    """The same density in every layer but a dense first and a not too sparse last one.
+    """The same density in every layer, except a dense first and a not too sparse last one.
 
     A first layer that is a convolution stays dense, the last layer keeps at least 20 %, and the
     others share the rest evenly (Gale et al., 2019, arXiv:1902.09574). A first layer of another
@@ -103,11 +103,11 @@ def erdos_renyi(
 ) -> dict[str, float]:
     """Erdős-Rényi densities, `d_l` proportional to sum(shape) / product(shape).
 
-    Where a density would pass 1 the budget has to go elsewhere:
+    Where a density would exceed 1, the rest of the budget goes elsewhere:
 
-    - 'rescale' makes the largest dense, equal ones together, and shares the rest of the budget
-      anew among the others (Evci et al., 2020, arXiv:1911.11134, and their code);
-    - 'previous' hands what a layer cannot hold to the layer before it, from the last to the first
+    - 'rescale' makes the layers of the largest density dense and rescales the others to share the
+      rest of the budget (Evci et al., 2020, arXiv:1911.11134, and their code);
+    - 'previous' passes what a layer cannot hold to the layer before it, from the last to the first
       (Vysogorets & Kempe, 2021, arXiv:2107.02306, in their code).
 
     Args:
@@ -121,12 +121,11 @@ def erdos_renyi(
       PruneError: with 'previous', the first layer would have to hold more than it can.
     """
     size = _check(shapes, density)
-    # All sides of an ERK kernel count; plain ER looks at the channels, the last two axes.
+    # All sides of an ERK kernel count; plain ER counts the channels, the last two axes.
     sides = {path: (shapes[path] if kernel else shapes[path][-2:]) or (1,) for path in size}
     raw = {path: sum(sides[path]) / math.prod(sides[path]) for path in size}
-    if excess not in _EXCESS:
-        raise PruneError(f"unknown excess '{excess}': {nearest(excess, _EXCESS)}")
-    return _keyed(shapes, _EXCESS[excess](size, raw, density))
+    rule = lookup('excess', excess, _EXCESS)
+    return _keyed(shapes, rule(size, raw, density))
 
 
 def _rescaled(size: dict[str, int], raw: dict[str, float], density: float) -> dict[str, float]:
@@ -182,7 +181,7 @@ def igq(shapes: Mapping[str, Shape], density: float) -> dict[str, float]:
     def kept(force):
         return math.fsum(n / (1 + force * n) for n in size.values())
 
-    # The force of a network of equal layers, the largest and the smallest there are.
+    # The forces if all layers were as large as the largest, or as small as the smallest.
     single = (1 - density) / density
     low, high = single / max(size.values()), single / min(size.values())
     force = _bisect(lambda force: kept(force) >= budget, low, high)
@@ -196,9 +195,9 @@ def smart_ratio(
 
     With L layers in all, the l-th, if it is a convolution, gets `d_l` proportional to
     `(L - l + 1)**2 + (L - l + 1)`, the form for ResNets; VGGs divide that by `l**2`. What a
-    convolution cannot hold is poured into those after it (Su et al., 2020, arXiv:2009.11094).
-    Once all convolutions are dense the remaining budget goes to the dense layers, evenly; the
-    original keeps less than asked there.
+    convolution cannot hold goes to those after it (Su et al., 2020, arXiv:2009.11094). Once all
+    convolutions are dense the remaining budget goes to the dense layers, evenly; the original keeps
+    less than asked there.
 
     Args:
       shapes: path -> shape in forward order; a convolution has four axes or more, and all other
@@ -250,15 +249,13 @@ LAYERWISE: dict[str, AllocationFn] = {
 #: number out by the weights themselves, when it prunes.
 SHARED = ('global', 'lamp')
 ALLOCATIONS = ('global', *LAYERWISE, 'lamp')
-#: Quotas that speak of first and last layers, so that `shapes` must be in forward order.
+#: Allocations that depend on the order of the layers: `shapes` must be in forward order.
 ORDERED = ('uniform_plus', 'smart_ratio', 'smart_ratio_vgg')
 
 
 def layerwise(name: str) -> AllocationFn:
     """The allocation rule of that name."""
-    if name not in LAYERWISE:
-        raise PruneError(f"unknown allocation '{name}': {nearest(name, LAYERWISE)}")
-    return LAYERWISE[name]
+    return lookup('allocation', name, LAYERWISE)
 
 
 def round_counts(shapes: Mapping[str, Shape], densities: Mapping[str, float]) -> dict[str, int]:
@@ -276,13 +273,14 @@ def bounds(
     Args:
       shapes: path -> shape of every prunable leaf.
       floor: fewest weights of a layer; a mapping may name some layers only.
-      cap: largest density of a layer, in (0, 1], rounded down to whole weights; likewise.
+      cap: largest density of a layer, in (0, 1], rounded down to whole weights; a mapping may name
+        some layers only.
 
     Returns:
       `(fewest, most)`, each path -> integer in sorted path order.
 
     Raises:
-      PruneError: a bound out of range, of an unknown layer, or that no count of a layer meets.
+      PruneError: a bound is out of range, names an unknown layer, or cannot be met.
     """
     size = dict(sorted(sizes(shapes).items()))
     for value in floor.values() if isinstance(floor, Mapping) else (floor,):
@@ -368,18 +366,18 @@ def _per_layer(kind: str, bound, default, size: Mapping[str, int]) -> dict:
         return dict.fromkeys(size, bound)
     for path in bound:
         if path not in size:
-            raise PruneError(f"{kind} of an unknown layer '{path}': {nearest(path, size)}")
+            raise PruneError(f'{kind} of an unknown layer {quoted(path)}: {nearest(path, size)}')
     return {path: bound.get(path, default) for path in size}
 
 
 def _rounded_up(density: float) -> str:
-    """Three digits, never less than the density itself: asking for what is printed works."""
+    """Three digits, rounded up, so that the density printed is itself accepted."""
     context = decimal.Context(prec=3, rounding=decimal.ROUND_CEILING)
     return f'{float(context.create_decimal(repr(float(density)))):.3g}'
 
 
 def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Where `holds` turns from true to false between low and high: the last double of the true.
+    """The last double between low and high where `holds` is true, if it turns false once.
 
     Halved until no double is left between, so that the precision is relative at any scale.
     """

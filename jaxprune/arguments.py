@@ -1,6 +1,6 @@
-"""Checks of arguments: a wrong type is told as a wrong value is, in one line and by name.
+"""Checks of arguments; a wrong type or value raises a one-line error that names the argument.
 
-Those that return something return the value as the Python type it stands for.
+Checks that return a value return it as a plain Python type.
 """
 
 import numbers
@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune.errors import PruneError
+from jaxprune.errors import PruneError, shown
 
 
 def real(name: str, value: Any) -> float:
@@ -19,8 +19,11 @@ def real(name: str, value: Any) -> float:
         getattr(value, 'shape', None) == () and np.issubdtype(value.dtype, np.number)
     )
     if _is_truth(value) or not scalar or np.iscomplexobj(value):
-        raise PruneError(f'{name} must be a number, not {_said(value)}')
-    return value if isinstance(value, jax.core.Tracer) else float(value)
+        raise PruneError(f'{name} must be a number, not {shown(value)}')
+    try:
+        return value if isinstance(value, jax.core.Tracer) else float(value)
+    except OverflowError:  # an integer beyond the largest float
+        raise PruneError(f'{name} is too large: {shown(value)}') from None
 
 
 def whole(name: str, value: Any) -> int:
@@ -30,13 +33,13 @@ def whole(name: str, value: Any) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise PruneError(f'{name} must be a whole number, not {_said(value)}') from None
+        raise PruneError(f'{name} must be a whole number, not {shown(value)}') from None
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False, and nothing that merely counts as one."""
+    """True or False; numbers such as 0 and 1 are refused."""
     if not isinstance(value, (bool, np.bool_)):
-        raise PruneError(f'{name} must be True or False, not {_said(value)}')
+        raise PruneError(f'{name} must be True or False, not {shown(value)}')
     return bool(value)
 
 
@@ -46,7 +49,7 @@ def like(name: str, value: Any, default: Any) -> Any:
         if isinstance(default, kind):
             return check(name, value)
     if not isinstance(value, type(default)):
-        raise PruneError(f'{name} must be a {type(default).__name__}, not {_said(value)}')
+        raise PruneError(f'{name} must be a {type(default).__name__}, not {shown(value)}')
     return value
 
 
@@ -54,23 +57,14 @@ def least(low: int, **numbers: Any) -> None:
     """Raises PruneError unless these are whole numbers of at least `low`."""
     for name, value in numbers.items():
         if whole(name, value) < low:
-            raise PruneError(f'{name} must be at least {low}, not {value}')
+            raise PruneError(f'{name} must be at least {low}, not {shown(value)}')
 
 
 def positive(name: str, value: float) -> None:
-    """Raises PruneError unless a number is above zero; of a traced one nothing is known yet."""
-    if not isinstance(value, jax.core.Tracer) and not value > 0:
-        raise PruneError(f'{name} must be above 0, not {value}')
+    """Raises PruneError unless a number is above zero; traced numbers are not checked."""
+    if not isinstance(real(name, value), jax.core.Tracer) and not value > 0:
+        raise PruneError(f'{name} must be above 0, not {shown(value)}')
 
 
 def _is_truth(value: Any) -> bool:
     return isinstance(value, bool) or getattr(value, 'dtype', None) == np.bool_
-
-
-def _said(value: Any) -> str:
-    """A value for a message: short ones as written, others by their type."""
-    written = repr(value)
-    if len(written) > 40 or '\n' in written:
-        shape = getattr(value, 'shape', None)
-        return f'{type(value).__name__}' + (f' of {tuple(shape)}' if shape is not None else '')
-    return written

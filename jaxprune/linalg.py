@@ -2,7 +2,7 @@
 
 XLA's CPU client splits a batch of decompositions over the thread pool that runs the program, and
 waits for it: with several devices (`jax_num_cpu_devices`) all threads may end up waiting, and the
-program never ends (seen with jaxlib 0.10.2, from eight 100x100 QRs on). Single matrices are not
+program never ends (observed with jaxlib 0.10.2, from eight 100x100 QRs on). Single matrices are not
 split. So here a batch, `vmap`'s included, is a loop on the CPU; elsewhere it stays a batch.
 """
 

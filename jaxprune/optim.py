@@ -2,28 +2,33 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune.errors import JaxpruneError, nearest
+from jaxprune.errors import JaxpruneError, check_choice
 from jaxprune.tree import mask_tree
 from jaxprune.types import Hyper, Masks, PyTree
+
+
+class MakeFn(Protocol):
+    def __call__(self, hyper: Hyper, learning_rate: jax.Array) -> optax.GradientTransformation:
+        """Makes the transformation of one run from its numbers, inside the compiled step."""
 
 
 class Optimizer(NamedTuple):
     """An optimizer whose numbers are traced, one set per run.
 
     Attributes:
-      make: `(hyper, learning_rate) -> transformation`, to be called inside the compiled step.
+      make: makes the transformation, see `MakeFn`.
       coupled_decay: weight decay is added to the gradient (L2, as torch's SGD and Adam do);
         False if the optimizer takes weight decay itself (decoupled, as AdamW).
       rate: `(clock, hyper) -> learning rate` of a step; the clock is a step count.
     """
 
-    make: Callable[[Hyper, jax.Array], optax.GradientTransformation]
+    make: MakeFn
     coupled_decay: bool
     rate: Callable[[jax.Array, Hyper], jax.Array]
 
@@ -127,18 +132,17 @@ def rate_schedule(
       warmup: steps of linear increase from zero before the schedule begins.
       milestones: steps counted from the start of training, for 'step'.
     """
+    check_choice('schedule', name, RATE_SCHEDULES, JaxpruneError)
     if name == 'constant':
         main = optax.constant_schedule(1.0)
     elif name == 'cosine':
         main = optax.cosine_decay_schedule(1.0, max(steps - warmup, 1))
-    elif name == 'step':
+    else:
         scales: dict[int, float] = {}
         for milestone in milestones:  # two that fall on one step both count
             at = milestone - warmup
             scales[at] = scales.get(at, 1.0) * factor
         main = optax.piecewise_constant_schedule(1.0, scales)
-    else:
-        raise JaxpruneError(f"unknown schedule '{name}': {nearest(name, RATE_SCHEDULES)}")
     if not warmup:
         return main
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), main], [warmup])
@@ -170,8 +174,7 @@ _UNFIT = frozenset({'rprop', 'scale_by_rprop', 'noisy_sgd', 'sm3'})
 
 def _function(name: str) -> Callable:
     names = [n for n in dir(optax) if _is_optimizer(getattr(optax, n)) and n not in _UNFIT]
-    if name not in names:
-        raise JaxpruneError(f"unknown optimizer '{name}': {nearest(name, names)}")
+    check_choice('optimizer', name, names, JaxpruneError)
     return getattr(optax, name)
 
 

@@ -1,9 +1,9 @@
 """Masks with a structure inside a kernel: n of every m weights, whole blocks, whole units.
 
-Patterns that hardware can use: 2:4 on sparse tensor cores, tiles such as 8x128 or 128x128 on
-matrix units. A mask alone speeds nothing up. All selections are made of `top_k_mask` and obey
-its law: ties go to the lowest index, NaN and -inf are never kept, so pruned entries stay pruned
-when their score is -inf.
+Patterns that hardware can use: 2:4 on sparse tensor cores, tiles such as 8x128 or 128x128 on matrix
+units. A mask alone speeds nothing up. All selections use `top_k_mask` and follow its rules: ties go
+to the lowest index, NaN and -inf are never kept, so pruned entries stay pruned when their score is
+-inf.
 
 Kernels are `(in, out)` or HWIO, `(height, width, in, out)`. Shapes, block sizes and axes are
 static; numbers of blocks to keep may be traced.
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.allocation import Shape, check_density
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, check_choice, nearest, quoted, shown
 from jaxprune.select import (
     as_floats,
     global_top_k,
@@ -44,9 +44,9 @@ def n_of_m(
     """The n best of every m consecutive entries along the contraction axis: N:M sparsity.
 
     2:4 is the pattern of NVIDIA's sparse tensor cores (Mishra et al., 2021, arXiv:2104.08378),
-    general n and m as in Zhou et al. (2021, arXiv:2102.04010). The groups start at index 0 of
-    the axis; all other axes are indexed independently. There are no counts to give, so as a
-    selection of a pruner: `lambda scores, counts: n_of_m(scores, n=2, m=4)`.
+    general n and m as in Zhou et al. (2021, arXiv:2102.04010). The groups start at index 0 of the
+    axis; all other axes are indexed independently. It takes no counts; as the selection of a
+    pruner: `lambda scores, counts: n_of_m(scores, n=2, m=4)`.
 
     Padding: where the axis is no multiple of m, the last group is short and keeps the best
     `min(n, its length)`, as if filled up with entries that are never kept. A group also keeps
@@ -60,8 +60,8 @@ def n_of_m(
       n: how many to keep of each group, in [1, m].
       m: length of a group.
       axis: the axis along which a dot product sums, the input axis: one for all leaves (-2 suits
-        `(in, out)` and HWIO alike) or path -> axis. A leaf of two axes takes the first unless
-        told otherwise; others must be given theirs, since a convolution sums over three.
+        `(in, out)` and HWIO alike) or path -> axis. A leaf of two axes uses the first by default;
+        for other leaves the axis must be given, since a convolution sums over three.
       ties: 'lowest' keeps the lowest index of equal scores; 'highest' as jaxpruner does.
 
     Returns:
@@ -74,12 +74,11 @@ def n_of_m(
     n, m = _integer('n', n), _integer('m', m)
     if not 1 <= n <= m:
         raise PruneError(f'n of m needs 1 <= n <= m, not n = {n} and m = {m}')
-    if ties not in TIES:
-        raise PruneError(f"unknown ties '{ties}': {nearest(ties, TIES)}")
+    check_choice('ties', ties, TIES)
     axes = axis if isinstance(axis, Mapping) else dict.fromkeys(scores, axis)
     for path in axes:
         if path not in scores:
-            raise PruneError(f"an axis is given for '{path}': {nearest(path, scores)}")
+            raise PruneError(f'an axis is given for {quoted(path)}: {nearest(path, scores)}')
     along = {p: _contraction_axis(f"'{p}'", x.shape, axes.get(p)) for p, x in scores.items()}
     groups = {p: _groups(as_floats(leaf), m, along[p]) for p, leaf in sorted(scores.items())}
     # All leaves at once, as columns: the selection is compiled once and not once per leaf.
@@ -140,15 +139,15 @@ def block_top_k(
     counts are numbers of blocks.
 
     Padding: where a side is no multiple of the block, the blocks at its far edge are smaller.
-    What they lack counts as nothing: 0 in a sum, absent from mean and maximum. So a sum of
+    Missing entries do not count: they are 0 in a sum and absent from mean and maximum. So a sum of
     positive scores ranks edge blocks low, and in one ranking over all leaves also the leaves
     whose blocks hold fewer entries; a mean does neither.
 
-    Entries at -inf, weights pruned before, count as nothing as well, and are not kept with their
-    block: a mask is whole blocks but for them. A block whose score is -inf or NaN is never kept:
-    one without an entry above -inf, or with a NaN.
+    Entries at -inf, weights pruned before, do not count either, and are not kept with their block:
+    a mask is whole blocks except for them. A block whose score is -inf or NaN is never kept: one
+    without an entry above -inf, or with a NaN.
 
-    To repeat jaxpruner: `axes=(0, 1), pooled=True`, for its 'avg' the mean, and a vector reshaped
+    To reproduce jaxpruner: `axes=(0, 1), pooled=True`, the mean for its 'avg', and vectors reshaped
     to one row. It pools the first two axes whatever a kernel's layout, over all further ones
     together; it keeps one block at least; and where a side is no multiple of the block it pads by
     the remainder, which gives a mask of the right shape only by luck.
@@ -170,8 +169,7 @@ def block_top_k(
       PruneError: counts with other paths, a block side below 1, axes that a leaf lacks, an unknown
         reduction, scores that are not floating point.
     """
-    if reduce not in REDUCTIONS:
-        raise PruneError(f"unknown reduction '{reduce}': {nearest(reduce, REDUCTIONS)}")
+    check_choice('reduction', reduce, REDUCTIONS)
     scores = {path: as_floats(leaf) for path, leaf in sorted(scores.items())}
     tiles = {p: _tiling(f"'{p}'", leaf.shape, block, axes, pooled) for p, leaf in scores.items()}
     values = {path: _reduced(leaf, tiles[path], reduce) for path, leaf in scores.items()}
@@ -210,7 +208,7 @@ def unit_top_k(
     """
     unknown = sorted(set(ranked) - set(scores))
     if unknown:
-        raise PruneError(f"no scores of '{unknown[0]}': {nearest(unknown[0], scores)}")
+        raise PruneError(f'no scores of {quoted(unknown[0])}: {nearest(unknown[0], scores)}')
     scores = {path: as_floats(leaf) for path, leaf in sorted(scores.items())}
     values = {p: jnp.moveaxis(scores[p], axis, 0) for p in scores if p in set(ranked)}
     values = {p: leaf.reshape(leaf.shape[0], -1).max(1) for p, leaf in values.items()}
@@ -284,10 +282,10 @@ def _tiling(
 ) -> _Tiling:
     block, axes = _pair('block', block), _pair('axes', axes)
     if min(block) < 1:
-        raise PruneError(f'the sides of a block must be at least 1, not {block}')
+        raise PruneError(f'the sides of a block must be at least 1, not {shown(block)}')
     sides = {_axis(name, shape, axis): side for axis, side in zip(axes, block, strict=True)}
     if len(sides) < 2:
-        raise PruneError(f'axes must be two different ones of {name}, not {axes}')
+        raise PruneError(f'axes must be two different ones of {name}, not {shown(axes)}')
     tile = tuple(
         # No larger than the leaf: padding one to 128 x 128 would cost memory for nothing.
         max(1, min(sides.get(axis, size if pooled else 1), size))
@@ -333,7 +331,7 @@ def _axis(name: str, shape: Shape, axis: int) -> int:
 def _pair(what: str, values: Iterable[int]) -> tuple[int, int]:
     values = tuple(values) if isinstance(values, Iterable) else (values,)
     if len(values) != 2:
-        raise PruneError(f'{what} must be two integers, not {values}')
+        raise PruneError(f'{what} must be two integers, not {shown(values)}')
     return tuple(_integer(what, value) for value in values)
 
 
@@ -341,4 +339,4 @@ def _integer(what: str, value: int) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise PruneError(f'{what} must be a plain integer, not {value!r}') from None
+        raise PruneError(f'{what} must be a plain integer, not {shown(value)}') from None

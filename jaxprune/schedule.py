@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import lookup
 
 #: (final density, rounds) -> density after each round; the last is the final density exactly.
 Schedule = Callable[[float, int], list[float]]
@@ -45,6 +45,4 @@ SCHEDULES: dict[str, Schedule] = {
 
 def schedule(name: str) -> Schedule:
     """The schedule of that name."""
-    if not isinstance(name, str) or name not in SCHEDULES:
-        raise PruneError(f"unknown schedule '{name}': {nearest(name, SCHEDULES)}")
-    return SCHEDULES[name]
+    return lookup('schedule', name, SCHEDULES)

@@ -78,10 +78,10 @@ def _ordered_bits(flat: jax.Array) -> jax.Array:
 def _bisect(
     bits: jax.Array, k: jax.Array, width: int, done: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A t < 2**width for which exactly k entries are >= t, and True; or what comes nearest.
+    """A threshold t < 2**width with exactly k entries >= t, and True.
 
-    That is, where ties forbid, the largest t with at least k entries >= t, and False: for k >= 1
-    the k-th largest entry. Already `done`, it returns 0.
+    Where ties rule that out: the largest t with at least k entries >= t, and False; for k >= 1
+    this is the k-th largest entry. If already `done`, t is 0.
     """
     one = jnp.ones((), bits.dtype)
 
@@ -142,7 +142,7 @@ def flatten(leaves: dict[str, jax.Array]) -> jax.Array:
 
 
 def unflatten(flat: jax.Array, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The way back from `flatten`."""
+    """The inverse of `flatten`: leaves with the paths and shapes of `like`."""
     leaves, start = {}, 0
     for path in sorted(like):
         size = like[path].size
@@ -165,9 +165,9 @@ def layerwise_top_k(scores: Scores, counts: Counts) -> Masks:
 def unit_norm(scores: Scores) -> Scores:
     """Each leaf divided by its L2 norm plus 1e-8, so that no leaf wins by its scale alone.
 
-    A global ranking of raw magnitudes compares the layers' scales above all; jaxpruner divides
-    by the norm before its global rankings unless told otherwise (Lee et al., 2023,
-    arXiv:2304.14082). Within a leaf the order stays, but for rounding. As a selection:
+    A global ranking of raw magnitudes compares the layers' scales above all; jaxpruner divides by
+    the norm before its global rankings by default (Lee et al., 2023, arXiv:2304.14082). Within a
+    leaf the order stays, up to rounding. As a selection:
     `lambda scores, counts: global_top_k(unit_norm(scores), counts)`.
 
     The norm is taken over the finite entries, where jaxpruner takes it over all: with pruned

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, nearest, quoted
 from jaxprune.types import Masks, PyTree, Rule, Weights
 
 #: Names under which the common libraries keep the weights of a linear or convolution layer.
@@ -139,7 +139,7 @@ def check_fits(params: PyTree, flat: Weights) -> None:
     found = dict(paths(params))
     for path, leaf in flat.items():
         if path not in found:
-            raise PruneError(f"no parameter '{path}': {nearest(path, found)}")
+            raise PruneError(f'no parameter {quoted(path)}: {nearest(path, found)}')
         if tuple(found[path].shape) != tuple(leaf.shape):
             raise PruneError(
                 f"'{path}' has shape {tuple(found[path].shape)}, not {tuple(leaf.shape)}"

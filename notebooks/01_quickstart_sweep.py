@@ -11,7 +11,7 @@
 #
 # A sweep is a table of runs: methods × compressions × seeds. It is written as a dictionary with the
 # keys of a TOML file, trained by one compiled program, and comes back as one frame, a row per run
-# and evaluation. Nothing is lost if you stop it: the same call goes on where it stopped.
+# and evaluation. Nothing is lost if you stop it: the same call continues where it stopped.
 
 # %%
 import matplotlib.pyplot as plt
@@ -36,7 +36,7 @@ frame = jp.run_sweep(spec, out='runs/notebook')
 frame.head(3)
 
 # %% [markdown]
-# Each run tells two compressions: how many weights it kept (`compression`), and how many of those
+# Each run reports two compressions: how many weights it kept (`compression`), and how many of those
 # lie on a path from input to output at all (`effective_compression`). Runs with the same seed start
 # from the same weights and see the same data, so methods are compared in pairs.
 

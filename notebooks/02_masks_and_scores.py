@@ -40,8 +40,8 @@ scores = {name: score(jax.random.key(1), view, batch) for name, score in methods
 {path: leaf.shape for path, leaf in scores['SNIP'].items()}
 
 # %% [markdown]
-# What SNIP thinks of the first layer: a score per weight, so an image per hidden unit. Weights of
-# pixels that are never lit score zero, whatever their size; magnitude knows nothing of that.
+# SNIP on the first layer: a score per weight, so an image per hidden unit. Weights of
+# pixels that are never lit score zero, whatever their size; magnitude ignores that.
 
 # %%
 figure, axes = plt.subplots(1, len(methods), figsize=(11, 2.6), layout='constrained')
@@ -86,8 +86,8 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# One ranking over all layers decides for itself which layer pays. Where a curve falls off the
-# bottom, the layer is gone and the network with it: layerwise allocations and SynFlow's rounds
+# One ranking over all layers decides by itself which layers lose weights. Where a curve falls off
+# the bottom, the layer is gone and the network with it: layerwise allocations and SynFlow's rounds
 # prevent that.
 #
 # How far do the methods agree on which weights to keep, at 5 %?

@@ -84,8 +84,8 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# And what happens to the loss? Prune by each measure, and compare the loss with what its Taylor
-# expansion says: to first order, and to second order with a single Hessian product for the whole
+# And what happens to the loss? Prune by each measure, and compare the loss with its Taylor
+# expansion: to first order, and to second order with a single Hessian product for the whole
 # set of weights removed. GraSP divides the logits by a temperature of 200; the last panel is its
 # measure without that.
 
@@ -117,7 +117,7 @@ axes[0].legend()
 plt.show()
 
 # %% [markdown]
-# Increase at temperature 1 is the one whose first order is large, as the correlation above says it
-# must be. At 200 the first order is small, and the loss rises by what comes after it. The others
-# keep the first order near zero, loss preservation by its definition, and lose by later ones.
-# Whether that matters after retraining is what `experiments/gradient_flow` asks.
+# Increase at temperature 1 is the one whose first order is large, as the correlation above implies.
+# At 200 the first order is small, and the loss rises by higher orders. The others keep the first
+# order near zero, loss preservation by its definition, and lose by higher orders. Whether that
+# matters after retraining is the question of `experiments/gradient_flow`.

@@ -36,7 +36,7 @@ view = jp.view(problem, pruned.params, state, pruned.masks)
 # Full-batch gradient descent from here, with the momentum and the decay that one would use. The
 # prediction for k steps uses derivatives at the starting point only. Along the sharpest direction,
 # of curvature λ, the flow's slope decays within a time 1/λ, and the slope of the expansion to
-# second order changes sign there: it says nothing after that.
+# second order changes sign there: it is not valid after that.
 
 # %%
 rate, momentum, decay = 0.001, 0.9, 1e-3
@@ -91,7 +91,7 @@ plt.show()
 
 # %% [markdown]
 # What gradient flow conserves is a test of everything at once. Between ReLU layers, with the bias
-# counted on the input side, ‖W_l‖² + ‖b_l‖² - ‖W_(l+1)‖² stands still; every discrete step moves it
+# counted on the input side, ‖W_l‖² + ‖b_l‖² - ‖W_(l+1)‖² is constant; every discrete step moves it
 # by η² times a difference of squared gradients. There are 1/η steps to a time, so half the step is
 # half the drift, once steps are small. A mask changes nothing about that.
 

@@ -92,8 +92,8 @@ plt.show()
 
 # %% [markdown]
 # The best rate for the dense network is not the best one for a sparse one, so a comparison at a
-# single rate can say anything. Rows of `grid.train` in a sweep's specification sweep it in the same
-# program.
+# single rate can favour any method. Rows of `grid.train` in a sweep's specification sweep it in
+# the same program.
 #
 # A law worth checking on your own functions: a vmapped run equals the run alone.
 

@@ -35,8 +35,8 @@ batches = Batch(x[None, :300], y[None, :300])
 # ## A score
 #
 # `(key, view, batches) -> one number per weight`, high = keep. This one is |w| times how far the
-# unit that reads the input moves the loss, by its gradient: blame shared out by size. The view
-# holds all that a score may look at: weights, masks, model state, initial weights where they are
+# unit that reads the input moves the loss, by its gradient: blame distributed by size. The view
+# holds all that a score may use: weights, masks, model state, initial weights where they are
 # kept.
 
 
@@ -99,7 +99,7 @@ plt.show()
 
 # %%
 def evenness(problem):
-    """`(Σw²)² / (n Σw⁴)` over the n weights in force: 1 if all are alike, 1/n if one has it all."""
+    """`(Σw²)² / (n Σw⁴)` over the n unpruned weights: 1 if all are alike, 1/n if one has it all."""
     del problem
 
     def measure(key: Key, view: View, batches: Batch | None):
@@ -128,17 +128,17 @@ def train(params, opt_state, rows, masks):
     return jax.lax.scan(step, (params, opt_state), rows)[0]
 
 
-look = jax.jit(lambda view: evenness(problem)(jax.random.key(0), view, batches))
+measure = jax.jit(lambda view: evenness(problem)(jax.random.key(0), view, batches))
 now, opt_state = jp.apply_masks(params, masks), tx.init(params)
-seen = [look(jp.view(problem, now, state, masks))]
+recorded = [measure(jp.view(problem, now, state, masks))]
 for part in np.random.default_rng(0).integers(0, len(x), (12, 10, 100)):
     now, opt_state = train(now, opt_state, part, masks)
-    seen.append(look(jp.view(problem, now, state, masks)))
+    recorded.append(measure(jp.view(problem, now, state, masks)))
 
 # %%
 figure, ax = plt.subplots(figsize=(6, 3.4), layout='constrained')
-for path in seen[0]:
-    ax.plot(range(0, 130, 10), [s[path] for s in seen], 'o-', label=path)
+for path in recorded[0]:
+    ax.plot(range(0, 130, 10), [s[path] for s in recorded], 'o-', label=path)
 ax.set(xlabel='step', ylabel='evenness of the weights', ylim=(0, 1))
 ax.legend()
 plt.show()

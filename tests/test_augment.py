@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxprune.data import AUGMENTATIONS, augmentation, flip, pad_crop
 from jaxprune.data.augment import crop_offsets, flip_coins
+from jaxprune.errors import DataError
 
 FEW = settings(max_examples=10, deadline=None)  # every new shape is compiled anew
 
@@ -79,7 +80,7 @@ def test_dtype_and_shape_are_kept(name):
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match=r"'flop'.*did you mean 'flip'.*crop"):
+    with pytest.raises(DataError, match=r"'flop'.*did you mean 'flip'.*crop"):
         augmentation('flop')
-    with pytest.raises(ValueError, match='-1'):
+    with pytest.raises(DataError, match='-1'):
         pad_crop(-1)

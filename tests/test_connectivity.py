@@ -279,7 +279,7 @@ def test_brute_force_paths(name):
     connect, shapes = small(name)
     edges_of, sources = NETS[name][3:]
     sinks = {('out', 0), ('out', 1)}
-    seen = set()
+    any_used = set()
 
     @settings(max_examples=60, deadline=None, database=None)
     @given(st.integers(0, 10**6), st.sampled_from([0.2, 0.4, 0.6, 0.9]))
@@ -291,10 +291,10 @@ def test_brute_force_paths(name):
             layer = path.split('/')[0]
             wanted = {at for at in used if at[0] == layer}
             assert {(layer, *at) for at in np.argwhere(mask).tolist()} == wanted
-        seen.add(len(used) > 0)
+        any_used.add(len(used) > 0)
 
     check()
-    assert True in seen
+    assert True in any_used
 
 
 def test_examples_of_the_definition():
@@ -486,8 +486,8 @@ def test_causal_attention_sees_no_future():
             found = connectivity(
                 lambda p, x, f=forward, t=token: f(p, x)[:, t], params, jnp.ones((1, 3, 2))
             )(ones)
-            seen = found['embed/kernel'].all((1, 2)).tolist()
-            assert seen == [i <= token for i in range(3)], (name, token)
+            live = found['embed/kernel'].all((1, 2)).tolist()
+            assert live == [i <= token for i in range(3)], (name, token)
             assert not found['embed/kernel'][token + 1 :].any(), (name, token)
             assert bool(found['query/kernel'].all())  # a score may reach the output
 
@@ -954,7 +954,7 @@ def test_published_correction_to_effective_sparsity(name, sparsity, off):
 
 @pytest.mark.parametrize('allocation', ['global', 'uniform', 'erk', 'igq'])
 def test_the_sparsest_mask_of_the_chain(allocation):
-    """Expectation: every mask of the chain looked at in turn; and a chain is nested and exact."""
+    """Expectation: every mask of the chain in turn; and a chain is nested and exact."""
     connect, shapes = small('dense')
     steps = chain(shapes, allocation)
     scores = {

@@ -328,7 +328,7 @@ def test_orders_of_many_runs_are_the_orders_of_each():
 
 @pytest.mark.parametrize('batch', [0, 11])
 def test_a_batch_that_cannot_be_filled_is_an_error(batch):
-    with pytest.raises(ValueError, match=f'batch of {batch} cannot be filled from 10'):
+    with pytest.raises(DataError, match=f'batch of {batch} cannot be filled from 10'):
         data.epoch_order(jax.random.key(0), 0, 10, batch)
 
 
@@ -381,7 +381,7 @@ def test_moments_of_other_channels_are_refused():
     """Expectation: broadcasting one mean over three channels, or three over one, is a mistake."""
     for moments, shape in (((0.5,), (4, 4, 3)), ((0.5,) * 3, (4, 4, 1))):
         split = data.to_device(split_of_noise(shape))
-        with pytest.raises(ValueError, match='channels'):
+        with pytest.raises(DataError, match='channels'):
             data.fetcher(moments, moments)(split, jax.random.key(0), jnp.arange(2))
 
 
@@ -431,10 +431,10 @@ def test_balanced_draws_are_mixed_fresh_and_independent_of_other_runs():
 
 def test_impossible_draws_are_errors():
     table = data.class_balanced(np.repeat(np.arange(2), 5), 2)
-    with pytest.raises(ValueError, match=r'3 batches of 2 per class need 6 .* smallest has 5'):
+    with pytest.raises(DataError, match=r'3 batches of 2 per class need 6 .* smallest has 5'):
         data.balanced_indices(jax.random.key(0), table, 2, 3)
-    with pytest.raises(ValueError, match='class 1 has no example'):
+    with pytest.raises(DataError, match='class 1 has no example'):
         data.class_balanced(np.array([0, 2]), 3)
     for labels in ([0, 3], [-1, 0]):
-        with pytest.raises(ValueError, match='not within 0 to 2'):
+        with pytest.raises(DataError, match='not within 0 to 2'):
             data.class_balanced(np.array(labels), 3)

@@ -576,8 +576,11 @@ def test_agreement_of_broken_measures():
     half = jax.random.normal(KEY, (2000,), jnp.bfloat16)
     wide = half.astype(jnp.float32)
     assert_near(flow.spearman(half, wide, wide == wide), 1.0, 1e-6)
-    for options, said in (({'density': 2}, 'density must be in'), ({'masks': {}}, 'masks lack w')):
-        with pytest.raises(jp.PruneError, match=said):
+    for options, message in (
+        ({'density': 2}, 'density must be in'),
+        ({'masks': {}}, 'masks lack w'),
+    ):
+        with pytest.raises(jp.PruneError, match=message):
             flow.agreement({'w': ramp}, {'w': ramp}, **options)
 
 
@@ -670,10 +673,10 @@ def test_kernels_of_a_sweep_see_all_classes():
     number of examples of each; a kernel of them, by `tangent_kernel` of those examples."""
     problem, view, _ = network(jnp.tanh)
     for per_class, several in ((10, 1), (10, 8), (10, 32), (5, 16), (1, 1)):
-        seen = []
+        indices = []
 
-        def apply(params, state, x, *, train, key, seen=seen):
-            jax.debug.callback(lambda c: seen.append(int(c)), x[0, 0])
+        def apply(params, state, x, *, train, key, indices=indices):
+            jax.debug.callback(lambda c: indices.append(int(c)), x[0, 0])
             return problem.apply(params, state, x, train=train, key=key)
 
         classes = np.tile(np.repeat(np.arange(10), per_class), (several, 1))
@@ -682,14 +685,14 @@ def test_kernels_of_a_sweep_see_all_classes():
         measure = flow.quantity('ntk_trace').make(problem._replace(apply=apply), ())
         measure(KEY, view, jp.Batch(jnp.asarray(x), jnp.asarray(classes)))
         jax.effects_barrier()
-        assert set(seen) == set(range(10))
+        assert set(indices) == set(range(10))
     with pytest.raises(jp.PruneError, match='needs data'):
         measure(KEY, view, None)
 
 
 def test_numbers_that_cannot_be():
     problem, view, batches = network(jnp.tanh)
-    for make, said in (
+    for make, message in (
         (lambda: flow.hessian_eigenvalues(problem, steps=2.5), 'steps must be a whole number'),
         (lambda: flow.hessian_eigenvalues(problem, count=0), 'count must be at least 1'),
         (lambda: flow.hessian_trace(problem, probes=0), 'probes must be at least 1'),
@@ -709,15 +712,15 @@ def test_numbers_that_cannot_be():
         (lambda: flow.imbalance(view, ['0/w', '1/w'], biases=[None]), '2 layers have 2 biases'),
         (lambda: flow.gradient_norm(problem)(KEY, view, None), 'this needs data'),
     ):
-        with pytest.raises(jp.PruneError, match=said):
+        with pytest.raises(jp.PruneError, match=message):
             make()
     dynamics = flow.norm_dynamics(problem, second=False)(KEY, view, batches)
-    for call, said in (
+    for call, message in (
         (lambda: flow.predicted_change(dynamics, 0.1, momentum=1.0), 'momentum must be in'),
         (lambda: flow.predicted_change(dynamics, 0.1, steps=0), 'steps must be at least 1'),
         (lambda: flow.saliency_drift(dynamics), 'needs norm dynamics with second'),
     ):
-        with pytest.raises(jp.PruneError, match=said):
+        with pytest.raises(jp.PruneError, match=message):
             call()
 
 
@@ -727,7 +730,7 @@ def test_masks_that_cannot_be():
     soft = {path: jnp.full(w.shape, 0.3) for path, w in view.weights.items()}
     small = {path: jnp.ones((1, 1), bool) for path in view.weights}
     optimizer = optax.sgd(0.1)
-    for masks, said in ((soft, 'must be boolean'), (small, 'has shape')):
+    for masks, message in ((soft, 'must be boolean'), (small, 'has shape')):
         for call in (
             lambda m: flow.loss_change(problem)(KEY, view, m, batches),
             lambda m: flow.gradient_norm_change(problem)(KEY, view, m, batches),
@@ -736,7 +739,7 @@ def test_masks_that_cannot_be():
             lambda m: flow.approximately_orthogonal(view.weights, m, optimizer, steps=1),
             lambda m: flow.orthp(view.weights, m),
         ):
-            with pytest.raises(jp.PruneError, match=said):
+            with pytest.raises(jp.PruneError, match=message):
                 call(masks)
 
 

@@ -244,7 +244,7 @@ def test_groups_by_hand():
 
 
 @pytest.mark.parametrize(
-    ('options', 'said'),
+    ('options', 'message'),
     [
         ({'order': 3}, 'importance has the order 0, 1 or 2, not 3'),
         ({'mode': 'sign'}, "unknown mode 'sign': did you mean 'signed'"),
@@ -253,9 +253,9 @@ def test_groups_by_hand():
         ({'temperature': 0.0}, 'temperature of importance must be above 0'),
     ],
 )
-def test_what_the_family_does_not_have(options, said):
+def test_what_the_family_does_not_have(options, message):
     problem, *_ = setting(Bare(False))
-    with pytest.raises(jp.PruneError, match=said):
+    with pytest.raises(jp.PruneError, match=message):
         importance(problem, **options)
 
 

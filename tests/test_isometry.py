@@ -1,4 +1,4 @@
-"""Isometry: singular values of Jacobians and convolutions, and how they are brought back to 1.
+"""Isometry: singular values of Jacobians and convolutions, and how they are restored to 1.
 
 `isometry_*` hold what MingSun-Tse/TPP (a46ae3c) measures on three networks, dense, L1-pruned and
 orthogonalised; `lean_norms` brute-force spectra of convolutions: see `golden/README.md`.
@@ -59,12 +59,12 @@ NETS = {
 @functools.cache
 def case(name: str):
     """File, description, problem, dense view, examples; layers in forward order."""
-    file, said = golden(f'structured/{name}'), described(f'structured/{name}')
+    file, facts = golden(f'structured/{name}'), described(f'structured/{name}')
     x = jnp.asarray(file['x'], jnp.float64)
     problem = jp.problem_from_flax(NETS[name], x.shape[1:])
     view = jp.view(problem, nested(file, 'params', jnp.float64))
     layers = sorted((p.split('/')[0] for p in view.weights), key=lambda p: (p[0] != 'c', p))
-    return file, said, problem, view, jp.Batch(x[None], jnp.zeros((1, len(x)), jnp.int32)), layers
+    return file, facts, problem, view, jp.Batch(x[None], jnp.zeros((1, len(x)), jnp.int32)), layers
 
 
 @functools.cache
@@ -104,11 +104,11 @@ def close(found, expected, tolerance=1e-4) -> None:
 def test_spectra_before_and_after_pruning_and_orthogonalising(name):
     """Expectation: the authors' singular values at every ratio; ours on masks, theirs on networks
     cut smaller, so the two are the same."""
-    file, said, _, view, _, layers = case(name)
-    gain = said['act_gain']
+    file, facts, _, view, _, layers = case(name)
+    gain = facts['act_gain']
     close(values_of(name)(view.params, tree.ones(view.weights)), file['jsv/dense'])
     stages = {'dense': {layer: [] for layer in layers}}
-    for ratio, of_layer in said['pruned'].items():
+    for ratio, of_layer in facts['pruned'].items():
         stages[f'l1_{ratio}'] = {
             layer: of_layer.get(layer, {'pruned_ascending_score': []})['pruned_ascending_score']
             for layer in layers
@@ -130,10 +130,10 @@ def test_spectra_before_and_after_pruning_and_orthogonalising(name):
 
 def test_numbers_of_a_spectrum():
     """Expectation: the authors' statistics of their own values; by hand where a slope is lost."""
-    _, said, *_ = case('isometry_mlp7_linear')
+    _, facts, *_ = case('isometry_mlp7_linear')
     file = golden('structured/isometry_mlp7_linear')
-    assert said['stats']
-    for stage, expected in said['stats'].items():
+    assert facts['stats']
+    for stage, expected in facts['stats'].items():
         found = flow.isometry_of(jnp.asarray(file[f'jsv/{stage}'], jnp.float64))
         ours = {'mean': found.mean, 'max': found.largest, 'min': found.smallest, 'std': found.std}
         for key, value in ours.items():
@@ -348,9 +348,9 @@ def test_tpp():
 def test_spectra_of_convolutions():
     """Expectation: brute-force singular values of the operators, circular at strides 1 and 2 and
     zero padded, from the file."""
-    file, said = golden('structured/lean_norms'), described('structured/lean_norms')
+    file, facts = golden('structured/lean_norms'), described('structured/lean_norms')
     cases = {key.split('/')[1] for key in file if key.startswith('multi/')}
-    assert len(cases) > 1 and said
+    assert len(cases) > 1 and facts
     for number in sorted(cases):
         kernel = jnp.asarray(file[f'multi/{number}/kernel'], jnp.float64)
         channels = min(kernel.shape[2:])
@@ -369,7 +369,7 @@ def test_spectra_of_convolutions():
     [n if n in (1, 3, 6, 9) else pytest.param(n, marks=pytest.mark.slow) for n in range(11)],
 )
 def test_spectra_of_single_channels(number):
-    """Expectation: likewise, of kernels with one input and one output."""
+    """Expectation: the same, of kernels with one input and one output."""
     file = golden('structured/lean_norms')
     kernel = jnp.asarray(file[f'single/{number}/kernel'], jnp.float64)[..., None, None]
     expected = file[f'single/{number}/circular_sv']

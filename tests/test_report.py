@@ -15,7 +15,7 @@ from matplotlib.colors import to_rgb
 from jaxprune import report
 from jaxprune.errors import StoreError
 from jaxprune.report import curves, effective, heatmap, page, style, tables, terminal, text
-from jaxprune.stats import bootstrap_interval
+from jaxprune.stats import student_interval
 from jaxprune.sweep import store
 from jaxprune.sweep.timing import PHASES
 
@@ -204,7 +204,7 @@ def test_summary_against_numpy():
         assert row['seeds'] == 4
         assert row['accuracy'] == pytest.approx(accuracy.mean())
         bounds = row['accuracy_low'], row['accuracy_high']
-        assert bounds == pytest.approx(bootstrap_interval(accuracy))
+        assert bounds == pytest.approx(student_interval(accuracy))
         direct = sum(PATHS.values()) / kept.sum(1)
         assert row['compression'] == pytest.approx(np.exp(np.log(direct).mean()))
         connected = direct[(kept > 0).all(1)]
@@ -218,7 +218,7 @@ def test_summary_against_numpy():
         assert row['pairs'] == 4
         assert row['deficit'] == pytest.approx((dense - accuracy).mean())
         bounds = row['deficit_low'], row['deficit_high']
-        assert bounds == pytest.approx(bootstrap_interval(dense - accuracy))
+        assert bounds == pytest.approx(student_interval(dense - accuracy))
     assert summary['collapsed'].sum() == 3
 
 
@@ -449,20 +449,20 @@ def test_disconnected_runs_are_counted_and_not_averaged():
     """Expectation: the definition; the mean of logarithms over the connected runs, by NumPy."""
     sweep = Sweep(RANDOM, [100, 300, 1000, 3000], gap=gap)
     summary = tables.summary(sweep.results, sweep.layers)
-    seen = []
+    counts = []
     for row in summary.iter_rows(named=True):
         runs = [f'{row["label"]}-{row["target_compression"]:g}-{seed}-' for seed in range(4)]
         values = np.array([sweep.effective[run] for run in runs])
         finite = values[np.isfinite(values)]
         assert row['disconnected'] == 4 - len(finite)
         assert row['target'] == ('effective' if row['label'].endswith('effective') else 'direct')
-        seen.append(row['disconnected'])
+        counts.append(row['disconnected'])
         if len(finite):
             expected = np.exp(np.log(finite).mean())
             assert row['effective_compression'] == pytest.approx(expected)
         else:
             assert row['effective_compression'] is None
-    assert set(seen) == {0, 1, 4}
+    assert set(counts) == {0, 1, 4}
     assert tables.settings(sweep.results) == []
 
 
@@ -562,13 +562,13 @@ def test_sentences_about_effective_compression():
         assert sentence == signs(words)
 
 
-def drawn_lines(axes, **look):
-    """Data of the lines with more than one point and this look, `[(x, y), ...]`."""
+def drawn_lines(axes, **props):
+    """Data of the lines with more than one point and these properties, `[(x, y), ...]`."""
     return [
         line.get_xydata().T
         for line in axes.lines
         if len(line.get_xdata()) > 1
-        and all(getattr(line, f'get_{k}')() == v for k, v in look.items())
+        and all(getattr(line, f'get_{k}')() == v for k, v in props.items())
     ]
 
 
@@ -579,9 +579,9 @@ def test_accuracy_is_drawn_over_both_compressions():
     frame = tables.connectivity(sweep.results)
     drawing = effective.accuracy(frame, summary, [{}], style.lines(RANDOM))
     axes, strip = drawing.axes
-    for label, look in style.lines(RANDOM).items():
+    for label, props in style.lines(RANDOM).items():
         solid, dashed = (
-            drawn_lines(axes, color=look['color'], linestyle=kind) for kind in ('-', '--')
+            drawn_lines(axes, color=props['color'], linestyle=kind) for kind in ('-', '--')
         )
         mine = pl.col('label') == label
         rows = frame.filter(mine, ~pl.col('disconnected'))
@@ -603,8 +603,8 @@ def test_accuracy_is_drawn_over_both_compressions():
         tables.connectivity(plain.results),
         tables.summary(plain.results, plain.layers),
     )
-    looks = style.lines(['SNIP', 'SynFlow'])
-    assert len(effective.accuracy(frame, summary, [{}], looks).axes) == 1
+    styles = style.lines(['SNIP', 'SynFlow'])
+    assert len(effective.accuracy(frame, summary, [{}], styles).axes) == 1
 
 
 def test_effective_is_drawn_over_direct_compression():
@@ -612,12 +612,12 @@ def test_effective_is_drawn_over_direct_compression():
     sweep = Sweep(RANDOM, [10, 100, 300, 1000], gap=gap)
     frame = tables.connectivity(sweep.results)
     # A label more in the sweep, of which nothing is known, takes no one's colour and no place.
-    looks = style.lines(['unknown', *RANDOM])
-    drawing = effective.compressions(frame, [{}], looks)
+    styles = style.lines(['unknown', *RANDOM])
+    drawing = effective.compressions(frame, [{}], styles)
     axes, strip = drawing.axes
     for label in RANDOM:
         rows = frame.filter(pl.col('label') == label, ~pl.col('disconnected'))
-        [(x, y)] = drawn_lines(axes, color=looks[label]['color'])
+        [(x, y)] = drawn_lines(axes, color=styles[label]['color'])
         assert x == pytest.approx(rows['compression'].to_numpy())
         assert y == pytest.approx(rows['effective_compression'].to_numpy())
     cut = frame.filter('disconnected')
@@ -629,7 +629,7 @@ def test_effective_is_drawn_over_direct_compression():
 
 
 def test_captions_say_what_differs():
-    """Expectation: the four situations the captions tell apart, one sweep each."""
+    """Expectation: the four situations that the captions distinguish, one sweep each."""
 
     def captions(**options):
         sweep = Sweep(seeds=2, epochs=1, **options)
@@ -944,9 +944,9 @@ def test_texts_of_effective_compression_do_not_touch():
             tables.summary(sweep.results, sweep.layers),
         )
         settings = [setting for setting, _ in tables.split(frame, tables.settings(sweep.results))]
-        looks = style.lines(tables.labels(summary))
-        check_no_overlap(effective.accuracy(frame, summary, settings, looks))
-        check_no_overlap(effective.compressions(frame, settings, looks))
+        styles = style.lines(tables.labels(summary))
+        check_no_overlap(effective.accuracy(frame, summary, settings, styles))
+        check_no_overlap(effective.compressions(frame, settings, styles))
 
 
 @pytest.mark.parametrize('count', [13, 161])
@@ -960,9 +960,9 @@ def test_texts_of_deep_networks_do_not_touch(count):
 
 
 def test_colours_markers_and_dashes_tell_a_dozen_methods_apart():
-    looks = style.lines(names(12))
-    assert len({(look['color'], str(look['linestyle'])) for look in looks.values()}) == 12
-    assert len({look['marker'] for look in looks.values()}) == 12
+    styles = style.lines(names(12))
+    assert len({(props['color'], str(props['linestyle'])) for props in styles.values()}) == 12
+    assert len({props['marker'] for props in styles.values()}) == 12
 
 
 def test_no_colour_deficiency_confuses_the_added_colours():
@@ -983,8 +983,8 @@ def test_no_colour_deficiency_confuses_the_added_colours():
     to_xyz = np.array(
         [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
     )
-    looks = style.lines([str(i) for i in range(10)]).values()
-    colours = np.array([to_rgb(look['color']) for look in looks] + [to_rgb(style.INK)])
+    styles = style.lines([str(i) for i in range(10)]).values()
+    colours = np.array([to_rgb(props['color']) for props in styles] + [to_rgb(style.INK)])
     light = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
     assert len(np.unique(colours, axis=0)) == 11
     linear = np.clip(light @ deficiencies.swapaxes(1, 2), 0, 1)

@@ -26,7 +26,7 @@ def run(*command, cwd=None) -> str:
 def test_gradient_flow(tmp_path):
     """Expectation: dense runs of `measures.py` are the sweep's, also when forced to another way of
     training; every figure and section is there; a directory without measures, and one given twice,
-    are told in one line."""
+    give one line."""
     folder = EXPERIMENTS / 'gradient_flow'
     small = ['data.train_examples=1000', 'data.test_examples=300', 'train.epochs=7']
     small += ['train.milestones=[4,6]', 'grid.seed=[0,1]', 'prune.samples_per_class=5']
@@ -34,7 +34,7 @@ def test_gradient_flow(tmp_path):
     sets += ['--set', 'engine.batching="unroll"']  # not what a dense net is trained by else
     out, measures = tmp_path / 'net', tmp_path / 'net_measures'
     run('-c', SWEEP, 'sweep', folder / 'lenet300100.toml', '--out', out, *sets)
-    command = [folder / 'outcomes.py', out, '--out', tmp_path / 'told' / 'outcomes.md']
+    command = [folder / 'outcomes.py', out, '--out', tmp_path / 'written' / 'outcomes.md']
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.strip().endswith('run measures.py first')
     run(folder / 'measures.py', out)
@@ -44,7 +44,7 @@ def test_gradient_flow(tmp_path):
     assert done.returncode == 1 and done.stderr.strip().endswith('give every network once')
     text = run(*command)
     assert text.count('\n## ') == 6 and 'nan' not in text
-    drawn = {path.name for path in (tmp_path / 'told').glob('*.png')}
+    drawn = {path.name for path in (tmp_path / 'written').glob('*.png')}
     expected = ('accuracy', 'correlations', 'scatter', 'removal', 'norms')
     assert drawn == {f'{name}.png' for name in expected}
     dense = read_results(out).filter(pl.col('label') == 'dense')

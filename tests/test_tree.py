@@ -235,6 +235,6 @@ def test_two_leaves_with_one_path_are_refused():
 
 
 def test_nnx_paths_count_as_kernels():
-    """flax nnx keeps an array under `value`; the name before it is what says kernel."""
+    """flax nnx keeps an array under `value`; the name before it identifies a kernel."""
     params = {'conv': {'kernel': {'value': jnp.ones((2, 2))}, 'bias': {'value': jnp.ones((2, 2))}}}
     assert list(tree.pick(params)) == ['conv/kernel/value']

@@ -4,7 +4,7 @@
 
 LeNet-300-100, VGG-11 (quarter width), ResNet-20 (quarter and full width) and a small vision
 transformer, batch 128, SGD with momentum, masks of 10 % density, on noise (times do not depend on
-what pictures show). No data are needed. N = 1, 4, 16, 64 runs (LeNet-300-100 on accelerators also
+the images). No data are needed. N = 1, 4, 16, 64 runs (LeNet-300-100 on accelerators also
 256 and 1024), each as
 
   sweep     the sweep's own engine with the strategy that a probe found fastest for the net
@@ -14,7 +14,7 @@ what pictures show). No data are needed. N = 1, 4, 16, 64 runs (LeNet-300-100 on
 
 all in one process, in turns. The cost of a run trained alone does not depend on how many follow it,
 so JAX and PyTorch train no more than a few of the runs. Printed per N: milliseconds per run and
-step, what the sweep is faster by, floating-point operations per second against the fastest matrix
+step, the speed-up of the sweep, floating-point operations per second against the fastest matrix
 product of this machine, seconds to compile, memory per run as the compiler laid it out. Then, what
 recording along training costs. All ways must reach the same mean training loss in their first
 steps: a row that does not is marked WRONG, and the exit status is 1.
@@ -573,7 +573,7 @@ def draw(rows: list[dict], path: Path) -> None:
         return
     figure = Figure(figsize=(3 * len(nets), 3.2), layout='constrained')
     axes = figure.subplots(1, len(nets), squeeze=False)[0]
-    looks = {
+    styles = {
         'sweep': ('#0072B2', 'o', '-'),
         'JAX': ('#E69F00', 's', '--'),
         'PyTorch': ('#009E73', '^', '--'),
@@ -582,7 +582,7 @@ def draw(rows: list[dict], path: Path) -> None:
     words = {'sweep': 'the sweep', 'JAX': 'JAX, one by one', 'graphs': 'PyTorch, CUDA graphs'}
     for ax, name in zip(axes, nets, strict=True):
         mine = [r for r in rows if r['net'] == name and 'sweep ms' in r]
-        for way, (colour, marker, line) in looks.items():
+        for way, (colour, marker, line) in styles.items():
             points = [(r['N'], float(r[f'{way} ms'])) for r in mine if f'{way} ms' in r]
             if points:
                 label = words.get(way, way)

@@ -1,4 +1,4 @@
-"""What one pruning round costs: the score, the selection, and the effective compression.
+"""The cost of one pruning round: the score, the selection, and the effective compression.
 
     pip install -e . && python experiments/bench/scoring.py --out scoring.md
 
@@ -13,8 +13,8 @@ with random inputs (times do not depend on their values). No data are needed. Fo
   paths      effective compression of 100 random masks: one vmapped call, lax.map, one by one;
              all must agree. And the time to prune to an effective compression.
 
-What is compared is timed in one process, in turns, so that the machine's mood hits all alike;
-printed are medians, without a first turn to warm up unless there is no other (0 turns). An item
+Items that are compared are timed in one process, in turns, so that other load affects all alike.
+Medians are printed, without a first turn to warm up unless there is no other (0 turns). An item
 that fails, needs too much memory or too much time is left out with the reason, and the rest goes
 on; a result that is wrong makes the exit status 1. A few minutes on two cores; `--minutes` bounds
 the whole, compilation included.
@@ -44,7 +44,7 @@ from jaxprune.sweep.devices import cores, memory_limit
 from jaxprune.types import Batch, Problem, View
 
 MIB = 2**20
-#: Scores kept in selections and examples SNIP looks at for them: ten per class, as published.
+#: Scores kept in selections, and examples of SNIP for them: ten per class, as published.
 KEPT, EXAMPLES = 0.1, 100
 #: Rows of scores selected from at once.
 ROWS = 4
@@ -106,7 +106,7 @@ def parse() -> argparse.Namespace:
         help='after these nothing new is begun (default 5.85)')  # fmt: skip
     add('--out', help='a markdown file for the tables, written anew after every item')
     add('--quick', action='store_true',
-        help='seconds, to see whether all runs: LeNet-300-100 with 4 examples, 5 masks, one'
+        help='seconds, to check that everything runs: LeNet-300-100 with 4 examples, 5 masks, one'
         ' turn; the other nets, very narrow, only if named by --nets')  # fmt: skip
     settings = parser.parse_args()
     if settings.quick:
@@ -127,7 +127,7 @@ class Job(NamedTuple):
     Attributes:
       title: of what.
       share: of the time, relative to the other jobs.
-      run: does it; is told when to begin nothing new.
+      run: does it; gets the time after which it must begin nothing new.
     """
 
     title: str
@@ -229,7 +229,7 @@ class Item(NamedTuple):
     Attributes:
       program: what runs.
       call: runs it on its arguments; this is timed.
-      check: looks at what the first call returned.
+      check: checks the result of the first call.
     """
 
     program: Program
@@ -238,12 +238,12 @@ class Item(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What was seen of an item.
+    """The measurements of an item.
 
     Attributes:
       program: what ran.
       seconds: of every turn; the first, which also warms up, counts only if it is the only one.
-      device: what the device's own memory counter says, '' where it has none.
+      device: the device's own memory counter, '' where it has none.
     """
 
     program: Program
@@ -260,7 +260,7 @@ class Result(NamedTuple):
 
 
 class Skip(Exception):
-    """Raised where an item is left out on purpose; says why."""
+    """Raised where an item is left out on purpose; its message is the reason."""
 
 
 class Wrong(Exception):
@@ -271,21 +271,21 @@ def build(
     fn: Callable,
     *args: Any,
     name: str = '',
-    seen: dict[str, str] | None = None,
+    known: dict[str, str] | None = None,
     most: float | None = None,
 ) -> Program:
     """Compiles `fn` for arguments.
 
     Args:
-      name: what `seen` shall call it.
-      seen: text of a program -> name of what had it first; such a program is left out.
+      name: what the item is called in `known`.
+      known: text of a program -> name of what had it first; such a program is left out.
       most: lines of text above which a program is left out, None for any number.
     """
     began = time.perf_counter()
     lowered = jax.jit(fn).lower(*args)
     text = lowered.as_text()
-    if seen is not None:
-        first = seen.setdefault(text, name)
+    if known is not None:
+        first = known.setdefault(text, name)
         if first != name:
             raise Skip(f'the same program as {first}')
     lines = text.count('\n')
@@ -338,7 +338,7 @@ def first_turn(make: Callable[[], Item], stop: float) -> tuple[Item, Result] | L
         seconds, value = timed(item.call)
         device = ''
         if before is not None:
-            # The counter never falls, so it tells an item's own peak only where it rises.
+            # The counter never falls, so it shows an item's own peak only where it rises.
             after = in_device_memory()
             device = f'{"" if after > before else "<= "}{after / MIB:,.0f}'
         item.check(value)
@@ -347,7 +347,7 @@ def first_turn(make: Callable[[], Item], stop: float) -> tuple[Item, Result] | L
     return guarded(run)
 
 
-def told(found: Result | Left) -> str:
+def described(found: Result | Left) -> str:
     if isinstance(found, Left):
         return f'left out, {found.reason}'
     first = number(found.seconds[0])
@@ -379,7 +379,7 @@ def in_turns(
         else:
             item, results[name] = found
             calls[name] = item.call
-        print(f'{title}, {name}: {told(results[name])}', flush=True)
+        print(f'{title}, {name}: {described(results[name])}', flush=True)
         show(results)
     for _ in range(settings.rounds):
         for name, call in list(calls.items()):
@@ -503,7 +503,7 @@ def number(seconds: float) -> str:
 def scores_table(settings, nets, name: str, table: Table, publish, stop: float) -> None:
     net = nets(name)
     batch, key = batches(net.name, net.batch), jax.random.key(2)
-    seen: dict[str, str] = {}
+    known: dict[str, str] = {}
 
     def gradient(key, view, batch):
         loss = mean_loss(net.problem, view, key, train=True)
@@ -522,7 +522,7 @@ def scores_table(settings, nets, name: str, table: Table, publish, stop: float) 
         unit, most = results.get('gradient'), None
         if isinstance(unit, Result):
             most = (stop - time.monotonic()) / unit.program.seconds * unit.program.lines
-        program = build(fn, *args, name=name, seen=seen, most=most)
+        program = build(fn, *args, name=name, known=known, most=most)
         return Item(program, lambda: program.call(*args))
 
     def show(results) -> None:
@@ -575,11 +575,11 @@ def selection_table(
     def make_score(results) -> Item:
         program = build(lambda view, data: flatten(score(key, view, data)), net.view, batch)
 
-        def look(found) -> None:
+        def check(found) -> None:
             scores[1], host = found, jax.device_get(found)
             scores[ROWS] = jax.device_put(np.concatenate([host[None], host * noise[1:]]))
 
-        return Item(program, lambda: program.call(net.view, batch), look)
+        return Item(program, lambda: program.call(net.view, batch), check)
 
     def check(kind: str, rows: int, found: jax.Array) -> None:
         found = jax.device_get(found)

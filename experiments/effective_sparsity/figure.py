@@ -2,7 +2,7 @@
 
     python experiments/effective_sparsity/figure.py runs/direct runs/effective runs/uniform_plus
 
-Writes figure.png beside this script (or where `--out` says), prints the claims, and exits with 1 if
+Writes figure.png beside this script (or to `--out`), prints the claims, and exits with 1 if
 one of them fails. What this shorter recipe is known not to reproduce is printed as a note.
 """
 
@@ -19,10 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from jaxprune.report import style, tables, text
-from jaxprune.stats import bootstrap_interval
+from jaxprune.stats import student_interval
 from jaxprune.sweep import store
 
-#: (method, allocation) -> how the figure calls it, in the order of the legend.
+#: (method, allocation) -> its name in the figure, in the order of the legend.
 NAMES = {
     ('random', 'uniform'): 'random, uniform',
     ('random', 'uniform_plus'): 'random, uniform+',
@@ -53,7 +53,7 @@ def main() -> int:
     for check in CLAIMS:
         print(check.__doc__.splitlines()[0])
         for claim in check(frame):
-            print(f'  {claim.verdict}  {claim.says}')
+            print(f'  {claim.verdict}  {claim.finding}')
             failed |= claim.verdict == FAIL
     return 1 if failed else 0
 
@@ -98,7 +98,7 @@ def load(directories: Sequence[Path]) -> pl.DataFrame:
 
 def draw(frame: pl.DataFrame) -> bytes:
     """The figure as PNG."""
-    looks = style.lines(list(NAMES.values()))
+    styles = style.lines(list(NAMES.values()))
     with style.context():
         drawing = style.figure(style.WIDTH, 8.0)
         rows = drawing.add_gridspec(2, 2, height_ratios=[1, 1.1])
@@ -113,12 +113,12 @@ def draw(frame: pl.DataFrame) -> bytes:
             (left, LAYERWISE, 'random pruning: layerwise allocations'),
             (right, [*SCORES, IGQ], 'the best random allocation and scores'),
         ):
-            _accuracies(axes, frame, {name: looks[name] for name in names})
+            _accuracies(axes, frame, {name: styles[name] for name in names})
             axes.set_title(title)
         left.set_ylabel('test accuracy (%)')
         right.tick_params(labelleft=False)
-        _compressions(below, strip, frame, looks)
-        _key(key, looks)
+        _compressions(below, strip, frame, styles)
+        _key(key, styles)
         grid = sorted(set(frame.filter(pl.col('at') > 1)['at']))
         for axes in (left, right):
             axes.set_xlabel('compression: effective (solid) or direct (dashed)')
@@ -130,12 +130,12 @@ def draw(frame: pl.DataFrame) -> bytes:
         return style.png(drawing)
 
 
-def _accuracies(axes: Axes, frame: pl.DataFrame, looks: dict[str, dict]) -> None:
+def _accuracies(axes: Axes, frame: pl.DataFrame, styles: dict[str, dict]) -> None:
     """Mean accuracy with its range over seeds, of both sweeps."""
     dense = frame.filter(pl.col('name') == tables.DENSE)['accuracy']
     axes.axhspan(dense.min(), dense.max(), color=style.INK, alpha=0.25, linewidth=0)
     axes.axhline(dense.mean(), color=style.INK, linewidth=0.8)
-    for name, look in looks.items():
+    for name, props in styles.items():
         for target, x in SHOWN.items():
             rows = _over_seeds(frame, name, target)
             if rows.is_empty():
@@ -143,11 +143,11 @@ def _accuracies(axes: Axes, frame: pl.DataFrame, looks: dict[str, dict]) -> None
             line = '-' if target == 'effective' else (0, (3, 1.6))
             alpha = 0.16 if target == 'effective' else 0.07
             low, high = rows['lowest'], rows['highest']
-            axes.fill_between(rows[x], low, high, color=look['color'], alpha=alpha, linewidth=0)
+            axes.fill_between(rows[x], low, high, color=props['color'], alpha=alpha, linewidth=0)
             axes.plot(
                 rows[x],
                 rows['accuracy'],
-                color=look['color'],
+                color=props['color'],
                 linestyle=line,
                 linewidth=1.6 if target == 'effective' else 1.1,
             )
@@ -155,10 +155,10 @@ def _accuracies(axes: Axes, frame: pl.DataFrame, looks: dict[str, dict]) -> None
                 axes.plot(
                     row[x],
                     row['accuracy'],
-                    color=look['color'],
-                    marker=look['marker'],
+                    color=props['color'],
+                    marker=props['marker'],
                     markersize=5.5 if target == 'effective' else 4,
-                    markerfacecolor='white' if row['cut'] else look['color'],
+                    markerfacecolor='white' if row['cut'] else props['color'],
                     zorder=3,
                 )
     axes.set_ylim(0, 102)
@@ -187,25 +187,25 @@ def _over_seeds(frame: pl.DataFrame, name: str, target: str) -> pl.DataFrame:
     )
 
 
-def _compressions(axes: Axes, strip: Axes, frame: pl.DataFrame, looks: dict[str, dict]) -> None:
+def _compressions(axes: Axes, strip: Axes, frame: pl.DataFrame, styles: dict[str, dict]) -> None:
     """Effective against direct compression of the runs pruned to a direct one; ∞ in the strip."""
     axes.axline((1, 1), (10, 10), color=style.QUIET, linestyle=(0, (1, 1.5)), linewidth=1.2)
     axes.grid(True, axis='both')
-    for place, (name, look) in enumerate(looks.items()):
+    for place, (name, props) in enumerate(styles.items()):
         rows = _over_seeds(frame, name, 'direct')
         finite = rows.filter(pl.col('cut') < pl.col('seeds'))
-        x, mark = finite['compression'], {'color': look['color'], 'marker': look['marker']}
-        band = {'color': look['color'], 'alpha': 0.16, 'linewidth': 0}
+        x, mark = finite['compression'], {'color': props['color'], 'marker': props['marker']}
+        band = {'color': props['color'], 'alpha': 0.16, 'linewidth': 0}
         axes.fill_between(x, finite['least'], finite['most'], **band)
-        axes.plot(x, finite['effective_compression'], color=look['color'])
+        axes.plot(x, finite['effective_compression'], color=props['color'])
         for row in rows.iter_rows(named=True):
             part = style.SOME if 0 < row['cut'] < row['seeds'] else {}
             if row['cut'] < row['seeds']:
                 axes.plot(row['compression'], row['effective_compression'], **mark, **part)
             if row['cut']:
                 strip.plot(row['compression'], -place, **mark, **part)
-    strip.set_ylim(0.8 - len(looks), 0.8)
-    strip.set_yticks([(1 - len(looks)) / 2], [f'disconnected\n{text.INFINITE}'])
+    strip.set_ylim(0.8 - len(styles), 0.8)
+    strip.set_yticks([(1 - len(styles)) / 2], [f'disconnected\n{text.INFINITE}'])
     strip.set_facecolor('#f4f4f4')
     strip.spines[:].set_visible(False)
     strip.tick_params(which='both', length=0, labelbottom=False)
@@ -215,13 +215,13 @@ def _compressions(axes: Axes, strip: Axes, frame: pl.DataFrame, looks: dict[str,
     axes.set_ylabel('effective compression')
 
 
-def _key(axes: Axes, looks: dict[str, dict]) -> None:
+def _key(axes: Axes, styles: dict[str, dict]) -> None:
     """What lines and markers mean."""
     ink = {'color': style.INK}
     handles = [Line2D([], [], linewidth=5, alpha=0.3, **ink, label='dense')]
     handles += [
-        Line2D([], [], color=look['color'], marker=look['marker'], label=name)
-        for name, look in looks.items()
+        Line2D([], [], color=props['color'], marker=props['marker'], label=name)
+        for name, props in styles.items()
     ]
     handles += [
         Line2D([], [], **ink, label='pruned to an effective compression,\nagainst it'),
@@ -250,7 +250,7 @@ def _key(axes: Axes, looks: dict[str, dict]) -> None:
 # --- the claims -----------------------------------------------------------------------------------
 #
 # Each check states a claim of the paper in the first line of its docstring, which is printed. One
-# method is more accurate than another where the 95 % bootstrap interval of their mean difference
+# method is more accurate than another where the 95 % Student interval of their mean difference
 # over seeds, run by run, does not hold zero; otherwise they are equal.
 
 PASS, FAIL, NOTE = 'PASS', 'FAIL', 'note'
@@ -260,16 +260,16 @@ class Claim(NamedTuple):
     """What was found.
 
     Attributes:
-      verdict: PASS, FAIL or, where nothing is asked for, NOTE.
-      says: the numbers.
+      verdict: PASS or FAIL, or NOTE for a finding that no claim depends on.
+      finding: what was measured, in words.
     """
 
     verdict: str
-    says: str
+    finding: str
 
 
-def _judged(holds: bool, says: str) -> Claim:
-    return Claim(PASS if holds else FAIL, says)
+def _judged(holds: bool, finding: str) -> Claim:
+    return Claim(PASS if holds else FAIL, finding)
 
 
 def _cells(frame: pl.DataFrame, name: str, target: str, column: str) -> dict[float, np.ndarray]:
@@ -291,7 +291,7 @@ def _better(frame: pl.DataFrame, ours: str, theirs: str, target: str) -> dict[fl
     second = _cells(frame, theirs, target, 'accuracy')
     signs = {}
     for at in sorted(first.keys() & second.keys()):
-        low, high = bootstrap_interval(first[at] - second[at])
+        low, high = student_interval(first[at] - second[at])
         signs[at] = '+' if low > 0 else '-' if high < 0 else '='
     return signs
 
@@ -300,7 +300,7 @@ def _from_100(signs: dict[float, str]) -> dict[float, str]:
     return {at: sign for at, sign in signs.items() if at >= 100}
 
 
-def _said(signs: dict[float, str]) -> str:
+def _in_words(signs: dict[float, str]) -> str:
     """`better at 100×, 300×; equal at 1000×`, from the signs of `_better`."""
     words = {'+': 'better', '=': 'equal', '-': 'worse'}
     parts = []
@@ -326,7 +326,7 @@ def random_weights_are_idle(frame: pl.DataFrame) -> list[Claim]:
 
 
 def synflow_weights_work(frame: pl.DataFrame) -> list[Claim]:
-    """SynFlow's effective compression is its direct one, but for what the last cut leaves."""
+    """SynFlow's effective compression is its direct one, up to what the last cut leaves."""
     worst = max(ratio.max() for ratio in _ratios(frame, 'SynFlow').values())
     return [_judged(worst < 1.05, f'SynFlow: effective / direct compression at most {worst:.3f}')]
 
@@ -351,12 +351,12 @@ def igq_is_the_best_allocation(frame: pl.DataFrame) -> list[Claim]:
     for other in others:
         signs = _from_100(_better(frame, IGQ, other, 'direct'))
         holds = '+' in signs.values() and '-' not in signs.values()
-        says = f'IGQ against {other[8:]}, accuracy at direct compression: {_said(signs)}'
-        claims.append(_judged(holds, says))
+        finding = f'IGQ against {other[8:]}, accuracy at direct compression: {_in_words(signs)}'
+        claims.append(_judged(holds, finding))
     for other in others:
         signs = _from_100(_better(frame, IGQ, other, 'effective'))
-        says = f'IGQ against {other[8:]}, accuracy at effective compression: {_said(signs)}'
-        claims.append(Claim(NOTE, says))
+        finding = f'IGQ against {other[8:]}, accuracy at effective compression: {_in_words(signs)}'
+        claims.append(Claim(NOTE, finding))
     return claims
 
 
@@ -378,11 +378,11 @@ def igq_against_scores(frame: pl.DataFrame) -> list[Claim]:
     for other in ('magnitude', 'SNIP'):
         for target in SHOWN:
             signs = _from_100(_better(frame, IGQ, other, target))
-            says = f'IGQ against {other}, accuracy at {target} compression: {_said(signs)}'
+            finding = f'IGQ against {other}, accuracy at {target} compression: {_in_words(signs)}'
             if (other, target) == ('magnitude', 'direct'):
-                claims.append(_judged('-' not in signs.values(), says))
+                claims.append(_judged('-' not in signs.values(), finding))
             else:
-                claims.append(Claim(NOTE, says))
+                claims.append(Claim(NOTE, finding))
     return claims
 
 
@@ -400,8 +400,8 @@ def the_order_changes(frame: pl.DataFrame) -> list[Claim]:
                         (' over '.join(name.removeprefix('random, ') for name in over), at)
                     )
     found.sort(key=lambda pair: pair[1])
-    says = 'better at equal direct but worse at equal effective compression'
-    return [_judged(bool(found), f'{says}: {_list(found) or "no method"}')]
+    finding = 'better at equal direct but worse at equal effective compression'
+    return [_judged(bool(found), f'{finding}: {_list(found) or "no method"}')]
 
 
 CLAIMS: tuple[Callable[[pl.DataFrame], list[Claim]], ...] = (

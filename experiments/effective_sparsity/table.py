@@ -40,7 +40,7 @@ class Known(NamedTuple):
       low: the smallest.
       high: the largest; infinite where a network is disconnected.
       disconnected: how many are; None where that was not written down.
-      digit: half a unit of the last digit that was.
+      digit: half a unit of the last digit that was written down.
     """
 
     median: float
@@ -158,7 +158,7 @@ def prune_by_magnitude(compressions: Sequence[float], seeds: int = SEEDS) -> dic
 
 
 def prune_by_synflow(compressions: Sequence[float], seeds: int = FLOW_SEEDS, rounds: int = 100):
-    """Masks, with leading axes `(compressions, seeds)`, and what `counted` says of them."""
+    """Masks, with leading axes `(compressions, seeds)`, and the counts of `counted`."""
     pruner = jp.get_pruner(LENET, 'synflow')
 
     def network(seed, plan):
@@ -192,19 +192,19 @@ def layer_flows(seed: int, masks: Masks) -> np.ndarray:
 
 
 def _one_input(dtype) -> jp.Batch:
-    """SynFlow looks at the shape of an input only."""
+    """SynFlow uses the shape of an input only."""
     return jp.Batch(jnp.zeros((1, 1, *INPUT), dtype), jnp.zeros((1, 1), jnp.int32))
 
 
-# --- whether it is what it should be --------------------------------------------------------------
+# --- comparison with the known numbers ------------------------------------------------------------
 #
-# Two implementations draw different networks, so what can be asked for is agreement up to
+# Two implementations draw different networks, so they can only agree up to
 # sampling. 20 numbers of one distribution have a range of 3.7 standard deviations, and the
 # medians of two such samples differ by 0.4 of one (each has 1.25 / sqrt(20)): on a logarithmic
 # scale and up to rounding, medians must agree to a third of the known range, three such steps.
 # Where the range is open above, its lower half counts twice. Numbers of disconnected networks
 # must be compatible at p = 0.01 (Fisher's exact test); where more than half of the networks are
-# disconnected, the median says nothing more.
+# disconnected, the median is not informative.
 
 
 def compression(active: np.ndarray) -> np.ndarray:
@@ -296,9 +296,9 @@ def print_random() -> list[str]:
         for allocation, known, active in zip(LAYERWISE, knowns, row, strict=True):
             found = compression(active)
             cut = int(np.isinf(found).sum())
-            said = summary(float(np.median(found)), found.min(), found.max(), cut)
+            result = summary(float(np.median(found)), found.min(), found.max(), cut)
             expected = summary(known.median, known.low, known.high, known.disconnected)
-            print(f'{compressed:>6}  {allocation:<10} {said:<34} {expected}')
+            print(f'{compressed:>6}  {allocation:<10} {result:<34} {expected}')
             wrong += [f'random, {allocation}, {compressed}: {line}' for line in off(known, active)]
     return wrong
 
@@ -325,9 +325,9 @@ def print_magnitude() -> list[str]:
         active = found['active'][i].sum(axis=-1)
         values = compression(active)
         cut = int(np.isinf(values).sum())
-        said = summary(float(np.median(values)), values.min(), values.max(), cut)
+        result = summary(float(np.median(values)), values.min(), values.max(), cut)
         layers = ', '.join(f'{n:g}' for n in np.median(found['kept'][i], axis=0))
-        print(f'{compressed:>6}  {said:<34} {short(known):<9} {layers}')
+        print(f'{compressed:>6}  {result:<34} {short(known):<9} {layers}')
         wrong += [f'magnitude, {compressed}: {line}' for line in magnitude_off(known, active)]
     return wrong
 
@@ -341,10 +341,10 @@ def print_synflow() -> list[str]:
     wrong, sums = [], []
     for i, (compressed, known) in enumerate(SYNFLOW.items()):
         kept, active = found['kept'][i], found['active'][i]
-        said = ', '.join(map(str, active.sum(axis=1)))
+        result = ', '.join(map(str, active.sum(axis=1)))
         layers = ', '.join(f'{n:g}' for n in np.median(kept, axis=0))
         expected = f'{known.active} of {known.kept} active, {", ".join(map(str, known.layers))}'
-        print(f'{compressed:>6}  {kept[0].sum():>4}  {said:<28}  {layers:<24}  {expected}')
+        print(f'{compressed:>6}  {kept[0].sum():>4}  {result:<28}  {layers:<24}  {expected}')
         wrong += [f'SynFlow, {compressed}: {line}' for line in flow_off(known, kept, active)]
         flows = layer_flows(0, {path: mask[i, 0] for path, mask in masks.items()})
         sums.append(np.ptp(flows) / flows.max())

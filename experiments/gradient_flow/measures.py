@@ -1,8 +1,8 @@
-"""Importances along dense training: how measures agree, and what pruning by each does at once.
+"""Importances along dense training: how measures agree, and what pruning by each does.
 
     cd experiments/gradient_flow && python measures.py ../../runs/lenet5
 
-Trains the dense runs of a sweep again, by its program, and looks at them before training, after
+Trains the dense runs of a sweep again, by its program, and measures them before training, after
 one epoch, half-way and at the end. Each time: the correlations that the study is about, over single
 weights and over filters; and for every measure, one-shot pruning at the sweep's ratio, without
 retraining: test loss and accuracy, and what share of each layer goes. Writes into the directory of
@@ -70,7 +70,7 @@ class Setting(NamedTuple):
       program: their functions.
       engine: trains and evaluates them.
       rows: their keys and hyperparameters.
-      batches: what importances look at: the first examples of each class.
+      batches: data of the importances: the first examples of each class.
       units: path -> `(units,)` of the layers whose units compete.
       keep: how many of them the sweep's ratio keeps.
     """
@@ -106,7 +106,7 @@ def main() -> int:
     stages = {0, 1, epochs // 2, epochs}
     out = beside(arguments.directory)
     out.mkdir(exist_ok=True)
-    look = looker(setting)
+    measure_epoch = make_measure(setting)
     tables: dict[str, list[dict[str, Any]]] = {}
     states = setting.engine.init(setting.rows)
     initial = setting.engine.pack(states)
@@ -114,7 +114,7 @@ def main() -> int:
         if epoch:
             states = setting.engine.epoch(epoch - 1, setting.rows, states).states
         if epoch in stages:
-            for name, rows in look(epoch, setting.engine.pack(states), initial).items():
+            for name, rows in measure_epoch(epoch, setting.engine.pack(states), initial).items():
                 tables.setdefault(name, []).extend(rows)
             print(f'{setting.spec.name}: after {epoch} of {epochs} epochs', flush=True)
     for name, rows in tables.items():
@@ -162,7 +162,7 @@ def trained_with(plan: dict[str, Any], run_id: str) -> Strategy:
     return strategy._replace(devices=devices, batch_devices=gcd(strategy.batch_devices, devices))
 
 
-def looker(setting: Setting):
+def make_measure(setting: Setting):
     """`(epoch, states, initial states) -> table -> rows`, the functions of a network compiled."""
     net, units = setting.program.problem, setting.units
     fewest = unit_floor(units, 1, setting.spec.grid.method[0].floor_share)
@@ -192,7 +192,9 @@ def looker(setting: Setting):
         }
         return agreements, filters, masks
 
-    def look(epoch: int, states: RunState, initial: RunState) -> dict[str, list[dict[str, Any]]]:
+    def measure_epoch(
+        epoch: int, states: RunState, initial: RunState
+    ) -> dict[str, list[dict[str, Any]]]:
         count = len(setting.members)
         states = jax.tree.map(lambda leaf: leaf[:count], states)
         found = [
@@ -241,7 +243,7 @@ def looker(setting: Setting):
         padded = jax.tree.map(lambda leaf: leaf[repeat], states)
         return setting.engine.evaluate(setting.engine.unpack(padded))
 
-    return look
+    return measure_epoch
 
 
 def at(states: Any, i: int) -> Any:

@@ -1,4 +1,4 @@
-"""What the study says should come out, from finished sweeps and measures, with numbers.
+"""The outcomes that the study expects, checked on finished sweeps and measures.
 
     cd experiments/gradient_flow && python outcomes.py ../../runs/lenet5 ../../runs/vgg13
 
@@ -212,10 +212,10 @@ def convergence(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
             order = sorted(MEASURES, key=lambda m: found[m].mean())
             best = next(m for m in order if m not in ('magnitude', 'biased loss'))
             for measure in ('magnitude', 'biased loss'):
-                said = markdown.verdict(found[best] - found[measure])
+                verdict = markdown.verdict(found[best] - found[measure])
                 verdicts.append(
                     f'  - {NAMES[net]}, rounds {rounds}, {measure}: place '
-                    f'{order.index(measure) + 1} of 6; against {best}: {said}'
+                    f'{order.index(measure) + 1} of 6; against {best}: {verdict}'
                 )
     lines += [markdown.table(['net', 'rounds', *MEASURES], rows), '']
     lines.append('- **faster than the fastest of the other four** (sum of losses):')
@@ -265,9 +265,9 @@ def right_after(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
         growing.append(f'  - {NAMES[net]}: ' + '; '.join(more))
         for epoch, measure in itertools.product((early, end), INCREASES):
             worst = max(OTHERS, key=lambda m: raised[epoch, m].mean())
-            said = markdown.verdict(raised[epoch, measure] - raised[epoch, worst])
+            verdict = markdown.verdict(raised[epoch, measure] - raised[epoch, worst])
             most.append(
-                f'  - {NAMES[net]}, after {epoch} epochs, {measure}: against {worst}: {said}'
+                f'  - {NAMES[net]}, after {epoch} epochs, {measure}: against {worst}: {verdict}'
             )
     head = ['net', 'epochs trained', 'dense', *MEASURES]
     return '\n'.join(
@@ -295,10 +295,12 @@ def early_layers(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> str:
             if epoch not in (stages[1], stages[-1]):
                 continue
             for measure in INCREASES:
-                said = [f'all layers {markdown.difference(found[measure] - overall, 1)}']
-                said += [f'{m} {markdown.difference(found[measure] - found[m], 1)}' for m in OTHERS]
+                differences = [f'all layers {markdown.difference(found[measure] - overall, 1)}']
+                differences += [
+                    f'{m} {markdown.difference(found[measure] - found[m], 1)}' for m in OTHERS
+                ]
                 verdicts.append(
-                    f'  - {NAMES[net]}, after {epoch} epochs, {measure}: ' + '; '.join(said)
+                    f'  - {NAMES[net]}, after {epoch} epochs, {measure}: ' + '; '.join(differences)
                 )
     lines = [
         '## 5. Which layers lose their filters',
@@ -416,7 +418,7 @@ STAGES = ('start', '1 epoch', 'half', 'end')
 
 def draw_accuracy(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
     """Final accuracy of every measure, and training losses after pruning in one round."""
-    last, looks = _last(frames['runs']), style.lines(MEASURES)
+    last, styles = _last(frames['runs']), style.lines(MEASURES)
     with style.context():
         drawing = style.figure(style.WIDTH, 0.5 + 2.7 * len(nets))
         grid = drawing.add_gridspec(len(nets), 2, width_ratios=[1.25, 1])
@@ -427,11 +429,11 @@ def draw_accuracy(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes
             for place, measure in enumerate(MEASURES):
                 for rounds, shift in ((1, -0.17), (5, 0.17)):
                     values = _by_seed(last, net, measure, rounds, 'accuracy')
-                    filled = looks[measure]['color'] if rounds == 5 else 'white'
+                    filled = styles[measure]['color'] if rounds == 5 else 'white'
                     axes.plot(values, np.full(len(values), place + shift), 'o', markersize=4.5,
-                              color=looks[measure]['color'], markerfacecolor=filled)  # fmt: skip
+                              color=styles[measure]['color'], markerfacecolor=filled)  # fmt: skip
                     axes.plot([values.mean()] * 2, [place + shift - 0.13, place + shift + 0.13],
-                              color=looks[measure]['color'], linewidth=1.6)  # fmt: skip
+                              color=styles[measure]['color'], linewidth=1.6)  # fmt: skip
             axes.set_yticks(range(len(MEASURES)), MEASURES)
             axes.invert_yaxis()
             axes.set_title(f'{NAMES[net]}: 1 round (open), 5 rounds (filled); line: dense')
@@ -440,7 +442,7 @@ def draw_accuracy(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes
             here = frames['runs'].filter(
                 (pl.col('net') == net) & (pl.col('rounds').fill_null(1) == 1)
             )
-            _curves(right, here, looks, 'epoch', 'train_loss')
+            _curves(right, here, styles, 'epoch', 'train_loss')
             right.set_yscale('log')
             right.set_title(f'{NAMES[net]}: training loss, pruned in 1 round')
             right.set_xlabel('epoch (pruned after the first)')
@@ -450,7 +452,7 @@ def draw_accuracy(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes
 
 def draw_correlations(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
     """Correlations along training."""
-    looks = style.lines([NAMES[net] for net in nets])
+    styles = style.lines([NAMES[net] for net in nets])
     with style.context():
         drawing = style.figure(style.WIDTH, 7.0)
         grid = drawing.add_gridspec(2, 2)
@@ -459,11 +461,11 @@ def draw_correlations(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> b
             for net in nets:
                 for level in ('filter', 'weight'):
                     found = _agreements(frames['agreement'], net, pair, level, kind)
-                    look = {**looks[NAMES[net]], 'linestyle': '-' if level == 'filter' else ':'}
+                    props = {**styles[NAMES[net]], 'linestyle': '-' if level == 'filter' else ':'}
                     label = NAMES[net] if level == 'filter' else None
-                    axes.plot(range(len(found)), [v.mean() for _, v in found], **look, label=label)
+                    axes.plot(range(len(found)), [v.mean() for _, v in found], **props, label=label)
                     axes.fill_between(range(len(found)), [v.min() for _, v in found],
-                                      [v.max() for _, v in found], color=look['color'],
+                                      [v.max() for _, v in found], color=props['color'],
                                       alpha=0.12, linewidth=0)  # fmt: skip
             axes.set_xticks(range(len(STAGES)), STAGES)
             axes.set_ylim(-1.05, 1.05)
@@ -511,7 +513,7 @@ def _scatter(axes: Axes, filters: pl.DataFrame, x: str, y: str) -> None:
 
 def draw_removal(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
     """Loss right after pruning by how trained the net is; share of each layer removed."""
-    looks = style.lines(MEASURES)
+    styles = style.lines(MEASURES)
     with style.context():
         drawing = style.figure(style.WIDTH, 0.5 + 2.5 * len(nets))
         grid = drawing.add_gridspec(len(nets), 3)
@@ -524,7 +526,7 @@ def draw_removal(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
                 'epoch', measure=pl.lit('dense'), loss='dense_loss'
             )
             losses = pl.concat([here.select('epoch', 'measure', 'loss'), dense])
-            _curves(axes, losses.with_columns(numbered), looks, 'epoch', 'loss')
+            _curves(axes, losses.with_columns(numbered), styles, 'epoch', 'loss')
             axes.set_yscale('log')
             axes.set_xticks(range(len(STAGES)), STAGES)
             axes.set_xlabel('of dense training')
@@ -538,7 +540,7 @@ def draw_removal(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
                 shares = gone.group_by('measure', 'seed', place.alias('depth')).agg(
                     share=100 * pl.col('removed').sum() / pl.col('units').sum()
                 )
-                _curves(axes, shares, looks, 'depth', 'share', markersize=3)
+                _curves(axes, shares, styles, 'depth', 'share', markersize=3)
                 when = 'after 1 epoch' if column == 1 else 'at the end'
                 axes.set_title(f'% removed, {when}')
                 together = f' ({step} together)' if step > 1 else ''
@@ -551,7 +553,7 @@ def draw_removal(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
 
 def draw_norms(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
     """Norms of the whole network along training, pruned in one round."""
-    whole, looks = _network_norms(frames), style.lines(MEASURES)
+    whole, styles = _network_norms(frames), style.lines(MEASURES)
     with style.context():
         drawing = style.figure(style.WIDTH, 0.5 + 2.5 * len(nets))
         grid = drawing.add_gridspec(len(nets), 3)
@@ -563,7 +565,7 @@ def draw_norms(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
                     & (pl.col('quantity') == quantity)
                     & (pl.col('rounds').fill_null(1) == 1)
                 )
-                _curves(axes, here, looks, 'step', 'value')
+                _curves(axes, here, styles, 'step', 'value')
                 axes.set_title(f'{NAMES[net]}: {title}')
                 axes.set_xlabel('step')
                 if column == 2:
@@ -573,14 +575,14 @@ def draw_norms(frames: dict[str, pl.DataFrame], nets: Sequence[str]) -> bytes:
 
 
 def _curves(
-    axes: Axes, frame: pl.DataFrame, looks: dict, x: str, y: str, markersize: float = 0
+    axes: Axes, frame: pl.DataFrame, styles: dict, x: str, y: str, markersize: float = 0
 ) -> None:
     """Means over seeds of every measure, and of the dense net where it is there."""
     for measure in ('dense', *MEASURES):
-        look = looks.get(measure, {'color': style.INK, 'marker': 'o'})
+        props = styles.get(measure, {'color': style.INK, 'marker': 'o'})
         of = frame.filter(pl.col('measure') == measure)
         if of.height:
-            axes.plot(*_means(of, x, y), **{**look, 'markersize': markersize}, label=measure)
+            axes.plot(*_means(of, x, y), **{**props, 'markersize': markersize}, label=measure)
 
 
 def _legend(drawing: Figure, axes: Axes) -> None:

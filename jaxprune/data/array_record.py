@@ -1,7 +1,7 @@
 """Reads data sets that TFDS prepared as ArrayRecord files, without TensorFlow.
 
 TFDS itself can read several formats. Only ArrayRecord is accepted here: it needs no TensorFlow, and
-the parquet files TFDS 4.9.10 writes lose examples without a word.
+the parquet files that TFDS 4.9.10 writes silently lose examples.
 """
 
 import io
@@ -22,7 +22,7 @@ def read(name: str, split: str, data_dir: str | None = None) -> tuple[np.ndarray
     """Reads one split of a prepared image classification set.
 
     Args:
-      name: the name TFDS knows the set by, for instance 'mnist'.
+      name: the TFDS name of the set, for instance 'mnist'.
       split: 'train' or 'test'.
       data_dir: see `find`.
 
@@ -62,8 +62,8 @@ def find(name: str, data_dir: str | None = None) -> Path:
     """The folder of the newest prepared version of a data set.
 
     Args:
-      name: the name TFDS knows the set by.
-      data_dir: the only place to look at where given; by default `$TFDS_DATA_DIR` where that is
+      name: the TFDS name of the set.
+      data_dir: the only folder that is searched, if given; by default `$TFDS_DATA_DIR` if that is
         set, then `~/tensorflow_datasets`.
 
     Returns:

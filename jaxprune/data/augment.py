@@ -5,15 +5,26 @@ shape-stable, so they can be vmapped over runs.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune.errors import nearest
+from jaxprune.errors import DataError, lookup
 from jaxprune.types import Key
 
-#: `(key, images (batch, height, width, channels)) -> images` of the same shape and dtype.
-Augmentation = Callable[[Key, jax.Array], jax.Array]
+
+class Augmentation(Protocol):
+    def __call__(self, key: Key, images: jax.Array) -> jax.Array:
+        """Changes images at random.
+
+        Args:
+          key: of this draw.
+          images: `(batch, height, width, channels)`.
+
+        Returns:
+          Images of the same shape and dtype.
+        """
 
 
 def crop_offsets(key: Key, examples: int, padding: int) -> jax.Array:
@@ -31,10 +42,10 @@ def pad_crop(padding: int = 4) -> Augmentation:
       padding: pixels added on each side.
 
     Raises:
-      ValueError: `padding` is negative.
+      DataError: `padding` is negative.
     """
     if padding < 0:
-        raise ValueError(f'padding must not be negative, got {padding}')
+        raise DataError(f'padding must not be negative, got {padding}')
     margin = (padding, padding)
 
     def crop(key: Key, images: jax.Array) -> jax.Array:
@@ -65,16 +76,14 @@ def flip() -> Augmentation:
     return mirror
 
 
-#: What a specification may name, with the customary settings.
+#: Augmentations by the names of specifications, with the usual settings.
 AUGMENTATIONS: dict[str, Callable[[], Augmentation]] = {'crop': pad_crop, 'flip': flip}
 
 
 def augmentation(name: str) -> Augmentation:
-    """Makes the augmentation of that name, with its customary settings.
+    """Makes the augmentation of that name, with its usual settings.
 
     Raises:
-      ValueError: the name is unknown; the message offers the nearest one.
+      DataError: the name is unknown; the message offers the nearest one.
     """
-    if name not in AUGMENTATIONS:
-        raise ValueError(f'unknown augmentation {name!r}: {nearest(name, AUGMENTATIONS)}')
-    return AUGMENTATIONS[name]()
+    return lookup('augmentation', name, AUGMENTATIONS, DataError)()

@@ -3,8 +3,8 @@
 Written for one run; the driver vmaps over keys while the data stays unbatched and shared.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxprune.data.augment import augmentation
 from jaxprune.data.sets import Split
+from jaxprune.errors import DataError
 from jaxprune.types import Batch, Key
 
 
@@ -28,8 +29,15 @@ class DeviceSplit(NamedTuple):
     labels: jax.Array
 
 
-#: `(split, key, indices (batch,)) -> Batch`; the key is for augmentation, None without any.
-FetchFn = Callable[[DeviceSplit, Key | None, jax.Array], Batch]
+class FetchFn(Protocol):
+    def __call__(self, split: DeviceSplit, key: Key | None, indices: jax.Array) -> Batch:
+        """Makes a batch.
+
+        Args:
+          split: where the examples are.
+          key: for augmentation; None without any.
+          indices: integers `(batch,)`.
+        """
 
 
 def to_device(split: Split) -> DeviceSplit:
@@ -52,10 +60,10 @@ def epoch_order(key: Key, epoch: ArrayLike, examples: int, batch: int) -> jax.Ar
       int32 indices `(examples // batch, batch)`, none twice.
 
     Raises:
-      ValueError: not even one batch can be filled.
+      DataError: not even one batch can be filled.
     """
     if not 1 <= batch <= examples:
-        raise ValueError(f'a batch of {batch} cannot be filled from {examples} examples')
+        raise DataError(f'a batch of {batch} cannot be filled from {examples} examples')
     order = jax.random.permutation(
         jax.random.fold_in(key, epoch), jnp.arange(examples, dtype=jnp.int32)
     )
@@ -64,22 +72,22 @@ def epoch_order(key: Key, epoch: ArrayLike, examples: int, batch: int) -> jax.Ar
 
 
 def fetcher(mean: Sequence[float], std: Sequence[float], augment: Sequence[str] = ()) -> FetchFn:
-    """Makes the function that turns indices into a batch a network can be given.
+    """Makes the function that turns indices into a batch for a network.
 
     It gathers pixels, scales them to [0, 1], augments, then normalises: `(x - mean) / std`.
 
     Args:
       mean: per channel, of pixels scaled to [0, 1].
-      std: per channel, likewise.
+      std: per channel, of pixels scaled to [0, 1].
       augment: names from `AUGMENTATIONS`, applied in this order; none for evaluation.
 
     Returns:
       `fetch(split, key, indices) -> Batch`: `x` float32 `(batch, height, width, channels)`, `y`
       int32 `(batch,)`. Indices must lie in the split; others are clipped to it, as a compiled
-      program cannot object. The key is unused without augmentation.
+      program cannot raise. The key is unused without augmentation.
 
     Raises:
-      ValueError: an augmentation is unknown; from `fetch`, the images have other channels than
+      DataError: an augmentation is unknown; from `fetch`, the images have other channels than
         `mean` and `std`.
     """
     steps = [augmentation(name) for name in augment]
@@ -89,7 +97,7 @@ def fetcher(mean: Sequence[float], std: Sequence[float], augment: Sequence[str] 
         channels = split.images.shape[-1:]
         # Broadcasting would quietly turn one channel into three.
         if not center.shape == scale.shape == channels:
-            raise ValueError(
+            raise DataError(
                 f'images have {channels[0]} channels, mean has shape {center.shape}'
                 f' and std {scale.shape}'
             )
@@ -112,16 +120,16 @@ def class_balanced(labels: np.ndarray, classes: int) -> np.ndarray:
       int32 `(classes, smallest)`: row c holds the first indices whose label is c, ascending.
 
     Raises:
-      ValueError: a label is out of range, or a class has no example.
+      DataError: a label is out of range, or a class has no example.
     """
     labels = np.asarray(labels)
     if labels.size and not 0 <= labels.min() <= labels.max() < classes:
-        raise ValueError(
+        raise DataError(
             f'labels run from {labels.min()} to {labels.max()}, not within 0 to {classes - 1}'
         )
     counts = np.bincount(labels, minlength=classes)
     if counts.min() == 0:
-        raise ValueError(f'class {counts.argmin()} has no example')
+        raise DataError(f'class {counts.argmin()} has no example')
     rows = [np.flatnonzero(labels == c)[: counts.min()] for c in range(classes)]
     return np.stack(rows).astype(np.int32)
 
@@ -139,12 +147,12 @@ def balanced_indices(key: Key, table: ArrayLike, per_class: int, batches: int) -
       int32 indices `(batches, classes * per_class)`, none twice, shuffled within each batch.
 
     Raises:
-      ValueError: `per_class * batches` exceeds the smallest class.
+      DataError: `per_class * batches` exceeds the smallest class.
     """
     table = jnp.asarray(table, jnp.int32)
     classes, smallest = table.shape
     if per_class * batches > smallest:
-        raise ValueError(
+        raise DataError(
             f'{batches} batches of {per_class} per class need {per_class * batches} examples'
             f' of each class; the smallest has {smallest}'
         )

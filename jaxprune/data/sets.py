@@ -1,11 +1,11 @@
-"""Which data sets there are, what is known of them beforehand, and how one is loaded."""
+"""The data sets, their known properties, and how to load them."""
 
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxprune.data import array_record, mnist_small
-from jaxprune.errors import DataError, nearest
+from jaxprune.errors import DataError, lookup
 
 
 class Split(NamedTuple):
@@ -83,9 +83,7 @@ def facts(name: str) -> Facts:
     Raises:
       DataError: the name is unknown; the message offers the nearest one.
     """
-    if name not in FACTS:
-        raise DataError(f'unknown data set {name!r}: {nearest(name, FACTS)}')
-    return FACTS[name]
+    return lookup('data set', name, FACTS, DataError)
 
 
 def load(name: str, data_dir: str | None = None) -> Dataset:
@@ -99,7 +97,7 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
       data_dir: where prepared data lies; by default `$TFDS_DATA_DIR`, then `~/tensorflow_datasets`.
 
     Raises:
-      DataError: the name is unknown, or the data is missing, unreadable, or not what `FACTS` says.
+      DataError: the name is unknown, or the data is missing, unreadable, or does not match `FACTS`.
     """
     known = facts(name)
     parts = {}
@@ -113,7 +111,7 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
 
 
 def _checked(what: str, split: Split, size: int, known: Facts) -> Split:
-    """Returns the split unchanged; a truncated or foreign set is an error, never a result."""
+    """Returns the split unchanged, or raises if it does not match what is known of the set."""
     images, labels = split
     if images.shape != (size, *known.shape) or labels.shape != (size,):
         raise DataError(

@@ -1,26 +1,27 @@
 """Gradient flow and dynamical isometry: functions of a network at one moment.
 
 Most are factories: `problem -> measure`, and a measure is a pure function
-`(key, view, batches) -> arrays`, for `jit` and for `vmap` over seeds, masks and checkpoints; what a
-mask would do is asked of `(key, view, masks, batches)`. What the view's masks prune does not move.
-Every path is that of a parameter; '*' stands for the whole network.
+`(key, view, batches) -> arrays`, for `jit` and for `vmap` over seeds, masks and checkpoints;
+measures of the effect of a mask are functions `(key, view, masks, batches)`. Pruned weights do not
+move under the flow. Every path is that of a parameter; '*' stands for the whole network.
 
-Norms, their derivatives and curvature follow training: batch statistics, unless `train=False`.
-Importances and the effect of masks, as the studies have them, look at the network as it is
-evaluated: running statistics, unless `train=True`. `weight_norm`, `gradient_norm` and distances are
-those of kernels; derivatives of norms, curvature and kernels are with respect to all parameters.
+Norms, their derivatives and curvature use batch statistics, as training does, unless `train=False`.
+Importances and the effect of masks use running statistics, as the studies do, unless `train=True`.
+`weight_norm`, `gradient_norm` and distances are those of kernels; derivatives of norms, curvature
+and tangent kernels are with respect to all parameters.
 
+measure       the types of the functions that are returned
 norms         weights, gradients, distances; norms to second order in time, measured and predicted
-conservation  what the flow keeps
-mask_effect   what a mask does to loss, gradient and first-order evolution, exact and predicted
+conservation  quantities that the flow conserves
+mask_effect   change of loss, gradient and first-order evolution by a mask, exact and predicted
 agreement     of two measures of importance, on values, ranks, top entries
 curvature     of the loss: along the gradient, top eigenvalues, trace, spectral density
 ntk           the neural tangent kernel
 isometry      singular values of Jacobians and kernels
-orthogonal    OrthP, penalties and TPP: how isometry is brought back, or kept
+orthogonal    OrthP, penalties and TPP: isometry restored, or preserved
 speed         how fast a network trains; how much two of them disagree
-krylov        spectra from products alone
-registry      the quantities that a specification may record along training
+krylov        spectra from matrix-vector products
+quantities    the quantities that a specification may record along training
 """
 
 from jaxprune.flow.agreement import Agreement, agreement, pearson, spearman, top_overlap
@@ -49,6 +50,7 @@ from jaxprune.flow.mask_effect import (
     gradient_norm_change,
     loss_change,
 )
+from jaxprune.flow.measure import MaskMeasureFn, MeasureFn
 from jaxprune.flow.norms import (
     NormDynamics,
     displacement,
@@ -80,7 +82,7 @@ from jaxprune.flow.orthogonal import (
     tpp_penalty,
     tpp_strength,
 )
-from jaxprune.flow.quantities import QUANTITIES, Measure, Quantity, quantity
+from jaxprune.flow.quantities import QUANTITIES, Quantity, quantity
 from jaxprune.flow.speed import churn, steps_to_loss, training_speed
 from jaxprune.score.operators import conv_singular_values
 
@@ -94,7 +96,8 @@ __all__ = [
     'GradientChange',
     'Isometry',
     'KernelSpectrum',
-    'Measure',
+    'MaskMeasureFn',
+    'MeasureFn',
     'NormDynamics',
     'Quantity',
     'agreement',

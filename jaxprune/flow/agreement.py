@@ -1,4 +1,4 @@
-"""How far two measures of importance agree: on values, on ranks, on what they would keep."""
+"""Agreement of two measures of importance: on values, on ranks, on the weights they would keep."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class Agreement(NamedTuple):
       overlap: of the k weights that each would keep, the share that both keep, |A ∩ B| / k; the
         Jaccard index is `overlap / (2 - overlap)`.
 
-    All three are NaN where nothing counts or a value is NaN; the correlations also where a measure
+    All three are NaN where no entry counts or a value is NaN; the correlations also where a measure
     does not vary.
     """
 
@@ -34,10 +34,10 @@ class Agreement(NamedTuple):
 def agreement(
     one: Weights, other: Weights, masks: Masks | None = None, *, density: ArrayLike = 0.1
 ) -> Agreement:
-    """Compares two measures over the weights in force, or over units where the arrays are theirs.
+    """Compares two measures over unpruned weights, or over units, with one value per unit.
 
     Args:
-      one: path -> values, such as scores or `units.grouped` of them.
+      one: path -> values, such as scores, or sums of them by `score.group_sums`.
       other: the same paths and shapes.
       masks: which entries count; None for all.
       density: of `overlap`: the share of entries each measure would keep.
@@ -76,7 +76,7 @@ def agreement(
 def pearson(a: jax.Array, b: jax.Array, keep: jax.Array) -> jax.Array:
     """Linear correlation of the entries that count; NaN where either does not vary."""
     count = keep.sum()
-    # Told apart before: the mean of equal numbers may differ from them by a rounding error.
+    # Checked first: the mean of equal numbers may differ from them by a rounding error.
     vary = _varies(a, keep) & _varies(b, keep)
     a, b = (jnp.where(keep, v - jnp.where(keep, v, 0).sum() / count, 0) for v in (a, b))
     # Scaled first: squares of small gradients leave float32.

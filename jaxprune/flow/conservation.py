@@ -1,4 +1,4 @@
-"""What gradient flow leaves unchanged: monitors that are zero, or constant, where a law holds.
+"""Quantities that gradient flow conserves: zero, or constant, where a conservation law holds.
 
 Lubana & Dick, ICLR 2021, arXiv:2009.11839; Du, Hu & Lee, NeurIPS 2018, arXiv:1806.00900; Kunin et
 al., ICLR 2021, arXiv:2012.04728. A mask leaves the laws as they are: pruned weights drop out of
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, nearest, quoted
+from jaxprune.flow.measure import MeasureFn
 from jaxprune.score.derivatives import derivatives, parameters
 from jaxprune.score.group_sums import grouped
 from jaxprune.types import Batch, Key, Problem, View, Weights
@@ -20,14 +21,16 @@ from jaxprune.types import Batch, Key, Problem, View, Weights
 _TINY = 1e-30
 
 
-def imbalance(view: View, order: Sequence[str], *, biases: Sequence[str | None] = ()) -> dict:
+def imbalance(
+    view: View, order: Sequence[str], *, biases: Sequence[str | None] = ()
+) -> dict[str, jax.Array]:
     """`‖W_l‖² - ‖W_(l+1)‖²` of layers that feed each other, path of the first -> scalar.
 
     Constant under gradient flow where the map between the two is homogeneous: linear, ReLU, max or
     average pooling, without bias or with the bias counted on the input side; with dropout between
-    them there is no such law. Of a kernel before batch norm, with batch statistics, the norm
-    stands still by itself: two such layers keep theirs, one of them and a layer without do not.
-    Discrete steps change it by η² (‖g_l‖² - ‖g_(l+1)‖²).
+    them there is no such law. The norm of a kernel before batch norm, with batch statistics, is
+    constant by itself: so is the imbalance of two such layers, but not that of one such layer and a
+    layer without batch norm. Discrete steps change it by η² (‖g_l‖² - ‖g_(l+1)‖²).
 
     Args:
       order: paths of the layers, input first.
@@ -42,7 +45,7 @@ def imbalance(view: View, order: Sequence[str], *, biases: Sequence[str | None] 
         raise PruneError(f'{len(order)} layers have {len(order)} biases or None, not {len(extra)}')
     for path in (*order, *(p for p in extra if p is not None)):
         if path not in params:
-            raise PruneError(f"no parameter '{path}': {nearest(path, params)}")
+            raise PruneError(f'no parameter {quoted(path)}: {nearest(path, params)}')
 
     def square(path: str | None) -> jax.Array:
         return jnp.zeros(()) if path is None else (params[path] ** 2).sum()
@@ -54,12 +57,12 @@ def imbalance(view: View, order: Sequence[str], *, biases: Sequence[str | None] 
 def unit_imbalance(first: jax.Array, second: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """`‖w_in,u‖² + b_u² - ‖w_out,u‖²` of every hidden unit u, `(units,)`.
 
-    The law of `imbalance`, unit by unit: the layers' is the sum.
+    The law of `imbalance` for every unit; the sum over units is that of the layers.
 
     Args:
       first: kernel that computes the units, `(..., units)`.
       second: kernel that reads them, `(..., units, outputs)`; a dense kernel that reads flattened
-        maps, `(positions * units, outputs)`, will do, channels last.
+        maps, `(positions * units, outputs)`, works too, channels last.
       bias: `(units,)`.
 
     Raises:
@@ -73,12 +76,14 @@ def unit_imbalance(first: jax.Array, second: jax.Array, bias: jax.Array | None =
     return incoming - outgoing + (0 if bias is None else bias**2)
 
 
-def radial_gradient(problem: Problem, *, train: bool = True, axis: int = -1):
+def radial_gradient(
+    problem: Problem, *, train: bool = True, axis: int = -1
+) -> MeasureFn[dict[str, jax.Array]]:
     """`(key, view, batches) -> path -> root mean square over units of cos(w_u, g_u)`, scalars.
 
-    Zero for filters followed by batch norm with batch statistics, which do not feel their own
-    length: `w_uᵀ g_u = 0`, ‖w_u‖ stands still under the flow and grows by `η² ‖g_u‖²` per step
-    (but for the norm's ε). One where the gradient only lengthens or shortens.
+    Zero for filters followed by batch norm with batch statistics, where the loss does not depend on
+    their length: `w_uᵀ g_u = 0`, ‖w_u‖ is constant under the flow and grows by `η² ‖g_u‖²` per step
+    (up to the norm's ε). One where the gradient is parallel to the weights.
     """
 
     def measure(key: Key, view: View, batches: Batch | None) -> dict[str, jax.Array]:

@@ -1,7 +1,7 @@
 """Curvature of the loss: along the gradient, at the top of the spectrum, on average, as a density.
 
-Of the Hessian with respect to all parameters that move: rows and columns of pruned weights are left
-out. Products are forward over reverse and cost two to three gradients each.
+The Hessian is with respect to all parameters, without rows and columns of pruned weights. Its
+products are forward over reverse and cost two to three gradients each.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxprune.arguments import least
 from jaxprune.flow.krylov import first, ritz
+from jaxprune.flow.measure import MeasureFn
 from jaxprune.rng import stream
 from jaxprune.score.derivatives import derivatives, dot, moving, parameters
 from jaxprune.score.group_sums import check_groups, grouped
@@ -19,7 +20,7 @@ from jaxprune.types import Batch, Key, Problem, View, Weights
 
 def gradient_curvature(
     problem: Problem, *, by: str = 'network', train: bool = True, axis: int = -1
-):
+) -> MeasureFn[dict[str, jax.Array]]:
     """`(key, view, batches) -> gᵀHg`, the whole at the path '*', or the share of each group.
 
     Under gradient flow `d‖g‖²/dt = -2 gᵀHg` and `d²L/dt² = 2 gᵀHg`.
@@ -34,14 +35,16 @@ def gradient_curvature(
     return measure
 
 
-def hessian_eigenvalues(problem: Problem, *, count: int = 1, steps: int = 20, train: bool = True):
+def hessian_eigenvalues(
+    problem: Problem, *, count: int = 1, steps: int = 20, train: bool = True
+) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> (count,)`, the largest eigenvalues, falling.
 
     Lanczos: the outer eigenvalues converge first, from below. Multiple eigenvalues are found once;
-    NaN where there are fewer different ones than asked for.
+    NaN where there are fewer distinct ones.
 
     Args:
-      steps: Hessian products; so many copies of the parameters are held.
+      steps: Hessian products; as many copies of the parameters are held in memory.
     """
     least(1, steps=steps, count=count)
 
@@ -52,10 +55,12 @@ def hessian_eigenvalues(problem: Problem, *, count: int = 1, steps: int = 20, tr
     return measure
 
 
-def hessian_trace(problem: Problem, *, probes: int = 10, train: bool = True):
+def hessian_trace(
+    problem: Problem, *, probes: int = 10, train: bool = True
+) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> tr H`, a scalar, estimated by Hutchinson's `E vᵀHv`, v of signs.
 
-    Unbiased; of a standard deviation `sqrt(2 Σ_(i≠j) H_ij² / probes)`.
+    Unbiased, with a standard deviation of `sqrt(2 Σ_(i≠j) H_ij² / probes)`.
     """
     least(1, probes=probes)
 
@@ -83,13 +88,14 @@ class Density(NamedTuple):
     weights: jax.Array
 
 
-def spectral_density(problem: Problem, *, steps: int = 40, probes: int = 4, train: bool = True):
+def spectral_density(
+    problem: Problem, *, steps: int = 40, probes: int = 4, train: bool = True
+) -> MeasureFn[Density]:
     """`(key, view, batches) -> Density` of the Hessian: stochastic Lanczos quadrature.
 
-    Its k-th moment estimates `tr Hᵏ / n` for k < 2 `steps`, n the number of parameters that move
+    Its k-th moment estimates `tr Hᵏ / n` for k < 2 `steps`, n the number of unpruned parameters
     (Ghorbani, Krishnan & Xiao, ICML 2019, arXiv:1901.10159). Draw it with `smoothed`.
     """
-
     least(1, steps=steps, probes=probes)
 
     def measure(key: Key, view: View, batches: Batch | None) -> Density:
@@ -105,7 +111,7 @@ def spectral_density(problem: Problem, *, steps: int = 40, probes: int = 4, trai
 
 
 def smoothed(density: Density, at: jax.Array, width: float) -> jax.Array:
-    """The density at some eigenvalues, every point made a Gaussian of this standard deviation."""
+    """The density at some eigenvalues: a sum of Gaussians, one per point, of this width."""
     values = jnp.where(density.weights > 0, density.values, 0).reshape(-1, 1)
     kernel = jnp.exp(-(((at - values) / width) ** 2) / 2) / (width * jnp.sqrt(2 * jnp.pi))
     return (density.weights.reshape(-1, 1) * kernel).sum(0)

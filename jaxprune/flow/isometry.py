@@ -6,6 +6,7 @@ has no Jacobian of its own. Matrix products at full precision: seven in a row wo
 digit on hardware that rounds them.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,13 +15,14 @@ import jax.numpy as jnp
 from jaxprune import linalg
 from jaxprune.arguments import least
 from jaxprune.flow.krylov import first, ritz
+from jaxprune.flow.measure import MeasureFn
 from jaxprune.rng import stream
 from jaxprune.score.loss import examples
 from jaxprune.tree import put
 from jaxprune.types import Batch, Key, Problem, View, Weights
 
 
-def jacobian(problem: Problem):
+def jacobian(problem: Problem) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> (examples, classes, inputs)`: `∂ logits / ∂ x`, one per example."""
 
     def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
@@ -33,11 +35,11 @@ def jacobian(problem: Problem):
     return measure
 
 
-def jacobian_singular_values(problem: Problem):
-    """`(key, view, batches) -> (examples, min(classes, inputs))`, falling, all of them.
+def jacobian_singular_values(problem: Problem) -> MeasureFn[jax.Array]:
+    """`(key, view, batches) -> (examples, min(classes, inputs))`, all of them, falling.
 
     One backward pass per class, and a decomposition per example. A masked network has the values of
-    the network with the pruned units cut out.
+    the network with the pruned units removed.
     """
     measured = jacobian(problem)
 
@@ -47,12 +49,14 @@ def jacobian_singular_values(problem: Problem):
     return measure
 
 
-def largest_jacobian_singular_values(problem: Problem, *, count: int = 1, steps: int = 20):
+def largest_jacobian_singular_values(
+    problem: Problem, *, count: int = 1, steps: int = 20
+) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> (examples, count)`, falling, for networks with many outputs.
 
-    Lanczos on `J Jᵀ`, by products with J and Jᵀ alone. Squared on the way: values below `1e-3` of
-    the largest are lost in float32. A repeated value is found once, and NaN stands for what was not
-    found: near isometry values are all alike, so give as many steps as there are outputs.
+    Lanczos on `J Jᵀ`, with products by J and Jᵀ only. It squares the values, so those below `1e-3`
+    of the largest are lost in float32. A repeated value is found once, and missing ones are NaN:
+    near isometry, where values are almost equal, take as many steps as there are outputs.
 
     Args:
       steps: products; from as many as there are outputs on, all values are computed exactly.
@@ -86,13 +90,13 @@ class Isometry(NamedTuple):
     """Singular values of Jacobians in a few numbers, as Wang et al. log them.
 
     Attributes:
-      mean: over all values of all examples: mean JSV. All of them are 1 under dynamical isometry.
-      std: likewise.
-      largest: likewise.
-      smallest: likewise.
-      condition: largest over smallest of each example, averaged; examples without any slope do not
-        count. In float32 a lost direction leaves a value of about 1e-7 of the largest, so that a
-        condition above 1e6 says no more than that.
+      mean: mean of all values of all examples (mean JSV); 1 under dynamical isometry.
+      std: their standard deviation.
+      largest: the largest of them.
+      smallest: the smallest of them.
+      condition: largest over smallest of each example, averaged; examples whose Jacobian is zero
+        do not count. In float32 a lost direction leaves a value of about 1e-7 of the largest, so a
+        condition above 1e6 only means that one is lost.
       deviation: the mean of `(s - 1)²`.
     """
 
@@ -105,7 +109,7 @@ class Isometry(NamedTuple):
 
 
 def isometry_of(values: jax.Array) -> Isometry:
-    """What singular values `(examples, n)` come to."""
+    """Summarises singular values `(examples, n)`."""
     ratio = values.max(-1) / values.min(-1)
     return Isometry(
         mean=values.mean(),
@@ -118,7 +122,7 @@ def isometry_of(values: jax.Array) -> Isometry:
 
 
 def kernel_singular_values(view: View) -> Weights:
-    """Path -> singular values `(min(inputs, outputs),)` of each kernel in force, falling.
+    """Path -> singular values `(min(inputs, outputs),)` of each masked kernel, falling.
 
     Kernels are flattened to `(everything else, outputs)`. For a dense layer these are the values of
     the layer's linear map; for a convolution they are not, see `conv_singular_values`.
@@ -128,7 +132,7 @@ def kernel_singular_values(view: View) -> Weights:
     }
 
 
-def _logits(problem: Problem, view: View):
+def _logits(problem: Problem, view: View) -> Callable[[jax.Array], jax.Array]:
     """`x -> logits` of one example."""
     params = put(view.params, view.weights)
 

@@ -1,4 +1,4 @@
-"""Spectra of matrices that are only known by their products: Lanczos by matfree."""
+"""Spectra of matrices of which only products with vectors are available: Lanczos by matfree."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from jaxprune.types import PyTree
 
 
 class Ritz(NamedTuple):
-    """What a Krylov space knows of a symmetric matrix, seen from its starting vector.
+    """Approximate eigenvalues of a symmetric matrix, from a Krylov space of one start vector.
 
     Attributes:
       values: `(steps,)`, falling; the outermost approximate eigenvalues. NaN, at the end, where the
-        space was exhausted before: the matrix has no more eigenvalues that the start knows of.
-      weights: `(steps,)`, how much of the start each takes: nodes and weights of a quadrature of
-        the spectral density; they add up to 1.
+        space was exhausted before: the start has no part in further eigenvectors.
+      weights: `(steps,)`, the squared part of the start along each: with `values`, weights and
+        nodes of a quadrature of the spectral density; they add up to 1.
     """
 
     values: jax.Array
@@ -31,19 +31,19 @@ def ritz(product: Callable[[PyTree], PyTree], start: PyTree, steps: int) -> Ritz
 
     Args:
       product: `v -> A v`, A symmetric.
-      start: any vector; what is orthogonal to it is never seen, such as the entries of pruned
+      start: any vector; eigenvectors orthogonal to it are never found, such as those of pruned
         weights where it is zero.
-      steps: products taken; as many as entries at most.
+      steps: number of products; at most the number of entries.
     """
     steps = min(steps, sum(leaf.size for leaf in jax.tree.leaves(start)))
     flat, shaped = ravel_pytree(start)
-    # Hessenberg rather than tridiagonal: only its subdiagonal tells when the space is exhausted.
+    # Hessenberg rather than tridiagonal: only its subdiagonal shows when the space is exhausted.
     matrix = decomp.hessenberg(steps, reortho='full', custom_vjp=False)
     found = matrix(lambda v: ravel_pytree(product(shaped(v)))[0], flat)
     diagonal, off = jnp.diagonal(found.J_small), jnp.diagonal(found.J_small, -1)
-    # Once the space is exhausted, a next vector is made of rounding errors, or NaN: cut it off.
-    seen = jax.lax.cummax(jnp.maximum(jnp.abs(diagonal[:-1]), jnp.abs(off)))
-    before = jnp.concatenate([jnp.zeros(1, seen.dtype), seen[:-1]])
+    # Once the space is exhausted, the next vector is rounding errors, or NaN: it is cut off.
+    largest = jax.lax.cummax(jnp.maximum(jnp.abs(diagonal[:-1]), jnp.abs(off)))
+    before = jnp.concatenate([jnp.zeros(1, largest.dtype), largest[:-1]])
     size = jnp.maximum(jnp.abs(diagonal[:-1]), before)
     goes_on = jnp.abs(off) > size * jnp.finfo(flat.dtype).eps * 10 * max(steps, 10)
     alive = jnp.concatenate([jnp.ones(1, bool), jnp.cumprod(goes_on) > 0])

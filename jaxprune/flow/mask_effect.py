@@ -1,8 +1,8 @@
-"""What a mask does to the loss, to the gradient and to first-order evolution: exact and predicted.
+"""The effect of a mask on loss, gradient and first-order evolution: exact and predicted.
 
-A view is the network before; masks are what it is pruned to. The displacement of the weights is
-`δ = -θ` where they are pruned, and a prediction expands along it (Lubana & Dick, ICLR 2021,
-arXiv:2009.11839; LeCun, Denker & Solla, 1990).
+A view is the network before pruning; the masks are those it is pruned to. The displacement of the
+weights is `δ = -θ` where they are pruned, and a prediction expands along it (Lubana & Dick, ICLR
+2021, arXiv:2009.11839; LeCun, Denker & Solla, 1990).
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune.flow.measure import MaskMeasureFn
 from jaxprune.score.derivatives import derivatives, dot, moving, parameters
 from jaxprune.score.group_sums import check_groups, grouped
 from jaxprune.score.loss import mean_loss, mean_over_batches
@@ -46,7 +47,9 @@ class GradientChange(NamedTuple):
     survivors: jax.Array
 
 
-def loss_change(problem: Problem, *, train: bool = False, temperature: float = 1.0):
+def loss_change(
+    problem: Problem, *, train: bool = False, temperature: float = 1.0
+) -> MaskMeasureFn[Change]:
     """`(key, view, masks, batches) -> Change` of the mean loss.
 
     `L(m Θ) - L(Θ)` against `-Σ θ g` over the weights removed, and that `+ ½ δᵀHδ`: one Hessian
@@ -70,7 +73,9 @@ def loss_change(problem: Problem, *, train: bool = False, temperature: float = 1
     return measure
 
 
-def gradient_norm_change(problem: Problem, *, train: bool = False, temperature: float = 1.0):
+def gradient_norm_change(
+    problem: Problem, *, train: bool = False, temperature: float = 1.0
+) -> MaskMeasureFn[GradientChange]:
     """`(key, view, masks, batches) -> GradientChange` of `‖g‖²`, over all parameters.
 
     To first order `2 gᵀHδ = -2 Σ θ (Hg)` over the weights removed; to second order
@@ -89,7 +94,7 @@ def gradient_norm_change(problem: Problem, *, train: bool = False, temperature: 
                 here = {path: leaf + along * step[path] for path, leaf in params.items()}
                 return jax.grad(lambda v: loss(put(view.params, v), batch))(here)
 
-            # What was pruned before counts as little after.
+            # Weights pruned before do not count after, either.
             return moving(view.masks, mean_over_batches(one, batches))
 
         def slope(along):
@@ -128,7 +133,7 @@ def evolution_error(
     train: bool = False,
     temperature: float = 1.0,
     axis: int = -1,
-):
+) -> MaskMeasureFn[EvolutionError]:
     """`(key, view, masks, batches) -> EvolutionError` of the prunable weights, group by group.
 
     The first-order evolution that loss preservation keeps: with g as it is before pruning.
@@ -161,7 +166,7 @@ def evolution_error(
 
 
 def removal(view: View, masks: Masks) -> Weights:
-    """`δ`: what pruning to these masks adds to every parameter, zero where nothing is removed.
+    """`δ`: the change of every parameter by pruning to these masks, zero where nothing is removed.
 
     Raises:
       PruneError: masks of other paths or shapes than the weights, or not boolean.

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxprune.arguments import least
 from jaxprune.errors import PruneError
+from jaxprune.flow.measure import MeasureFn
 from jaxprune.score.derivatives import derivatives, parameters
 from jaxprune.score.group_sums import check_groups, grouped
 from jaxprune.score.loss import mean_gradient
@@ -20,10 +21,10 @@ from jaxprune.types import Batch, Key, Problem, View, Weights
 Grouped = dict[str, jax.Array]
 
 
-def weight_norm(problem: Problem):
-    """`(key, view, batches) -> path -> ‖w‖`, scalars: the Euclidean norm of the weights in force.
+def weight_norm(problem: Problem) -> MeasureFn[Grouped]:
+    """`(key, view, batches) -> path -> ‖w‖`, scalars: the Euclidean norm of the unpruned weights.
 
-    Looks at no data.
+    Uses no data.
     """
     del problem
 
@@ -34,8 +35,8 @@ def weight_norm(problem: Problem):
     return measure
 
 
-def gradient_norm(problem: Problem):
-    """`(key, view, batches) -> path -> ‖m g‖`, scalars: of the gradient that the weights follow.
+def gradient_norm(problem: Problem) -> MeasureFn[Grouped]:
+    """`(key, view, batches) -> path -> ‖m g‖`, scalars: the norm of the masked gradient.
 
     g is the gradient of the mean loss over all batches, with batch statistics as in training, and
     m the mask.
@@ -51,11 +52,11 @@ def gradient_norm(problem: Problem):
     return measure
 
 
-def distance_from_initial(problem: Problem):
-    """`(key, view, batches) -> path -> ‖w - w(0)‖`, scalars, over the weights in force.
+def distance_from_initial(problem: Problem) -> MeasureFn[Grouped]:
+    """`(key, view, batches) -> path -> ‖w - w(0)‖`, scalars, over the unpruned weights.
 
-    Looks at no data; the view must hold the initial weights. What the mask removes counts for
-    nothing, so the distance of a network pruned at initialisation starts at zero.
+    Uses no data; the view must hold the initial weights. Pruned weights do not count, so the
+    distance of a network pruned at initialisation starts at zero.
     """
     del problem
 
@@ -67,7 +68,7 @@ def distance_from_initial(problem: Problem):
 
 
 def displacement(view: View) -> Weights:
-    """`w - w(0)` of the weights in force, zero where pruned.
+    """`w - w(0)` of the unpruned weights, zero where pruned.
 
     Raises:
       PruneError: the view holds no initial weights.
@@ -86,7 +87,7 @@ class NormDynamics(NamedTuple):
     Attributes:
       squared: `‖Θ_p‖²`.
       first: `d‖Θ_p‖²/dt = -2 Θ_pᵀ g_p`.
-      second: `d²‖Θ_p‖²/dt² = 2 ‖g_p‖² + 2 Θ_pᵀ (Hg)_p`; empty if it was not asked for.
+      second: `d²‖Θ_p‖²/dt² = 2 ‖g_p‖² + 2 Θ_pᵀ (Hg)_p`; empty if it was not requested.
       gradient: `‖g_p‖²`, the group's share of the loss decay `-dL/dt = ‖g‖²`.
     """
 
@@ -104,11 +105,11 @@ def norm_dynamics(
     weight_decay: float = 0.0,
     second: bool = True,
     axis: int = -1,
-):
+) -> MeasureFn[NormDynamics]:
     """`(key, view, batches) -> NormDynamics`: the norm to second order in time.
 
-    Of all parameters, biases and normalisation included. The flow is that of the network as it is
-    trained: of weights in force, on the loss with its weight decay.
+    Of all parameters, biases and normalisation included. The flow is that of training: of the
+    unpruned weights, on the loss with its weight decay.
 
     Args:
       by: 'weight', 'unit', 'layer' or 'network', see `score.group_sums`.
@@ -157,14 +158,14 @@ def predicted_change(
 ) -> Grouped:
     """The change of `‖Θ_p‖²` over steps of gradient descent, to second order in the learning rate.
 
-    Full-batch steps; minibatches add noise of their own, about `η² tr(cov g)` per step. Take the
-    dynamics with the weight decay that training has. One plain step is exact:
+    Full-batch steps; minibatches add noise of their own, about `η² tr(cov g)` per step. Compute
+    the dynamics with the weight decay of training. One plain step is exact:
     `-2 η Θᵀg + η² ‖g‖²`. More steps need the second derivative.
 
     Heavy-ball momentum μ makes steps of `η / (1 - μ)` once it is warm; from rest it moves less.
-    Both are expansions of the iteration itself, which differs from the flow by O(η²), and say
-    nothing once `η` times the steps, each as long as momentum makes it, passes about 1 over the
-    largest curvature.
+    Both are expansions of the iteration itself, which differs from the flow by O(η²), and fail once
+    `η` times the steps, each as long as momentum makes it, passes about 1 over the largest
+    curvature.
 
     Args:
       dynamics: at the first step.
@@ -208,7 +209,7 @@ def predicted_change(
 
 
 def saliency_drift(dynamics: NormDynamics) -> Grouped:
-    """`d(Θ_pᵀ g_p)/dt = -‖g_p‖² - Θ_pᵀ (Hg)_p`: how fast a first-order importance goes stale.
+    """`d(Θ_pᵀ g_p)/dt = -‖g_p‖² - Θ_pᵀ (Hg)_p`: how fast a first-order importance changes.
 
     Raises:
       PruneError: dynamics without second derivatives.
@@ -218,8 +219,10 @@ def saliency_drift(dynamics: NormDynamics) -> Grouped:
     return {path: -leaf / 2 for path, leaf in dynamics.second.items()}
 
 
-def distance_rate(problem: Problem, *, by: str = 'layer', train: bool = True, axis: int = -1):
-    """`(key, view, batches) -> d‖w - w(0)‖²/dt = -2 (w - w(0))ᵀ g`, over the weights in force."""
+def distance_rate(
+    problem: Problem, *, by: str = 'layer', train: bool = True, axis: int = -1
+) -> MeasureFn[Grouped]:
+    """`(key, view, batches) -> d‖w - w(0)‖²/dt = -2 (w - w(0))ᵀ g`, over unpruned weights."""
     check_groups(by)
 
     def measure(key: Key, view: View, batches: Batch | None) -> Grouped:

@@ -1,8 +1,8 @@
-"""The neural tangent kernel: how outputs move each other when the parameters follow the gradient.
+"""The neural tangent kernel: how training on one output changes the others.
 
 Jacot, Gabriel & Hongler, NeurIPS 2018, arXiv:1806.07572. `K = J Jᵀ` with the Jacobian of outputs
-with respect to all parameters that move: of a masked network, `J(m Θ) diag(m)`. Kernels of examples
-in evaluation mode; batch statistics would tie the examples together.
+with respect to all unpruned parameters: of a masked network, `J(m Θ) diag(m)`. The network is in
+evaluation mode; batch statistics would couple the examples.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from jaxprune import linalg
 from jaxprune.arguments import least
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import check_choice
 from jaxprune.flow.krylov import ritz
+from jaxprune.flow.measure import MeasureFn
 from jaxprune.rng import stream
 from jaxprune.score.derivatives import moving, parameters
 from jaxprune.score.loss import examples
@@ -25,14 +26,14 @@ OUTPUTS = ('logits', 'sum')
 _WHAT = 'a tangent kernel'
 
 
-def tangent_kernel(problem: Problem, *, outputs: str = 'logits'):
+def tangent_kernel(problem: Problem, *, outputs: str = 'logits') -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> K`, of all examples of all batches.
 
-    Holds the Jacobian in memory, rows of K times parameters: for few examples.
+    Use it for few examples: it holds the Jacobian in memory, rows of K times parameters.
 
     Args:
       outputs: 'logits' gives `(examples * classes)²` entries, row `example * classes + class`;
-        'sum' the kernel of the sum of the logits, `(examples, examples)`: cheap, and as telling
+        'sum' the kernel of the sum of the logits, `(examples, examples)`: cheap, and as informative
         where classes behave alike.
     """
     _check(outputs)
@@ -45,8 +46,8 @@ def tangent_kernel(problem: Problem, *, outputs: str = 'logits'):
             f = _outputs(problem, view, x[None], outputs)
             return moving(view.masks, jax.jacrev(f)(params))
 
-        # One after another: with runs vmapped as well, convolutions would be grouped twice, which
-        # XLA has no rule for under a mesh.
+        # One after another: under a further `vmap` over runs, convolutions would be grouped twice,
+        # for which XLA has no rule under a mesh.
         jacobian = jax.lax.map(one, inputs)
         with jax.default_matmul_precision('highest'):
             rows = (leaf.reshape(-1, params[path].size) for path, leaf in jacobian.items())
@@ -56,12 +57,12 @@ def tangent_kernel(problem: Problem, *, outputs: str = 'logits'):
 
 
 class KernelSpectrum(NamedTuple):
-    """What the eigenvalues of a kernel say.
+    """A summary of the eigenvalues of a kernel.
 
     Attributes:
       trace: the sum of the eigenvalues.
       largest: the largest.
-      condition: largest over smallest; in float32 it means nothing above 1e6.
+      condition: largest over smallest; in float32 values above 1e6 are not meaningful.
       effective_rank: `(tr K)² / tr K²`, between 1 and the number of rows.
     """
 
@@ -72,7 +73,7 @@ class KernelSpectrum(NamedTuple):
 
 
 def kernel_spectrum(kernel: jax.Array) -> KernelSpectrum:
-    """Of a symmetric matrix `(n, n)` without negative eigenvalues.
+    """The summary of a symmetric matrix `(n, n)` without negative eigenvalues.
 
     A smallest eigenvalue that rounding made zero or negative gives an infinite condition.
     """
@@ -91,7 +92,9 @@ def kernel_distance(one: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.where(scale > 0, (difference**2).sum() / 2, jnp.nan)
 
 
-def ntk_largest(problem: Problem, *, steps: int = 20, outputs: str = 'logits'):
+def ntk_largest(
+    problem: Problem, *, steps: int = 20, outputs: str = 'logits'
+) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> ` largest eigenvalue, by Lanczos on `u -> J (Jᵀ u)`.
 
     One vector-Jacobian and one Jacobian-vector product per step, and no Jacobian in memory.
@@ -113,12 +116,14 @@ def ntk_largest(problem: Problem, *, steps: int = 20, outputs: str = 'logits'):
     return measure
 
 
-def ntk_trace(problem: Problem, *, probes: int = 0, outputs: str = 'logits'):
+def ntk_trace(
+    problem: Problem, *, probes: int = 0, outputs: str = 'logits'
+) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> tr K = ‖J‖²`, the sum of squared gradients of all outputs.
 
     Args:
-      probes: 0 for the exact sum, one backward pass per class; else Hutchinson's estimate from so
-        many vectors of signs, one backward pass each: `E ‖Jᵀ v‖²`.
+      probes: 0 for the exact sum, one backward pass per class; else Hutchinson's estimate from this
+        many random sign vectors, one backward pass each: `E ‖Jᵀ v‖²`.
     """
     _check(outputs)
     least(0, probes=probes)
@@ -163,5 +168,4 @@ def _outputs(
 
 
 def _check(outputs: str) -> None:
-    if outputs not in OUTPUTS:
-        raise PruneError(f"unknown outputs '{outputs}': {nearest(outputs, OUTPUTS)}")
+    check_choice('outputs', outputs, OUTPUTS)

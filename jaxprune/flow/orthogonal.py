@@ -1,8 +1,8 @@
-"""Bringing isometry back, or keeping it: orthogonal kernels, penalties, TPP.
+"""Restoring isometry, or preserving it: orthogonal kernels, penalties, TPP.
 
 Wang et al., "Dynamical Isometry: The Missing Ingredient for Neural Network Pruning",
 arXiv:2105.05916, and "Trainability Preserving Neural Pruning", ICLR 2023, arXiv:2207.12534; their
-code is MingSun-Tse/TPP. Rows of a kernel are its filters, flattened: all that computes one output,
+code is MingSun-Tse/TPP. Rows of a kernel are its filters, flattened: the weights of one output,
 with the outputs on the kernel's last axis.
 """
 
@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune import linalg
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import check_choice, lookup
 from jaxprune.select import as_floats
 from jaxprune.tree import check_masks_of, check_same_paths
 from jaxprune.types import Masks, Weights
 
-#: Of the activation behind a layer; what keeps lengths at a random kernel.
+#: Activation after a layer -> gain with which a random kernel preserves lengths.
 GAINS = {
     'linear': 1.0,
     'sigmoid': 1.0,
@@ -42,24 +42,22 @@ def orthogonalised(
     network of dense layers every singular value of the Jacobian becomes 1. For convolutions an
     orthogonal kernel is not an isometry of the map, and the paper's followers found no gain.
 
-    Of a masked kernel the part in force is made orthogonal, as if it had been cut out: the mask
+    The unpruned part of a masked kernel is made orthogonal, as if it had been cut out: the mask
     must prune whole inputs and whole outputs, both where a layer reads what another computes
-    (`jaxprune.connectivity` prunes the inputs). Traced masks will do.
+    (`jaxprune.connectivity` prunes the inputs). Masks may be traced.
 
     Args:
       kernel: `(inputs, outputs)` or `(height, width, inputs, outputs)`.
-      mask: bool, of its shape. If it is no product of inputs kept and outputs kept, all entries of
-        the result are NaN: no exact solution exists, see `approximately_orthogonal`.
+      mask: bool, of its shape. If it is not the product of kept inputs and kept outputs, all
+        entries of the result are NaN: no exact solution exists, see `approximately_orthogonal`.
       activation: a key of `GAINS`; a linear network has 'linear'.
       method: 'qr', or 'polar' for the nearest orthogonal kernel (not the paper's).
 
     Raises:
       PruneError: another activation or method.
     """
-    if activation not in GAINS:
-        raise PruneError(f"unknown activation '{activation}': {nearest(activation, GAINS)}")
-    if method not in METHODS:
-        raise PruneError(f"unknown method '{method}': {nearest(method, METHODS)}")
+    gain = lookup('activation', activation, GAINS)
+    check_choice('method', method, METHODS)
     rows = _rows(as_floats(kernel))
     keep = jnp.ones(rows.shape, bool) if mask is None else _rows(mask)
     outputs, inputs = keep.any(1), keep.any(0)
@@ -74,7 +72,7 @@ def orthogonalised(
                 _gram_schmidt(rows.T, outputs).T,
                 _gram_schmidt(rows, inputs),
             )
-    made = jnp.where(block, made * GAINS[activation], 0)
+    made = jnp.where(block, made * gain, 0)
     made = jnp.where((keep == block).all(), made, jnp.nan)
     return _kernel(made, kernel.shape).astype(kernel.dtype)
 
@@ -102,7 +100,7 @@ def approximately_orthogonal(
 ) -> Weights:
     """Kernels of any mask, brought near to orthogonal by descent: approximate isometry.
 
-    Minimises `mean((W Wᵀ - I)²)` of every layer over the weights in force (Lee et al., ICLR 2020,
+    Minimises `mean((W Wᵀ - I)²)` of every layer over its unpruned weights (Lee et al., ICLR 2020,
     arXiv:1906.06307; for the other side where there are fewer inputs than outputs).
 
     Args:
@@ -135,7 +133,7 @@ def approximately_orthogonal(
 def kernel_orthogonality(weights: Weights, masks: Masks | None = None) -> jax.Array:
     """`Σ ‖W Wᵀ - I‖_F` over layers: a penalty that keeps flattened kernels orthogonal (KernOrth).
 
-    Of the smaller side of each kernel. Filters that a mask prunes whole want no length.
+    Of the smaller side of each kernel. Filters that a mask prunes entirely have target length 0.
     """
     return sum(
         _norm(_defect(_rows(w), None if masks is None else _rows(masks[path])))
@@ -168,12 +166,12 @@ def conv_orthogonality(kernel: jax.Array, *, stride: int = 1) -> jax.Array:
 def tpp_penalty(kernel: jax.Array, pruned: jax.Array) -> jax.Array:
     """`mean((W Wᵀ - T)²)`: decorrelates the filters to be pruned from all others, and shrinks them.
 
-    T is the Gram matrix itself, held fixed, with the rows and columns of pruned filters zero: what
-    kept filters are to each other is left alone.
+    T is the Gram matrix itself, held fixed, with the rows and columns of pruned filters zero: the
+    products of kept filters with each other are not penalised.
 
     Args:
       kernel: outputs on the last axis.
-      pruned: bool `(outputs,)`, the filters that will go.
+      pruned: bool `(outputs,)`, the filters to be pruned.
     """
     rows = _rows(kernel)
     gram = rows @ rows.T
@@ -223,13 +221,13 @@ def tpp_strength(
 
 
 def _rows(kernel: jax.Array) -> jax.Array:
-    """`(outputs, everything else)`, in the order inputs, height, width, as the papers' code has."""
+    """`(outputs, everything else)`, in the order inputs, height, width, as in the papers' code."""
     order = (kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2))
     return kernel.transpose(order).reshape(kernel.shape[-1], -1)
 
 
 def _kernel(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The way back from `_rows`."""
+    """The inverse of `_rows`."""
     outputs_first = (shape[-1], shape[-2], *shape[:-2])
     return rows.reshape(outputs_first).transpose((*range(2, len(shape)), 1, 0))
 
@@ -237,8 +235,8 @@ def _kernel(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def _gram_schmidt(matrix: jax.Array, keep: jax.Array) -> jax.Array:
     """The columns that are kept made orthonormal in their order; the others zero.
 
-    Householder's Q depends on the columns before only, so those that are kept come first. More of
-    them than rows cannot be: such a result is not used.
+    Householder's Q depends on the columns before only, so those that are kept come first. With more
+    of them than rows there is no solution; the caller discards that result.
     """
     height, width = matrix.shape
     order = jnp.argsort(~keep, stable=True)[: min(height, width)]

@@ -6,15 +6,17 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import lookup
 from jaxprune.flow import conservation, curvature, isometry, norms, ntk
 from jaxprune.flow.agreement import agreement
+from jaxprune.flow.measure import MeasureFn
 from jaxprune.score.derivatives import parameters
 from jaxprune.score.importance import importance
 from jaxprune.score.loss import examples
 from jaxprune.types import GLOBAL, Batch, Key, Problem, View
 
-Measure = Callable[[Key, View, Batch | None], dict[str, jax.Array]]
+_Arrays = dict[str, jax.Array]
+_MakeMeasure = Callable[[Problem, Sequence[str]], MeasureFn[_Arrays]]
 
 #: Most examples of a tangent kernel: its Jacobian has a row of all parameters for each.
 NTK_EXAMPLES = 32
@@ -25,32 +27,32 @@ class Quantity(NamedTuple):
 
     Attributes:
       make: `(problem, paths) -> measure`; the paths of the prunable leaves in forward order.
-      says: what it is, in a few words.
-      needs_data: does it look at batches?
-      needs_initial: does it look at the initial weights?
-      together: what layers come to as a network, for figures: 'norm' (root of the sum of squares),
+      description: what it is, in a few words.
+      needs_data: does it need batches?
+      needs_initial: does it need the initial weights?
+      together: how figures combine the layers into one value: 'norm' (root of the sum of squares),
         'sum', 'mean', or '*' where the network has a value of its own.
     """
 
-    make: Callable[[Problem, Sequence[str]], Measure]
-    says: str
+    make: _MakeMeasure
+    description: str
     needs_data: bool = True
     needs_initial: bool = False
     together: str = '*'
 
 
-def _of(make: Callable, **options) -> Callable[[Problem, Sequence[str]], Measure]:
-    """A quantity that does not ask for the order of the layers."""
+def _of(make: Callable, **options) -> _MakeMeasure:
+    """A quantity that does not depend on the order of the layers."""
     return lambda problem, paths: make(problem, **options)
 
 
-def _part(make: Callable, take: Callable, **options):
+def _part(make: Callable, take: Callable, **options) -> _MakeMeasure:
     """A quantity that is a part of what a function measures: one scalar, or one per path."""
 
-    def build(problem: Problem, paths: Sequence[str]) -> Measure:
+    def build(problem: Problem, paths: Sequence[str]) -> MeasureFn[_Arrays]:
         measured = make(problem, **options)
 
-        def measure(key: Key, view: View, batches: Batch | None) -> dict[str, jax.Array]:
+        def measure(key: Key, view: View, batches: Batch | None) -> _Arrays:
             found = take(measured(key, view, batches))
             return found if isinstance(found, dict) else {GLOBAL: found}
 
@@ -59,8 +61,8 @@ def _part(make: Callable, take: Callable, **options):
     return build
 
 
-def _imbalance(problem: Problem, paths: Sequence[str]) -> Measure:
-    def measure(key: Key, view: View, batches: Batch | None) -> dict[str, jax.Array]:
+def _imbalance(problem: Problem, paths: Sequence[str]) -> MeasureFn[_Arrays]:
+    def measure(key: Key, view: View, batches: Batch | None) -> _Arrays:
         params = parameters(view)
         named = [f'{path.removesuffix("kernel")}bias' for path in paths]
         biases = [name if name in params else None for name in named]
@@ -69,13 +71,13 @@ def _imbalance(problem: Problem, paths: Sequence[str]) -> Measure:
     return measure
 
 
-def _ntk(take: Callable):
+def _ntk(take: Callable) -> _MakeMeasure:
     """A number of the tangent kernel of the sum of logits, at examples spread over all classes."""
 
-    def make(problem: Problem):
+    def make(problem: Problem) -> MeasureFn[ntk.KernelSpectrum]:
         kernel = ntk.tangent_kernel(problem, outputs='sum')
 
-        def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+        def measure(key: Key, view: View, batches: Batch | None) -> ntk.KernelSpectrum:
             inputs, labels = examples(batches, 'a tangent kernel'), batches.y.reshape(-1)
             # The golden ratio's multiples spread evenly whatever the order of the classes.
             places = {int(i * 0.6180339887 % 1 * labels.size) for i in range(NTK_EXAMPLES)}
@@ -88,15 +90,15 @@ def _ntk(take: Callable):
     return _part(make, take)
 
 
-def _agreement(orders: tuple[int, int], kind: str):
-    """Agreement between importances of two orders, over weights in force, running statistics."""
+def _agreement(orders: tuple[int, int], kind: str) -> _MakeMeasure:
+    """Agreement between importances of two orders, over unpruned weights, running statistics."""
 
-    def make(problem: Problem):
+    def make(problem: Problem) -> MeasureFn[_Arrays]:
         # Magnitude and loss preservation are compared as sizes, the signed measures as they are.
         mode = 'sum_of_abs' if 0 in orders else 'signed'
         one, other = (importance(problem, order=order, mode=mode) for order in orders)
 
-        def measure(key: Key, view: View, batches: Batch | None) -> dict[str, jax.Array]:
+        def measure(key: Key, view: View, batches: Batch | None) -> _Arrays:
             found = agreement(one(key, view, batches), other(key, view, batches), view.masks)
             return getattr(found, kind)
 
@@ -105,14 +107,14 @@ def _agreement(orders: tuple[int, int], kind: str):
     return _of(make)
 
 
-def _spectral_norm(problem: Problem):
-    def measure(key: Key, view: View, batches: Batch | None) -> dict[str, jax.Array]:
+def _spectral_norm(problem: Problem) -> MeasureFn[_Arrays]:
+    def measure(key: Key, view: View, batches: Batch | None) -> _Arrays:
         return {path: s[0] for path, s in isometry.kernel_singular_values(view).items()}
 
     return measure
 
 
-def _jsv(name: str):
+def _jsv(name: str) -> _MakeMeasure:
     return _part(
         isometry.jacobian_singular_values,
         lambda values: getattr(isometry.isometry_of(values), name),
@@ -149,12 +151,12 @@ QUANTITIES: dict[str, Quantity] = {
     ),
     'norm_acceleration': Quantity(
         _part(norms.norm_dynamics, lambda found: found.second),
-        'd²‖w‖²/dt² = 2‖g‖² + 2 wᵀHg, likewise',
+        'd²‖w‖²/dt² = 2‖g‖² + 2 wᵀHg, without weight decay',
         together='sum',
     ),
     'saliency_drift': Quantity(
         _part(norms.norm_dynamics, norms.saliency_drift),
-        'd(wᵀg)/dt = -‖g‖² - wᵀHg, likewise',
+        'd(wᵀg)/dt = -‖g‖² - wᵀHg, without weight decay',
         together='sum',
     ),
     'imbalance': Quantity(
@@ -196,6 +198,4 @@ QUANTITIES: dict[str, Quantity] = {
 
 def quantity(name: str) -> Quantity:
     """The registry entry of a quantity."""
-    if name not in QUANTITIES:
-        raise PruneError(f"unknown quantity '{name}': {nearest(name, QUANTITIES)}")
-    return QUANTITIES[name]
+    return lookup('quantity', name, QUANTITIES)

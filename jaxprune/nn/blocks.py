@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
-from jaxprune.errors import JaxpruneError, nearest
+from jaxprune.errors import JaxpruneError, lookup
 from jaxprune.nn.conv import ConvFn
 from jaxprune.nn.initial import kaiming_normal
 
@@ -25,7 +25,7 @@ def convolved(
     dtype: Any = None,
     kernel_init: Initializer = kaiming_normal,
 ) -> jax.Array:
-    """A convolution without bias that keeps height and width but for its stride."""
+    """A convolution without bias; it keeps height and width, divided by its stride."""
     return nn.Conv(
         maps,
         (side, side),
@@ -66,7 +66,7 @@ def pooled(x: jax.Array) -> jax.Array:
     """The maxima of 2x2 windows, an odd last row or column left out: `nn.max_pool`, but faster.
 
     XLA scatters the gradient of its own pooling, which takes a quarter of a VGG's step on CPU. As
-    there, of equal values the first one, row by row, gets the gradient.
+    with `nn.max_pool`, the first of equal values, row by row, gets the gradient.
     """
     batch, height, width, maps = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2]
@@ -88,7 +88,7 @@ def classified(
     return head(x.mean(axis=(1, 2))).astype(jnp.float32)
 
 
-#: What a network applies between its layers; 'linear' is nothing.
+#: Functions between the layers of a network; 'linear' is the identity.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'relu': nn.relu,
     'tanh': jnp.tanh,
@@ -98,9 +98,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """An activation by name."""
-    if name not in ACTIVATIONS:
-        raise JaxpruneError(f"unknown activation '{name}': {nearest(name, ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    return lookup('activation', name, ACTIVATIONS, JaxpruneError)
 
 
 def scaled(maps: int, width: float) -> int:

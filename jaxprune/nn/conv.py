@@ -1,6 +1,6 @@
-"""Convolution written three ways, each to be handed to flax layers.
+"""Three implementations of convolution, for flax layers.
 
-Under `vmap` over kernels XLA makes of a convolution one with a group per run, which is slow on
+Under `vmap` over kernels XLA turns a convolution into one with a group per run, which is slow on
 most machines; inside loops its CPU convolution is slower still (jax issue 12868). Written as
 matrix products a convolution stays fast in both places, at the price of memory. Which way wins
 depends on the machine and on the shapes, so it is measured (`sweep/probe.py`).
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.errors import JaxpruneError, nearest
+from jaxprune.errors import JaxpruneError, lookup
 
 #: `(x, kernel, strides, padding, **as in lax.conv_general_dilated) -> y`.
 ConvFn = Callable[..., jax.Array]
@@ -66,9 +66,7 @@ CONVOLUTIONS: dict[str, ConvFn] = {'native': native, 'patches': patches, 'taps':
 
 def convolution(name: str) -> ConvFn:
     """A way to convolve by its name."""
-    if name not in CONVOLUTIONS:
-        raise JaxpruneError(f"unknown convolution '{name}': {nearest(name, CONVOLUTIONS)}")
-    return CONVOLUTIONS[name]
+    return lookup('convolution', name, CONVOLUTIONS, JaxpruneError)
 
 
 def _matmul(rows: jax.Array, weights: jax.Array, dtype) -> jax.Array:
@@ -103,7 +101,7 @@ def _taps(
     """For every kernel tap the inputs it meets, `(batch, ..., channels)`; and the groups."""
     rank = x.ndim - 2
     if lhs_dilation is not None and math.prod(lhs_dilation) != 1:
-        raise JaxpruneError('a transposed convolution is only there as native')
+        raise JaxpruneError('a transposed convolution is only available as native')
     last = lax.conv_dimension_numbers(x.shape, kernel.shape, dimension_numbers)
     channels_last = (0, rank + 1, *range(1, rank + 1))
     if last.lhs_spec != channels_last or last.rhs_spec != (rank + 1, rank, *range(rank)):

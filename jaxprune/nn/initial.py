@@ -1,17 +1,21 @@
 """How kernels are drawn, by the names that a specification gives. Biases start at zero."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax.linen import initializers
 from jax.nn.initializers import Initializer
 
-from jaxprune.errors import JaxpruneError, nearest
+from jaxprune.errors import JaxpruneError, lookup
 from jaxprune.linalg import one_by_one
+from jaxprune.types import Key
 
 #: What every network takes by default; the variance is 2 / fan in.
 kaiming_normal = initializers.variance_scaling(2.0, 'fan_in', 'normal')
 
 
-def orthogonal(key, shape, dtype=jnp.float32):
+def orthogonal(key: Key, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """Rows or columns orthonormal; many runs draw one after another, see `linalg`."""
     return one_by_one(lambda own: initializers.orthogonal()(own, shape, dtype))(key)
 
@@ -34,6 +38,4 @@ INITIALISATIONS: dict[str, Initializer] = {
 
 def initialisation(name: str) -> Initializer:
     """How to draw kernels, by name."""
-    if name not in INITIALISATIONS:
-        raise JaxpruneError(f"unknown initialisation '{name}': {nearest(name, INITIALISATIONS)}")
-    return INITIALISATIONS[name]
+    return lookup('initialisation', name, INITIALISATIONS, JaxpruneError)

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 from jax.nn.initializers import Initializer
 
-from jaxprune.errors import JaxpruneError, nearest
+from jaxprune.errors import JaxpruneError, lookup
 from jaxprune.nn.blocks import activation, pooled
 from jaxprune.nn.conv import ConvFn, native
 from jaxprune.nn.initial import kaiming_normal
@@ -34,9 +34,8 @@ class LeNet5(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         del train
-        if self.pool not in POOLS:
-            raise JaxpruneError(f"unknown pool '{self.pool}': {nearest(self.pool, POOLS)}")
-        act, pool = activation(self.activation), POOLS[self.pool]
+        pool = lookup('pool', self.pool, POOLS, JaxpruneError)
+        act = activation(self.activation)
         for i, maps in enumerate((6, 16)):
             x = nn.Conv(
                 maps,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxprune.errors import JaxpruneError, nearest
+from jaxprune.errors import JaxpruneError, check_choice, lookup, nearest, quoted
 from jaxprune.nn.conv import ConvFn
 from jaxprune.nn.dense import MLP
 from jaxprune.nn.initial import initialisation
@@ -80,9 +80,7 @@ MODELS: dict[str, Model] = {
 
 def model(name: str) -> Model:
     """The registry entry of a model."""
-    if name not in MODELS:
-        raise JaxpruneError(f"unknown model '{name}': {nearest(name, MODELS)}")
-    return MODELS[name]
+    return lookup('model', name, MODELS, JaxpruneError)
 
 
 def build(name: str, classes: int, **options: Any) -> nn.Module:
@@ -91,25 +89,23 @@ def build(name: str, classes: int, **options: Any) -> nn.Module:
     for option in options:
         if option not in entry.options:
             raise JaxpruneError(
-                f"model '{name}' has no option '{option}': {nearest(option, entry.options)}"
+                f'model {quoted(name)} has no option {quoted(option)}: '
+                f'{nearest(option, entry.options)}'
             )
     options = {**entry.options, **options}
     if 'init' in options:
         options['kernel_init'] = initialisation(options.pop('init'))
     if 'dtype' in options:
-        if options['dtype'] not in DTYPES:
-            raise JaxpruneError(
-                f"unknown dtype '{options['dtype']}': {nearest(options['dtype'], DTYPES)}"
-            )
+        check_choice('dtype', options['dtype'], DTYPES, JaxpruneError)
         options['dtype'] = jnp.dtype(options['dtype'])
     return entry.build(classes, **options)
 
 
 def convolves(module: nn.Module) -> bool:
-    """Has a network convolutions? Those that have take the way to convolve as a field."""
+    """Whether a network has convolutions; if so, its field `conv` computes them."""
     return hasattr(module, 'conv')
 
 
 def convolving(module: nn.Module, conv: ConvFn) -> nn.Module:
-    """The same network with another way to convolve; unchanged if it has no convolutions."""
+    """The network with another implementation of convolution; unchanged if it has none."""
     return module.clone(conv=conv) if convolves(module) else module

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
-from jaxprune.errors import JaxpruneError
+from jaxprune.errors import JaxpruneError, shown
 from jaxprune.nn.blocks import classified, conv_bn, scaled
 from jaxprune.nn.conv import ConvFn, native
 from jaxprune.nn.initial import kaiming_normal
@@ -47,7 +47,9 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         if self.shortcut not in SHORTCUTS:
-            raise JaxpruneError(f'shortcut must be {" or ".join(SHORTCUTS)}, not {self.shortcut}')
+            raise JaxpruneError(
+                f'shortcut must be {" or ".join(SHORTCUTS)}, not {shown(self.shortcut)}'
+            )
 
         layer = functools.partial(conv_bn, self, train=train)
         x = nn.relu(layer(x, scaled(self.maps[0], self.width), 'stem'))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
-from jaxprune.errors import JaxpruneError
+from jaxprune.errors import JaxpruneError, shown
 from jaxprune.nn.blocks import classified, convolved, normed, pooled, scaled
 from jaxprune.nn.conv import ConvFn, native
 from jaxprune.nn.initial import kaiming_normal
@@ -52,7 +52,7 @@ class VGG(nn.Module):
         if self.depth not in STAGES:
             raise JaxpruneError(f'VGG has {", ".join(map(str, STAGES))} layers, not {self.depth}')
         if self.order not in ORDERS:
-            raise JaxpruneError(f'order must be {" or ".join(ORDERS)}, not {self.order}')
+            raise JaxpruneError(f'order must be {" or ".join(ORDERS)}, not {shown(self.order)}')
         layer = 0
         for stage in STAGES[self.depth]:
             for maps in stage:

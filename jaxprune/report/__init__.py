@@ -1,13 +1,15 @@
 """Tidy tables, statistics, figures and one offline page from a sweep directory.
 
 tables     frames of a sweep -> summary frames
-text       numbers and sentences as a reader sees them
+text       numbers and sentences for readers
 style      colours, ticks, PNG bytes
 curves     accuracy and learning curves
-effective  accuracy against effective compression, and this against direct compression
+effective  accuracy against effective compression; effective against direct compression
 heatmap    density of every layer
+recorded   quantities recorded along training
 page       everything together as HTML
 terminal   the summary as a table
+markdown   tables and verdicts for the scripts of studies
 """
 
 from pathlib import Path

@@ -45,6 +45,8 @@ def _panels(count: int, columns: int, height: float) -> tuple[Figure, list[Axes]
 def trace(rows: pl.DataFrame, column: str, start: tuple | None, first: float = 1.0) -> tuple:
     """Points of a line from the dense one on: `(x, mean, low, high)`, the last three in percent.
 
+    Bounds are cut off at 0 and 100 %, which Student's intervals may pass.
+
     Args:
       rows: accuracies, none null; x is their `column`.
       start: `(mean, low, high)` of the dense control in percent, if there is one.
@@ -52,7 +54,7 @@ def trace(rows: pl.DataFrame, column: str, start: tuple | None, first: float = 1
     """
     x = rows[column].to_list()
     lines = [
-        (100 * rows[name].fill_null(rows['accuracy'])).to_list()
+        (100 * rows[name].fill_null(rows['accuracy']).clip(0, 1)).to_list()
         for name in ('accuracy', 'accuracy_low', 'accuracy_high')
     ]
     if start is not None and x and x[0] > first:
@@ -61,22 +63,22 @@ def trace(rows: pl.DataFrame, column: str, start: tuple | None, first: float = 1
     return x, *lines
 
 
-def _line(axes: Axes, rows: pl.DataFrame, look: dict, start: tuple | None) -> None:
+def _line(axes: Axes, rows: pl.DataFrame, props: dict, start: tuple | None) -> None:
     """One method: its band, its line from the dense point on, and a marker per compression."""
     rows = rows.filter(pl.col('accuracy').is_not_null())
     if rows.is_empty():
         return
     x, y, low, high = trace(rows, 'target_compression', start)
-    axes.fill_between(x, low, high, color=look['color'], alpha=0.16, linewidth=0)
-    axes.plot(x, y, color=look['color'], linestyle=look['linestyle'])
+    axes.fill_between(x, low, high, color=props['color'], alpha=0.16, linewidth=0)
+    axes.plot(x, y, color=props['color'], linestyle=props['linestyle'])
     for row in rows.iter_rows(named=True):
         point = (row['target_compression'], 100 * row['accuracy'])
         axes.plot(
             *point,
             linestyle='none',
-            marker=look['marker'],
-            color=look['color'],
-            markerfacecolor='white' if row['collapsed'] else look['color'],
+            marker=props['marker'],
+            color=props['color'],
+            markerfacecolor='white' if row['collapsed'] else props['color'],
             markeredgewidth=1.3,
             zorder=3,
         )
@@ -92,7 +94,8 @@ def draw_control(axes: Axes, rows: pl.DataFrame, x: float | None = 1.0) -> tuple
     row = rows.row(0, named=True)
     mean = 100 * row['accuracy']
     low, high = (
-        mean if row[end] is None else 100 * row[end] for end in ('accuracy_low', 'accuracy_high')
+        mean if row[end] is None else 100 * min(max(row[end], 0), 1)
+        for end in ('accuracy_low', 'accuracy_high')
     )
     axes.axhspan(low, high, color=style.INK, alpha=0.10, linewidth=0)
     # On top: where methods are as good as dense their lines would hide it.
@@ -103,7 +106,7 @@ def draw_control(axes: Axes, rows: pl.DataFrame, x: float | None = 1.0) -> tuple
 
 
 def two_points_high(axes: Axes) -> None:
-    """Widens an accuracy axis where seeds differ by a fraction of a point: it would show only them.
+    """Widens an accuracy axis to two points, so that differences of a fraction do not fill it.
 
     Call it after drawing.
     """
@@ -112,17 +115,24 @@ def two_points_high(axes: Axes) -> None:
         axes.set_ylim((low + high) / 2 - 1, (low + high) / 2 + 1)
 
 
-def legend(drawing: Figure, looks: dict, *, dense: bool, flags: tuple = (), markers=True) -> None:
-    """The key at the right: dense, one line per label, then `flags`, pairs of a look and words."""
+def legend(drawing: Figure, styles: dict, *, dense: bool, flags: tuple = (), markers=True) -> None:
+    """The key at the right: dense, one line per label, then `flags`.
+
+    Args:
+      styles: label -> line properties.
+      dense: whether the dense control is drawn.
+      flags: pairs of line properties and a text.
+      markers: whether the lines have markers.
+    """
     handles, names = [], []
     if dense:
         handles.append(Line2D([], [], **CONTROL, marker='o' if markers else None))
         names.append('dense')
-    for label, look in looks.items():
-        handles.append(Line2D([], [], **(look if markers else look | {'marker': None})))
+    for label, props in styles.items():
+        handles.append(Line2D([], [], **(props if markers else props | {'marker': None})))
         names.append(style.wrapped(label))
-    for look, name in flags:
-        handles.append(Line2D([], [], **{'color': style.INK, **look}))
+    for props, name in flags:
+        handles.append(Line2D([], [], **{'color': style.INK, **props}))
         names.append(style.wrapped(name))
     drawing.legend(handles, names, loc='outside right upper', handlelength=2.8, labelspacing=0.55)
 
@@ -141,7 +151,7 @@ def accuracy(summary: pl.DataFrame, settings: list[dict]) -> Figure:
       settings: those to draw.
     """
     labels = tables.labels(summary)
-    looks = style.lines(labels)
+    styles = style.lines(labels)
     parts = [tables.at(summary, setting) for setting in settings]
     shown = pl.concat(parts)
     dense = not shown.filter(pl.col('method') == tables.DENSE).is_empty()
@@ -158,34 +168,34 @@ def accuracy(summary: pl.DataFrame, settings: list[dict]) -> Figure:
             start = draw_control(axes, part.filter(pl.col('method') == tables.DENSE))
             for label in labels:
                 rows = part.filter(pl.col('label') == label, pl.col('method') != tables.DENSE)
-                _line(axes, rows, looks[label], start)
+                _line(axes, rows, styles[label], start)
             if many:
                 axes.set_title(style.wrapped(text.setting_name(setting), 44))
         two_points_high(panels[0])
         drawing.supxlabel(_AXIS[aim(summary)], fontsize=10)
         drawing.supylabel('test accuracy (%)', fontsize=10)
         # Far above the ticks of every panel, and once: it is the same axis read differently.
-        legend(drawing, looks, dense=dense, flags=tuple(flags))
+        legend(drawing, styles, dense=dense, flags=tuple(flags))
         values = shown['target_compression'].unique().sort().to_list()
         style.compression_axis(panels, values, top=text.sparsity)
     return drawing
 
 
 def panel_compressions(learning: pl.DataFrame) -> tuple[list[float], int]:
-    """Which compressions get a panel of learning curves, and among how many they were chosen."""
+    """The compressions that get a panel of learning curves, and how many there are in all."""
     rows = learning.filter(pl.col('method') != tables.DENSE)
     values = (learning if rows.is_empty() else rows)['target_compression'].unique().sort()
     return tables.evenly(values.to_list(), MOST_PANELS), len(values)
 
 
-def learning(frame: pl.DataFrame, column: str, unit: str, looks: dict) -> Figure:
+def learning(frame: pl.DataFrame, column: str, unit: str, styles: dict) -> Figure:
     """Small multiples over training time, one panel per compression.
 
     Args:
       frame: the rows of `tables.learning` for one setting.
       column: `'train_loss'` or `'test_accuracy'`.
       unit: what the column `time` counts.
-      looks: `style.lines` of the labels of the sweep.
+      styles: `style.lines` of the labels of the sweep.
     """
     chosen, _ = panel_compressions(frame)
     scale = 100 if column == 'test_accuracy' else 1
@@ -198,7 +208,7 @@ def learning(frame: pl.DataFrame, column: str, unit: str, looks: dict) -> Figure
             axes.set_title(text.times(compression))
             if not control.is_empty():
                 axes.plot(control['time'], scale * control[column], **CONTROL, zorder=2.5)
-            for label, look in looks.items():
+            for label, props in styles.items():
                 rows = frame.filter(
                     pl.col('label') == label,
                     pl.col('method') != tables.DENSE,
@@ -207,8 +217,8 @@ def learning(frame: pl.DataFrame, column: str, unit: str, looks: dict) -> Figure
                 axes.plot(
                     rows['time'],
                     scale * rows[column],
-                    color=look['color'],
-                    linestyle=look['linestyle'],
+                    color=props['color'],
+                    linestyle=props['linestyle'],
                     linewidth=1.4,
                 )
         values = frame[column].drop_nulls()
@@ -221,6 +231,6 @@ def learning(frame: pl.DataFrame, column: str, unit: str, looks: dict) -> Figure
         names = {'train_loss': 'training loss', 'test_accuracy': 'test accuracy (%)'}
         drawing.supylabel(names[column], fontsize=10)
         drawing.supxlabel(unit, fontsize=10)
-        shown = {label: look for label, look in looks.items() if label in present}
+        shown = {label: props for label, props in styles.items() if label in present}
         legend(drawing, shown, dense=not control.is_empty(), markers=False)
     return drawing

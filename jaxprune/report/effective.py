@@ -69,10 +69,10 @@ def _breadth(slots: dict) -> float:
     return max(0.78, 0.2 + _SLOT * len(slots)) if slots else 0.0
 
 
-def _point(axes: Axes, x: float, y: float, row: dict, look: dict) -> None:
+def _point(axes: Axes, x: float, y: float, row: dict, props: dict) -> None:
     """A marker, half-filled if it stands for some of the seeds only."""
     part = style.SOME if row['runs'] < row['seeds'] else {}
-    marker = {'marker': look['marker'], 'color': look['color'], 'zorder': 3}
+    marker = {'marker': props['marker'], 'color': props['color'], 'zorder': 3}
     axes.plot(x, y, linestyle='none', **marker, **part)
 
 
@@ -102,7 +102,7 @@ def alike(frame: pl.DataFrame, settings: list[dict]) -> bool:
 
 
 def accuracy(
-    frame: pl.DataFrame, summary: pl.DataFrame, settings: list[dict], looks: dict
+    frame: pl.DataFrame, summary: pl.DataFrame, settings: list[dict], styles: dict
 ) -> Figure:
     """Test accuracy against effective compression, and thinly against direct compression.
 
@@ -110,9 +110,9 @@ def accuracy(
       frame: a frame made by `tables.connectivity`.
       summary: a frame made by `tables.summary`, of the same runs.
       settings: those to draw, one panel each.
-      looks: `style.lines` of the labels of the sweep; dashes mean something else here.
+      styles: `style.lines` of the labels of the sweep; dashes mean something else here.
     """
-    looks = {label: look | {'linestyle': '-'} for label, look in looks.items()}
+    styles = {label: props | {'linestyle': '-'} for label, props in styles.items()}
     frame = pl.concat(tables.at(frame, setting) for setting in settings)
     summary = pl.concat(tables.at(summary, setting) for setting in settings)
     frame = frame.filter(pl.col('accuracy').is_not_null())
@@ -129,7 +129,7 @@ def accuracy(
         for i, setting in enumerate(settings):
             axes, strip = panels[i], strips[i] if strips else None
             _accuracy_panel(
-                axes, strip, tables.at(frame, setting), tables.at(summary, setting), looks, slots
+                axes, strip, tables.at(frame, setting), tables.at(summary, setting), styles, slots
             )
             if many:
                 axes.set_title(style.wrapped(text.setting_name(setting), 40))
@@ -142,7 +142,7 @@ def accuracy(
         if frame['diverged'].sum():
             flags.append((curves.CROSS, 'cross: a seed diverged'))
         dense = tables.DENSE in summary['method']
-        curves.legend(drawing, looks, dense=dense, flags=tuple(flags))
+        curves.legend(drawing, styles, dense=dense, flags=tuple(flags))
         drawing.supxlabel('compression: effective (solid) or direct (dashed)', fontsize=10)
         drawing.supylabel('test accuracy (%)', fontsize=10)
         for strip in strips:
@@ -160,7 +160,7 @@ def _accuracy_panel(
     strip: Axes | None,
     frame: pl.DataFrame,
     summary: pl.DataFrame,
-    looks: dict,
+    styles: dict,
     slots: dict,
 ) -> None:
     is_dense = pl.col('method') == tables.DENSE
@@ -171,36 +171,36 @@ def _accuracy_panel(
     start = curves.draw_control(axes, summary.filter(is_dense), first)
     if strip is not None:
         curves.draw_control(strip, summary.filter(is_dense), None)
-    for label, look in looks.items():
+    for label, props in styles.items():
         mine = pl.col('label') == label, ~is_dense
         x, y, _, _ = curves.trace(summary.filter(*mine), 'compression', start)
-        axes.plot(x, y, color=look['color'], marker=look['marker'], **_DASHED)
+        axes.plot(x, y, color=props['color'], marker=props['marker'], **_DASHED)
         rows = frame.filter(*mine, connected)
         x, y, low, high = curves.trace(rows, 'effective_compression', start, first)
-        axes.fill_between(x, low, high, color=look['color'], alpha=0.14, linewidth=0)
-        axes.plot(x, y, color=look['color'])
+        axes.fill_between(x, low, high, color=props['color'], alpha=0.14, linewidth=0)
+        axes.plot(x, y, color=props['color'])
         for row in frame.filter(*mine).iter_rows(named=True):
             where = strip if row['disconnected'] else axes
             x = slots[label] if row['disconnected'] else row['effective_compression']
             y = 100 * row['accuracy']
-            _point(where, x, y, row, look)
+            _point(where, x, y, row, props)
             if row['disconnected'] and row['accuracy_low'] is not None:
-                ends = 100 * row['accuracy_low'], 100 * row['accuracy_high']
-                where.vlines(x, *ends, color=look['color'], alpha=0.4, linewidth=1.2)
+                ends = max(100 * row['accuracy_low'], 0), min(100 * row['accuracy_high'], 100)
+                where.vlines(x, *ends, color=props['color'], alpha=0.4, linewidth=1.2)
             if row['diverged']:
                 where.plot(x, y, **curves.CROSS, zorder=4)
 
 
-def compressions(frame: pl.DataFrame, settings: list[dict], looks: dict) -> Figure:
+def compressions(frame: pl.DataFrame, settings: list[dict], styles: dict) -> Figure:
     """Effective against direct compression, both logarithmic.
 
     Args:
       frame: a frame made by `tables.connectivity`.
       settings: those to draw, one panel each.
-      looks: `style.lines` of the labels of the sweep.
+      styles: `style.lines` of the labels of the sweep.
     """
     present = tables.labels(frame)
-    looks = {label: look for label, look in looks.items() if label in present}
+    styles = {label: props for label, props in styles.items() if label in present}
     frame = pl.concat(tables.at(frame, setting) for setting in settings)
     frame = frame.filter(pl.col('method') != tables.DENSE)
     finite = frame.filter(~pl.col('disconnected'))
@@ -217,8 +217,8 @@ def compressions(frame: pl.DataFrame, settings: list[dict], looks: dict) -> Figu
             axes.grid(True, axis='both')
             axes.axline((1, 1), (10, 10), **_DIAGONAL, zorder=1.5)
             part = tables.at(frame, setting)
-            for label, look in looks.items():
-                _line(axes, strip, part.filter(pl.col('label') == label), look, slots)
+            for label, props in styles.items():
+                _line(axes, strip, part.filter(pl.col('label') == label), props, slots)
             if many:
                 (strip or axes).set_title(style.wrapped(text.setting_name(setting), 40))
         for i, strip in enumerate(strips):
@@ -228,7 +228,7 @@ def compressions(frame: pl.DataFrame, settings: list[dict], looks: dict) -> Figu
             strip.set_yticks([(len(slots) - 1) / 2], [f'disconnected\n{text.INFINITE}'])
             strip.tick_params(labelleft=i % 2 == 0)
         flags = [(_DIAGONAL, 'effective = direct'), *_flags(frame)]
-        curves.legend(drawing, looks, dense=False, flags=tuple(flags))
+        curves.legend(drawing, styles, dense=False, flags=tuple(flags))
         drawing.supxlabel('direct compression (weights before / weights after)', fontsize=10)
         drawing.supylabel(
             'effective compression (weights before / active weights after)', fontsize=10
@@ -238,16 +238,18 @@ def compressions(frame: pl.DataFrame, settings: list[dict], looks: dict) -> Figu
     return drawing
 
 
-def _line(axes: Axes, strip: Axes | None, rows: pl.DataFrame, look: dict, slots: dict) -> None:
+def _line(axes: Axes, strip: Axes | None, rows: pl.DataFrame, props: dict, slots: dict) -> None:
     """One label: its line with the range over seeds, and its markers, in the strip at infinity."""
     finite = rows.filter(~pl.col('disconnected'))
     x = finite['compression'].to_list()
     low, high = (finite[f'effective_{end}'].to_list() for end in ('low', 'high'))
-    axes.fill_between(x, low, high, color=look['color'], alpha=0.14, linewidth=0)
-    axes.vlines(x, low, high, color=look['color'], alpha=0.4, linewidth=1.2)
-    axes.plot(x, finite['effective_compression'], color=look['color'], linestyle=look['linestyle'])
+    axes.fill_between(x, low, high, color=props['color'], alpha=0.14, linewidth=0)
+    axes.vlines(x, low, high, color=props['color'], alpha=0.4, linewidth=1.2)
+    axes.plot(
+        x, finite['effective_compression'], color=props['color'], linestyle=props['linestyle']
+    )
     for row in rows.iter_rows(named=True):
         if row['disconnected']:
-            _point(strip, row['compression'], slots[row['label']], row, look)
+            _point(strip, row['compression'], slots[row['label']], row, props)
         else:
-            _point(axes, row['compression'], row['effective_compression'], row, look)
+            _point(axes, row['compression'], row['effective_compression'], row, props)

@@ -1,4 +1,4 @@
-"""How much of every layer each method keeps."""
+"""The share of every layer that each method keeps."""
 
 import math
 
@@ -37,7 +37,7 @@ def _percent(density: float) -> str:
 
 
 def _cell(density: float) -> str:
-    """The number in a cell; one very long one would cost its whole panel the numbers."""
+    """The number in a cell; a very long one would leave no room for numbers in its panel."""
     return _percent(density) if 100 * density >= 0.001 else '<.001'
 
 
@@ -121,7 +121,7 @@ def layers(frame: pl.DataFrame) -> tuple[Figure, bool]:
         'ink', colormaps['Blues'](np.linspace(0.06, 1.0, 256))
     )
     with style.context():
-        # A few wide cells would look like many weights: a small table is a small figure.
+        # A few wide cells would suggest many weights: a small table gets a small figure.
         width = min(style.WIDTH, 3.4 + columns * max(1.6, 0.8 * len(compressions)))
         drawing = style.figure(max(width, 6.0), rows * (high * len(paths) + 0.62) + 0.75)
         grid = drawing.add_gridspec(rows, columns)

@@ -1,9 +1,10 @@
-"""Markdown for scripts that check what a study says: tables, and differences with a verdict."""
+"""Markdown for scripts that check the claims of a study: tables, differences and verdicts."""
 
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.stats
+
+from jaxprune.stats import student_interval
 
 
 def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
@@ -19,27 +20,21 @@ def spread(values: np.ndarray, digits: int = 2) -> str:
 
 
 def difference(values: np.ndarray, digits: int = 2) -> str:
-    """The mean of paired differences with its 95 % interval: `+0.19 [+0.03, +0.40]`."""
-    low, high = interval(values)
+    """The mean of paired differences with its 95 % Student interval: `+0.19 [+0.03, +0.40]`."""
+    low, high = _interval(values)
     return f'{values.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]'
 
 
 def verdict(values: np.ndarray, digits: int = 2) -> str:
-    """What paired differences say of an expected plus: 'holds', 'reversed' or 'open', and the mean.
+    """Whether differences are positive as expected: 'holds', 'reversed' or 'open', and the mean.
 
     It holds if the interval lies above zero, is reversed if it lies below, and open otherwise.
     """
-    low, high = interval(values)
+    low, high = _interval(values)
     word = 'holds' if low > 0 else 'reversed' if high < 0 else 'open'
     return f'{word}, {difference(values, digits)}'
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """Student's 95 % interval of a mean, of two values or more.
-
-    A bootstrap of three seeds is no more than their range, which would call every agreement in
-    sign a finding. The report's error bars are bootstraps all the same (`stats`): they show how far
-    seeds lie apart and judge nothing.
-    """
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-    return values.mean() - half, values.mean() + half
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Student's 95 % interval; NaN where a value is not finite, so that the verdict is 'open'."""
+    return student_interval(values) if np.isfinite(values).all() else (np.nan, np.nan)

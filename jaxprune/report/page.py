@@ -76,7 +76,7 @@ def figures(
 
     Args:
       along: rows of `store.read_curves`, if there are any.
-      flows: rows of `store.read_flow`, likewise.
+      flows: rows of `store.read_flow`, if there are any.
 
     Returns:
       `{name: (figure, words)}` in the order of the page; `words` holds `section`, `alt`, `caption`.
@@ -85,7 +85,7 @@ def figures(
     keys = tables.settings(results)
     every = [setting for setting, _ in tables.split(summary, keys)]
     settings = tables.evenly(every, MOST_SETTINGS)
-    looks = style.lines(tables.labels(summary))
+    styles = style.lines(tables.labels(summary))
     some = (
         f' Of {len(every)} settings {len(settings)} are drawn, evenly chosen; the table has all.'
         if len(settings) < len(every)
@@ -106,12 +106,12 @@ def figures(
         if part['time'].n_unique() > 1:
             for column, name in (('test_accuracy', 'accuracy'), ('train_loss', 'loss')):
                 if part[column].is_not_null().any():
-                    drawing = curves.learning(part, column, unit, looks)
+                    drawing = curves.learning(part, column, unit, styles)
                     words = _learning_words(part, column, unit, where)
                     drawn[f'learning_{name}{suffix}'] = drawing, words
         if quantities is not None:
             part = tables.at(quantities, setting)
-            drawn[f'flow{suffix}'] = recorded.quantities(part, looks), _flow_words(part, where)
+            drawn[f'flow{suffix}'] = recorded.quantities(part, styles), _flow_words(part, where)
         part = tables.at(densities, setting)
         if part.filter(pl.col('method') != tables.DENSE).height:
             drawing, complete = heatmap.layers(part)
@@ -123,7 +123,7 @@ def _effective_figures(
     results: pl.DataFrame, summary: pl.DataFrame, every: list[dict], settings: list[dict], some: str
 ) -> dict[str, tuple[Figure, dict]]:
     """Accuracy against effective compression, and this against direct compression."""
-    looks = style.lines(tables.labels(summary))
+    styles = style.lines(tables.labels(summary))
     known = tables.connectivity(results)
     frame = pl.concat(tables.at(known, setting) for setting in settings)
     if frame.filter(pl.col('method') != tables.DENSE).is_empty():
@@ -131,11 +131,11 @@ def _effective_figures(
     drawn = {}
     summary = pl.concat(tables.at(summary, setting) for setting in settings)
     if summary['accuracy'].is_not_null().any():
-        drawing = effective.accuracy(frame, summary, settings, looks)
+        drawing = effective.accuracy(frame, summary, settings, styles)
         drawn['accuracy_effective'] = drawing, _accuracy_effective_words(frame, some)
     # Most methods prune before they train, so what is trained differently makes no difference.
     alike = len(every) > 1 and effective.alike(known, every)
-    drawing = effective.compressions(frame, settings[:1] if alike else settings, looks)
+    drawing = effective.compressions(frame, settings[:1] if alike else settings, styles)
     where = ' The same in every setting, so it is drawn once.' if alike else some
     drawn['effective_compression'] = drawing, _compressions_words(frame, where)
     return drawn
@@ -150,10 +150,10 @@ def _aims(frame: pl.DataFrame) -> str:
 
 
 def _bands(frame: pl.DataFrame) -> str:
-    """What the bands of a figure of accuracies are."""
+    """The meaning of the bands of a figure of accuracies."""
     if frame['seeds'].max() == 1:
         return 'One seed per point, so no band.'
-    return 'Band: 95 % bootstrap interval of the mean over seeds.'
+    return 'Band: 95 % Student interval of the mean over seeds.'
 
 
 def _accuracy_words(summary: pl.DataFrame, some: str) -> dict:
@@ -197,8 +197,8 @@ def _accuracy_effective_words(frame: pl.DataFrame, some: str) -> dict:
         )
     if frame.filter(pl.col('runs') < pl.col('seeds')).height:
         parts.append(
-            'Where only some seeds are, the point is split into two half-filled ones, each the '
-            'mean over its own seeds; dashed lines are means over all.'
+            'Where only some seeds are disconnected, the point is split into two half-filled ones, '
+            'each the mean over its own seeds; dashed lines are means over all.'
         )
     parts.append(_bands(frame))
     return {
@@ -290,7 +290,7 @@ def _row(row: dict, keys: list[str]) -> dict:
         'interval': text.interval(row['accuracy_low'], row['accuracy_high']),
         'deficit': text.percent(row['deficit']) if deficit else text.NONE,
         'deficit_interval': text.interval(row['deficit_low'], row['deficit_high']),
-        # Said only where it is not all of them.
+        # Shown only where it is not all of them.
         'pairs': row['pairs'] if deficit and row['pairs'] < row['seeds'] else None,
         'collapsed': row['collapsed'],
         'diverged': row['diverged'],

@@ -14,7 +14,7 @@ MOST_COLUMNS = 3
 
 
 def whole(recorded: pl.DataFrame) -> pl.DataFrame:
-    """A value per run, step and quantity: layers together, as the quantity's entry says.
+    """A value per run, step and quantity: layers combined as the quantity's entry requires.
 
     Args:
       recorded: rows of `store.read_flow`.
@@ -55,12 +55,12 @@ def means(results: pl.DataFrame, recorded: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def quantities(frame: pl.DataFrame, looks: dict[str, dict]) -> Figure:
+def quantities(frame: pl.DataFrame, styles: dict[str, dict]) -> Figure:
     """Rows of quantities, columns of compressions, a line per method and the dense control.
 
     Args:
       frame: rows of `means`, of one setting.
-      looks: label -> line, see `style.lines`.
+      styles: label -> line, see `style.lines`.
     """
     names = frame['quantity'].unique(maintain_order=True).to_list()
     pruned = frame.filter(pl.col('method') != tables.DENSE)
@@ -81,8 +81,8 @@ def quantities(frame: pl.DataFrame, looks: dict[str, dict]) -> Figure:
                 )
                 for label in tables.labels(here):
                     of = here.filter(pl.col('label') == label)
-                    look = {**looks[label], 'marker': ''}
-                    shown[label] = axes.plot(of['step'], of['value'], **look)[0]
+                    props = {**styles[label], 'marker': ''}
+                    shown[label] = axes.plot(of['step'], of['value'], **props)[0]
                 of = control.filter(pl.col('quantity') == name)
                 if of.height:
                     shown[tables.DENSE] = axes.plot(of['step'], of['value'], **CONTROL)[0]

@@ -1,7 +1,7 @@
-"""How figures look: colours, ticks that never collide, PNG bytes.
+"""The style of figures: colours, ticks that never collide, PNG bytes.
 
 Figures are built with matplotlib's object interface and drawn by Agg: no pyplot, no window, and no
-setting of the surrounding program is touched or obeyed.
+setting of the surrounding program is changed or used.
 """
 
 import io
@@ -72,7 +72,7 @@ SETTINGS = {
 
 
 def context():
-    """A `with` block of the house style; what was set before is set again after it."""
+    """A context with the settings of these figures; it restores earlier settings at its end."""
     return matplotlib.style.context(['default', SETTINGS])
 
 
@@ -126,7 +126,7 @@ def _roundness(value: float) -> int:
 def fitting(values: Sequence[float], places: Sequence[float], widths: Sequence[float]) -> list[int]:
     """Which labels to show so that none touches another.
 
-    Both ends go first, then the rounder the value the sooner.
+    Both ends have priority, then rounder values.
 
     Args:
       values: what is labelled.

@@ -9,7 +9,7 @@ import math
 
 import polars as pl
 
-from jaxprune.stats import bootstrap_interval
+from jaxprune.stats import student_interval
 from jaxprune.sweep import store
 
 DENSE = 'dense'
@@ -26,7 +26,7 @@ _CONNECTED = _COMPUTED.filter(_COMPUTED.is_finite())
 
 
 def settings(results: pl.DataFrame) -> list[str]:
-    """Names of the columns that tell settings apart, i.e. those that vary."""
+    """Names of the columns that distinguish settings: those that vary."""
     candidates = [c for c in results.columns if c in _SETTINGS or c not in store.RESULTS]
     return [column for column in candidates if results[column].n_unique() > 1]
 
@@ -97,12 +97,12 @@ def _in_order(frame: pl.DataFrame, keys: list[str], names: list[str], *last) -> 
 
 
 def _with_interval(frame: pl.DataFrame, column: str) -> pl.DataFrame:
-    """Replaces a list column by its mean and the ends of the mean's 95 % interval."""
+    """Replaces a list column by its mean and the ends of the mean's 95 % Student interval."""
 
     def ends(values):
         if len(values) < 2:
             return (None, None)
-        return tuple(map(float, bootstrap_interval(values)))
+        return tuple(map(float, student_interval(values)))
 
     both = [ends(values) for values in frame[column].to_list()]
     return frame.with_columns(
@@ -125,13 +125,13 @@ def summary(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
         disconnected            runs where it is infinite: no path from input to output is left;
                                 null if it was computed for no run
         seeds                   finished runs
-        accuracy, _low, _high   mean test accuracy after training and its 95 % bootstrap interval
+        accuracy, _low, _high   mean test accuracy after training and its 95 % Student interval
         pairs                   runs compared with a dense run of the same seed
         deficit, _low, _high    mean of dense minus accuracy over these pairs, and its interval
         collapsed               runs that lost a whole layer
         diverged                runs whose loss or accuracy is not finite
 
-    An accuracy that is itself not finite is in no mean. An accuracy that is finite counts even if
+    An accuracy that is not finite is left out of means. An accuracy that is finite counts even if
     the run diverged or collapsed: leaving failures out would flatter the method. Intervals of one
     run are null, and so is the deficit of the dense control, or without one.
 
@@ -208,7 +208,7 @@ def connectivity(results: pl.DataFrame) -> pl.DataFrame:
         compression             direct, geometric mean; the target where no weight is left at all
         effective_compression   geometric mean; infinite if disconnected
         effective_low, _high    smallest and largest
-        accuracy, _low, _high   mean test accuracy after training and its 95 % bootstrap interval
+        accuracy, _low, _high   mean test accuracy after training and its 95 % Student interval
         diverged                runs whose loss or accuracy is not finite
 
     Runs whose effective compression was not computed are left out. Rows are sorted as in

@@ -1,4 +1,4 @@
-"""Numbers and sentences as a reader sees them."""
+"""Numbers and sentences for readers."""
 
 import math
 
@@ -13,7 +13,7 @@ INFINITE = '\N{INFINITY}'
 """The effective compression of a network that is cut in two."""
 
 CLOSE = 0.05
-"""By how much effective may exceed direct compression where a sentence calls them equal."""
+"""The relative excess of effective over direct compression below which they count as equal."""
 
 
 def number(value: float) -> str:
@@ -38,7 +38,7 @@ def about(value: float) -> str:
 
 
 def sparsity(compression: float) -> str:
-    """Percent of weights removed, with the digits that tell it from 100: `99.9`."""
+    """Percent of weights removed, with enough digits to differ from 100: `99.9`."""
     digits = max(1, math.ceil(math.log10(compression)) - 1)
     text = f'{100 * (1 - 1 / compression):.{digits}f}'
     return text.rstrip('0').rstrip('.')
@@ -110,7 +110,7 @@ def _losses(row: dict) -> str:
 
 
 def breaking_sentences(points: pl.DataFrame) -> list[tuple[str, str]]:
-    """What `tables.breaking_points` says, in words: `[(label, sentence), ...]`."""
+    """The rows of `tables.breaking_points` in words: `[(label, sentence), ...]`."""
     sentences = []
     for row in points.iter_rows(named=True):
         if row['compared']:

@@ -1,4 +1,4 @@
-"""The gradient and the Hessian of all parameters that move: what gradient flow is made of."""
+"""The gradient and the Hessian of the loss with respect to all unpruned parameters."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,13 +13,12 @@ from jaxprune.types import Batch, Key, Masks, Problem, View, Weights
 
 
 class Derivatives(NamedTuple):
-    """A network where it stands, and where gradient flow takes it.
+    """The parameters of a network, and the derivatives of its loss.
 
     Attributes:
       params: path -> value of every floating-point parameter, zero where pruned.
-      gradient: path -> g, the gradient of the mean loss, zero where pruned: what is pruned does not
-        move.
-      product: `vector -> H vector`, likewise zero where pruned; vectors are shaped like `params`.
+      gradient: path -> g, the gradient of the mean loss, zero where pruned.
+      product: `vector -> H vector`, zero where pruned; vectors are shaped like `params`.
     """
 
     params: Weights
@@ -34,7 +33,7 @@ def parameters(view: View) -> Weights:
 
 
 def moving(masks: Masks, tree: Weights) -> Weights:
-    """The entries of weights that move; zero where pruned. Leaves without a mask stay.
+    """The tree with pruned entries set to zero; leaves without a mask are unchanged.
 
     Leaves may have leading axes of their own, such as the rows of a Jacobian.
     """
@@ -61,9 +60,9 @@ def derivatives(
 ) -> Derivatives:
     """First and second derivatives of the loss at a network.
 
-    Both are averaged over all batches, the gradient before the Hessian sees it, and taken with
-    respect to all parameters: biases and normalisation move as well, so they have their share in
-    every Hessian product (Lubana & Dick, ICLR 2021, arXiv:2009.11839, as in their code).
+    Both are averaged over all batches, the gradient before it enters a Hessian product, and taken
+    with respect to all parameters: biases and normalisation count as well, so they have their share
+    in every Hessian product (Lubana & Dick, ICLR 2021, arXiv:2009.11839, as in their code).
 
     Args:
       train: batch statistics, or running ones.

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, check_choice
 from jaxprune.score.loss import batch_loss, mean_over_batches, split
 from jaxprune.tree import put
 from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View
@@ -12,7 +12,7 @@ LABELS = ('data', 'model')
 
 
 def fisher(problem: Problem, *, train: bool = False, labels: str = 'data') -> ScoreFn:
-    """`F w² / 2`: the loss lost with a weight at a minimum, F in place of the Hessian's diagonal.
+    """`F w² / 2`: the loss increase by removal at a minimum, F for the Hessian's diagonal.
 
     F is the mean over examples of the squared gradient of each example's own loss; the square of
     a batch's mean gradient would be another quantity, mostly noise near a minimum (Theis et al.,
@@ -22,7 +22,7 @@ def fisher(problem: Problem, *, train: bool = False, labels: str = 'data') -> Sc
     small batches score the same as few large ones, and convolutions run grouped by example.
 
     Args:
-      train: must be False: the statistics of one example say nothing.
+      train: must be False: the batch statistics of one example are meaningless.
       labels: 'data' for the labels given (the empirical Fisher), 'model' for labels drawn from
         the network's own softmax, one per example (an estimate of the true Fisher of a
         cross-entropy).
@@ -35,8 +35,7 @@ def fisher(problem: Problem, *, train: bool = False, labels: str = 'data') -> Sc
             'fisher takes the gradient of single examples, whose batch statistics mean nothing: '
             'score with train=False'
         )
-    if labels not in LABELS:
-        raise PruneError(f"unknown labels '{labels}': {nearest(labels, LABELS)}")
+    check_choice('labels', labels, LABELS)
 
     def score(key: Key, view: View, batches: Batch | None) -> Scores:
         gradient = jax.grad(batch_loss(problem, view, key, train=False))

@@ -12,7 +12,7 @@ def grasp(problem: Problem, *, train: bool, temperature: float = 200.0) -> Score
 
     The paper's own score is the negative of this, and it removes the largest. Gradient and
     Hessian are those of the loss of `logits / temperature` with respect to the prunable
-    weights only. The gradient is averaged over all batches before the Hessian sees it:
+    weights only. The gradient is averaged over all batches before the Hessian product:
     mean(H_b g_b) would be another quantity.
 
     Args:

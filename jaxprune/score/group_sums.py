@@ -1,13 +1,13 @@
 """Sums over groups of weights: single weights, units, layers, the network.
 
-A unit is what computes one output: a neuron, a filter of a convolution. Its weights are one slice
-of the kernel along the output axis, the last one in flax and haiku, the first in torch and equinox.
+A unit computes one output: a neuron, a filter of a convolution. Its weights are one slice of the
+kernel along the output axis, the last one in flax and haiku, the first in torch and equinox.
 """
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import check_choice
 from jaxprune.types import GLOBAL, Weights
 
 GROUPS = ('weight', 'unit', 'layer', 'network')
@@ -52,5 +52,4 @@ def spread(groups: dict[str, jax.Array], like: Weights, by: str, axis: int = -1)
 
 def check_groups(by: str) -> None:
     """Raises PruneError unless `by` names a kind of group."""
-    if by not in GROUPS:
-        raise PruneError(f"unknown groups '{by}': {nearest(by, GROUPS)}")
+    check_choice('groups', by, GROUPS)

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxprune.arguments import positive
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, check_choice, shown
 from jaxprune.score.derivatives import derivatives
 from jaxprune.score.group_sums import check_groups, grouped, spread
 from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View, Weights
@@ -38,19 +38,19 @@ def importance(
     by: str = 'weight',
     axis: int = -1,
 ) -> ScoreFn:
-    """What a group of weights has to do with a time derivative of its norm under gradient flow.
+    """The contribution of weights to a time derivative of their norm under gradient flow.
 
-    Every weight has a product, by the order of the derivative of `‖Θ_p‖²` it stands in:
+    The order is that of the derivative of `‖Θ_p‖²`; it determines the product of every weight:
 
-    - order 0: `θ θ`, the norm itself: magnitude (squared, which ranks alike);
-    - order 1: `θ g`, with `d‖Θ_p‖²/dt = -2 Σ θ g`: what removal does to the loss;
-    - order 2: `θ (Hg)`, with `d²‖Θ_p‖²/dt² = 2‖g_p‖² + 2 Σ θ (Hg)`: what removal does to the
-      gradient's norm. H acts on the gradient of all parameters.
+    - order 0: `θ θ`, the norm itself: magnitude (squared, which gives the same ranking);
+    - order 1: `θ g`, with `d‖Θ_p‖²/dt = -2 Σ θ g`: the effect of removal on the loss;
+    - order 2: `θ (Hg)`, with `d²‖Θ_p‖²/dt² = 2‖g_p‖² + 2 Σ θ (Hg)`: the effect of removal on
+      the gradient's norm. H acts on the gradient of all parameters.
 
-    The products of a group are added up: as they are ('signed'), then made positive ('abs_of_sum'),
-    or each made positive first ('sum_of_abs'), which is not the same: what two weights of a filter
-    do may cancel. A bias multiplies every product before that. High = keep, so 'signed' of order 2
-    prunes the most negative, which increases the gradient's norm: GraSP.
+    A group's score is the sum of its products ('signed'), the absolute value of that sum
+    ('abs_of_sum'), or the sum of absolute values ('sum_of_abs'). The last two differ, since the
+    products of a filter may cancel. A bias multiplies every product before that. High = keep, so
+    'signed' of order 2 prunes the most negative, which increases the gradient's norm: GraSP.
 
     Where a filter is followed by batch norm with batch statistics, its products of order 1 add up
     to zero, and of order 2 to `-‖g_p‖²`: hence running statistics by default, as in the paper.
@@ -63,7 +63,7 @@ def importance(
         |θ - θ(0)|; the view must hold the initial weights).
       temperature: the logits are divided by it; 200 is GraSP's.
       train: batch statistics, or running ones.
-      by: what is removed together: 'weight', 'unit' (filter), 'layer' or 'network'; every weight
+      by: the groups that are removed: 'weight', 'unit' (filter), 'layer' or 'network'; every weight
         gets the score of its group.
       axis: of the outputs of a kernel, for units.
 
@@ -72,15 +72,14 @@ def importance(
         called, initial weights that the view lacks.
     """
     if order not in (0, 1, 2):
-        raise PruneError(f'importance has the order 0, 1 or 2, not {order}')
-    for name, value, valid in (('mode', mode, MODES), ('bias', bias, BIASES)):
-        if value not in valid:
-            raise PruneError(f"unknown {name} '{value}': {nearest(value, valid)}")
+        raise PruneError(f'importance has the order 0, 1 or 2, not {shown(order)}')
+    check_choice('mode', mode, MODES)
+    check_choice('bias', bias, BIASES)
     check_groups(by)
     positive('temperature of importance', temperature)
 
     def factor(key: Key, view: View, batches: Batch | None) -> Weights:
-        """What a weight is multiplied with."""
+        """The factor of every weight."""
         if order == 0:
             return view.weights
         at = derivatives(problem, key, view, batches, train=train, temperature=temperature)

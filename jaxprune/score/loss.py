@@ -1,6 +1,7 @@
 """The loss as a function of the weights, and its mean gradient over batches."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,19 @@ from jaxprune.tree import put
 from jaxprune.types import Batch, Key, Problem, PyTree, View, Weights
 
 
+class ParamsLossFn(Protocol):
+    def __call__(self, params: PyTree, batch: Batch) -> jax.Array:
+        """Computes the mean loss of a batch, a scalar, from all parameters."""
+
+
+class WeightsLossFn(Protocol):
+    def __call__(self, weights: Weights, batch: Batch) -> jax.Array:
+        """Computes the mean loss of a batch, a scalar, from the prunable weights."""
+
+
 def mean_loss(
     problem: Problem, view: View, key: Key, *, train: bool, temperature: float = 1.0
-) -> Callable[[PyTree, Batch], jax.Array]:
+) -> ParamsLossFn:
     """`(params, batch) -> mean loss` of all parameters; see `batch_loss`."""
 
     def loss(params: PyTree, batch: Batch) -> jax.Array:
@@ -26,12 +37,12 @@ def mean_loss(
 
 def batch_loss(
     problem: Problem, view: View, key: Key, *, train: bool, temperature: float = 1.0
-) -> Callable[[Weights, Batch], jax.Array]:
+) -> WeightsLossFn:
     """`(weights, batch) -> mean loss`; the logits are divided by `temperature`.
 
     Args:
       key: for dropout, which a train-mode forward pass may need; the same for every batch, so
-        that a gradient and a Hessian speak of one function.
+        that a gradient and a Hessian are those of the same function.
       train: True scores with the batch's own statistics, False with the running ones. The
         running statistics are never changed by a score.
     """
@@ -42,9 +53,9 @@ def batch_loss(
 def mean_gradient(
     problem: Problem, view: View, key: Key, batches: Batch | None, *, train: bool
 ) -> Weights:
-    """The gradient of the loss with respect to the weights in force, averaged over all batches.
+    """The gradient of the loss with respect to the masked weights, averaged over all batches.
 
-    It is dense: where the mask is False it says what the loss would do if the weight came back.
+    It is dense: where the mask is False, it is the slope of the loss if the weight came back.
     """
     gradient = jax.grad(batch_loss(problem, view, key, train=train))
     return mean_over_batches(lambda batch: gradient(view.weights, batch), batches)
@@ -65,10 +76,10 @@ def mean_over_batches(fn: Callable[[Batch], PyTree], batches: Batch | None) -> P
 
 
 def examples(batches: Batch | None, what: str) -> jax.Array:
-    """Inputs of all batches, `(examples, ...)`, for something that looks at each on its own.
+    """Inputs of all batches, `(examples, ...)`, for measures of single examples.
 
     Raises:
-      PruneError: there are none; `what` needs them.
+      PruneError: there are none; the message begins with `what`.
     """
     if batches is None:
         raise PruneError(f'{what} needs data: pass batches with leaves (batches, batch, ...)')

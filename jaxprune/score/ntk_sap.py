@@ -13,7 +13,7 @@ from jaxprune.types import Batch, Key, Problem, PyTree, ScoreFn, Scores, View, W
 def ntk_sap(
     problem: Problem, *, train: bool, samples: int = 100, repeats: int = 1, epsilon: float = 0.01
 ) -> ScoreFn:
-    """`|∂/∂m E ‖f(x; m θ) - f(x; m (θ + εΔ))‖²|` at the masks in force.
+    """`|∂/∂m E ‖f(x; m θ) - f(x; m (θ + εΔ))‖²|` at the current masks.
 
     x is Gaussian noise of the shape of an input, `Δ ~ N(0, 1)` on the prunable weights, and θ is
     drawn anew from `problem.init` for every repeat: what is scored is the architecture, not the
@@ -90,8 +90,8 @@ def batch_statistics(
     """A model state with the batch's own statistics in place of running averages.
 
     A train-mode call moves an average `s` to `a s + (1 - a) b`, with a the layer's momentum and b
-    the statistic of the batch, neither of which it tells. Two calls do: one from `s = 0`, one from
-    a large s. What is not an average of that kind keeps its value.
+    the statistic of the batch; it returns neither. Two calls determine both: one from `s = 0`, one
+    from a large s. Other state keeps its value.
     """
     # Large, so that a is read from digits that b does not share.
     far = 2.0**20

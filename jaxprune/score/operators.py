@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxprune import linalg
 from jaxprune.arguments import least
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, check_choice
 
 PADDINGS = ('circular', 'zero')
 
@@ -15,8 +15,8 @@ def conv_singular_values(
 ) -> jax.Array:
     """All singular values of a convolution as a linear map of images, falling.
 
-    The flattened kernel's singular values are others: a kernel with orthonormal filters need not
-    keep lengths, one whose only tap is orthogonal does.
+    They are not those of the flattened kernel: a kernel with orthonormal filters need not preserve
+    lengths, one whose only tap is orthogonal does.
 
     Args:
       kernel: `(height, width, in, out)`.
@@ -38,8 +38,7 @@ def conv_singular_values(
     least(1, height=height, width=width, stride=stride)
     if kernel.ndim != 4:
         raise PruneError(f'a kernel is (height, width, in, out), not {tuple(kernel.shape)}')
-    if padding not in PADDINGS:
-        raise PruneError(f"unknown padding '{padding}': {nearest(padding, PADDINGS)}")
+    check_choice('padding', padding, PADDINGS)
     if padding == 'zero':
         return linalg.singular_values(_matrix(kernel, height, width, stride))
     if height % stride or width % stride:
@@ -64,7 +63,7 @@ def _blocks(kernel: jax.Array, height: int, width: int, stride: int) -> jax.Arra
 def _transfer(kernel: jax.Array, height: int, width: int) -> jax.Array:
     """The kernel's Fourier transform at the frequencies of the grid, tap by tap.
 
-    A few taps need no fast transform, and XLA's waits for its own threads on the CPU.
+    A few taps need no fast transform, and XLA's own waits for its threads on the CPU.
     """
 
     def waves(size: int, taps: int) -> jax.Array:

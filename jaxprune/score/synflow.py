@@ -16,7 +16,7 @@ def synflow(problem: Problem) -> ScoreFn:
     value, batch normalisation runs on those statistics (at initialisation a constant scale), all
     else stays. So non-zero biases take part; and after training `|mean|` is subtracted, which
     may break the positivity the theory rests on. Published with 100 rounds; one round collapses
-    layers. Data are not looked at: of `batches` only the shape of one input counts.
+    layers. Data are not used: of `batches` only the shape of one input matters.
 
     The flow is computed with a wider exponent, see `score.scaled`, so that deep networks neither
     overflow nor vanish in float32. The scores are the published ones; only where the largest of

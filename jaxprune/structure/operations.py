@@ -1,4 +1,4 @@
-"""What the primitives of JAX are to someone who follows paths."""
+"""The primitives of JAX, grouped by their effect on paths."""
 
 
 def _names(text: str) -> frozenset[str]:
@@ -10,7 +10,7 @@ SAME = _names(
     'convert_element_type copy copy_p stop_gradient reduce_precision sharding_constraint '
     'mesh_cast reshard pvary name'
 )
-#: Those that hand on all their arguments.
+#: Those that return all their arguments unchanged.
 PASSED_ON = _names('optimization_barrier device_put')
 UNARY = SAME | _names(
     'abs neg sign floor ceil round exp exp2 expm1 log log1p sqrt rsqrt cbrt square integer_pow '
@@ -31,12 +31,12 @@ REDUCTIONS = _names(
 )
 CUMULATIVE = _names('cumsum cumprod cummax cummin cumlogsumexp')
 WINDOWS = _names('reduce_window_sum reduce_window_max reduce_window_min reduce_window')
-#: Those that decide at run time what they do.
+#: Those whose effect is decided at run time.
 RUN_TIME = _names('cond while')
 #: Never negative, and zero only for what is very negative.
 POSITIVE = _names('exp exp2 logistic')
-#: What a statistic may pass through and still be one that normalises.
+#: Functions of a statistic by which a tensor may still be normalised.
 OF_STATISTICS = SAME | _names('abs log sqrt rsqrt square integer_pow')
 ARITHMETIC = _names('add sub mul div max min pow add_any')
-#: What leaves a very negative number very negative.
+#: Functions that leave a very negative number very negative.
 KEEPS_LOW = SAME | _names('floor ceil round real')

@@ -1,7 +1,7 @@
-"""Zeros that constants make: where a value is zero, or low, whatever the weights and the input.
+"""Where constants make a value zero, or very negative, whatever the weights and the input.
 
-Causal masks are why this is followed: a score of minus infinity is an attention of zero. Patterns
-are arrays computed while tracing, never traced themselves, and None where nothing is known.
+Causal masks need this: a score of minus infinity is an attention of zero. Patterns are arrays
+computed while tracing, never traced themselves, and None where nothing is known.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jaxprune.structure.values import Pattern, numbers
 
 #: Masks of attention are minus infinity, the smallest number, -1e9 or -1e4 where they shut.
 LOW = -1e4
-#: Scores are scaled by numbers above this; what was low stays so.
+#: Scores are scaled by numbers above this; low values stay low.
 _SCALE = 1e-2
 
 
@@ -56,15 +56,16 @@ def known(found: jax.Array) -> Pattern:
 
 def shut_of(value: Any, aval: Any) -> Pattern:
     """Where a value, a constant or not, is zero."""
-    return _told(value, aval, value.shut, lambda numbers: numbers == 0)
+    return _pattern(value, aval, value.shut, lambda numbers: numbers == 0)
 
 
 def low_of(value: Any, aval: Any) -> Pattern:
     """Where a value is very negative."""
-    return _told(value, aval, value.low, lambda n: n <= LOW)
+    return _pattern(value, aval, value.low, lambda n: n <= LOW)
 
 
-def _told(value: Any, aval: Any, pattern: Pattern, test: Callable) -> Pattern:
+def _pattern(value: Any, aval: Any, pattern: Pattern, test: Callable) -> Pattern:
+    """Where a constant passes a test, or the pattern given if the numbers are not known."""
     array = numbers(value)
     if array is None:
         return pattern
@@ -78,7 +79,7 @@ def placed(equation: JaxprEqn, patterns: Sequence[Pattern], avals, *leading: Any
     """Patterns moved by an equation that only picks among its arguments.
 
     Args:
-      leading: arguments before those with patterns: what a known choice goes by.
+      leading: arguments before those with patterns: the known choice between them.
     """
     if all(p is None for p in patterns):
         return [None] * len(equation.outvars)
@@ -136,9 +137,11 @@ def _low_sum(name: str, given: Sequence[Any], avals, shape) -> Pattern:
         sign = -1 if name == 'sub' and i else 1
         if numbers(value) is not None and _signed(aval):
             # A number added everywhere is a shift, not a mask.
-            down = _told(value, aval, None, lambda n, s=sign: (s * n <= LOW) & (s * n > LOW).any())
+            down = _pattern(
+                value, aval, None, lambda n, s=sign: (s * n <= LOW) & (s * n > LOW).any()
+            )
             lows.append(down)
-            lifts.append(_told(value, aval, None, lambda n, s=sign: s * n >= -LOW))
+            lifts.append(_pattern(value, aval, None, lambda n, s=sign: s * n >= -LOW))
         elif sign > 0:
             lows.append(value.low)
         else:

@@ -1,6 +1,6 @@
-"""What each operation means for paths: the rule by which `connectivity` interprets a network.
+"""The effect of each operation on paths: the rules by which `connectivity` reads a network.
 
-Its sentences stand at the head of `structure.connectivity`.
+The docstring of `structure.connectivity` describes it.
 """
 
 import itertools
@@ -35,7 +35,7 @@ from jaxprune.structure.operations import (
 from jaxprune.structure.patterns import low_of, open_where, shut_of
 from jaxprune.structure.values import Const, Signal, Weight, named, numbers
 
-#: Larger constants would only sit in memory; a causal mask of 8192 tokens is as large.
+#: Larger constants are not computed, to save memory; a causal mask of 8192 tokens is as large.
 _LARGEST = 2**26
 
 
@@ -106,12 +106,12 @@ def liveness(roots: itertools.count) -> EquationRule:
 
 
 def _refuse_mixed(name: str, given: Sequence[Any]) -> None:
-    """Weights that were multiplied with something else first are no weights of a path."""
+    """Weights that were first combined with other numbers are not weights of a path."""
     mixed = [leaf for v in given if isinstance(v, Const) for leaf in v.mixed]
     if mixed and name in ('dot_general', 'conv_general_dilated', 'mul', 'div', 'gather'):
         raise Unknown(
-            f'{named(tuple(mixed))} is mixed with other numbers before the input meets it; keep it '
-            'out of the prunable ones'
+            f'{named(tuple(mixed))} is mixed with other numbers before it meets the input; leave '
+            'it out of the prunable leaves'
         )
 
 
@@ -119,7 +119,7 @@ def _refuse_mixed(name: str, given: Sequence[Any]) -> None:
 
 
 def _constants(equation: JaxprEqn, given: Sequence[Const]) -> list[Const]:
-    """What no input reaches stays so; computed where its parts are at hand."""
+    """Values that depend on no input; computed where all arguments are known."""
     name, outs = equation.primitive.name, len(equation.outvars)
     size = sum(math.prod(getattr(v.aval, 'shape', ())) for v in equation.outvars)
     if all(v.value is not None for v in given) and size <= _LARGEST and not equation.effects:
@@ -149,7 +149,7 @@ def _fit(live: jax.Array, equation: JaxprEqn) -> jax.Array:
 
 
 def _factor(value: Any, aval: Any) -> jax.Array:
-    """What a value lets through as a factor: a constant all where it is not zero."""
+    """Where a value is not zero as a factor: 1 there, else 0."""
     if isinstance(value, Signal):
         return value.live
     if isinstance(value, Weight):
@@ -180,7 +180,7 @@ def _rearranged(equation: JaxprEqn, given: list[Any], weights: list[Weight]) -> 
         (kept,) = bind(equation, given[0].value, *factors[1:])
         return [Weight(kept, leaves)]
     raise Unknown(
-        f'paths through {named(leaves)} after it are not known; keep it out of the prunable ones'
+        f'paths through {named(leaves)} after it are not known; leave it out of the prunable leaves'
     )
 
 
@@ -195,8 +195,8 @@ def _with_weight(
     if equation.primitive.name == 'mul':
         return Signal(binarise(_fit(signals[0].live * weights[0].kept, equation)), next(roots))
     raise Unknown(
-        f'{named(weights[0].leaves)} is not multiplied with what comes in, so no path runs through '
-        'it; leave it out of the prunable ones',
+        f'{named(weights[0].leaves)} is not multiplied with the input, so no path runs through it; '
+        'leave it out of the prunable leaves',
     )
 
 
@@ -211,12 +211,14 @@ def _product(equation: JaxprEqn, a: Any, b: Any, roots: itertools.count) -> Any:
         weights = [v for v in pair if isinstance(v, Weight)]
         if len(weights) == 2:
             both = ' and '.join(named(w.leaves) for w in weights)
-            raise Unknown(f'the prunable leaves {both} are multiplied: which is a path?')
+            raise Unknown(
+                f'the prunable leaves {both} are multiplied with each other: which is a path?'
+            )
         other = next(v for v in pair if isinstance(v, Const))
         if (first := numbers(other)) is not None and not np.asarray(first).any():
             out = equation.outvars[0].aval  # such as the first state of a recurrent network
             return Const(np.zeros(out.shape, out.dtype))
-        # No input reaches it, so far no path is lost; as a factor of one it will be refused.
+        # No input reaches it, so no path is lost yet; as a factor of a signal it is refused.
         return Const(mixed=(*weights[0].leaves, *other.mixed))
     params = {**equation.params, 'preferred_element_type': None}
 
@@ -415,7 +417,7 @@ def _sliced(equation: JaxprEqn, given: list[Any], roots: itertools.count) -> Sig
     arrays = 1 if equation.primitive.name == 'dynamic_slice' else 2
     starts = given[arrays:]
     if not all(isinstance(v, Const) and v.value is not None for v in starts):
-        raise Unknown('its position is not known before running')
+        raise Unknown('its position is known only when it runs')
     parts = [
         _live_or_dead(v, x.aval) for v, x in zip(given[:arrays], equation.invars, strict=False)
     ]
@@ -429,8 +431,8 @@ def _chosen(equation: JaxprEqn, given: Sequence[Any]) -> tuple[Any, Any]:
     avals = [x.aval for x in equation.invars[1:]]
     shape = equation.outvars[0].aval.shape
     found = []
-    for told in (shut_of, low_of):
-        each = [told(v, aval) for v, aval in zip(cases, avals, strict=True)]
+    for where in (shut_of, low_of):
+        each = [where(v, aval) for v, aval in zip(cases, avals, strict=True)]
         if isinstance(choice, Const) and choice.value is not None:
             found.append(patterns.placed(equation, each, avals, choice.value)[0])
             continue
@@ -476,7 +478,7 @@ def _gather(equation: JaxprEqn, operand: Any, indices: Any, roots: itertools.cou
         filled = {**params, 'fill_value': 0}
         return Signal(equation.primitive.bind(operand.live, indices.value, **filled), next(roots))
     if isinstance(indices, Signal) and isinstance(operand, Const):
-        reached = binarise(indices.live.sum())  # a table of constants, read where the input says
+        reached = binarise(indices.live.sum())  # a table of constants, indexed by the input
         return Signal(jnp.broadcast_to(reached, equation.outvars[0].aval.shape), next(roots))
     if isinstance(indices, Signal) and isinstance(operand, Weight):
         dims, table = params['dimension_numbers'], operand.kept
@@ -493,4 +495,4 @@ def _gather(equation: JaxprEqn, operand: Any, indices: Any, roots: itertools.cou
                 binarise(lax.broadcast_in_dim(any_row, shape, tuple(dims.offset_dims))),
                 next(roots),
             )
-    raise Unknown('only indexing by known places and embedding look-ups are understood')
+    raise Unknown('only indexing by known places and embedding look-ups are supported')

@@ -23,7 +23,7 @@ from jaxprune.select import count_kept, flatten, unflatten
 from jaxprune.structure.connectivity import Connect
 from jaxprune.types import GLOBAL, Counts, Masks, Scores
 
-#: What a density or a compression may count: all kept weights, or those on a path.
+#: The weights that a density or compression counts: all that are kept, or those on a path.
 TARGETS = ('direct', 'effective')
 
 #: Nominal densities tabulated for a layerwise allocation, evenly on a logarithmic scale, and the
@@ -107,7 +107,7 @@ def rounds_before(
     cap: float | Mapping[str, float] = 1.0,
     **schedule: Any,
 ) -> Plan:
-    """The rounds of a pruner that will be taken to an effective density: those to the direct one.
+    """The rounds of a pruner with an effective target: those of the same direct density.
 
     Some allocations cannot be that sparse; the active weights of a denser mask may still be as few.
     Then the rounds end at the sparsest mask the allocation allows. Arguments: see `plan_rounds`.
@@ -146,11 +146,11 @@ def _places(last: jax.Array, scores: jax.Array) -> jax.Array:
 def prune_to_active(
     connect: Connect, ranking: Ranking, masks: Chain, active: ArrayLike
 ) -> tuple[Masks, jax.Array]:
-    """The sparsest mask of a chain with at least so many active weights.
+    """The sparsest mask of a chain with at least a number of active weights.
 
     Args:
       connect: see `connectivity`.
-      ranking: which weights come first.
+      ranking: the order of the weights, best first.
       masks: the chain, see `chain`.
       active: how many weights must lie on a path, int32, may be traced. If not even the fullest
         mask has so many, that one is returned.
@@ -217,7 +217,7 @@ def effective_top_k(
       scores: path -> scores, high = keep.
       compression: target, weights before / active weights; not passed.
       allocation: 'global' or a layerwise allocation.
-      shapes: path -> shape in forward order, for allocations that speak of first and last layers.
+      shapes: path -> shape in forward order, for allocations that depend on the order.
     """
     shapes = {path: leaf.shape for path, leaf in scores.items()} if shapes is None else shapes
     if not compression >= 1:

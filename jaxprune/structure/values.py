@@ -1,4 +1,4 @@
-"""What connectivity carries through a network in place of numbers."""
+"""The values that connectivity carries through a network in place of numbers."""
 
 from typing import Any, NamedTuple
 
@@ -13,10 +13,10 @@ class Const(NamedTuple):
 
     Attributes:
       value: the array, where the trace holds it; None for parameters and what is made of them.
-      source: whatever names the parameter that it is a mere rearranging of, if any.
+      source: identifies the parameter that it is a rearrangement of, if any.
       mixed: paths of prunable leaves that it is computed from.
       shut: where it is zero, as far as is known without `value`.
-      low: where it is so negative that `exp` of it is zero, likewise.
+      low: where it is so negative that `exp` of it is zero, as far as is known without `value`.
     """
 
     value: Any = None
@@ -27,7 +27,7 @@ class Const(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A prunable leaf, or a mere rearrangement of one or several.
+    """A prunable leaf, or a rearrangement of one or several.
 
     Attributes:
       kept: float array, 1 where the mask keeps, else 0.
@@ -46,7 +46,7 @@ class Signal(NamedTuple):
       root: number of the tensor of which this is an elementwise function.
       of: numbers of the tensors of which this is a statistic.
       inverse: a statistic by whose inverse a tensor is scaled: one over it, or over its root.
-      open: never negative, and zero only where `shut` says so.
+      open: never negative, and zero only where `shut` is True.
       shut: where a constant makes it zero.
       low: where a constant makes it so negative that `exp` of it is zero.
     """
@@ -66,6 +66,6 @@ def named(leaves: tuple[str, ...]) -> str:
 
 
 def numbers(value: Any) -> Any:
-    """The array of a constant that is known now; None of all else, traced constants included."""
+    """The array of a constant that is known now; None for all else, traced constants included."""
     array = value.value if isinstance(value, Const) else None
     return None if isinstance(array, jax.core.Tracer) else array
