@@ -17,7 +17,7 @@ from jaxprune.allocation import (
     round_counts,
     sizes,
 )
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, check_choice
 from jaxprune.schedule import schedule
 from jaxprune.types import GLOBAL
 
@@ -88,8 +88,7 @@ def _counts(
     most: Mapping[str, int],
 ) -> tuple[dict[str, int], int]:
     """The counts of one event within bounds, and their sum had there been no bounds."""
-    if not isinstance(allocation, str) or allocation not in ALLOCATIONS:
-        raise PruneError(f"unknown allocation '{allocation}': {nearest(allocation, ALLOCATIONS)}")
+    check_choice('allocation', allocation, ALLOCATIONS)
     if allocation in SHARED:
         asked = round(density * sum(sizes(shapes).values()))
         return {GLOBAL: min(max(asked, sum(fewest.values())), sum(most.values()))}, asked

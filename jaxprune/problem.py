@@ -85,7 +85,7 @@ def problem_from_functions(
 
 
 def view(problem: Problem, params: PyTree, model_state: PyTree = None, masks=None) -> View:
-    """What a score may look at, from a user's own parameters.
+    """What a score may use, from a user's own parameters.
 
     Args:
       params: all parameters; pruned weights are taken as zero whatever they hold.

@@ -220,7 +220,7 @@ def run_events(
 
     Args:
       key: round i draws from `fold_in(key, i)`.
-      batches_of: `number of the round -> what its score looks at`.
+      batches_of: `number of the round -> the examples of its score`.
       clock: steps of the schedule taken before.
       initial: the initial weights, for pruners that need them.
       restart: the optimizer begins anew after each round.

@@ -74,7 +74,7 @@ class Problem(NamedTuple):
 
 
 class View(NamedTuple):
-    """All that a score may look at.
+    """All that a score may use.
 
     Attributes:
       weights: prunable leaves, already zero where `masks` is False.

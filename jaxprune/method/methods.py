@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxprune import score
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import lookup
 from jaxprune.method.tpp import tpp
 from jaxprune.types import Problem, Pruner, ScoreFn
 
@@ -130,6 +130,4 @@ def method(name: str) -> Method:
     Raises:
       PruneError: there is no method of that name.
     """
-    if not isinstance(name, str) or name not in METHODS:
-        raise PruneError(f"unknown method '{name}': {nearest(str(name), METHODS)}")
-    return METHODS[name]
+    return lookup('method', name, METHODS)

@@ -114,11 +114,11 @@ def pruner(
         if final_masks is not None:
             before = state.ranking
             last = {p: jnp.where(in_play[p], state.round, n) for p, n in before.last.items()}
-            seen = {
+            latest = {
                 p: jnp.where(in_play[p], scores[p], s).astype(s.dtype)
                 for p, s in before.scores.items()
             }
-            state = state._replace(ranking=Ranking(last, seen))
+            state = state._replace(ranking=Ranking(last, latest))
         return state, masks, PruneInfo(count_kept(masks), nonfinite, nonzero)
 
     def regrown_values(state: Memory, view: View) -> Weights:

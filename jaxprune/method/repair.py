@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import check_choice
 from jaxprune.flow.orthogonal import orthp
 from jaxprune.types import Masks, Weights
 
@@ -20,6 +20,5 @@ def repair_of(name: str, gain: str) -> Callable[[Weights, Masks], Weights] | Non
     """
     if not name:
         return None
-    if name not in REPAIRS:
-        raise PruneError(f"unknown repair '{name}': {nearest(str(name), REPAIRS)}")
+    check_choice('repair', name, REPAIRS)
     return partial(orthp, activation=gain)

@@ -118,7 +118,7 @@ def prune_rounds(
       key: round i draws from `fold_in(key, i)`.
       view: the network, see `jaxprune.view`.
       counts: path -> keep counts with a leading axis of rounds, as `plan_rounds` makes them.
-      batches: what scores look at, leaves `(batches, batch, ...)`. A single round averages over all
+      batches: what scores use, leaves `(batches, batch, ...)`. A single round averages over all
         of them; several rounds take one each, in turn.
       active: fewest weights on a path from input to output, for pruners with `final_masks`.
       loop: see `run_rounds`.

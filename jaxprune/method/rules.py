@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jaxprune.allocation import ALLOCATIONS
-from jaxprune.errors import PruneError, nearest
+from jaxprune.errors import PruneError, nearest, quoted
 from jaxprune.flow.orthogonal import GAINS
 from jaxprune.method.methods import Method
 from jaxprune.method.repair import REPAIRS
 from jaxprune.method.unit_pruning import GRANULARITIES, UNIT_ALLOCATIONS
 from jaxprune.structure import TARGETS
 
-#: What scores that need data may look at.
+#: What scores that need data may use.
 SCORED_ON = ('balanced', 'train_batch')
 BATCH_NORMS = ('train', 'eval')
 
@@ -57,14 +57,14 @@ def broken_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
     ):
         value = getattr(choices, key)
         if not isinstance(value, str | None) or value not in valid:
-            yield key, f"unknown {key} '{value}': {nearest(str(value), filter(None, valid))}"
+            yield key, f'unknown {key} {quoted(value)}: {nearest(value, filter(None, valid))}'
     yield from (_unit_rules if choices.granularity == 'unit' else _weight_rules)(entry, choices)
     reads_data = 'data' in entry.needs
     if choices.batch_norm and not reads_data and not (entry.needs and entry.batch_norm == 'train'):
-        yield 'batch_norm', f"'{choices.name}' looks at no data: there is no mode to choose"
+        yield 'batch_norm', f"'{choices.name}' uses no data: there is no mode to choose"
     if choices.score_on == 'train_batch':
         if not reads_data:
-            yield 'score_on', f"'{choices.name}' looks at no data"
+            yield 'score_on', f"'{choices.name}' uses no data"
         elif choices.apart is None:
             yield 'score_on', 'there is no training batch here: pass the examples to score on'
     if entry.hooked and not choices.apart:

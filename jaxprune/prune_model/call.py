@@ -85,9 +85,9 @@ def prune(
       method_name: a key of `METHODS`.
       density: fraction of the prunable weights to keep, in (0, 1].
       compression: 1 / density, in place of it.
-      model: the network, `(params, x) -> logits` or a `Problem`. Needed by methods that look at
-        data or gradients; with it and `data` the report has the effective compression.
-      data: what scores look at: a pair `(x, y)`, one batch; a `Batch` of several batches with
+      model: the network, `(params, x) -> logits` or a `Problem`. Needed by methods that use data
+        or gradients; with it and `data` the report has the effective compression.
+      data: what scores use: a pair `(x, y)`, one batch; a `Batch` of several batches with
         leaves `(batches, batch, ...)`; or `x` alone for methods without labels. A single round
         averages over all batches. Several rounds take one batch each, in turn; where there is only
         one, all rounds score it, and the report says so.
@@ -231,8 +231,8 @@ def _check_needs(
     follows: bool,
 ) -> None:
     """Raises PruneError where the model, its data or its initialiser is missing."""
-    looks = (entry.needs & {'data', 'shape'}) or follows
-    if looks and (model is None or data is None):
+    needed = (entry.needs & {'data', 'shape'}) or follows
+    if needed and (model is None or data is None):
         missing = ' and '.join(n for n, v in (('model=', model), ('data=', data)) if v is None)
         what = f"method '{name}'"
         if not entry.needs:

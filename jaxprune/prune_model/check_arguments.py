@@ -1,4 +1,4 @@
-"""Checks of what someone hands to `jp.prune`, each told in one line."""
+"""Checks of what someone hands to `jp.prune`; each error is one line."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -27,7 +27,9 @@ def types(params, model, model_state, loss, prunable, masks, key) -> None:
     """Whatever would only fail deep inside, where nobody finds out why."""
     for path, leaf in tree.paths(params):
         if isinstance(leaf, jax.core.Tracer):
-            raise PruneError('prune looks at numbers: call it outside jit, or see jaxprune.pruner')
+            raise PruneError(
+                'prune needs numbers: call it outside jit, or see jaxprune.prune_rounds'
+            )
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
             raise PruneError(
                 f"params must hold arrays only, but '{path}' is a {type(leaf).__name__}: split off "
@@ -117,7 +119,7 @@ def _array(name: str, value: Any) -> jax.Array:
 
 
 def model(net: Problem, view: View, batches: Batch, labels: bool) -> None:
-    """Runs the model on shapes alone, and looks at the labels where the loss takes classes."""
+    """Runs the model on shapes alone, and checks the labels where the loss takes classes."""
     x, y = (jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in (batches.x, batches.y))
 
     logits = tried(
@@ -147,8 +149,8 @@ def model(net: Problem, view: View, batches: Batch, labels: bool) -> None:
         least, largest = int(batches.y.min()), int(batches.y.max())
         if least < 0 or largest >= logits.shape[1]:
             raise PruneError(
-                f'labels go from {least} to {largest}, but the model tells {logits.shape[1]} '
-                f'classes apart, 0 to {logits.shape[1] - 1}'
+                f'labels go from {least} to {largest}, but the model has {logits.shape[1]} '
+                f'classes, 0 to {logits.shape[1] - 1}'
             )
     losses = tried('the loss', jax.eval_shape, net.loss, logits, y)
     if getattr(losses, 'shape', None) != x.shape[:1]:

@@ -17,7 +17,7 @@ class Leaf(NamedTuple):
       path: its path.
       size: how many weights it has.
       kept: how many the mask keeps.
-      active: how many of these lie on a path from input to output; None if not looked at.
+      active: how many of these lie on a path from input to output; None if unknown.
     """
 
     path: str
@@ -36,8 +36,8 @@ class Report(NamedTuple):
       collapsed: paths of the leaves without any weight left.
       density: weights kept / weights before.
       compression: its inverse.
-      effective_compression: weights before / weights on a path from input to output; None if not
-        looked at, infinite if the network is cut in two.
+      effective_compression: weights before / weights on a path from input to output; None if
+        unknown, infinite if the network is cut in two.
       note: what else there is to know, such as why paths were not followed; or ''.
     """
 

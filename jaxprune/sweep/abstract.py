@@ -58,7 +58,7 @@ def _check_event(program: Program, run, on_device: DeviceData, state: RunState) 
 
 
 def _check_numbers(program: Program, spec) -> None:
-    """Options that are traced in programs are looked at here, where they are numbers."""
+    """Checks the values of options that programs trace."""
     entry = method.method(spec.name)
     if entry.score is not None:
         entry.score(program.problem, spec.batch_norm == 'train', **spec.options)

@@ -17,12 +17,12 @@ from jaxprune.sweep.strategy import Strategy
 from jaxprune.sweep.timeline import Stretch, borders_of, stretches_of
 from jaxprune.types import Hyper
 
-#: Seconds between two looks at how far the device is; each waits for a call that is over or nearly.
-_LOOK = 0.5
+#: Seconds between two reports of progress; each waits for a call that is over or nearly.
+_REPORT = 0.5
 
 
 class Rows(NamedTuple):
-    """What tells the runs of a chunk apart; stacked along the run axis.
+    """What differs between the runs of a chunk, stacked along the run axis.
 
     Attributes:
       keys: typed keys `(runs,)`.
@@ -110,7 +110,7 @@ def make_trainer(
 
     def advance(start, stop, rows, states, *, hooked=False, on_steps=lambda steps: None):
         states, losses = list(states), [[] for _ in states]
-        looked = time.perf_counter()
+        reported = time.perf_counter()
         for first, last in within_epochs(start, stop, epoch):
             number = first // epoch
             clock = np.int32(number * epoch)
@@ -121,11 +121,11 @@ def make_trainer(
                         clock, np.int32(at - clock), data, keys, hyper, batches, states[slot]
                     )
                     losses[slot].append(loss)
-                    if len(losses[slot]) > 1 and time.perf_counter() - looked > _LOOK:
-                        # The call before this one: the device has work while we look.
+                    if len(losses[slot]) > 1 and time.perf_counter() - reported > _REPORT:
+                        # The call before this one: the device has work while we wait.
                         jax.block_until_ready(losses[slot][-2])
                         on_steps((at - before) * len(keys))
-                        looked, before = time.perf_counter(), at
+                        reported, before = time.perf_counter(), at
                     at += length
                 on_steps((last - before) * len(keys))
         found = [np.concatenate(parts, axis=1) for parts in jax.device_get(losses)]

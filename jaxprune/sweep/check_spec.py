@@ -60,10 +60,10 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
         fail('model.name', f"'{model.name}' needs larger images than {small}")
     for i, name in enumerate(spec.record.flow):
         known(f'record.flow[{i}]', name, flow.QUANTITIES)
-    looks = spec.record.flow or spec.record.evaluate
-    if looks and not (spec.record.every or spec.record.rounds):
+    recorded = spec.record.flow or spec.record.evaluate
+    if recorded and not (spec.record.every or spec.record.rounds):
         fail('record.every', 'expected after how many steps to record')
-    if spec.record.rounds and not looks:
+    if spec.record.rounds and not recorded:
         fail('record.rounds', 'expected what to record, in record.flow or record.evaluate')
     train = _train(spec.train, 'train', fail)
     methods = tuple(_method(m, f'grid.method[{i}]', fail) for i, m in enumerate(spec.grid.method))
@@ -204,7 +204,7 @@ def _grid_train(train: TrainSpec, grid: Mapping[str, Any], source: str, fail) ->
         at = f'grid.train.{key}'
         if not isinstance(values, tuple) or not values:
             fail(at, f'expected a list of values, not {values!r}')
-        # Each value is read as if it stood in [train]; whether all go together is seen later.
+        # Each value is read as if it stood in [train]; whether all go together is checked later.
         tables = [{'optimizer': optimizer, key: value} for value in values]
         read = [section(TrainSpec, table, source, 'grid.train') for table in tables]
         if key in _TRAIN_KEYS:

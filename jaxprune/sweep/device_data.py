@@ -1,4 +1,4 @@
-"""The data of a sweep on the device, and what scores and recorded quantities look at."""
+"""The data of a sweep on the device, and the examples of scores and recorded quantities."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -59,7 +59,7 @@ def device_data(spec: SweepSpec, dataset: Dataset) -> DeviceData:
 
 
 def scores_need_data(spec: SweepSpec) -> bool:
-    """Does a method or a recorded quantity of the sweep look at class-balanced examples?"""
+    """Does a method or a recorded quantity of the sweep use class-balanced examples?"""
     scores = any(
         'data' in method.method(m.name).needs and m.score_on == 'balanced' for m in spec.grid.method
     )

@@ -57,7 +57,7 @@ def _with_every_method(table: Mapping[str, Any], source: str) -> Mapping[str, An
     if not isinstance(shared, Mapping) or 'name' in shared:
         raise SpecError(f'{source}: grid.every_method: expected a table of keys other than name')
     rest = {key: value for key, value in grid.items() if key not in ('every_method', 'method')}
-    if methods is None:  # told as missing
+    if methods is None:  # the error for a missing key comes later
         return {**table, 'grid': rest}
     if isinstance(methods, (list, tuple)):
         named = [{'name': m} if isinstance(m, str) else m for m in methods]

@@ -1,4 +1,4 @@
-"""What a chunk looks at between its steps: test loss and accuracy, flow quantities, counts."""
+"""Measurements of a chunk between its steps: test loss and accuracy, flow quantities, counts."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

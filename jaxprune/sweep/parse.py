@@ -1,4 +1,4 @@
-"""Tables -> specification classes: keys, types and ranges, every mistake told in one line.
+"""Tables -> specification classes: keys, types and ranges. Every mistake is one line.
 
 A message names the file, the key, what was expected and the nearest valid name.
 """

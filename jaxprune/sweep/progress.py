@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Shown(NamedTuple):
-    """What the driver tells.
+    """What the driver reports.
 
     Attributes:
       skip: so many runs were finished before.

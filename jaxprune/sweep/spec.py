@@ -86,7 +86,7 @@ class TrainSpec:
 
 @dataclass(frozen=True)
 class PruneSpec:
-    """[prune]: the data that scores look at, drawn class-balanced from the training set."""
+    """[prune]: the examples that scores use, drawn class-balanced from the training set."""
 
     samples_per_class: int = _key(
         'examples of each class in a batch, also for record.flow', default=10, low=1
@@ -195,7 +195,7 @@ class MethodSpec:
         choices=tuple(GAINS),
     )
     score_on: str = _key(
-        "what scores that need data look at: 'balanced' (see [prune]) or 'train_batch', the batch "
+        "what scores that need data use: 'balanced' examples (see [prune]) or 'train_batch', that "
         'of the next training step',
         default='balanced',
         choices=('balanced', 'train_batch'),

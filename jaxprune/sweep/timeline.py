@@ -205,7 +205,7 @@ def borders_of(timeline: Timeline, record: RecordSpec, epoch: int) -> list[Borde
 
 
 def recorded_steps(steps: int, every: int, epoch: int, first: int = 0) -> list[int]:
-    """Steps after `first` at which [record] looks: every so many of an epoch, and at its end."""
+    """Steps after `first` at which [record] records: every so many of an epoch, and at its end."""
     return [
         step
         for step in range(first + 1, steps + 1)

@@ -1,4 +1,4 @@
-"""Where the time of a chunk goes. Compiling is told apart from running."""
+"""Where the time of a chunk goes. Compiling counts apart from running."""
 
 import contextlib
 import time
@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import jax.monitoring
 
-#: What a chunk's time is spent on, in the order in which it is told; 'train' includes what [record]
+#: What a chunk's time is spent on, in the order of reports; 'train' includes what [record]
 #: asks for along the way.
 PHASES = ('compile', 'prune', 'train', 'evaluate')
-#: JAX tells of tracing, lowering and compiling under these names.
+#: JAX reports tracing, lowering and compiling under names that begin so.
 _COMPILING = '/jax/core/compile/'
 
 
@@ -29,18 +29,18 @@ class Stopwatch(NamedTuple):
 
 @contextlib.contextmanager
 def compiling() -> Iterator[Callable[[], float]]:
-    """Listens to JAX; gives a function that tells the seconds it has spent compiling so far."""
+    """Gives a function that returns the seconds that JAX has spent compiling so far."""
     spans: list[tuple[float, float]] = []
 
-    def heard(event: str, start: float, end: float, **_: object) -> None:
+    def on_event(event: str, start: float, end: float, **_: object) -> None:
         if event.startswith(_COMPILING):
             spans.append((start, end))
 
-    jax.monitoring.register_event_time_span_listener(heard)
+    jax.monitoring.register_event_time_span_listener(on_event)
     try:
         yield lambda: covered(spans)
     finally:
-        jax.monitoring.unregister_event_time_span_listener(heard)
+        jax.monitoring.unregister_event_time_span_listener(on_event)
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
