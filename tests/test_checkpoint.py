@@ -9,19 +9,15 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 import tomli_w
 from polars.testing import assert_frame_equal
+from sweeps import engine_of, group_of
 
-from jaxprune import data
 from jaxprune.errors import StoreError
-from jaxprune.sweep import make_spec, store
+from jaxprune.sweep import store
 from jaxprune.sweep.checkpoint import checkpoint
 from jaxprune.sweep.chunk import run_chunk
-from jaxprune.sweep.engine import make_engine
-from jaxprune.sweep.grid import runs
-from jaxprune.sweep.program import device_data, make_program
 from jaxprune.sweep.progress import ignored
 from jaxprune.sweep.strategy import Strategy
 
@@ -37,17 +33,56 @@ TABLE = {
     'prune': {'samples_per_class': 2},
     'grid': {
         'method': [
-            'snip',
-            # Pruned after epochs 1 and 2: before a checkpoint, and between it and what follows.
-            {'name': 'gradient_norm', 'rounds': 3, 'after_epochs': 1, 'restart': True},
+            {'name': 'snip', 'label': 'before'},
+            # Rounds after epochs 1, 2 and 3: before a checkpoint, at it, and after it.
+            {
+                'name': 'gradient_norm',
+                'rounds': 3,
+                'start': 1,
+                'every': 1,
+                'restart': True,
+                'label': 'along',
+            },
+            # What these carry from round to round is in the checkpoint.
+            {'name': 'force', 'rounds': 3, 'start': 1.5, 'every': 1.2, 'label': 'returning'},
+            {
+                'name': 'tpp',
+                'start': 1.5,
+                'end': 4.3,
+                'granularity': 'unit',
+                'label': 'hooked',
+                'increment': 0.01,
+            },
+            # The state to rewind to is in it too; the last level ends within an epoch.
+            {
+                'name': 'magnitude',
+                'rounds': 2,
+                'start': 3,
+                'rewind': 'weights',
+                'rewind_to': 1.5,
+                'label': 'rewound',
+            },
+            {
+                'name': 'magnitude',
+                'start': 2,
+                'label': 'tuned',
+                'finetune': {'epochs': 3, 'learning_rate': 0.001},
+            },
         ],
         'compression': [1, 5],
         'seed': [0],
     },
     # Evaluated after epochs 2, 4 and 5: a checkpoint after epoch 3 holds a loss yet to be averaged.
-    'record': {'every_epochs': 2, 'every': 3, 'evaluate': True, 'flow': ['gradient_norm']},
+    'record': {
+        'every_epochs': 2,
+        'every': 3,
+        'evaluate': True,
+        'rounds': True,
+        'flow': ['gradient_norm'],
+    },
 }
 ALWAYS = 1e-9  # minutes
+ONE = Strategy('map', 'scan', 'native', 1)
 
 
 class Interrupt(Exception):
@@ -56,25 +91,51 @@ class Interrupt(Exception):
 
 @pytest.fixture(scope='module')
 def parts():
-    spec = make_spec(TABLE)
-    members = runs(spec)
-    program = make_program(spec, members[0].train)
-    return spec, members, program, device_data(spec, data.load('mnist_small'))
+    return group_of(TABLE, 'before')
 
 
 def interrupted(after):
-    """A listener that stops the chunk when so many run-steps have been told."""
-    told = []
+    """A listener that stops the chunk when so many run-steps have been taken."""
+    taken = []
 
     def steps(count):
-        told.append(count)
-        if sum(told) >= after:
+        taken.append(count)
+        if sum(taken) >= after:
             raise Interrupt
 
     return ignored()._replace(steps=steps)
 
 
-ONE = Strategy('map', 'scan', 'native', 1)
+def check_goes_on(spec, group, tmp_path, strategy, first, second, after):
+    """A chunk that is stopped at the end of an epoch and goes on, against one that is not."""
+    engines = {n: engine_of(spec, group, strategy._replace(devices=n))[0] for n in {first, second}}
+    program, members, count = group.program, group.runs, len(group.runs)
+    expected = run_chunk(spec, program, engines[second], members, count)
+    place = tmp_path / 'checkpoints' / 'chunk'
+    with pytest.raises(Interrupt):
+        run_chunk(
+            spec,
+            program,
+            engines[first],
+            members,
+            count,
+            shown=interrupted(after * program.steps * count),
+            saved=checkpoint(place, ALWAYS),
+        )
+    resumed, taken = [], []
+    shown = ignored()._replace(resume=resumed.append, steps=taken.append)
+    saved = checkpoint(place, ALWAYS)
+    got = run_chunk(spec, program, engines[second], members, count, shown=shown, saved=saved)
+    for a, b in zip(got[:4], expected[:4], strict=True):
+        assert len(a) and a.columns == b.columns
+        assert_frame_equal(a, b, check_exact=True)
+    # The last epoch before the interruption is not yet saved.
+    before = (after - 1) * program.steps * count
+    assert got.timing['run_steps'] == program.timeline.steps * count - before
+    assert resumed == [before]
+    assert sum(taken) == program.timeline.steps * count - before
+    saved.remove()
+    assert not place.exists()
 
 
 @pytest.mark.parametrize(
@@ -86,51 +147,33 @@ ONE = Strategy('map', 'scan', 'native', 1)
 )
 @pytest.mark.parametrize('after', [2, 3, 5])
 def test_a_chunk_goes_on_where_it_stopped(parts, tmp_path, strategy, first, second, after):
-    """Three runs on two devices, then on one: padding is no part of a checkpoint."""
-    spec, members, program, on_device = parts
-    engines = {
-        n: make_engine(strategy._replace(devices=n), program, on_device, jax.local_devices())
-        for n in {first, second}
-    }
-    expected = run_chunk(spec, program, engines[second], members, 3)
-    place = tmp_path / 'checkpoints' / 'chunk'
-    with pytest.raises(Interrupt):
-        run_chunk(
-            spec,
-            program,
-            engines[first],
-            members,
-            3,
-            shown=interrupted(after * program.steps * 3),
-            saved=checkpoint(place, ALWAYS),
-        )
-    heard = {'resume': [], 'steps': []}
-    shown = ignored()._replace(resume=heard['resume'].append, steps=heard['steps'].append)
-    saved = checkpoint(place, ALWAYS)
-    got = run_chunk(spec, program, engines[second], members, 3, shown=shown, saved=saved)
-    for a, b in zip(got[:4], expected[:4], strict=True):
-        assert len(a) and a.columns == b.columns
-        assert_frame_equal(a, b, check_exact=True)
-    assert got.timing['run_steps'] == 5 * program.steps * 3 - (after - 1) * program.steps * 3
-    # The epoch that was told last is not yet saved.
-    before = (after - 1) * program.steps * 3
-    assert heard['resume'] == [before]
-    assert sum(heard['steps']) == 5 * program.steps * 3 - before
-    saved.remove()
-    assert not place.exists()
+    """Runs on two devices, then on one: padding is no part of a checkpoint."""
+    check_goes_on(*parts, tmp_path, strategy, first, second, after)
+
+
+@pytest.mark.parametrize(
+    ('label', 'after'),
+    [('along', 3), ('returning', 3), ('hooked', 4), ('rewound', 4), ('tuned', 4)],
+)
+def test_a_method_goes_on_in_the_middle_of_its_life(tmp_path, label, after):
+    """Between its first round and its last: what it carries, and the state to rewind to."""
+    spec, group = group_of(TABLE, label)
+    check_goes_on(spec, group, tmp_path, ONE, 1, 1, after)
 
 
 def test_nothing_is_saved_before_its_time_or_at_zero_minutes(parts, tmp_path):
-    spec, members, program, on_device = parts
-    engine = make_engine(ONE, program, on_device, jax.local_devices())
+    spec, group = parts
+    (engine, program), members = engine_of(spec, group, ONE), group.runs
     for minutes in (0, 10):
-        run_chunk(spec, program, engine, members, 3, saved=checkpoint(tmp_path / 'c', minutes))
+        run_chunk(
+            spec, program, engine, members, len(members), saved=checkpoint(tmp_path / 'c', minutes)
+        )
         assert not (tmp_path / 'c').exists()
 
 
-def test_a_broken_checkpoint_is_told_in_one_line(parts, tmp_path):
-    spec, members, program, on_device = parts
-    engine = make_engine(ONE, program, on_device, jax.local_devices())
+def test_a_broken_checkpoint_is_an_error_of_one_line(parts, tmp_path):
+    spec, group = parts
+    (engine, program), members = engine_of(spec, group, ONE), group.runs
     place = tmp_path / 'c'
     with pytest.raises(Interrupt):
         run_chunk(
@@ -138,15 +181,15 @@ def test_a_broken_checkpoint_is_told_in_one_line(parts, tmp_path):
             program,
             engine,
             members,
-            3,
-            shown=interrupted(2 * program.steps * 3),
+            len(members),
+            shown=interrupted(2 * program.steps * len(members)),
             saved=checkpoint(place, ALWAYS),
         )
     for file in place.rglob('*'):
         if file.is_file():
             file.write_bytes(b'broken')
     with pytest.raises(StoreError, match='delete it') as error:
-        run_chunk(spec, program, engine, members, 3, saved=checkpoint(place, ALWAYS))
+        run_chunk(spec, program, engine, members, len(members), saved=checkpoint(place, ALWAYS))
     assert '\n' not in str(error.value)
 
 

@@ -12,20 +12,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sweeps import pruned
 
 from jaxprune import data, method, plan, tree
 from jaxprune.problem import view_of
 from jaxprune.rng import run_key
 from jaxprune.sweep import make_spec
 from jaxprune.sweep.chunk import run_chunk
-from jaxprune.sweep.engine import Rows, make_engine
+from jaxprune.sweep.counts import counts_of
+from jaxprune.sweep.device_data import device_data
+from jaxprune.sweep.engine import make_engine, stacked
 from jaxprune.sweep.grid import DENSE, runs
-from jaxprune.sweep.layout import mesh_of, over_runs, segment_of
-from jaxprune.sweep.program import device_data, hyper_of, make_program
+from jaxprune.sweep.layout import mesh_of, over_runs
+from jaxprune.sweep.program import hyper_of, make_program, method_numbers
 from jaxprune.sweep.strategy import Strategy
-from jaxprune.sweep.sweep_plan import counts_of
+from jaxprune.train import train_segment
 
-METHODS = sorted(method.METHODS)
+#: Methods whose rounds may all happen before training. Those that change training have laws of
+#: their own in `test_hooks.py`.
+METHODS = sorted(name for name, entry in method.METHODS.items() if not entry.hooked)
 #: Points of `importance`, which stands for them: the same code with other options.
 POINTS = (
     'loss_preservation',
@@ -34,7 +39,7 @@ POINTS = (
     'gradient_norm_preservation',
 )
 #: A published number of rounds costs minutes here and proves nothing more than two do.
-ROUNDS = {name: min(entry.rounds, 2) for name, entry in method.METHODS.items()}
+ROUNDS = {name: min(method.METHODS[name].rounds, 2) for name in METHODS}
 
 #: One method of each kind that the engine tells apart: what its events are given, how many there
 #: are, whether weights return. Where a law is about the engine, the others are slow tests.
@@ -102,7 +107,7 @@ class Bench:
     def __init__(self, spec, dataset):
         self.spec = make_spec(spec)
         self.runs = runs(self.spec)
-        self.program = make_program(self.spec, self.runs[0].train)
+        self.program = make_program(self.spec, self.runs[-1])
         self.data = device_data(self.spec, dataset)
 
         # Two steps of one run, and of stacked runs: methods share the program that trains.
@@ -116,25 +121,15 @@ class Bench:
         strategy = STRATEGIES[name]._replace(devices=devices)
         return make_engine(strategy, self.program, self.data, jax.local_devices())
 
-    def rows(self, members):
-        return Rows(
-            jnp.stack([run_key(r.seed) for r in members]),
-            jax.tree.map(lambda *leaves: np.stack(leaves), *map(hyper_of, members)),
-        )
-
     def pruned(self, engine, members):
-        """States of runs of one method after all its events."""
-        rows = self.rows(members)
-        states = engine.init(rows)
-        if members[0].method.name == 'dense':
-            return rows, states
-        tables = [counts_of(self.program, r).counts for r in members]
-        counts = {path: np.stack([t[path] for t in tables]) for path in tables[0]}
-        active = np.zeros(len(members), np.int32)
-        states, info = engine.prune(
-            members[0].method, rows, range(len(members)), counts, active, states
-        )
-        return rows, states, info, counts
+        """Rows and states of runs of one method after all its rounds, with info and counts."""
+        rows = stacked(members)
+        return rows, *pruned(engine, self.program, rows, members)
+
+
+def segment_of(program):
+    """The compiled loop of training, for one run."""
+    return train_segment(program.stages[False].step)
 
 
 @pytest.fixture(scope='module')
@@ -163,6 +158,15 @@ def rows_of(states, i):
     return jax.device_get(jax.tree.map(lambda leaf: leaf[i], states))
 
 
+def unrolled(body, carried, xs):
+    """`jax.lax.scan` without a loop: on the CPU convolutions in loops compile and run slowly."""
+    outputs = []
+    for i in range(len(jax.tree.leaves(xs)[0])):
+        carried, output = body(carried, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
+        outputs.append(output)
+    return carried, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
 @pytest.mark.parametrize(('net', 'name'), [*map(on_dense, METHODS), *map(on_conv, METHODS)])
 def test_many_runs_equal_single_runs(benches, net, name):
     """Law: N vmapped runs = the same N runs one by one, from initialisation to trained weights.
@@ -171,22 +175,19 @@ def test_many_runs_equal_single_runs(benches, net, name):
     """
     bench = benches[net]
     members = of(bench, name)[:2]
-    begin, once, _ = bench.program.prune(members[0].method)
-    rounds = members[0].method.rounds
+    events, numbers = bench.program.events(members[0].method), method_numbers(members[0])
 
     def pruned_run(key, hyper, counts):
         state = jax.tree.map(
             lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf,
             bench.program.init(key, hyper),
         )
-        state = begin(key, state)
-        for number in range(rounds):
-            now = {path: count[number] for path, count in counts.items()}
-            state, _ = once(number, bench.data, key, hyper, now, state)
+        rounds = events(0, bench.data, key, hyper._replace(method=numbers))
+        state, _ = method.run_rounds(rounds, state, counts, loop=unrolled)
         return state._replace(method_state=())
 
     with jax.enable_x64(True):
-        keys, hypers = bench.rows(members)
+        keys, hypers = stacked(members)
         tables = [counts_of(bench.program, r).counts for r in members]
         counts = {path: np.stack([t[path] for t in tables]) for path in tables[0]}
         together = jax.jit(jax.vmap(pruned_run))(keys, hypers, counts)
@@ -212,7 +213,7 @@ def test_strategies_agree(benches, engines, name):
     for strategy in ('map', 'vmap', 'host'):
         engine = engines['dense', strategy]
         rows, states, *_ = bench.pruned(engine, members)
-        trained[strategy] = engine.epoch(0, rows, states).states
+        trained[strategy], _ = engine.advance(0, bench.program.steps, rows, states)
     for i in range(len(members)):
         first = rows_of(trained['host'], i)
         for strategy in ('map', 'vmap'):
@@ -286,7 +287,8 @@ def test_exact_counts_and_zeros_after_every_segment(benches, engines, net, name)
             }
             assert int(info.nonfinite[i]) == 0
             assert_zero_where_pruned(bench.program.problem, state)
-        states = engine.epoch(epoch, rows, states).states
+        start = epoch * bench.program.steps
+        states, _ = engine.advance(start, start + bench.program.steps, rows, states)
 
 
 def assert_zero_where_pruned(problem, state):
@@ -353,7 +355,7 @@ def test_segment_holds_no_sort_no_score_and_no_cond(benches, net):
     """
     bench = benches[net]
     members = of(bench, METHODS[0])[:1]
-    rows = bench.rows(members)
+    rows = stacked(members)
     key, hyper = jax.tree.map(lambda leaf: leaf[0], rows)
     state = jax.jit(bench.program.init)(key, hyper)
     order = bench.program.order(key, 0)
@@ -377,7 +379,7 @@ def test_segment_on_two_devices_has_no_collective(benches, net, strategy):
         pytest.skip('a convolution is never put in a loop on CPU')
     bench = benches[net]
     engine = bench.engine(strategy, 2)
-    rows = bench.rows(of(bench, METHODS[0])[:2])
+    rows = stacked(of(bench, METHODS[0])[:2])
     states = engine.init(rows)
     mesh = mesh_of(Strategy(strategy, 'scan', 'native', 2), jax.local_devices())
     segment = over_runs(segment_of(bench.program), (None, None, 0, 0, 0, 0), strategy, mesh)

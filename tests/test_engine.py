@@ -11,21 +11,23 @@ import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
+from sweeps import parts
 
 import jaxprune as jp
-from jaxprune import data, flow, nn, tree
+from jaxprune import flow, nn, tree
 from jaxprune.errors import JaxpruneError, SpecError, StoreError
-from jaxprune.sweep import chunk as chunk_tables
 from jaxprune.sweep import make_plan, make_spec, store, sweep_plan
-from jaxprune.sweep.chunk import rows_of
+from jaxprune.sweep.chunk_tables import Moment, curves_rows, flow_rows
 from jaxprune.sweep.devices import keep_compiled
-from jaxprune.sweep.engine import Seen, Trained, make_engine
+from jaxprune.sweep.engine import make_engine
 from jaxprune.sweep.grid import runs
+from jaxprune.sweep.measure import measure
+from jaxprune.sweep.observe import Recorded
 from jaxprune.sweep.probe import Measured, probe, remember, remembered
-from jaxprune.sweep.program import device_data, make_program
+from jaxprune.sweep.program import hyper_of, make_program
 from jaxprune.sweep.progress import ignored
 from jaxprune.sweep.strategy import Strategy
-from jaxprune.sweep.sweep_plan import measure
+from jaxprune.sweep.sweep_plan import checked_groups
 from jaxprune.sweep.timing import covered, stopwatch
 
 DENSE = {
@@ -39,16 +41,6 @@ DENSE = {
 CONV = {**DENSE, 'model': {'name': 'small_vgg', 'widths': [3]}}
 ONE = Strategy('vmap', 'scan', 'taps', 1)
 NUMBERS = ('train_loss', 'test_loss', 'test_accuracy')
-
-
-def parts(table, strategy=ONE, steps_per_call=0):
-    """Engine and rows of all runs of a specification."""
-    spec = make_spec(table)
-    members = runs(spec)
-    program = make_program(spec, members[0].train, strategy.convolution, strategy.batch_devices)
-    on_device = device_data(spec, data.load(spec.data.name))
-    engine = make_engine(strategy, program, on_device, jax.local_devices(), steps_per_call)
-    return engine, rows_of(members, len(members), engine)[0]
 
 
 # --- devices ------------------------------------------------------------------------------------
@@ -147,11 +139,10 @@ def _compiled(spec, run, strategy):
     """The training step of two runs, as the compiler leaves it."""
     from jax.sharding import NamedSharding, PartitionSpec
 
+    from jaxprune.sweep.abstract import abstract_data
     from jaxprune.sweep.layout import mesh_of, training
-    from jaxprune.sweep.program import hyper_of
-    from jaxprune.sweep.sweep_plan import abstract_data
 
-    program = make_program(spec, run.train, strategy.convolution)
+    program = make_program(spec, run, strategy.convolution)
     mesh = mesh_of(strategy, jax.local_devices())
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
     hyper = jax.tree.map(lambda leaf: np.stack([leaf] * 2), hyper_of(run))
@@ -162,7 +153,7 @@ def _compiled(spec, run, strategy):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_run),
         (keys, hyper, order, state),
     )
-    step = training(strategy, program, mesh, 1)
+    step = training(strategy, program.stages[False].step, mesh, 1)
     return step.lower(np.int32(0), np.int32(0), abstract_data(spec), *args).compile().as_text()
 
 
@@ -195,12 +186,13 @@ def _failing_above(monkeypatch, most, devices=1):
         built = real(strategy, *args, **kwargs)
         made.append(strategy)
 
-        def epoch(number, rows, *rest):
-            if number == 1 and len(rows.keys) > most * strategy.batch_devices // devices:
+        def advance(start, stop, rows, states, **rest):
+            # In the second epoch, of ten steps.
+            if start == 10 and len(rows.keys) > most * strategy.batch_devices // devices:
                 raise error
-            return built.epoch(number, rows, *rest)
+            return built.advance(start, stop, rows, states, **rest)
 
-        return built._replace(epoch=epoch)
+        return built._replace(advance=advance)
 
     monkeypatch.setattr('jaxprune.sweep.run.make_engine', engine)
     return made
@@ -255,14 +247,14 @@ def test_a_run_too_large_for_a_device_is_split_over_several(tmp_path, monkeypatc
 
 def test_what_the_compiler_says_is_too_large_is_not_started(tmp_path, monkeypatch):
     """Expectation: halved before a step is taken, and the training program compiled but once."""
-    engine, rows = parts(DENSE, Strategy('map', 'scan', 'native', 1))
+    engine, _, rows = parts(DENSE, Strategy('map', 'scan', 'native', 1))
     with stopwatch() as watch:
         with watch.phase('train'):
             needed = engine.bytes_needed(rows)
         first = watch.seconds()['compile']
         with watch.phase('train'):
             states = engine.init(rows)
-            engine.epoch(0, rows, states)
+            engine.advance(0, 10, rows, states)
     state = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.pack(engine.init(rows))))
     images = 300 * 28 * 28
     assert needed > state + images  # and not much more: a batch and its activations
@@ -278,15 +270,15 @@ def test_donated_states_are_used_up():
     """Expectation: the engine hands on what it was given, and reads none of it again."""
     for strategy in (ONE, Strategy('unroll', 'host', 'native', 1)):
         table = {**CONV, 'record': {'every': 4, 'evaluate': True, 'flow': ['weight_norm']}}
-        engine, rows = parts(table, strategy)
+        engine, _, rows = parts(table, strategy)
         states = engine.init(rows)
         given = jax.tree.leaves(states)
-        trained = engine.epoch(0, rows, states)
+        trained, _ = engine.advance(0, 10, rows, states)
         assert all(leaf.is_deleted() for leaf in given)
         with pytest.raises(RuntimeError, match='deleted'):
             np.asarray(given[0])
-        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trained.states))
-        jax.device_get(trained.states)
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trained))
+        jax.device_get(trained)
 
 
 # --- runs keep to themselves --------------------------------------------------------------------
@@ -298,12 +290,12 @@ def test_batch_statistics_belong_to_their_run(strategy):
     two runs of different seeds have the same.
     """
     table = {**CONV, 'grid': {'method': ['magnitude'], 'compression': [4], 'seed': [0, 1]}}
-    engine, rows = parts(table, strategy)
-    together = engine.pack(engine.epoch(0, rows, engine.init(rows)).states)
-    alone, _ = parts(table, strategy._replace(devices=1))
+    engine, _, rows = parts(table, strategy)
+    together = engine.pack(engine.advance(0, 10, rows, engine.init(rows))[0])
+    alone, *_ = parts(table, strategy._replace(devices=1))
     for i in range(2):
         one = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], rows)
-        single = alone.pack(alone.epoch(0, one, alone.init(one)).states)
+        single = alone.pack(alone.advance(0, 10, one, alone.init(one))[0])
         for (path, a), (_, b) in zip(
             tree.paths(together.model_state), tree.paths(single.model_state), strict=True
         ):
@@ -341,15 +333,15 @@ def test_records_along_training(tmp_path):
     assert store.read_curves(tmp_path / 'plain').is_empty()
     assert not (tmp_path / 'plain' / 'curves').exists()
     # The norms of a run, from its state.
-    engine, rows = parts({**DENSE, 'record': watched}, Strategy('map', 'scan', 'native', 1))
-    trained = engine.epoch(0, rows, engine.init(rows))
-    state = engine.pack(trained.states)
+    engine, _, rows = parts({**DENSE, 'record': watched}, Strategy('map', 'scan', 'native', 1))
+    states, _ = engine.advance(0, 10, rows, engine.init(rows))
+    recorded, state = engine.record(10, rows, states)(), engine.pack(states)
     for i in range(3):
         for path, kernel in tree.paths(state.params):
             if path.endswith('kernel'):
-                found = trained.seen[-1].flow['weight_norm'][path][i]
+                found = recorded.flow['weight_norm'][path][i]
                 assert found == pytest.approx(np.linalg.norm(kernel[i]), rel=1e-5)
-                assert trained.seen[-1].flow['gradient_norm'][path][i] > 0
+                assert recorded.flow['gradient_norm'][path][i] > 0
 
 
 def test_gradient_norms_are_those_of_the_loss():
@@ -376,23 +368,23 @@ def test_gradient_norms_are_those_of_the_loss():
 
 
 @pytest.mark.parametrize(
-    ('record', 'said'),
+    ('record', 'message'),
     [
         ({'flow': ['weight_norms'], 'every': 2}, r"record\.flow\[0\].*did you mean 'weight_norm'"),
         ({'flow': ['weight_norm']}, r'record\.every: expected after how many steps'),
         ({'evaluate': True}, r'record\.every: expected after how many steps'),
     ],
 )
-def test_what_cannot_be_recorded_is_told(record, said):
+def test_what_cannot_be_recorded_is_an_error(record, message):
     """Expectation: one line with the key and the nearest name."""
-    with pytest.raises(SpecError, match=said):
+    with pytest.raises(SpecError, match=message):
         make_spec({**DENSE, 'record': record})
 
 
 # --- time ---------------------------------------------------------------------------------------
 
 
-def test_compiling_is_told_apart_from_running():
+def test_compiling_counts_apart_from_running():
     """Expectation: intervals by hand; a new program compiles within its phase, a known one not."""
     assert covered([(0, 4), (1, 2), (6, 7), (6.5, 9)]) == 7 and covered([]) == 0
     square = jax.jit(lambda x: (x @ x).sum() ** 2)
@@ -408,7 +400,7 @@ def test_compiling_is_told_apart_from_running():
     assert twice['train'] - once['train'] >= 0.05 and twice['prune'] == 0
 
 
-def test_a_sweep_tells_where_its_time_went(tmp_path):
+def test_a_sweep_stores_where_its_time_went(tmp_path):
     """Expectation: all phases, the runs times steps, and the sum of all chunks."""
     table = {**DENSE, 'engine': {'chunk': 1}}
     began = time.perf_counter()
@@ -419,17 +411,23 @@ def test_a_sweep_tells_where_its_time_went(tmp_path):
     assert all(seconds > 0 for seconds in timing.values()) and sum(timing.values()) < whole
 
 
+def trials(spec, on_trial):
+    """The trials of a sweep before it begins."""
+    groups = checked_groups(spec)
+    return measure(spec, groups, make_plan(spec, groups=groups), on_trial)
+
+
 def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch):
-    """Expectation: with the threshold at nothing any sweep is long: the ways are tried, told and
+    """Expectation: with the threshold at nothing any sweep is long: all ways are tried, reported,
     remembered, the plan takes one of them, the next plan knows it; not if [engine] says never, nor
     if it leaves no choice.
     """
     monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path / 'cache'))
-    monkeypatch.setattr('jaxprune.sweep.sweep_plan._WORTH_PROBING', 0.0)
+    monkeypatch.setattr('jaxprune.sweep.measure._WORTH_PROBING', 0.0)
     spec = make_spec(DENSE)
     for engine in ({'probe': 'never'}, {'batching': 'map', 'devices': 1}):
         quiet = make_spec({**DENSE, 'engine': engine})
-        assert measure(quiet, make_plan(quiet), lambda found: None) == {}
+        assert trials(quiet, lambda found: None) == {}
     plan = make_plan(spec)
     assert plan['programs'][0]['chosen'] == 'usual'
     notes = []
@@ -526,7 +524,7 @@ def test_chunks_fill_the_devices(batching, devices, chunk):
     """Expectation: by hand: two unrolled runs per device, 32 mapped ones at most; no padding."""
     spec = make_spec({**DENSE, 'grid': {**DENSE['grid'], 'seed': list(range(300))}})
     strategy = Strategy(batching, 'scan', 'native', devices)
-    group = sweep_plan.groups(spec)[0]._replace(strategy=strategy)
+    group = checked_groups(spec)[0]._replace(strategy=strategy)
     assert sweep_plan._chunk_size(spec, group, 1000) == chunk
 
 
@@ -541,16 +539,16 @@ def test_quantities_without_data_need_none(tmp_path):
 def test_a_run_with_broken_scores_has_no_quantities():
     """Expectation: its mask means nothing, nor do norms under it; other runs keep theirs."""
     members = runs(make_spec(DENSE))[:2]
-    seen = Seen(10, None, {'weight_norm': {'a': np.array([1.0, 2.0])}})
-    trained = Trained(None, np.ones((2, 10)), [seen])
-    program = make_program(make_spec({**DENSE, 'record': {'every': 10}}), members[0].train)
-    values = [row[-1] for row in chunk_tables._flow(members, [None, 'broken'], trained)]
+    recorded = Recorded(None, {'weight_norm': {'a': np.array([1.0, 2.0])}})
+    moments = [Moment(10, 0, False, recorded)]
+    program = make_program(make_spec({**DENSE, 'record': {'every': 10}}), members[0])
+    values = [row[-1] for row in flow_rows(members, [None, 'broken'], moments)]
     assert values[0] == 1.0 and np.isnan(values[1])
-    rows = chunk_tables._curves(program, members, [None, 'broken'], trained, 0)
-    assert rows[0][2] == 1.0 and np.isnan(rows[1][2])
+    rows = curves_rows(program, members, [None, 'broken'], 0, np.ones((2, 10)), moments)
+    assert rows[0][3] == 1.0 and np.isnan(rows[1][3])
 
 
-def test_files_in_the_way_are_told_in_one_line(tmp_path):
+def test_files_in_the_way_are_errors_of_one_line(tmp_path):
     """Expectation: a StoreError; timing, on which nothing depends, is left out where it is broken,
     and a broken curves file takes its results along when it is made anew.
     """
@@ -583,7 +581,7 @@ def test_what_is_remembered_adds_up(tmp_path, monkeypatch):
     wrote are no rows; two devices may share a run although one alone was fastest.
     """
     monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr('jaxprune.sweep.sweep_plan._WORTH_PROBING', 0.0)
+    monkeypatch.setattr('jaxprune.sweep.measure._WORTH_PROBING', 0.0)
     spec = make_spec({**DENSE, 'train': {**DENSE['train'], 'epochs': 10**6}})
     run = runs(spec)[0]
     slow = Measured(Strategy('unroll', 'host', 'native', 1), 0.5, 1.0, 100.0, '')
@@ -594,7 +592,7 @@ def test_what_is_remembered_adds_up(tmp_path, monkeypatch):
     shared = make_plan(make_spec({**DENSE, 'engine': {'batch_devices': 2}}))
     assert shared['programs'][0]['strategy']['batch_devices'] == 2
     tried = []
-    measure(spec, make_plan(spec), lambda found: tried.append(found.strategy))
+    trials(spec, lambda found: tried.append(found.strategy))
     assert tried and fast.strategy not in tried
     assert {m.strategy for m in remembered(spec, run)} == {*tried, fast.strategy, slow.strategy}
     key = next(iter(json.loads((tmp_path / 'probes.json').read_text())))

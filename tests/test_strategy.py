@@ -7,18 +7,18 @@ import jax
 import numpy as np
 import pytest
 import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sweeps import parts, pruned
 
-from jaxprune import data, tree
+from jaxprune import tree
 from jaxprune.cli import main
 from jaxprune.errors import SpecError
 from jaxprune.sweep import make_plan, make_spec
-from jaxprune.sweep.engine import make_engine, stacked
 from jaxprune.sweep.grid import runs
-from jaxprune.sweep.layout import pieces
+from jaxprune.sweep.layout import MOST_LENGTHS, call_lengths, calls_of
 from jaxprune.sweep.probe import cache_file, probe, remember, remembered
-from jaxprune.sweep.program import device_data, make_program
 from jaxprune.sweep.strategy import Strategy, candidates, usual
-from jaxprune.sweep.sweep_plan import counts_of
 
 TABLE = {
     'name': 'strategies',
@@ -51,23 +51,14 @@ OTHERS = [
 @functools.cache
 def trained(strategy, steps_per_call=0):
     """Four pruned runs after an epoch: states, losses of training, test losses and accuracies."""
-    spec = make_spec(TABLE)
-    members = runs(spec)
-    program = make_program(spec, members[0].train, strategy.convolution)
-    on_device = device_data(spec, data.load('mnist_small'))
-    engine = make_engine(strategy, program, on_device, jax.local_devices(), steps_per_call)
-    rows = stacked(members)
-    tables = [counts_of(program, run).counts for run in members]
-    counts = {path: np.stack([t[path] for t in tables]) for path in tables[0]}
-    states, info = engine.prune(
-        members[0].method, rows, range(4), counts, np.zeros(4, np.int32), engine.init(rows)
-    )
-    told = []
-    states, losses, seen = engine.epoch(0, rows, states, told.append)
-    assert seen == [] and losses.shape == (4, program.steps)
-    assert sum(told) == 4 * program.steps
+    engine, program, rows = parts(TABLE, strategy, steps_per_call)
+    states, info, _ = pruned(engine, program, rows, runs(make_spec(TABLE)))
+    taken = []
+    states, losses = engine.advance(0, program.steps, rows, states, on_steps=taken.append)
+    assert losses.shape == (4, program.steps)
+    assert sum(taken) == 4 * program.steps
     kept = engine.counts(states)[0]
-    evaluated = engine.evaluate(states)
+    evaluated = engine.evaluate(program.steps, rows, states)
     packed = engine.pack(states)
     again = engine.pack(engine.unpack(packed))
     jax.tree.map(np.testing.assert_array_equal, again, packed)
@@ -92,14 +83,37 @@ def test_all_strategies_train_the_same(strategy, steps):
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-3, err_msg=path)
 
 
-def test_calls_of_an_epoch():
+def test_calls_are_of_few_lengths():
     """Expectation: by hand. Every length is compiled: an even one, if there is one nearby."""
-    assert pieces(12, 5) == [(0, 4), (4, 4), (8, 4)]
-    assert pieces(10, 4) == [(0, 4), (4, 4), (8, 2)]
-    assert pieces(11, 4) == [(0, 4), (4, 4), (8, 3)] and pieces(3, 3) == [(0, 3)]
-    assert pieces(7, 4, every=3) == [(0, 3), (3, 3), (6, 1)]
-    assert pieces(12, 4, every=6) == [(0, 3), (3, 3), (6, 3), (9, 3)]
-    assert pieces(5, 9, every=8) == [(0, 5)]
+
+    def calls(intervals, most):
+        lengths = call_lengths(intervals, most)
+        assert len(lengths) <= MOST_LENGTHS
+        made = [calls_of(n, lengths) for n in intervals]
+        assert [sum(found) for found in made] == list(intervals)
+        assert max(map(max, made)) <= most
+        return made
+
+    assert calls([12], 5) == [[4, 4, 4]]
+    assert calls([10], 4) == [[4, 4, 2]]
+    assert calls([11], 4) == [[4, 4, 3]] and calls([3], 3) == [[3]]
+    assert calls([3, 3, 1], 4) == [[3], [3], [1]]
+    assert calls([6, 6], 4) == [[3, 3], [3, 3]]
+    assert calls([5], 9) == [[5]]
+    # Five different stretches of three lengths: the longest, 1, and 3, which makes fewest calls.
+    assert calls([15, 3, 4, 7, 1], 100) == [[15], [3], [3, 1], [3, 3, 1], [1]]
+    with pytest.raises(ValueError, match='cannot be made of'):
+        calls_of(7, (4, 2))
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(1, 40))
+@settings(max_examples=50, deadline=None, database=None)
+def test_any_stretches_are_made_of_three_lengths(intervals, most):
+    """Expectation: every stretch is made up exactly, of at most three lengths within the limit."""
+    lengths = call_lengths(intervals, most)
+    assert len(lengths) <= MOST_LENGTHS and max(lengths) <= most
+    for steps in intervals:
+        assert sum(calls_of(steps, lengths)) == steps
 
 
 def test_which_strategies_there_are():
@@ -148,9 +162,9 @@ def test_probing_finds_a_strategy_and_remembers_it(tmp_path, monkeypatch):
         Strategy('map', 'scan', 'nonsense', 1),
     ]
     assert remembered(spec, run) == []
-    heard = []
-    found = probe(spec, run, tried, told=heard.append)
-    assert [m.strategy for m in heard] == tried
+    reported = []
+    found = probe(spec, run, tried, on_trial=reported.append)
+    assert [m.strategy for m in reported] == tried
     assert 0 < found[0].seconds <= found[1].seconds < found[2].seconds == math.inf
     assert "unknown convolution 'nonsense'" in found[2].error
     assert all(m.bytes_per_run > 0 and m.compile_seconds > 0 for m in found[:2])
@@ -171,7 +185,7 @@ def test_plan_probes_on_request(tmp_path, monkeypatch, capsys):
     file = tmp_path / 'spec.toml'
     file.write_text(tomli_w.dumps(DENSE))
     assert main(['plan', str(file), '--probe']) == 0
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     tried = candidates(False, 'cpu', jax.local_device_count())
-    assert told.err.count('tried') == len(tried) and 'ms per run and step' in told.out
-    assert 'plan of probed' in told.out
+    assert printed.err.count('tried') == len(tried) and 'ms per run and step' in printed.out
+    assert 'plan of probed' in printed.out

@@ -341,7 +341,7 @@ def _pruned(context: Context, walk: Walk, happening: timeline.Rounds) -> Walk:
     states, errors = walk.states, list(walk.errors)
     with context.watch.phase('prune'):
         for at, now in _by_event(padded, happening):
-            call = _event_call(program, [padded[i] for i in at], at, now)
+            call = event_call(program, [padded[i] for i in at], at, now)
             states, info = engine.prune(context.rows, call, states)
             before = [errors[i] for i in at]
             found = _score_errors([padded[i] for i in at], call.counts, info, before)
@@ -372,7 +372,7 @@ def _by_event(
     return found
 
 
-def _event_call(
+def event_call(
     program: Program, runs: Sequence[Run], at: Sequence[int], happening: timeline.Rounds
 ) -> EventCall:
     plans = [counts_of(program, run).counts for run in runs]
