@@ -183,9 +183,9 @@ TABLE = {
             {'name': 'magnitude', 'granularity': 'unit', 'floor_share': 0.2},
             {'name': 'loss_preservation', 'granularity': 'unit', 'rounds': 2,
              'density_schedule': 'harmonic',
-             'after_epochs': 1},
-            {'name': 'snip', 'after_epochs': 2, 'restart': True},
-            {'name': 'importance', 'bias': 'distance_from_initial', 'after_epochs': 3},
+             'start': 1, 'every': 1},
+            {'name': 'snip', 'start': 2, 'every': 2, 'restart': True},
+            {'name': 'importance', 'bias': 'distance_from_initial', 'start': 3},
         ],
         'compression': [1, 2],
         'seed': [0, 1],
@@ -248,8 +248,8 @@ def test_uniform_units_and_a_broken_run(tmp_path):
     """Expectation: with 'uniform' every layer but the last loses half of its units; a run that
     diverges before its rounds has an error, and the others of its chunk their results."""
     entries = [
-        {'name': 'magnitude', 'granularity': 'unit', 'allocation': 'uniform', 'after_epochs': 1},
-        {'name': 'snip', 'rounds': 2, 'after_epochs': 1},
+        {'name': 'magnitude', 'granularity': 'unit', 'allocation': 'uniform', 'start': 1},
+        {'name': 'snip', 'rounds': 2, 'start': 1, 'every': 1},
     ]
     grid = {
         'method': entries,
@@ -284,10 +284,10 @@ def test_uniform_units_and_a_broken_run(tmp_path):
             {'keep_all_units': 'dense'},
             "keep_all_units: names layers that keep all units, with granularity 'unit'",
         ),
-        ({'after_epochs': 4}, 'after_epochs: the last round, after 4 epochs, is too late'),
-        ({'after_epochs': 2, 'rounds': 2}, 'the last round, after 4 epochs, is too late'),
-        ({'after_epochs': 1, 'target': 'effective'}, "target 'effective' prunes before training"),
-        ({'restart': True}, 'restart: goes with after_epochs'),
+        ({'start': 5}, 'start: round 1 happens after epoch 5, but training is over after 4'),
+        ({'start': 2, 'every': 3, 'rounds': 2}, 'every: round 2 happens after epoch 5'),
+        ({'after_epochs': 1}, 'after_epochs: is no key any more: write start = k, every = k'),
+        ({'restart': True}, 'restart: is for rounds during training'),
     ],
 )
 def test_units_that_cannot_be(entry, said):
@@ -305,7 +305,7 @@ def test_methods_that_bring_weights_back_have_no_units():
         ({'granularity': 'units'}, "unknown granularity 'units': did you mean 'unit'"),
         ({'keep_all_units': 'a'}, "with granularity 'unit'"),
         ({'granularity': 'unit'}, 'units need shapes'),
-        ({'granularity': 'unit', 'allocation': 'lamp'}, "'global' or 'uniform', not 'lamp'"),
+        ({'granularity': 'unit', 'allocation': 'lamp'}, "'lamp' does not go with granularity 'unit'"),
     ):
         with pytest.raises(jp.PruneError, match=said):
             jp.get_pruner(problem, 'magnitude', **options)
@@ -339,7 +339,7 @@ def test_units_of_someones_own_model():
     for options, said in (
         ({'granularity': 'filter'}, "unknown granularity 'filter'"),
         ({'granularity': 'unit'}, "granularity 'unit' needs model= and data="),
-        ({'granularity': 'unit', 'target': 'effective'}, 'to a density of units'),
+        ({'granularity': 'unit', 'target': 'effective'}, 'a density of units is meant'),
         ({'keep_all_units': 'w'}, "with granularity 'unit'"),
     ):
         with pytest.raises(jp.PruneError, match=said):

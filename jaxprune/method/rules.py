@@ -77,7 +77,7 @@ def _unit_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
         yield (
             'allocation',
             (
-                f"'{choices.allocation}' {without}: units are shared out "
+                f"'{choices.allocation}' {without}: units are shared out by "
                 f'{", ".join(UNIT_ALLOCATIONS)}'
             ),
         )
@@ -102,13 +102,16 @@ def _unit_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
 
 
 def _weight_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
-    goes_with = "goes with granularity 'unit'"
+    with_units = "with granularity 'unit'"
     if choices.keep_all_units:
-        yield 'keep_all_units', f'names layers that keep all units, and {goes_with}'
+        yield 'keep_all_units', f'names layers that keep all units, {with_units}'
     if choices.floor_share:
-        yield 'floor_share', f'is a share of units, and {goes_with}'
+        yield 'floor_share', f'is a share of units, {with_units}'
     if choices.repair:
-        yield 'repair', f"'{choices.repair}' {goes_with}: kernels must lose whole rows and columns"
+        yield (
+            'repair',
+            f"'{choices.repair}' goes {with_units}: it needs whole rows and columns of kernels",
+        )
     if entry.hooked:
         yield 'granularity', f"'{choices.name}' prunes units: expected 'unit'"
     if choices.allocation == 'lamp' and not entry.monotone:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxprune import data, flow, method, nn, optim
@@ -21,6 +21,13 @@ _ALLOCATION_TITLES = {
     'smart_ratio': 'smart ratio',
     'smart_ratio_vgg': 'smart ratio, VGG',
     'lamp': 'LAMP allocation',
+}
+_METHOD_KEYS = tuple(f.name for f in dataclasses.fields(MethodSpec) if f.name != 'options')
+#: Keys of earlier formats, and what to write now.
+_REPLACED = {
+    'after_epochs': 'write start = k, every = k for rounds after every k epochs',
+    'over': 'write density_schedule',
+    'whole': 'write keep_all_units',
 }
 _REPAIR_TITLES = {'orthp': 'OrthP'}
 _TRAIN_KEYS = tuple(f.name for f in dataclasses.fields(TrainSpec) if f.name != 'options')
@@ -121,12 +128,21 @@ def with_values(train: TrainSpec, values: Mapping[str, Any]) -> TrainSpec:
     )
 
 
-def _options(given: Mapping, valid: Mapping, owner: str, at: str, fail) -> dict[str, Any]:
-    """Options with defaults filled in; types follow the default's."""
+def _options(
+    given: Mapping, valid: Mapping, owner: str, at: str, fail, keys: Collection[str] = ()
+) -> dict[str, Any]:
+    """Options with defaults filled in; types follow the default's.
+
+    Args:
+      keys: those that stand beside the options, for suggestions.
+    """
     options = dict(valid)
     for key, value in given.items():
         if key not in valid:
-            tail = nearest(key, valid) if valid else 'it has none'
+            if key in _REPLACED and keys:
+                fail(f'{at}.{key}', f'is no key any more: {_REPLACED[key]}')
+            known = [*valid, *keys]
+            tail = nearest(key, known) if known else 'it has none'
             fail(f'{at}.{key}', f"unknown key or option of '{owner}', {tail}")
         options[key] = _like(value, valid[key], f'{at}.{key}', fail)
     return options
@@ -247,7 +263,7 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
     rounds = spec.rounds or (rounds_until(spec) if spec.every and spec.end else entry.rounds)
     if entry.hooked and rounds < 2:
         fail(f'{at}.rounds', f"'{spec.name}' needs two rounds: the first and the last")
-    options = _options(spec.options, entry.options, spec.name, at, fail)
+    options = _options(spec.options, entry.options, spec.name, at, fail, _METHOD_KEYS)
     return dataclasses.replace(
         spec,
         label=label,
