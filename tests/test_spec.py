@@ -62,7 +62,11 @@ BAD = [
         {'grid__method': ['snip', {'name': 'grasp', 'temprature': 1}]},
         "did you mean 'temperature'",
     ),
-    ('grid.method[0].rate', {'grid__method': [{'name': 'snip', 'rate': 1}]}, 'it has none'),
+    (
+        'grid.method[0].rate',
+        {'grid__method': [{'name': 'snip', 'rate': 1}]},
+        "unknown key or option of 'snip', valid: ",
+    ),
     (
         'grid.method[0].allocation',
         {'grid__method': [{'name': 'snip', 'allocation': 'unifrom'}]},

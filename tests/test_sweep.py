@@ -423,7 +423,7 @@ def test_truncated_parquet_is_named_and_can_be_mended(finished, copied, part):
 def test_other_format_is_refused(copied):
     table = json.loads((copied / 'plan.json').read_text())
     (copied / 'plan.json').write_text(json.dumps({**table, 'format': 0}))
-    with pytest.raises(StoreError, match='another version'):
+    with pytest.raises(StoreError, match='holds a sweep of format 0, and this version'):
         jp.run_sweep(TABLE, copied)
 
 

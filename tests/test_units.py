@@ -305,7 +305,10 @@ def test_methods_that_bring_weights_back_have_no_units():
         ({'granularity': 'units'}, "unknown granularity 'units': did you mean 'unit'"),
         ({'keep_all_units': 'a'}, "with granularity 'unit'"),
         ({'granularity': 'unit'}, 'units need shapes'),
-        ({'granularity': 'unit', 'allocation': 'lamp'}, "'lamp' does not go with granularity 'unit'"),
+        (
+            {'granularity': 'unit', 'allocation': 'lamp'},
+            "'lamp' does not go with",
+        ),
     ):
         with pytest.raises(jp.PruneError, match=said):
             jp.get_pruner(problem, 'magnitude', **options)

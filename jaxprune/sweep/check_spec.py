@@ -141,7 +141,7 @@ def _options(
         if key not in valid:
             if key in _REPLACED and keys:
                 fail(f'{at}.{key}', f'is no key any more: {_REPLACED[key]}')
-            known = [*valid, *keys]
+            known = [*valid, *(k for k in keys if k != 'name')]
             tail = nearest(key, known) if known else 'it has none'
             fail(f'{at}.{key}', f"unknown key or option of '{owner}', {tail}")
         options[key] = _like(value, valid[key], f'{at}.{key}', fail)

@@ -1,0 +1,292 @@
+"""A run's life in a sweep: rounds at any step, rewinding, phases, batches of training, repairs.
+
+Expectations: the same life driven step by step through the functions of one run, or the numbers of
+another run that must agree bit for bit.
+"""
+
+import jax
+import numpy as np
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+from sweeps import engine_of, group_of
+
+import jaxprune as jp
+from jaxprune import data, flow, tree
+from jaxprune.errors import StoreError
+from jaxprune.sweep import store
+from jaxprune.sweep.chunk import run_chunk
+from jaxprune.sweep.device_data import device_data
+from jaxprune.sweep.program import hyper_of, method_numbers
+from jaxprune.sweep.strategy import Strategy
+
+#: Numbers are compared bit for bit.
+pytestmark = pytest.mark.optimised
+
+ONE = Strategy('map', 'scan', 'native', 1)
+TABLE = {
+    'name': 'life',
+    'model': {'name': 'mlp', 'widths': [12]},
+    'data': {'name': 'mnist_small', 'train_examples': 240, 'test_examples': 100},
+    'train': {'epochs': 3, 'batch_size': 24, 'momentum': 0.9, 'weight_decay': 1e-3},
+    'prune': {'samples_per_class': 1},
+    'grid': {'compression': [4], 'seed': [0, 1]},
+}
+EPOCH = 10
+
+
+def spied(*entries, record=None, train=None):
+    """Runs one group; returns its program, and the states packed after every advance and round."""
+    table = {
+        **TABLE,
+        'train': {**TABLE['train'], **(train or {})},
+        'grid': {**TABLE['grid'], 'method': list(entries)},
+        'record': record or {},
+    }
+    spec, group = group_of(table)
+    engine, program = engine_of(spec, group, ONE)
+    seen = []
+
+    def spy(name, result):
+        def call(*args, **kwargs):
+            found = result(*args, **kwargs)
+            states = found if name in ('init', 'rewind') else found[0]
+            seen.append((name, args[:2] if name == 'advance' else None, engine.pack(states)))
+            return found
+
+        return call
+
+    watched = engine._replace(
+        init=spy('init', engine.init),
+        advance=spy('advance', engine.advance),
+        prune=spy('prune', engine.prune),
+        rewind=spy('rewind', engine.rewind),
+    )
+    chunk = run_chunk(spec, program, watched, group.runs, len(group.runs))
+    return chunk, program, group.runs, seen
+
+
+def same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def after(seen, name, number=0):
+    return [states for kind, _, states in seen if kind == name][number]
+
+
+@pytest.mark.parametrize('back', [0.0, 0.7])
+def test_after_each_level_kept_weights_are_those_of_the_rewind_point(back):
+    """Expectation: weights, batch statistics and momentum of step k bit for bit where kept, zero
+    elsewhere; the clock goes on from k; the masks are nested and exact."""
+    entry = {'name': 'magnitude', 'start': 3, 'rounds': 3, 'rewind': 'weights', 'rewind_to': back}
+    chunk, program, _, seen = spied(entry)
+    k = round(back * EPOCH)
+    if k:
+        start, anchor = next((a, s) for kind, a, s in seen if kind == 'advance' and a[1] == k)
+        assert start == (0, k)
+    else:
+        anchor = after(seen, 'init')
+    total = 784 * 12 + 12 * 10
+    before = None
+    for level in range(3):
+        state = after(seen, 'rewind', level)
+        masks = state.masks
+        for i in range(2):
+            wanted = jp.plan_rounds(program.shapes, 0.25, rounds=3).counts['*'][level]
+            assert sum(m[i].sum() for m in masks.values()) == wanted < total
+        same(state.params, jax.device_get(tree.apply_masks(anchor.params, masks)))
+        trace = jax.device_get(tree.apply_masks(anchor.opt_state[0].trace, masks))
+        same(state.opt_state[0].trace, trace)
+        assert before is None or all(not np.any(masks[p] & ~before[p]) for p in masks)
+        before = masks
+    starts = [a for kind, a, _ in seen if kind == 'advance']
+    assert starts[-1][1] == 3 * EPOCH and sum(b - a for a, b in starts) == program.timeline.steps
+    assert chunk.results['step'].max() == 3 * EPOCH + 3 * (3 * EPOCH - k)
+
+
+def test_taking_back_the_rate_keeps_the_weights():
+    """Expectation: no state changes but by pruning; after rewinding, a step at clock k."""
+    entry = {'name': 'magnitude', 'start': 3, 'rewind': 'rate', 'rewind_to': 1}
+    _, program, _, seen = spied(entry)
+    kinds = [kind for kind, *_ in seen]
+    assert 'rewind' not in kinds
+    place = kinds.index('prune')
+    assert seen[place + 1][1] == (EPOCH, 2 * EPOCH)
+    trained, pruned = seen[place - 1][2], seen[place][2]
+    same(pruned.params, jax.device_get(tree.apply_masks(trained.params, pruned.masks)))
+    assert program.timeline.steps == 5 * EPOCH
+
+
+@pytest.mark.parametrize(
+    'entry',
+    [
+        {'name': 'snip', 'start': 7, 'every': 5, 'rounds': 3, 'time_unit': 'steps'},
+        {'name': 'force', 'start': 0.5, 'every': 0.9, 'rounds': 3},
+        {'name': 'snip', 'start': 1.3, 'score_on': 'train_batch'},
+        {'name': 'grasp', 'start': 2, 'temperature': 10.0, 'restart': True},
+        {
+            'name': 'magnitude',
+            'start': 2,
+            'finetune': {
+                'epochs': 2,
+                'learning_rate': 0.02,
+                'schedule': 'step',
+                'milestones': [1],
+            },
+        },
+    ],
+    ids=['steps', 'force', 'train batch', 'restart', 'finetune'],
+)
+def test_a_life_is_what_its_parts_make(entry):
+    """Expectation: the life written out for one run, step by step, rounds where the keys say."""
+    _, program, runs, seen = spied(entry)
+    spec, run = group_of({**TABLE, 'grid': {**TABLE['grid'], 'method': [entry]}})[0], runs[1]
+    on_device = device_data(spec, data.load('mnist_small'))
+    key, hyper = jax.random.key(run.seed), hyper_of(run)
+    numbers = hyper._replace(method=method_numbers(run))
+    events = program.events(run.method)
+    counts = jp.plan_rounds(program.shapes, 0.25, rounds=run.method.rounds).counts['*']
+    unit = 1 if entry.get('time_unit') else EPOCH
+    times = [
+        round(unit * (entry['start'] + i * entry.get('every', 0))) for i in range(run.method.rounds)
+    ]
+    step = jax.jit(program.stages[False].step)
+    once = jax.jit(
+        lambda number, clock, counts, state: events(clock, on_device, key, numbers).once(
+            number, counts, state
+        )
+    )
+    clocks = list(range(3 * EPOCH))
+    if 'finetune' in entry:  # the phase begins where training ends on the clock
+        clocks = [*range(2 * EPOCH), *range(3 * EPOCH, 5 * EPOCH)]
+    state = jax.jit(program.init)(key, hyper)
+    for taken, clock in enumerate([*clocks, None]):
+        if taken in times:
+            number = times.index(taken)
+            if not number:
+                state = events(0, on_device, key, numbers).begin(state)
+            at = clock if 'finetune' not in entry else taken
+            state, _ = once(number, np.int32(at), {'*': np.int32(counts[number])}, state)
+            if number + 1 == len(times):
+                state = state._replace(method_state=())
+        if clock is not None:
+            order = program.order(key, clock // EPOCH)
+            state, _ = step(np.int32(clock), on_device, key, hyper, order[clock % EPOCH], state)
+    found = jax.tree.map(lambda leaf: leaf[1], seen[-1][2])
+    for path, mask in found.masks.items():
+        np.testing.assert_array_equal(mask, state.masks[path], err_msg=path)
+        assert mask.sum() < mask.size
+    for (path, a), (_, b) in zip(tree.paths(found.params), tree.paths(state.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+def test_the_training_batch_is_that_of_the_next_step():
+    """Expectation: |w g| by jax.grad on the very batch that step 13 trains on."""
+    entry = {'name': 'snip', 'start': 13, 'time_unit': 'steps', 'score_on': 'train_batch'}
+    _, program, runs, seen = spied(entry)
+    spec = group_of({**TABLE, 'grid': {**TABLE['grid'], 'method': [entry]}})[0]
+    on_device = device_data(spec, data.load('mnist_small'))
+    trained, pruned = (
+        jax.tree.map(lambda leaf: leaf[0], states)
+        for states in (after(seen, 'advance', 1), after(seen, 'prune'))
+    )
+    assert [a for kind, a, _ in seen if kind == 'advance'][:2] == [(0, 10), (10, 13)]
+    indices = program.order(jax.random.key(runs[0].seed), 1)[3]
+    facts = data.facts('mnist_small')
+    x = on_device.train.images[indices] / 255.0
+    x = (x - np.asarray(facts.mean, np.float32)) / np.asarray(facts.std, np.float32)
+    y = on_device.train.labels[indices]
+
+    def loss(params):
+        logits = program.problem.apply(params, {}, x, train=False, key=None)[0]
+        return program.problem.loss(logits, y).mean()
+
+    grads = tree.pick(jax.grad(loss)(trained.params))
+    weights = tree.pick(trained.params)
+    scores = np.concatenate([np.abs(weights[p] * grads[p]).ravel() for p in sorted(weights)])
+    kept = np.concatenate([pruned.masks[p].ravel() for p in sorted(weights)])
+    limit = np.sort(scores)[::-1][kept.sum() - 1]
+    sure = np.abs(scores - limit) > 1e-4 * limit
+    np.testing.assert_array_equal(kept[sure], (scores >= limit)[sure])
+
+
+def test_repaired_kernels_are_orthogonal_right_after_the_last_round():
+    """Expectation: orthonormal rows of what is left of each kernel, biases as they were; and the
+    mean singular value of the linear network is 1, which [record] rounds shows."""
+    train = {**TABLE['train'], 'learning_rate': 0.01}
+    model = {'name': 'mlp', 'widths': [16, 16], 'activation': 'linear'}
+    table = {**TABLE, 'model': model, 'train': train}
+    entry = {
+        'name': 'magnitude', 'granularity': 'unit', 'allocation': 'uniform_down', 'start': 3,
+        'repair': 'orthp', 'restart': True, 'finetune': {'epochs': 1, 'learning_rate': 0.01},
+    }  # fmt: skip
+    grid = {'method': [entry], 'density': [0.7], 'seed': [0]}
+    record = {'flow': ['jsv_mean', 'jsv_condition'], 'rounds': True, 'evaluate': True}
+    spec, group = group_of({**table, 'grid': grid, 'record': record})
+    engine, program = engine_of(spec, group, ONE)
+    chunk = run_chunk(spec, program, engine, group.runs, 1)
+    right_after = chunk.flow.filter(rounds=1, step=30)
+    assert right_after.height == 2
+    np.testing.assert_allclose(right_after['value'], 1.0, rtol=1e-4)
+    rows = chunk.curves.filter(step=30)
+    assert rows['rounds'].to_list() == [1] and rows['train_loss'].to_list() == [None]
+    kept = dict(chunk.layers.select('path', 'kept').iter_rows())
+    assert kept == {
+        'dense_0/kernel': 784 * 11, 'dense_1/kernel': 11 * 11, 'dense_2/kernel': 11 * 10
+    }  # fmt: skip
+    assert flow.GAINS['linear'] == 1
+
+
+def test_pruning_after_training_is_evaluated_after_the_round(tmp_path):
+    """Expectation: the last row is of the pruned network, all before are the dense control's."""
+    grid = {'method': [{'name': 'magnitude', 'start': 3}], 'compression': [1, 4], 'seed': [0]}
+    frame = jp.run_sweep({**TABLE, 'grid': grid}, tmp_path)
+    dense, pruned = (frame.filter(method=m).sort('epoch') for m in ('dense', 'magnitude'))
+    assert pruned['density'].to_list()[:2] == [1.0, 1.0]
+    assert pruned['density'][2] == pytest.approx(0.25, abs=1e-4)
+    assert pruned['test_loss'].to_list()[:2] == dense['test_loss'].to_list()[:2]
+    assert pruned['test_loss'][2] != dense['test_loss'][2]
+    assert pruned['train_loss'].to_list() == dense['train_loss'].to_list()
+
+
+def test_recording_rounds_changes_no_number(tmp_path):
+    """Expectation: the same results; at a step with a round, a row from before and one from after,
+    the first of which is the control's."""
+    entries = [{'name': 'magnitude', 'start': 1, 'every': 1, 'rounds': 2}]
+    table = {**TABLE, 'grid': {**TABLE['grid'], 'method': entries}}
+    plain = jp.run_sweep(table, tmp_path / 'plain')
+    record = {'every': 10, 'evaluate': True, 'flow': ['weight_norm'], 'rounds': True}
+    watched = jp.run_sweep({**table, 'record': record}, tmp_path / 'watched')
+    assert_frame_equal(plain, watched, check_exact=True)
+    curves = store.read_curves(tmp_path / 'watched').filter(run_id=plain['run_id'][0])
+    assert curves.select('step', 'rounds').rows() == [(10, 0), (10, 1), (20, 1), (20, 2), (30, 2)]
+    norms = store.read_flow(tmp_path / 'watched').filter(run_id=plain['run_id'][0], step=10)
+    by_rounds = norms.group_by('rounds').agg((pl.col('value') ** 2).sum()).sort('rounds')
+    assert by_rounds['value'][0] > by_rounds['value'][1] > 0
+
+
+def test_a_phase_after_pruning_shares_its_program_over_rates():
+    """Expectation: two rates of the phase differ only after the round, and share every trace."""
+    entries = [
+        {'name': 'magnitude', 'start': 2, 'label': str(rate),
+         'finetune': {'epochs': 1, 'learning_rate': rate}}
+        for rate in (0.1, 0.001)
+    ]  # fmt: skip
+    chunk, _, runs, _ = spied(*entries)
+    assert len(runs) == 4
+    first, second = (chunk.results.filter(label=label, seed=0) for label in ('0.1', '0.001'))
+    assert first['test_loss'][:2].to_list() == second['test_loss'][:2].to_list()
+    assert first['test_loss'][2] != second['test_loss'][2]
+
+
+def test_directories_of_earlier_formats_are_refused_with_the_reason(tmp_path):
+    grid = {**TABLE['grid'], 'method': ['magnitude'], 'seed': [0]}
+    table = {**TABLE, 'train': {'epochs': 1, 'batch_size': 24}, 'grid': grid}
+    jp.run_sweep(table, tmp_path)
+    plan = store.read_plan(tmp_path)
+    store.write_json(tmp_path / 'plan.json', {**plan, 'format': 2})
+    # As an earlier version wrote it, with keys that are no more.
+    spec = (tmp_path / 'spec.toml').read_text()
+    (tmp_path / 'spec.toml').write_text(spec.replace('start = 0.0', 'after_epochs = 0'))
+    with pytest.raises(StoreError, match=r'format 2.*writes format 3: it says when rounds happen'):
+        jp.run_sweep(table, tmp_path)
