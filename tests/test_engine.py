@@ -540,9 +540,9 @@ def test_a_run_with_broken_scores_has_no_quantities():
     """Expectation: its mask means nothing, nor do norms under it; other runs keep theirs."""
     members = runs(make_spec(DENSE))[:2]
     recorded = Recorded(None, {'weight_norm': {'a': np.array([1.0, 2.0])}})
-    moments = [Moment(10, 0, False, recorded)]
+    moments = [Moment(10, False, recorded)]
     program = make_program(make_spec({**DENSE, 'record': {'every': 10}}), members[0])
-    values = [row[-1] for row in flow_rows(members, [None, 'broken'], moments)]
+    values = [row[-1] for row in flow_rows(program, members, [None, 'broken'], moments)]
     assert values[0] == 1.0 and np.isnan(values[1])
     rows = curves_rows(program, members, [None, 'broken'], 0, np.ones((2, 10)), moments)
     assert rows[0][3] == 1.0 and np.isnan(rows[1][3])

@@ -14,18 +14,20 @@ MOST_COLUMNS = 3
 
 
 def whole(recorded: pl.DataFrame) -> pl.DataFrame:
-    """A value per run, step and quantity: layers combined as the quantity's entry requires.
+    """A value per run, moment and quantity: layers combined as the quantity's entry requires.
+
+    A step at which a run is pruned may hold two moments, which differ in `rounds`.
 
     Args:
       recorded: rows of `store.read_flow`.
     """
     together = {name: entry.together for name, entry in flow.QUANTITIES.items()}
     how = pl.col('quantity').replace_strict(together, default='mean')
-    own = (pl.col('path') == GLOBAL).any().over('run_id', 'step', 'quantity')
+    own = (pl.col('path') == GLOBAL).any().over('run_id', 'step', 'rounds', 'quantity')
     rows = recorded.with_columns(how=how).filter((pl.col('path') == GLOBAL) | ~own)
     value = pl.col('value')
     return (
-        rows.group_by('run_id', 'step', 'quantity', 'how', maintain_order=True)
+        rows.group_by('run_id', 'step', 'rounds', 'quantity', 'how', maintain_order=True)
         .agg(norm=(value**2).sum().sqrt(), sum=value.sum(), mean=value.mean())
         .with_columns(
             value=pl.when(pl.col('how') == 'norm')
@@ -34,7 +36,7 @@ def whole(recorded: pl.DataFrame) -> pl.DataFrame:
             .then('sum')
             .otherwise('mean')
         )
-        .select('run_id', 'step', 'quantity', 'value')
+        .select('run_id', 'step', 'rounds', 'quantity', 'value')
     )
 
 
@@ -42,16 +44,16 @@ def means(results: pl.DataFrame, recorded: pl.DataFrame) -> pl.DataFrame:
     """Means over seeds, numbers that are not finite left out (null if none is).
 
     Returns:
-      Settings, `label`, `method`, `target_compression`, `quantity`, `step`, `value`.
+      Settings, `label`, `method`, `target_compression`, `quantity`, `step`, `rounds`, `value`.
     """
     keys = [*tables.settings(results), 'label', 'method', 'target_compression']
     runs = results.select('run_id', *keys).unique(maintain_order=True)
     return (
         whole(recorded)
         .join(runs, on='run_id', maintain_order='left')
-        .group_by([*keys, 'quantity', 'step'], maintain_order=True)
+        .group_by([*keys, 'quantity', 'step', 'rounds'], maintain_order=True)
         .agg(pl.col('value').filter(pl.col('value').is_finite()).mean())
-        .sort('step', maintain_order=True)
+        .sort('step', 'rounds', maintain_order=True)
     )
 
 

@@ -27,7 +27,8 @@ _CONNECTED = _COMPUTED.filter(_COMPUTED.is_finite())
 
 def settings(results: pl.DataFrame) -> list[str]:
     """Names of the columns that distinguish settings: those that vary."""
-    candidates = [c for c in results.columns if c in _SETTINGS or c not in store.RESULTS]
+    known = {*store.RESULTS, *store.CURVES} - {*_SETTINGS}
+    candidates = [c for c in results.columns if c not in known]
     return [column for column in candidates if results[column].n_unique() > 1]
 
 
@@ -309,7 +310,8 @@ def along(results: pl.DataFrame, curves: pl.DataFrame) -> pl.DataFrame:
     if curves.is_empty():
         return results
     values = ['train_loss', 'test_loss', 'test_accuracy']
-    steps = pl.col('step') // pl.col('epoch')  # of an epoch
+    # Steps of an epoch; the last epoch of a run may be a part of one.
+    steps = (pl.col('step') / pl.col('epoch')).ceil().cast(pl.Int64).max().over('run_id')
     runs = results.with_columns(steps=steps).drop('step', 'epoch', *values)
     runs = runs.unique('run_id', maintain_order=True)
     # Where training was not evaluated along the way, the ends of epochs still were.
@@ -317,7 +319,9 @@ def along(results: pl.DataFrame, curves: pl.DataFrame) -> pl.DataFrame:
     rows = curves.join(
         ends, on=['run_id', 'step'], how='left', suffix='_end', maintain_order='left'
     )
-    rows = rows.select('run_id', 'step', *(pl.coalesce(v, f'{v}_end') for v in values))
+    # Right after a pruning round there is no training loss.
+    tests = [pl.coalesce(v, f'{v}_end') for v in values[1:]]
+    rows = rows.select('run_id', 'step', 'rounds', 'train_loss', *tests)
     rows = runs.join(rows, on='run_id', maintain_order='left_right')
     return rows.with_columns(epoch=(pl.col('step') - 1) // pl.col('steps') + 1).drop('steps')
 
@@ -329,11 +333,14 @@ def learning(results: pl.DataFrame) -> pl.DataFrame:
       results: rows of `store.read_results`, or of `along`.
 
     Returns:
-      Settings, `label`, `method`, `target`, `target_compression`, `time`, and the means over seeds
-      of `train_loss` and `test_accuracy`, numbers that are not finite left out (null if none is).
-      `time` is the epoch, or the step where one epoch holds several evaluations.
+      Settings, `label`, `method`, `target`, `target_compression`, `time`, `rounds` (pruning rounds
+      before, 0 if unknown), and the means over seeds of `train_loss` and `test_accuracy`, numbers
+      that are not finite left out (null if none is). `time` is the epoch, or the step where one
+      epoch holds several evaluations.
     """
-    keys = [*settings(results), 'label', 'method', 'target', 'target_compression', 'time']
+    keys = [*settings(results), 'label', 'method', 'target', 'target_compression', 'time', 'rounds']
+    if 'rounds' not in results.columns:
+        results = results.with_columns(rounds=0)
     return (
         results.with_columns(
             time=time_unit(results),
@@ -344,13 +351,14 @@ def learning(results: pl.DataFrame) -> pl.DataFrame:
             pl.col(column).filter(pl.col(column).is_finite()).mean()
             for column in ('train_loss', 'test_accuracy')
         )
-        .sort('time', maintain_order=True)
+        .sort('time', 'rounds', maintain_order=True)
     )
 
 
 def time_unit(results: pl.DataFrame) -> str:
     """`'epoch'`, or `'step'` where one epoch of a run holds several evaluations."""
-    return 'step' if results.select('run_id', 'epoch').is_duplicated().any() else 'epoch'
+    moments = [c for c in ('run_id', 'epoch', 'rounds') if c in results.columns]
+    return 'step' if results.select(moments).is_duplicated().any() else 'epoch'
 
 
 def densities(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:

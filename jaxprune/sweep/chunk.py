@@ -231,11 +231,9 @@ def _recorded(context: Context, walk: Walk, clock: int, hooked: bool, *, after_r
     """What [record] asks for; it is fetched from the devices when the epoch is summed up."""
     with context.watch.phase('train'):
         fetch = context.engine.record(clock, context.rows, walk.states, hooked)
-    rounds = context.program.timeline.rounds
-    done = sum(r.count for r in rounds if r.step < walk.step + after_round)
 
     def moment() -> Moment:
-        return Moment(walk.step, done, after_round, fetch())
+        return Moment(walk.step, after_round, fetch())
 
     return walk._replace(moments=[*walk.moments, moment])
 
@@ -243,7 +241,7 @@ def _recorded(context: Context, walk: Walk, clock: int, hooked: bool, *, after_r
 def _evaluated(context: Context, walk: Walk, clock: int, hooked: bool) -> Walk:
     """Rows of results; test values are those that were recorded at this step if there are any."""
     test, latest = None, walk.latest
-    if latest is not None and (latest.step, latest.rounds) == (walk.step, _done(context, walk)):
+    if latest is not None and latest.step == walk.step and not latest.after_round:
         test = latest.recorded.test
     if test is None:
         with context.watch.phase('evaluate'):
@@ -280,18 +278,13 @@ def _summed_up(context: Context, walk: Walk) -> Walk:
 def _filed(context: Context, walk: Walk) -> Walk:
     """The walk with what was recorded as rows."""
     moments, members = [moment() for moment in walk.moments], context.members
-    after = curves_rows_after_rounds(members, walk.errors, moments)
+    after = curves_rows_after_rounds(context.program, members, walk.errors, moments)
     return walk._replace(
         moments=[],
         latest=moments[-1] if moments else walk.latest,
         curves=[*walk.curves, *after],
-        flow=[*walk.flow, *flow_rows(members, walk.errors, moments)],
+        flow=[*walk.flow, *flow_rows(context.program, members, walk.errors, moments)],
     )
-
-
-def _done(context: Context, walk: Walk) -> int:
-    """Pruning rounds that have happened when all that is due before this step's rounds has."""
-    return sum(r.count for r in context.program.timeline.rounds if r.step < walk.step)
 
 
 def _saved(context: Context, walk: Walk) -> Saved:

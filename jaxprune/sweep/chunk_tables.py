@@ -8,12 +8,12 @@ import numpy as np
 import polars as pl
 
 from jaxprune.sweep import store
-from jaxprune.sweep.grid import Run, split_options
+from jaxprune.sweep.grid import DENSE, Run, split_options
 from jaxprune.sweep.observe import Recorded
 from jaxprune.sweep.parse import plain
 from jaxprune.sweep.program import Program
 from jaxprune.sweep.spec import SweepSpec
-from jaxprune.sweep.timeline import recorded_steps
+from jaxprune.sweep.timeline import recorded_steps, round_steps
 
 
 class Moment(NamedTuple):
@@ -21,13 +21,11 @@ class Moment(NamedTuple):
 
     Attributes:
       step: steps taken before.
-      rounds: pruning rounds before.
       after_round: recorded right after a round, and not on the way.
       recorded: the values.
     """
 
     step: int
-    rounds: int
     after_round: bool
     recorded: Recorded
 
@@ -87,28 +85,32 @@ def curves_rows(
     for step in recorded_steps(end, every, program.steps, before) if every else ():
         loss = losses[:, first - before : step - before].mean(axis=1)
         moment = tests.get(step)
-        done = sum(r.count for r in program.timeline.rounds if r.step < step)
-        rows += _curve(members, errors, step, done, loss, moment and moment.recorded.test)
+        test = moment and moment.recorded.test
+        rows += _curve(program, members, errors, step, False, loss, test)
         first = step
     return rows
 
 
 def curves_rows_after_rounds(
-    members: Sequence[Run], errors: Sequence[str | None], moments: Sequence[Moment]
+    program: Program,
+    members: Sequence[Run],
+    errors: Sequence[str | None],
+    moments: Sequence[Moment],
 ) -> list[list]:
     """Rows of `store.CURVES` of what was recorded right after pruning rounds."""
     rows = []
     for m in moments:
         if m.after_round and m.recorded.test:
-            rows += _curve(members, errors, m.step, m.rounds, None, m.recorded.test)
+            rows += _curve(program, members, errors, m.step, True, None, m.recorded.test)
     return rows
 
 
 def _curve(
+    program: Program,
     members: Sequence[Run],
     errors: Sequence[str | None],
     step: int,
-    rounds: int,
+    after_round: bool,
     loss: np.ndarray | None,
     test: tuple[np.ndarray, np.ndarray] | None,
 ) -> list[list]:
@@ -119,21 +121,38 @@ def _curve(
             *([float(t[i]) for t in test] if test else [None, None]),
         ]
         kept = [math.nan if errors[i] and value is not None else value for value in values]
-        rows.append([run.run_id, step, rounds, *kept])
+        rows.append([run.run_id, step, _rounds(program, run, step, after_round), *kept])
     return rows
 
 
+def _rounds(program: Program, run: Run, step: int, after: bool) -> int:
+    """How many pruning rounds a run has been through: before a step's own, or `after` them."""
+    if run.method == DENSE:
+        return 0
+    return sum(s < step + after for s in round_steps(run.method, program.steps))
+
+
 def flow_rows(
-    members: Sequence[Run], errors: Sequence[str | None], moments: Sequence[Moment]
+    program: Program,
+    members: Sequence[Run],
+    errors: Sequence[str | None],
+    moments: Sequence[Moment],
 ) -> list[list]:
     """Rows of `store.FLOW` of what was recorded."""
-    return [
-        [run.run_id, m.step, m.rounds, path, quantity, math.nan if errors[i] else float(values[i])]
-        for m in moments
-        for quantity, by_path in m.recorded.flow.items()
-        for path, values in by_path.items()
-        for i, run in enumerate(members)
-    ]
+    rows = []
+    for m in moments:
+        rounds = [_rounds(program, run, m.step, m.after_round) for run in members]
+        for quantity, by_path in m.recorded.flow.items():
+            for path, values in by_path.items():
+                rows += [
+                    [run.run_id, m.step, rounds[i], path, quantity, _value(values[i], errors[i])]
+                    for i, run in enumerate(members)
+                ]
+    return rows
+
+
+def _value(value: Any, error: str | None) -> float:
+    return math.nan if error else float(value)
 
 
 def identity_columns(
