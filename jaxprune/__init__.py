@@ -24,13 +24,12 @@ from jaxprune.types import Batch, Problem, Pruner, View
 
 if TYPE_CHECKING:
     from jaxprune.optim import mask_opt_state, sparse
-    from jaxprune.sweep import SweepSpec, load_spec, make_spec, run_sweep, use_all_cores
+    from jaxprune.sweep import load_spec, make_spec, run_sweep, use_all_cores
 
 #: Loaded on first use: they need optax, flax or polars, which a mask alone does not.
 _LAZY = {
     'mask_opt_state': 'jaxprune.optim',
     'sparse': 'jaxprune.optim',
-    'SweepSpec': 'jaxprune.sweep',
     'load_spec': 'jaxprune.sweep',
     'make_spec': 'jaxprune.sweep',
     'run_sweep': 'jaxprune.sweep',
@@ -81,7 +80,6 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     # training and sweeps
     'sparse',
     'mask_opt_state',
-    'SweepSpec',
     'load_spec',
     'make_spec',
     'run_sweep',

@@ -249,6 +249,7 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
     if spec.name not in method.METHODS:
         fail(f'{at}.name', f"'{spec.name}' is unknown, {nearest(spec.name, method.METHODS)}")
     entry = method.method(spec.name)
+    options = _options(spec.options, entry.options, spec.name, at, fail, _METHOD_KEYS)
     label = spec.label or entry.title + _what_else(spec)
     if label == 'dense':
         fail(f'{at}.label', "'dense' is the name of the control: choose another")
@@ -263,7 +264,6 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
     rounds = spec.rounds or (rounds_until(spec) if spec.every and spec.end else entry.rounds)
     if entry.hooked and rounds < 2:
         fail(f'{at}.rounds', f"'{spec.name}' needs two rounds: the first and the last")
-    options = _options(spec.options, entry.options, spec.name, at, fail, _METHOD_KEYS)
     return dataclasses.replace(
         spec,
         label=label,
