@@ -15,9 +15,9 @@ import jaxprune as jp
 from jaxprune import data, flow, tree
 from jaxprune.errors import StoreError
 from jaxprune.sweep import store
-from jaxprune.sweep.chunk import run_chunk
-from jaxprune.sweep.device_data import device_data
-from jaxprune.sweep.program import hyper_of, method_numbers
+from jaxprune.sweep.chunk import event_call, rows_of, run_chunk
+from jaxprune.sweep.device_data import device_data, examples_of
+from jaxprune.sweep.program import hyper_of, make_program, method_numbers
 from jaxprune.sweep.strategy import Strategy
 
 #: Numbers are compared bit for bit.
@@ -290,3 +290,58 @@ def test_directories_of_earlier_formats_are_refused_with_the_reason(tmp_path):
     (tmp_path / 'spec.toml').write_text(spec.replace('start = 0.0', 'after_epochs = 0'))
     with pytest.raises(StoreError, match=r'format 2.*writes format 3: it says when rounds happen'):
         jp.run_sweep(table, tmp_path)
+
+
+def test_numbers_of_a_method_are_traced():
+    """Expectation: temperatures share one compiled event; each row's mask is that of a pruner with
+    its temperature as a constant, and the two differ."""
+    entries = [
+        {'name': 'grasp', 'temperature': temperature, 'label': str(temperature)}
+        for temperature in (0.5, 200.0)
+    ]
+    spec, group = group_of({**TABLE, 'grid': {**TABLE['grid'], 'method': entries}})
+    engine, program = engine_of(spec, group, ONE)
+    rows = rows_of(group.runs, 4, engine)[0]
+    happening = program.timeline.rounds[0]
+    states, _ = engine.prune(
+        rows, event_call(program, group.runs, range(4), happening), engine.init(rows)
+    )
+    traces = [name for name in engine.traces() if name.startswith('prune')]
+    assert len(traces) == 1 and engine.traces()[traces[0]] == 1
+    masks = engine.pack(states).masks
+    on_device = device_data(spec, data.load('mnist_small'))
+    counts = {'*': np.int32(jp.keep_counts(program.shapes, 0.25)['*'])}
+    for i, run in enumerate(group.runs):
+        key = jax.random.key(run.seed)
+        state = program.init(key, hyper_of(run))
+        view = jp.view(program.problem, state.params)
+        pruner = jp.get_pruner(program.problem, 'grasp', **run.method.options)
+        batches = examples(spec, on_device, key)
+        _, alone, _ = jax.jit(pruner.update)(key, (), view, counts, batches)
+        for path, mask in alone.items():
+            agree = (np.asarray(mask) == masks[path][i]).mean()
+            assert agree > 0.999, path
+    assert any(np.any(masks[p][0] != masks[p][2]) for p in masks)
+
+
+def examples(spec, on_device, key):
+    """The class-balanced examples of a first round."""
+    facts = data.facts('mnist_small')
+    fetch = data.fetcher(facts.mean, facts.std, ())
+    return examples_of(spec.prune, facts.classes, fetch).drawn(on_device, key, 0)
+
+
+def test_each_program_is_made_once(tmp_path, monkeypatch):
+    """Expectation: planning, checking and running a sweep of two programs make two."""
+    entries = ['magnitude', {'name': 'magnitude', 'start': 1, 'label': 'later'}]
+    grid = {'method': entries, 'compression': [1, 4], 'seed': [0]}
+    made = []
+
+    def counted(*args, **kwargs):
+        made.append(args[1].method.label)
+        return make_program(*args, **kwargs)
+
+    for room in ('groups', 'run', 'probe'):
+        monkeypatch.setattr(f'jaxprune.sweep.{room}.make_program', counted)
+    jp.run_sweep({**TABLE, 'train': {'epochs': 2, 'batch_size': 120}, 'grid': grid}, tmp_path)
+    assert made == ['magnitude', 'later']

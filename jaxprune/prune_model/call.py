@@ -85,32 +85,27 @@ def prune(
       method_name: a key of `METHODS`.
       density: fraction of the prunable weights to keep, in (0, 1].
       compression: 1 / density, in place of it.
-      model: the network, `(params, x) -> logits` or a `Problem`. Needed by methods that use data
-        or gradients; with it and `data` the report has the effective compression.
-      data: what scores use: a pair `(x, y)`, one batch; a `Batch` of several batches with
-        leaves `(batches, batch, ...)`; or `x` alone for methods without labels. A single round
-        averages over all batches. Several rounds take one batch each, in turn; where there is only
-        one, all rounds score it, and the report says so.
+      model: the network, `(params, x) -> logits` or a `Problem`, for methods that use data or
+        gradients; with it and `data` the report has the effective compression.
+      data: what scores use: a pair `(x, y)`, one batch; a `Batch` of several batches with leaves
+        `(batches, batch, ...)`; or `x` alone for methods without labels. A single round averages
+        over all batches. Several rounds take one batch each, in turn; if there is only one, all
+        rounds score it, and the report says so.
       model_state: batch statistics and the like, for a `Problem` that has them.
       init: `key -> params`, for methods that draw fresh weights; a `Problem` has its own.
-      loss: per-example loss of `(logits, y)`; by default that of the `Problem`, or cross-entropy.
-      prunable: which leaves may be pruned; by default those of the `Problem`, or `kernels`.
+      loss: per-example loss of `(logits, y)`; by default the `Problem`'s, or cross-entropy.
+      prunable: which leaves may be pruned; by default the `Problem`'s rule, or `kernels`.
       masks: masks already in force; what they prune never returns.
       key: for methods that draw random numbers; by default that of seed 0.
-      allocation: how the weights kept are shared among the layers: 'global' or a layerwise rule.
+      allocation, keep_all_units, batch_norm, repair, repair_gain: see `get_pruner`.
       target: 'direct', or 'effective': the density is that of weights on a path from input to
         output, see `structure.prune_to_active`.
       granularity: 'weight', or 'unit': whole neurons and filters, with all that reads them; density
         and floor then count units. Outputs are on the last axis of a kernel, as in flax and haiku.
-      keep_all_units: with units, a regular expression of layers that keep all theirs; the last
-        layer always does.
       floor: fewest weights (or units) of a layer, one number or path -> number.
       cap: largest density of a layer, one number or path -> number.
       rounds: pruning rounds; None for the published number.
       density_schedule: schedule of densities over the rounds; None for the published one.
-      batch_norm: while scoring, 'train' or 'eval'; None for the published mode.
-      repair: what happens to kept weights at the end; with units, 'orthp'.
-      repair_gain: the activation whose gain repaired kernels have.
       **options: the method's own options.
 
     Raises:
@@ -120,79 +115,135 @@ def prune(
     """
     if not isinstance(method_name, str):
         raise PruneError(f'method_name must be a name such as snip, not {method_name!r}')
-    entry = method(method_name)
-    check.options(options, entry.options, inspect.signature(prune).parameters)
-    check.types(params, model, model_state, loss, prunable, masks, key)
-    check_choices(
-        entry,
-        Choices(
-            method_name,
-            allocation,
-            target,
-            granularity,
-            keep_all_units,
-            cap=cap,
-            batch_norm=batch_norm,
-            repair=repair,
-            repair_gain=repair_gain,
-        ),
-    )
-    density = density_of(density, compression)
-    net = _problem(params, model, init, loss, prunable)
-    follows = target == 'effective' or granularity == 'unit'  # paths through the network
-    _check_needs(entry, method_name, model, data, init, granularity, follows)
-    batches = check.batches_of(data, 'data' in entry.needs)
-    view = check.tried('prunable=', problems.view, net, params, model_state, masks)
-    check.weights(view.weights)
-    if masks is not None and not any(bool(mask.any()) for mask in masks.values()):
-        raise PruneError('masks keep no weight')
-    if model is not None and batches is not None:
-        check.model(net, view, batches, labels='data' in entry.needs)
-    must = follows or allocation in ORDERED
-    connect, shapes, note = _paths(net, view, batches, model is not None, must, allocation)
-    shared = {'allocation': allocation, 'floor': floor, 'cap': cap}
-    make = structure.rounds_before if target == 'effective' else plan_rounds
-    if granularity == 'unit':
-        make = functools.partial(plan_rounds, what='units')
-    plan = make(
-        unit_shapes(shapes, keep_all_units) if granularity == 'unit' else shapes,
-        density,
-        rounds=entry.rounds if rounds is None else rounds,
-        density_schedule=density_schedule or entry.density_schedule,
-        **shared,
-    )
+    check.options(options, method(method_name).options, inspect.signature(prune).parameters)
+    given = _Given(params, model, data, model_state, init, loss, prunable, masks, key)
+    extent = _Extent(density, compression, floor, cap, rounds, density_schedule)
+    what = (method_name, allocation, target, granularity, keep_all_units, 0.0, cap)
+    how = {'batch_norm': batch_norm, 'repair': repair, 'repair_gain': repair_gain}
+    return _pruned(given, Choices(*what, **how), extent, options)
+
+
+class _Given(NamedTuple):
+    """The model and what comes with it; see `prune`."""
+
+    params: PyTree
+    model: Any
+    data: Any
+    model_state: PyTree
+    init: Callable[[Key], PyTree] | None
+    loss: LossFn | None
+    prunable: Rule | None
+    masks: Masks | None
+    key: Key | None
+
+
+class _Extent(NamedTuple):
+    """How much is pruned, and in how many rounds; see `prune`."""
+
+    density: float | None
+    compression: float | None
+    floor: int | Mapping[str, int]
+    cap: float | Mapping[str, float]
+    rounds: int | None
+    density_schedule: str | None
+
+
+def _pruned(given: _Given, choices: Choices, extent: _Extent, options: Mapping[str, Any]) -> Pruned:
+    """The pruned model of a request whose options are known ones."""
+    entry, by_unit = method(choices.name), choices.granularity == 'unit'
+    net, view, batches, density = _checked(entry, given, choices, extent)
+    follows = choices.target == 'effective' or by_unit  # paths through the network
+    must = follows or choices.allocation in ORDERED
+    connect, shapes, note = _paths(net, view, batches, given.model is not None, must, choices)
+    plan = _planned(entry, choices, extent, shapes, density)
     pruner = get_pruner(
         net,
-        method_name,
-        batch_norm=batch_norm,
+        choices.name,
+        allocation=choices.allocation,
+        batch_norm=choices.batch_norm,
         shapes=shapes,
+        floor=extent.floor,
+        cap=extent.cap,
         connect=connect if follows else None,
-        granularity=granularity,
-        keep_all_units=keep_all_units,
-        repair=repair,
-        repair_gain=repair_gain,
-        **shared,
+        granularity=choices.granularity,
+        keep_all_units=choices.keep_all_units,
+        repair=choices.repair,
+        repair_gain=choices.repair_gain,
         **options,
     )
     size = sum(math.prod(shape) for shape in shapes.values())
     wanted = structure.active_wanted(size, 1 / density)
-    found = _in_rounds(pruner, method_name, key, view, plan, batches, wanted)
-    if pruner.final_masks is None and granularity == 'weight':
+    found = _in_rounds(pruner, choices.name, given.key, view, plan, batches, wanted)
+    if pruner.final_masks is None and not by_unit:
         check.kept(found.masks, plan)
-    if 'data' in entry.needs and len(plan.steps) > 1 and batches.x.shape[0] == 1:
-        note = '; '.join(
-            filter(None, [note, f'all {len(plan.steps)} rounds scored the same batch'])
-        )
-    report = report_of(method_name, params, found.masks, shapes, connect, note)
-    if target == 'effective' and report.effective_compression > 1 / density * (1 + 1e-6):
+    rounds = len(plan.steps)
+    if 'data' in entry.needs and rounds > 1 and batches.x.shape[0] == 1:
+        note = '; '.join(filter(None, [note, f'all {rounds} rounds scored the same batch']))
+    report = report_of(choices.name, given.params, found.masks, shapes, connect, note)
+    effective = report.effective_compression
+    if choices.target == 'effective' and effective > 1 / density * (1 + 1e-6):
         raise PruneError(
             f'effective compression {1 / density:.6g} cannot be met: with all weights of this '
-            f'allocation kept it is {report.effective_compression:.6g}'
+            f'allocation kept it is {effective:.6g}'
         )
-    kept = tree.apply_masks(params, found.masks)
-    if repair:
+    kept = tree.apply_masks(given.params, found.masks)
+    if choices.repair:
         kept = tree.put(kept, found.weights)
     return Pruned(kept, found.masks, report)
+
+
+def _checked(
+    entry: Method, given: _Given, choices: Choices, extent: _Extent
+) -> tuple[Problem, View, Batch | None, float]:
+    """The problem, its view, the batches and the density of a request that can be met."""
+    check.types(
+        given.params,
+        given.model,
+        given.model_state,
+        given.loss,
+        given.prunable,
+        given.masks,
+        given.key,
+    )
+    check_choices(entry, choices)
+    density = density_of(extent.density, extent.compression)
+    net = _problem(given)
+    _check_needs(entry, given, choices)
+    batches = check.batches_of(given.data, 'data' in entry.needs)
+    view = check.tried(
+        'prunable=', problems.view, net, given.params, given.model_state, given.masks
+    )
+    check.weights(view.weights)
+    if given.masks is not None and not any(bool(mask.any()) for mask in given.masks.values()):
+        raise PruneError('masks keep no weight')
+    if given.model is not None and batches is not None:
+        check.model(net, view, batches, labels='data' in entry.needs)
+    return net, view, batches, density
+
+
+def _planned(
+    entry: Method,
+    choices: Choices,
+    extent: _Extent,
+    shapes: Mapping[str, tuple[int, ...]],
+    density: float,
+) -> Plan:
+    """The keep counts of all rounds."""
+    make = structure.rounds_before if choices.target == 'effective' else plan_rounds
+    if choices.granularity == 'unit':
+        make = functools.partial(plan_rounds, what='units')
+        shapes = unit_shapes(shapes, choices.keep_all_units)
+    return make(
+        shapes,
+        density,
+        allocation=choices.allocation,
+        floor=extent.floor,
+        cap=extent.cap,
+        rounds=entry.rounds if extent.rounds is None else extent.rounds,
+        density_schedule=entry.density_schedule
+        if extent.density_schedule is None
+        else extent.density_schedule,
+    )
 
 
 def _in_rounds(
@@ -221,47 +272,37 @@ def _in_rounds(
     return found
 
 
-def _check_needs(
-    entry: Method,
-    name: str,
-    model: Any,
-    data: Any,
-    init: Any,
-    granularity: str,
-    follows: bool,
-) -> None:
+def _check_needs(entry: Method, given: _Given, choices: Choices) -> None:
     """Raises PruneError where the model, its data or its initialiser is missing."""
-    needed = (entry.needs & {'data', 'shape'}) or follows
-    if needed and (model is None or data is None):
-        missing = ' and '.join(n for n, v in (('model=', model), ('data=', data)) if v is None)
-        what = f"method '{name}'"
+    by_unit = choices.granularity == 'unit'
+    needed = (entry.needs & {'data', 'shape'}) or by_unit or choices.target == 'effective'
+    if needed and (given.model is None or given.data is None):
+        both = (('model=', given.model), ('data=', given.data))
+        missing = ' and '.join(name for name, value in both if value is None)
+        what = f"method '{choices.name}'"
         if not entry.needs:
-            what = "granularity 'unit'" if granularity == 'unit' else 'target effective'
+            what = "granularity 'unit'" if by_unit else 'target effective'
         raise PruneError(f'{what} needs {missing}')
-    if 'fresh_init' in entry.needs and not isinstance(model, Problem) and init is None:
+    has_init = isinstance(given.model, Problem) or given.init is not None
+    if 'fresh_init' in entry.needs and not has_init:
         raise PruneError(
-            f"method '{name}' draws fresh weights: it needs init=, a function key -> params, or a "
-            'model that is a Problem'
+            f"method '{choices.name}' draws fresh weights: it needs init=, a function key -> "
+            'params, or a model that is a Problem'
         )
 
 
-def _problem(
-    params: PyTree,
-    model: Any,
-    init: Callable[[Key], PyTree] | None,
-    loss: LossFn | None,
-    prunable: Rule | None,
-) -> Problem:
+def _problem(given: _Given) -> Problem:
     """The problem behind the arguments of `prune`."""
+    init, model = given.init, given.model
     if isinstance(model, Problem):
         fresh = None if init is None else lambda key: (init(key), model.init(key)[1])
-        given = {'init': fresh, 'loss': loss, 'prunable': prunable}
-        return model._replace(**{name: f for name, f in given.items() if f is not None})
+        own = {'init': fresh, 'loss': given.loss, 'prunable': given.prunable}
+        return model._replace(**{name: f for name, f in own.items() if f is not None})
     return problems.problem_from_functions(
-        init or (lambda key: params),
+        init or (lambda key: given.params),
         model or _no_model,
-        loss=loss or problems.cross_entropy,
-        prunable=prunable or tree.kernels,
+        loss=given.loss or problems.cross_entropy,
+        prunable=given.prunable or tree.kernels,
     )
 
 
@@ -275,7 +316,7 @@ def _paths(
     batches: Batch | None,
     has_model: bool,
     must: bool,
-    allocation: str,
+    choices: Choices,
 ) -> tuple[Connect | None, dict[str, tuple[int, ...]], str]:
     """Paths through the network where they can be followed: `(connect, shapes in order, note)`.
 
@@ -284,9 +325,10 @@ def _paths(
     """
     shapes = tree.shapes(view.weights)
     if not has_model or batches is None:
-        if allocation in ORDERED:
+        if choices.allocation in ORDERED:
             raise PruneError(
-                f"allocation '{allocation}' needs model= and data= to see which layer is first"
+                f"allocation '{choices.allocation}' needs model= and data= to see which layer is "
+                'first'
             )
         lacks = batches is not None
         return None, shapes, 'paths not followed: this needs model= as well' if lacks else ''

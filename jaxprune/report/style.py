@@ -8,6 +8,7 @@ import io
 import math
 import textwrap
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import matplotlib.style
 from matplotlib.axes import Axes
@@ -71,7 +72,7 @@ SETTINGS = {
 }
 
 
-def context():
+def context() -> AbstractContextManager[None]:
     """A context with the settings of these figures; it restores earlier settings at its end."""
     return matplotlib.style.context(['default', SETTINGS])
 

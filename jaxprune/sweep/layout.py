@@ -149,7 +149,9 @@ def mesh_of(strategy: Strategy, devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(grid, ('run', 'batch'), axis_types=(AxisType.Auto,) * 2)
 
 
-def jitted(fn: Callable, axes: Sequence[int | None], batching: str, mesh: Mesh, **kwargs: Any):
+def jitted(
+    fn: Callable, axes: Sequence[int | None], batching: str, mesh: Mesh, **kwargs: Any
+) -> Callable:
     """`over_runs`, compiled.
 
     The layout is always spelled out: on one device XLA would return another name for the same
