@@ -195,9 +195,12 @@ def test_a_broken_checkpoint_is_an_error_of_one_line(parts, tmp_path):
 
 @pytest.mark.script
 def test_a_killed_process_goes_on_within_its_chunk(tmp_path):
-    """SIGKILL while epochs are being saved; the only chunk is never finished before."""
-    table = {**TABLE, 'engine': {'checkpoint_minutes': ALWAYS}}
-    table['train'] = {**TABLE['train'], 'epochs': 40}
+    """SIGKILL while epochs are saved, before a round and between two: the state to rewind to is in
+    the checkpoint. The only chunk is never finished before."""
+    lottery = {'name': 'magnitude', 'start': 20, 'rounds': 2, 'rewind': 'weights', 'rewind_to': 1.5}
+    grid = {'method': [lottery], 'compression': [5], 'seed': [0, 1]}
+    table = {**TABLE, 'grid': grid, 'engine': {'checkpoint_minutes': ALWAYS}}
+    table['train'] = {**TABLE['train'], 'epochs': 20}
     (tmp_path / 'spec.toml').write_text(tomli_w.dumps(table))
     environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'compiled')}
 
@@ -213,7 +216,7 @@ def test_a_killed_process_goes_on_within_its_chunk(tmp_path):
 
     out = tmp_path / 'killed'
     kills = 0
-    for wanted in (3, 9):
+    for wanted in (30, 250):  # steps, ten an epoch
         process = start(out)
         until = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < until:
