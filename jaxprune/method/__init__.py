@@ -1,6 +1,6 @@
 """Pruners: pure pairs `init`, `update`, called at pruning events; and their registry."""
 
-from jaxprune.method.get_pruner import get_pruner
+from jaxprune.method.by_name import get_pruner
 from jaxprune.method.methods import METHODS, Method, method
 from jaxprune.method.pruner import pruner
 from jaxprune.method.repair import REPAIRS

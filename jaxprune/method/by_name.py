@@ -1,7 +1,7 @@
 """A pruner from the name of a method and what the caller chooses."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxprune import arguments, score
 from jaxprune.allocation import SHARED, Shape, bounds
@@ -78,14 +78,25 @@ def get_pruner(
     )
     check_choices(entry, choices)
     train = (batch_norm or entry.batch_norm) == 'train'
-    if granularity == 'unit':
-        made = _of_units(problem, entry, choices, shapes, connect, floor, train, own)
-    else:
-        made = _of_weights(problem, entry, choices, shapes, connect, floor, train, own)
+    request = _Request(problem, entry, choices, shapes, connect, floor, train, own)
+    made = _of_units(request) if granularity == 'unit' else _of_weights(request)
     needs = made.needs
     if score_on == 'train_batch':
         needs = needs - {'data'} | {'train_batch'}
     return made._replace(needs=needs, repaired_values=repair_of(repair, repair_gain))
+
+
+class _Request(NamedTuple):
+    """What is asked for, checked; see `get_pruner`."""
+
+    problem: Problem
+    entry: Method
+    choices: Choices
+    shapes: Mapping[str, Shape] | None
+    connect: Connect | None
+    floor: int | Mapping[str, int]
+    train: bool
+    options: Mapping[str, Any]
 
 
 def _own_options(entry: Method, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,17 +112,9 @@ def _own_options(entry: Method, name: str, given: Mapping[str, Any]) -> dict[str
     return {**entry.options, **checked}
 
 
-def _of_weights(
-    problem: Problem,
-    entry: Method,
-    choices: Choices,
-    shapes: Mapping[str, Shape] | None,
-    connect: Connect | None,
-    floor: int | Mapping[str, int],
-    train: bool,
-    options: Mapping[str, Any],
-) -> Pruner:
+def _of_weights(request: _Request) -> Pruner:
     """A pruner of single weights."""
+    problem, entry, choices, shapes, connect, floor, train, options = request
     cap, allocation = choices.cap, choices.allocation
     if shapes is None and (floor or cap != 1.0 or connect is not None):
         raise PruneError('floor, cap and connect need shapes: path -> shape of every prunable leaf')
@@ -138,17 +141,9 @@ def _of_weights(
     )
 
 
-def _of_units(
-    problem: Problem,
-    entry: Method,
-    choices: Choices,
-    shapes: Mapping[str, Shape] | None,
-    connect: Connect | None,
-    floor: int | Mapping[str, int],
-    train: bool,
-    options: Mapping[str, Any],
-) -> Pruner:
+def _of_units(request: _Request) -> Pruner:
     """A pruner of whole units."""
+    problem, entry, choices, shapes, connect, floor, train, options = request
     if shapes is None or connect is None:
         raise PruneError('units need shapes, path -> shape in forward order, and connect')
     units = unit_shapes(shapes, choices.keep_all_units)
