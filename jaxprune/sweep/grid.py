@@ -100,10 +100,14 @@ def _life(spec: MethodSpec) -> dict[str, Any]:
     """What a method changes in training: when its rounds happen, phases, what it keeps or does."""
     if spec == DENSE or not (spec.start or spec.every or spec.end or spec.finetune.epochs):
         return {}
-    finetune = {key: v for key, v in plain(spec.finetune).items() if key != 'learning_rate'}
-    life = {key: getattr(spec, key) for key in WHEN if key not in ('restart', 'density_schedule')}
-    own = {'method': event_program(spec)} if stays(spec) else {}
-    return {**life, 'finetune': finetune if spec.finetune.epochs else {}, **own}
+    usual = MethodSpec(name=spec.name)
+    times = {key: getattr(spec, key) for key in WHEN if key not in ('restart', 'density_schedule')}
+    phase = {key: v for key, v in plain(spec.finetune).items() if key != 'learning_rate'}
+    return {
+        **{key: v for key, v in times.items() if v != getattr(usual, key)},
+        **{f'finetune.{k}': v for k, v in phase.items() if v != plain(usual.finetune)[k]},
+        **({'method': event_program(spec)} if stays(spec) else {}),
+    }
 
 
 def stays(spec: MethodSpec) -> bool:
@@ -142,7 +146,9 @@ def event_program(spec: MethodSpec) -> str:
     Left out are names, times, counts (layerwise allocations are nothing else) and traced numbers.
     """
     settings = plain(dataclasses.replace(spec, options=method_options(spec)[1]))
-    defaults = plain(MethodSpec(name=spec.name))
+    entry = method.method(spec.name)
+    published = {**entry.options, 'batch_norm': entry.batch_norm}
+    defaults = {**plain(MethodSpec(name=spec.name)), **published}
     if spec.target == 'direct' and spec.allocation not in SHARED:
         settings['allocation'] = 'layerwise'
     return ', '.join(

@@ -37,7 +37,10 @@ def plan_tables(plan: dict[str, Any], estimate: dict[str, float]) -> list[Any]:
     for column in ('program', 'differs in', 'strategy', 'runs', 'per chunk', 'steps', 'events'):
         programs.add_column(column)
     for program in plan['programs']:
-        differs = ', '.join(f'{k}={v}' for k, v in program['differs'].items()) or 'the only one'
+        own = {k: v for k, v in program['differs'].items() if v is not None}
+        differs = ', '.join(f'{k}={v}' for k, v in own.items())
+        if not differs:
+            differs = 'pruned before training' if len(plan['programs']) > 1 else 'the only one'
         programs.add_row(
             program['id'],
             differs,
