@@ -209,8 +209,8 @@ def test_one_program_for_all_targets_of_a_method():
     assert len(plan['programs']) == 1
     events = plan['programs'][0]['events']
     assert len(events) == len(set(events)) == 4
-    assert 'random, uniform, to effective' in events
-    assert 'force, global, to effective, floor 2, 3 rounds, batch norm train' in events
+    assert 'random, allocation uniform, target effective' in events
+    assert 'force, floor 2, target effective' in events
 
 
 def test_a_target_that_cannot_be_met_is_refused(monkeypatch):
