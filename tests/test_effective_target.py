@@ -205,13 +205,13 @@ def test_one_program_for_all_targets_of_a_method():
     assert len(plan['programs']) == 1
     events = plan['programs'][0]['events']
     assert len(events) == len(set(events)) == 4
-    assert 'random, uniform, to effective' in events
-    assert 'force, global, to effective, floor 2, 3 rounds, batch norm train' in events
+    assert 'random, allocation uniform, target effective' in events
+    assert 'force, batch_norm train, floor 2, target effective' in events
 
 
 def test_a_target_that_cannot_be_met_is_refused(monkeypatch):
     """Expectation: one line with the compression there is, for a network with dead taps."""
-    monkeypatch.setattr('jaxprune.sweep.sweep_plan._most_active', lambda program, group: 4010)
+    monkeypatch.setattr('jaxprune.sweep.abstract._most_active', lambda program, group: 4010)
     with pytest.raises(SpecError, match=r'even with all weights kept .* compression is 4$'):
         make_plan(make_spec({**TABLE, 'grid': {**TABLE['grid'], 'compression': [3]}}))
 
