@@ -62,8 +62,9 @@ def blame(problem, *, train=False):
 # %% [markdown]
 # ## A pruner
 #
-# A score and a selection, called once per round. Counts come from a plan, as exact integers. A
-# pruner of its own kind is two functions, `init` and `update`: see `jp.Pruner`.
+# A score and a selection, called once per round by `jp.prune_rounds`. Counts come from a plan, as
+# exact integers. All rounds are one pure function, here jitted. A pruner of its own kind is two
+# functions, `init` and `update`: see `jp.Pruner`.
 
 # %%
 pruner = jp.pruner(blame(problem), needs={'data'})
@@ -72,15 +73,12 @@ plan = jp.plan_rounds(jp.shapes(view.weights), density=0.02, rounds=10)
 
 @jax.jit
 def rounds(params):
-    def one_round(masks, counts):
-        view = jp.view(problem, params, state, masks)
-        _, masks, info = pruner.update(jax.random.key(0), (), view, counts, batches)
-        return masks, info.kept
-
-    return jax.lax.scan(one_round, view.masks, plan.counts)
+    view = jp.view(problem, params, state)
+    return jp.prune_rounds(pruner, jax.random.key(0), view, plan.counts, batches)
 
 
-masks, kept = rounds(params)
+pruned, infos = rounds(params)
+masks, kept = pruned.masks, infos.kept
 figure, ax = plt.subplots(figsize=(6, 3.4), layout='constrained')
 for path, by_round in kept.items():
     size = view.weights[path].size

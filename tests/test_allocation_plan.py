@@ -25,6 +25,7 @@ from jaxprune.allocation import (
     round_counts,
     smart_ratio,
     uniform,
+    uniform_down,
     uniform_plus,
 )
 from jaxprune.errors import PruneError
@@ -323,8 +324,15 @@ def test_every_allocation(name, shapes, density, more):
         return
     assert list(found) == sorted(shapes)
     assert all(0 <= d <= 1 for d in found.values())
-    spent = sum(d * math.prod(shapes[path]) for path, d in found.items())
-    assert spent == pytest.approx(density * count, rel=1e-9)
+    spent = {path: d * math.prod(shapes[path]) for path, d in found.items()}
+    if name == 'uniform_down':  # the budget layer by layer, in whole weights
+        for path, kept in spent.items():
+            size = math.prod(shapes[path])
+            short = density * size - round(kept)
+            assert kept == pytest.approx(round(kept), abs=1e-9)
+            assert not size or -1e-9 <= short < 1 or (round(kept) == 1 and short < 0)
+    else:
+        assert sum(spent.values()) == pytest.approx(density * count, rel=1e-9)
     kept = round_counts(shapes, found)
     assert all(0 <= kept[path] <= math.prod(shape) for path, shape in shapes.items())
     try:
@@ -364,12 +372,80 @@ def test_registry():
     """Expectation: the names a specification may hold."""
     assert set(ALLOCATIONS) == {'global', 'lamp', *LAYERWISE}
     smart = {'smart_ratio', 'smart_ratio_vgg'}
-    assert set(LAYERWISE) == {'uniform', 'uniform_plus', 'erk', 'igq'} | smart
+    assert set(LAYERWISE) == {'uniform', 'uniform_down', 'uniform_plus', 'erk', 'igq'} | smart
     assert set(SHARED) == set(ALLOCATIONS) - set(LAYERWISE)
     assert layerwise('erk') is erdos_renyi
 
 
+@pytest.mark.parametrize('percent', [1, 7, 10, 29, 30, 50, 55, 70, 99, 100])
+def test_uniform_rounded_down(percent):
+    """Expectation: exact fractions: of n, `ceil((1 - d) n)` are removed, but never all."""
+    shapes = {f'{n}': (n,) for n in range(1, 200)}
+    kept = {
+        path: max(n - math.ceil((1 - Fraction(percent, 100)) * n), 1)
+        for path, (n,) in shapes.items()
+    }
+    assert round_counts(shapes, uniform_down(shapes, percent / 100)) == kept
+    assert jp.keep_counts(shapes, percent / 100, 'uniform_down') == kept
+    rounds = jp.plan_rounds(shapes, percent / 100, allocation='uniform_down', rounds=3).counts
+    assert {path: int(column[-1]) for path, column in rounds.items()} == kept
+    assert all((np.diff(column) <= 0).all() for column in rounds.values())
+
+
+def test_uniform_rounded_down_leaves_empty_layers_alone():
+    """Expectation: by hand: 3 of 10, none of none."""
+    counts = jp.keep_counts({'a': (10,), 'b': (0, 4)}, 0.39, 'uniform_down')
+    assert counts == {'a': 3, 'b': 0}
+
+
 # --- counts -----------------------------------------------------------------------------------
+
+
+def test_a_compression_in_place_of_a_density():
+    """Expectation: that of the density 1 / compression; exactly one of them."""
+    for allocation in ('global', 'uniform', 'erk', 'igq'):
+        by_density = jp.keep_counts(LENET, 1 / 20, allocation)
+        assert jp.keep_counts(LENET, allocation=allocation, compression=20) == by_density
+        plan = jp.plan_rounds(LENET, compression=20, allocation=allocation, rounds=3)
+        wanted = jp.plan_rounds(LENET, 1 / 20, allocation=allocation, rounds=3)
+        np.testing.assert_equal(plan.counts, wanted.counts)
+    assert jp.keep_counts(LENET, compression=1) == {'*': total(LENET)}
+    for make in (jp.keep_counts, jp.plan_rounds):
+        for both in ({}, {'density': 0.1, 'compression': 10}):
+            with pytest.raises(PruneError, match='give either density= or compression='):
+                make(LENET, **both)
+        for wrong in (0.5, 0, -3, math.nan):
+            with pytest.raises(PruneError, match='compression must be at least 1, not'):
+                make(LENET, compression=wrong)
+        with pytest.raises(PruneError, match="compression must be a number, not '10'"):
+            make(LENET, compression='10')
+
+
+def test_steps_of_rounds():
+    """Expectation: as given, or all before training."""
+    assert jp.plan_rounds(LENET, 0.1, rounds=3).steps.tolist() == [0, 0, 0]
+    plan = jp.plan_rounds(LENET, 0.1, rounds=3, steps=[0, 5, np.int64(5)])
+    assert plan.steps.tolist() == [0, 5, 5] and plan.steps.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ('steps', 'message'),
+    [
+        ([0, 5], 'steps must hold one step for each of 3 rounds, not 2'),
+        ([0, 5, 6, 7], 'steps must hold one step for each of 3 rounds, not 4'),
+        ([0, 5, 4], r'steps must not fall and lie below 2\*\*31, not \[0, 5, 4\]'),
+        ([-1, 5, 6], 'steps must not fall'),
+        ([0, 5, 2**31], r'below 2\*\*31'),
+        ([0, 5, 6.5], 'steps must be a whole number, not 6.5'),
+        ([0, True, 6], 'steps must be a whole number, not True'),
+    ],
+    ids=str,
+)
+def test_steps_that_cannot_be(steps, message):
+    """Expectation: one line."""
+    with pytest.raises(PruneError, match=message) as refusal:
+        jp.plan_rounds(LENET, 0.1, rounds=3, steps=steps)
+    assert '\n' not in str(refusal.value)
 
 
 @pytest.mark.parametrize(

@@ -72,26 +72,22 @@ def test_published_synflow_direct_and_effective(name, forward, sparsity):
         removed = [int(size - size * (1 - s) ** (t / 100)) for t in range(1, 101)]
         view = jp.view(problem, params)
 
-        def one(carry, count):
-            state, masks = carry
-            now = jp.view(problem, params, None, masks)
-            batches = Batch(x, jnp.zeros((1, 1), jnp.int32))
-            state, masks, info = pruner.update(jax.random.key(0), state, now, {'*': count}, batches)
-            return (state, masks), info.nonfinite
+        batches = Batch(x, jnp.zeros((1, 1), jnp.int32))
+        counts = {'*': np.array([size - r for r in removed], np.int32)}
 
-        @jax.jit
-        def rounds(counts):
-            begun = pruner.init(jax.random.key(0), view)
-            return jax.lax.scan(one, (begun, view.masks), counts)[0]
+        def masks_after(rounds_of, active):
+            key = jax.random.key(0)
+            return jp.prune_rounds(rounds_of, key, view, counts, batches, active=active)[0].masks
 
-        state, masks = rounds(jnp.asarray([size - r for r in removed], jnp.int32))
+        direct = pruner._replace(final_masks=None)
+        masks = jax.jit(lambda: masks_after(direct, 0))()
         wanted = masks_of(file, f'out/synflow_direct/s{sparsity}', shapes)
         for path in shapes:
             np.testing.assert_array_equal(masks[path], wanted[path])
         if f'out/synflow_effective/s{sparsity}/{layers[0]}' not in file:
             return
         active = structure.active_wanted(size, 1 / (1 - s))
-        found = jax.jit(pruner.final_masks)(state, active)
+        found = jax.jit(lambda active: masks_after(pruner, active))(jnp.int32(active))
         wanted = masks_of(file, f'out/synflow_effective/s{sparsity}', shapes)
         for path in shapes:
             np.testing.assert_array_equal(found[path], wanted[path])
@@ -215,7 +211,7 @@ def test_one_program_for_all_targets_of_a_method():
 
 def test_a_target_that_cannot_be_met_is_refused(monkeypatch):
     """Expectation: one line with the compression there is, for a network with dead taps."""
-    monkeypatch.setattr('jaxprune.sweep.sweep_plan._most_active', lambda program, group: 4010)
+    monkeypatch.setattr('jaxprune.sweep.abstract._most_active', lambda program, group: 4010)
     with pytest.raises(SpecError, match=r'even with all weights kept .* compression is 4$'):
         make_plan(make_spec({**TABLE, 'grid': {**TABLE['grid'], 'compression': [3]}}))
 

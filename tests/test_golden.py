@@ -21,6 +21,7 @@ import pytest
 from published import golden
 
 import jaxprune as jp
+from jaxprune.method import host_loop
 from jaxprune.nn import build as build_model
 from jaxprune.schedule import exponential, linear
 from jaxprune.types import Scores
@@ -353,7 +354,8 @@ def test_methods_by_name(method):
     """Expectation: as above, through the registry; the original's modes are asked for by name."""
     c = case('convbn')
     short = {'magnitude': 'mag'}.get(method, method)
-    pruner = jp.get_pruner(c.problem, method, train=False)
+    batch_norm = 'eval' if method in ('snip', 'grasp') else None
+    pruner = jp.get_pruner(c.problem, method, batch_norm=batch_norm)
     _, masks, _ = jax.jit(pruner.update)(KEY, (), c.view, their_global_counts(c, 0.1), c.batches())
     assert_same_masks(masks, layers(c.file, f'mask_{short}_global_c1e1'))
 
@@ -380,37 +382,27 @@ def test_float32_masks(name):
 
 @functools.cache
 def rounds_of(name: str):
-    """`(update, scan)`: one round, and all rounds in one program; compiled once per network."""
-    problem = case(name).problem
-    pruner = jp.get_pruner(problem, 'synflow')
+    """`(pruner, scan)`: with a compiled `update`; all rounds in one program. Once per network."""
+    pruner = jp.get_pruner(case(name).problem, 'synflow')
 
-    def update(params, model_state, masks, event, batches):
-        view = jp.view(problem, params, model_state, masks)
-        _, masks, info = pruner.update(KEY, (), view, event, batches)
-        return masks, info
+    def scan(view, counts, batches):
+        return jp.prune_rounds(pruner, KEY, view, counts, batches)[0].masks
 
-    def scan(params, model_state, masks, counts, batches):
-        def body(masks, event):
-            return update(params, model_state, masks, event, batches)[0], None
-
-        return jax.lax.scan(body, masks, counts)[0]
-
-    return jax.jit(update), jax.jit(scan)
+    return pruner._replace(update=jax.jit(pruner.update)), jax.jit(scan)
 
 
 def by_rounds(c: Case, counts):
     """`pruner.update` called once per round from the host."""
-    masks, update = c.view.masks, rounds_of(c.name)[0]
-    for i in range(len(counts['*'])):
-        event = {path: count[i] for path, count in counts.items()}
-        masks, info = update(c.params, c.model_state, masks, event, c.batches())
-        assert sum(info.kept.values()) == event['*']
-        assert info.nonfinite == 0
-    return masks
+    view, infos = jp.prune_rounds(
+        rounds_of(c.name)[0], KEY, c.view, counts, c.batches(), loop=host_loop
+    )
+    np.testing.assert_array_equal(sum(infos.kept.values()), counts['*'])
+    assert not infos.nonfinite.any()
+    return view.masks
 
 
 def by_scan(c: Case, counts):
-    return rounds_of(c.name)[1](c.params, c.model_state, c.view.masks, counts, c.batches())
+    return rounds_of(c.name)[1](c.view, counts, c.batches())
 
 
 ROUNDS = {'loop': by_rounds, 'scan': by_scan}
@@ -610,7 +602,7 @@ def test_iterated_snip_differs_because_ours_never_revives():
     assert file['out/revived_snip_per_round'].sum() > 0
     counts = their_rounds(c, 0.1, 10, 'exponential')['*']
     assert counts.tolist() == file['out/remaining_snip_after_round'].tolist()
-    update = jax.jit(jp.get_pruner(c.problem, 'snip', train=False).update)
+    update = jax.jit(jp.get_pruner(c.problem, 'snip', batch_norm='eval').update)
     masks = c.view.masks
     for count in counts:
         before = masks

@@ -39,6 +39,14 @@ def plain_apply(p, x):
     return h @ p['second']['kernel'] + p['second']['bias']
 
 
+def fresh(key):
+    """Parameters of the same network, drawn anew."""
+    leaves, tree = jax.tree.flatten(plain_params())
+    keys = jax.random.split(key, len(leaves))
+    drawn = [jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, drawn)
+
+
 def linen_case():
     class Net(nn.Module):
         @nn.compact
@@ -140,14 +148,13 @@ def test_params_alone_are_enough_for_methods_of_the_weights():
     assert 'compression 3.33333' in text and 'untouched: first/bias, second/bias' in text
 
 
-@pytest.mark.parametrize('name', sorted(jp.METHODS))
+@pytest.mark.parametrize('name', sorted(n for n, m in jp.METHODS.items() if not m.hooked))
 def test_every_method(name):
     """Expectation: round(0.2 * 90) weights, also in few rounds; deterministic without a key."""
-    rounds = min(jp.METHODS[name].rounds, 2)
-    one, two = (
-        jp.prune(plain_params(), name, 0.2, model=plain_apply, data=(X, Y), rounds=rounds)
-        for _ in range(2)
-    )
+    asked = {'model': plain_apply, 'data': (X, Y), 'rounds': min(jp.METHODS[name].rounds, 2)}
+    if 'fresh_init' in jp.METHODS[name].needs:
+        asked['init'] = fresh
+    one, two = (jp.prune(plain_params(), name, 0.2, **asked) for _ in range(2))
     assert sum(leaf.kept for leaf in one.report.leaves) == 18
     for path, mask in one.masks.items():
         np.testing.assert_array_equal(mask, two.masks[path])
@@ -247,7 +254,7 @@ def test_what_else_is_right():
         jp.prune(plain_params(), 'snip', 0.1, target='effective', **fixed)
     for more in (
         {'key': jax.random.PRNGKey(0)},
-        {'train': np.bool_(False)},
+        {'batch_norm': 'eval'},
         {'density': np.float32(0.1)},
         {'density': fractions.Fraction(1, 10)},
         {'data': jp.Batch(X[None], Y[None].astype(np.uint8))},
@@ -361,7 +368,10 @@ def nan(p, x):
         # Types.
         ({'method_name': None}, 'method_name must be a name'),
         ({'density': '0.1'}, "density must be a number, not '0.1'"),
-        ({'density': None}, 'density must be a number, not None'),
+        ({'density': None}, 'give either density= or compression='),
+        ({'compression': 10}, 'give either density= or compression='),
+        ({'density': None, 'compression': 0.5}, 'compression must be at least 1, not 0.5'),
+        ({'density': None, 'compression': '9'}, "compression must be a number, not '9'"),
         ({'density': True}, 'density must be a number, not True'),
         ({'rounds': 2.5}, 'rounds must be a whole number, not 2.5'),
         ({'rounds': '3'}, "rounds must be a whole number, not '3'"),
@@ -370,7 +380,9 @@ def nan(p, x):
         ({'density_schedule': 3}, "unknown schedule '3'"),
         ({'allocation': None}, "unknown allocation 'None'"),
         ({'key': 0}, 'key must be a random key such as'),
-        ({'train': 'no'}, "train must be True or False, not 'no'"),
+        ({'batch_norm': 'no'}, "unknown batch_norm 'no'"),
+        ({'batch_norm': True}, "unknown batch_norm 'True'"),
+        ({'method_name': 'magnitude', 'batch_norm': 'eval'}, 'there is no mode to choose'),
         ({'prunable': ['first']}, 'prunable must be a function'),
         ({'loss': 'mse'}, 'loss must be a function'),
         ({'masks': [1]}, 'masks must be a dict'),
@@ -417,10 +429,20 @@ def nan(p, x):
         # Options of methods.
         ({'method_name': 'grasp', 'temperature': 0.0}, 'temperature of grasp must be above 0'),
         ({'method_name': 'grasp', 'temperature': '9'}, "option 'temperature' must be a number"),
-        ({'method_name': 'ntk_sap', 'epsilon': -1.0}, 'epsilon of ntk_sap must be above 0'),
+        ({'method_name': 'ntk_sap'}, r"'ntk_sap' draws fresh weights: it needs init="),
+        (
+            {'method_name': 'ntk_sap', 'init': fresh, 'epsilon': -1.0},
+            'epsilon of ntk_sap must be above 0',
+        ),
         ({'method_name': 'prospr', 'first_order': 'no'}, 'must be True or False'),
         ({'method_name': 'prospr', 'steps': 1.5}, "option 'steps' must be a whole number"),
-        ({'method_name': 'ntk_sap', 'data': X.astype(int)}, 'ntk_sap draws Gaussian inputs'),
+        (
+            {'method_name': 'ntk_sap', 'init': fresh, 'data': X.astype(int)},
+            'ntk_sap draws Gaussian inputs',
+        ),
+        # Methods that change training.
+        ({'method_name': 'tpp'}, "granularity: 'tpp' prunes units"),
+        ({'method_name': 'tpp', 'granularity': 'unit'}, "'tpp' acts between its first round and"),
     ],
 )
 def test_mistakes_are_told_in_one_line(kwargs, message):
@@ -459,3 +481,158 @@ def test_an_allocation_by_the_weights_and_weights_that_return_do_not_go_together
     """Expectation: one line that says why."""
     with pytest.raises(PruneError, match="'force' brings weights back"):
         jp.prune(plain_params(), 'force', 0.2, model=plain_apply, data=(X, Y), allocation='lamp')
+
+
+# --- rounds, batches, and what there is in place of a density -----------------------------------
+
+BATCHES = jp.Batch(
+    jnp.asarray(RNG.normal(size=(3, 12, 6)), jnp.float32), jnp.asarray(RNG.integers(0, 3, (3, 12)))
+)
+
+
+def kernels_of(params):
+    return {path: np.asarray(params[path.split('/')[0]]['kernel']) for path in SHAPES}
+
+
+def with_kernels(weights):
+    changed = {name: {'kernel': jnp.asarray(weights[f'{name}/kernel'])} for name in plain_params()}
+    return {name: {**layer, **changed[name]} for name, layer in plain_params().items()}
+
+
+def snip_by_hand(counts, batches_of):
+    """Masks after rounds of |w g|, g the mean of `jax.grad` over batches `batches_of(round)`."""
+
+    def loss(params, at):
+        return jp.cross_entropy(plain_apply(params, BATCHES.x[at]), BATCHES.y[at]).mean()
+
+    weights = kernels_of(plain_params())
+    for number, count in enumerate(counts):
+        each = [kernels_of(jax.grad(loss)(with_kernels(weights), at)) for at in batches_of(number)]
+        scores = {p: np.abs(w * np.mean([g[p] for g in each], 0)) for p, w in weights.items()}
+        least = np.sort(np.concatenate([score.ravel() for score in scores.values()]))[-count]
+        weights = {p: np.where(scores[p] >= least, w, 0) for p, w in weights.items()}
+    return {path: w != 0 for path, w in weights.items()}
+
+
+@pytest.mark.parametrize('rounds', [2, 5])
+def test_several_rounds_take_one_batch_each_in_turn(rounds):
+    """Expectation: `jax.grad` by hand: round i scores batch i mod 3 alone."""
+    counts = jp.plan_rounds(SHAPES, 0.2, rounds=rounds).counts['*']
+    pruned = jp.prune(plain_params(), 'snip', 0.2, model=plain_apply, data=BATCHES, rounds=rounds)
+    by_hand = snip_by_hand(counts, lambda number: [number % 3])
+    for path, mask in by_hand.items():
+        np.testing.assert_array_equal(pruned.masks[path], mask)
+    assert pruned.report.note == ''
+    # So the first batch alone would give other masks: the test can tell.
+    first = snip_by_hand(counts, lambda number: [0])
+    assert any((first[path] != mask).any() for path, mask in by_hand.items())
+
+
+def test_a_single_round_averages_over_all_batches():
+    """Expectation: |w| times the mean of the three gradients, by hand."""
+    pruned = jp.prune(plain_params(), 'snip', 0.2, model=plain_apply, data=BATCHES, rounds=1)
+    by_hand = snip_by_hand([18], lambda number: [0, 1, 2])
+    for path, mask in by_hand.items():
+        np.testing.assert_array_equal(pruned.masks[path], mask)
+    first = snip_by_hand([18], lambda number: [0])
+    assert any((first[path] != mask).any() for path, mask in by_hand.items())
+
+
+def test_the_report_says_when_all_rounds_scored_one_batch():
+    """Expectation: the docstring of `data`; nothing where there is nothing to say."""
+
+    def note(name, rounds, data=(X, Y)):
+        report = jp.prune(
+            plain_params(), name, 0.2, model=plain_apply, data=data, rounds=rounds
+        ).report
+        assert (report.note or 'untouched') in str(report)
+        return report.note
+
+    assert note('snip', 3) == 'all 3 rounds scored the same batch'
+    assert note('snip', 1) == ''
+    assert note('snip', 3, BATCHES) == ''
+    assert note('synflow', 3) == ''  # looks at no data
+    silent = jp.prune(
+        plain_params(),
+        'snip',
+        0.2,
+        model=lambda p, x: jnp.sort(plain_apply(p, x)),
+        data=(X, Y),
+        rounds=2,
+    )
+    assert "operation 'sort'" in silent.report.note
+    assert silent.report.note.endswith('; all 2 rounds scored the same batch')
+
+
+def test_a_compression_in_place_of_a_density():
+    """Expectation: the masks of the density 1 / compression, also to active weights."""
+    for more in ({}, {'target': 'effective', 'rounds': 2}):
+        asked = {'model': plain_apply, 'data': (X, Y), **more}
+        one = jp.prune(plain_params(), 'snip', compression=5, **asked)
+        other = jp.prune(plain_params(), 'snip', density=0.2, **asked)
+        for path in SHAPES:
+            np.testing.assert_array_equal(one.masks[path], other.masks[path])
+    assert jp.prune(plain_params(), 'magnitude', compression=10).report.compression == 10
+
+
+def test_ntk_sap_draws_fresh_weights():
+    """Expectation: the score draws weights by `init=`, a `Problem`'s own where none is given; so
+    masks are not those of scoring the given weights, which a constant `init` comes to."""
+    asked = {'model': plain_apply, 'data': X, 'rounds': 2}
+    drawn = jp.prune(plain_params(), 'ntk_sap', 0.2, init=fresh, **asked)
+    given = jp.prune(plain_params(), 'ntk_sap', 0.2, init=lambda key: plain_params(), **asked)
+    problem = jp.problem_from_functions(fresh, plain_apply)
+    own = jp.prune(plain_params(), 'ntk_sap', 0.2, **{**asked, 'model': problem})
+    assert drawn.report.compression == given.report.compression == 5
+    assert any((drawn.masks[path] != given.masks[path]).any() for path in SHAPES)
+    for path in SHAPES:
+        np.testing.assert_array_equal(drawn.masks[path], own.masks[path])
+        # Fresh weights are for the score alone: what is kept is what was given.
+        kept = kernels_of(drawn.params)[path]
+        np.testing.assert_array_equal(
+            kept, np.where(drawn.masks[path], kernels_of(plain_params())[path], 0)
+        )
+
+
+@pytest.mark.parametrize(('gain', 'square'), [('linear', 1.0), ('relu', 2.0)])
+def test_units_with_orthogonal_kernels(gain, square):
+    """Expectation: the definition: what is left of a kernel has orthonormal rows or columns, times
+    the gain; 4 of the 10 hidden units stay, and all 3 outputs."""
+    pruned = jp.prune(
+        plain_params(),
+        'magnitude',
+        0.4,
+        model=plain_apply,
+        data=X,
+        granularity='unit',
+        repair='orthp',
+        repair_gain=gain,
+    )
+    for path, shape in {'first/kernel': (6, 4), 'second/kernel': (4, 3)}.items():
+        mask, kernel = np.asarray(pruned.masks[path]), kernels_of(pruned.params)[path]
+        left = kernel[mask.any(1)][:, mask.any(0)]
+        assert left.shape == shape and not kernel[~mask].any()
+        np.testing.assert_allclose(left.T @ left, square * np.eye(shape[1]), atol=1e-5)
+    for name in SHAPES:
+        layer = name.split('/')[0]
+        np.testing.assert_array_equal(pruned.params[layer]['bias'], plain_params()[layer]['bias'])
+
+
+def test_a_traced_option_equals_the_constant():
+    """Expectation: the masks of the pruner with the number as a constant; two temperatures in one
+    program that differ."""
+    problem = jp.problem_from_functions(lambda key: plain_params(), plain_apply)
+    view = jp.view(problem, plain_params())
+    counts = jp.plan_rounds(SHAPES, 0.5, rounds=2).counts
+
+    def masks(temperature):
+        pruner = jp.get_pruner(problem, 'grasp', temperature=temperature)
+        return jp.prune_rounds(pruner, KEY, view, counts, BATCHES)[0].masks
+
+    traced, found = jax.jit(masks), []
+    for temperature in (0.5, 200.0):
+        constant = jax.jit(lambda temperature=temperature: masks(temperature))()
+        found.append(traced(jnp.float32(temperature)))
+        for path, mask in constant.items():
+            np.testing.assert_array_equal(found[-1][path], mask)
+    assert any((found[0][path] != found[1][path]).any() for path in SHAPES)

@@ -1003,7 +1003,7 @@ def test_curves_recorded_along_training_are_drawn():
     runs = sweep.results['run_id'].unique(maintain_order=True)
     last = sweep.results['step'].max()
     curves = pl.DataFrame(
-        [[run, step, float(step), None, None] for run in runs for step in (1, 2, last)],
+        [[run, step, 1, float(step), None, None] for run in runs for step in (1, 2, last)],
         schema=store.CURVES,
         orient='row',
     )
@@ -1026,12 +1026,12 @@ def test_recorded_quantities_as_a_network():
     from jaxprune.report import recorded
 
     rows = [
-        *[('a', 1, path, 'weight_norm', value) for path, value in (('x', 3.0), ('y', 4.0))],
-        *[('a', 1, path, 'norm_rate', value) for path, value in (('x', 3.0), ('y', -4.0))],
-        *[('a', 1, path, 'imbalance', value) for path, value in (('x', 3.0), ('y', 4.0))],
-        *[('a', 1, path, 'pearson_magnitude_loss', v) for path, v in (('x', 0.3), ('*', 0.5))],
-        ('b', 1, '*', 'pearson_magnitude_loss', 0.7),
-        ('c', 1, '*', 'pearson_magnitude_loss', math.nan),
+        *[('a', 1, 0, path, 'weight_norm', value) for path, value in (('x', 3.0), ('y', 4.0))],
+        *[('a', 1, 0, path, 'norm_rate', value) for path, value in (('x', 3.0), ('y', -4.0))],
+        *[('a', 1, 0, path, 'imbalance', value) for path, value in (('x', 3.0), ('y', 4.0))],
+        *[('a', 1, 0, path, 'pearson_magnitude_loss', v) for path, v in (('x', 0.3), ('*', 0.5))],
+        ('b', 1, 0, '*', 'pearson_magnitude_loss', 0.7),
+        ('c', 1, 0, '*', 'pearson_magnitude_loss', math.nan),
     ]
     flows = pl.DataFrame(rows, schema=store.FLOW, orient='row')
     found = recorded.whole(flows).filter(pl.col('run_id') == 'a')

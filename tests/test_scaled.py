@@ -219,20 +219,15 @@ def test_a_hundred_rounds_keep_every_layer():
     total = sum(np.prod(shape) for shape in shapes.values())
     counts = jp.plan_rounds(shapes, 3 * depth / total, rounds=100).counts
 
-    def one(masks, event):
-        now = jp.view(problem, view.params, masks=masks)
-        _, masks, info = pruner.update(KEY, (), now, event, batches)
-        return masks, (sum(info.kept.values()), info.nonfinite)
-
     @jax.jit
-    def all_rounds(masks, counts):
-        masks, trace = jax.lax.scan(one, masks, counts)
-        last = jp.synflow(problem)(KEY, jp.view(problem, view.params, masks=masks), batches)
-        return masks, trace, last
+    def all_rounds(counts):
+        found, infos = jp.prune_rounds(pruner, KEY, view, counts, batches)
+        return found.masks, infos, jp.synflow(problem)(KEY, found, batches)
 
-    masks, (kept, broken), last = all_rounds(view.masks, counts)
+    masks, infos, last = all_rounds(counts)
+    kept = sum(infos.kept.values())
     np.testing.assert_array_equal(kept, counts['*'])
-    assert not np.any(broken)
+    assert not np.any(infos.nonfinite)
     assert kept[-1] == 3 * depth
     sums = np.array([leaf.sum() for leaf in last.values()])
     assert (sums > 0).all()

@@ -39,16 +39,23 @@ import numpy as np
 from jaxprune import data, tree
 from jaxprune.errors import first_line
 from jaxprune.sweep import make_spec
+from jaxprune.sweep.abstract import abstract_data
+from jaxprune.sweep.advance import Rows
 from jaxprune.sweep.chunk import rows_of
+from jaxprune.sweep.chunk_tables import Moment, curves_rows, flow_rows
+from jaxprune.sweep.compiled_events import EventCall
+from jaxprune.sweep.counts import counts_of
+from jaxprune.sweep.device_data import DeviceData
 from jaxprune.sweep.devices import cores, use_all_cores
-from jaxprune.sweep.engine import Engine, Rows, make_engine
+from jaxprune.sweep.engine import Engine, make_engine
+from jaxprune.sweep.grid import Run
 from jaxprune.sweep.grid import runs as all_runs
-from jaxprune.sweep.layout import segment_of
-from jaxprune.sweep.probe import possible, probe
-from jaxprune.sweep.program import DeviceData, Program, hyper_of, make_program
+from jaxprune.sweep.probe import possible, probe, trial_line
+from jaxprune.sweep.program import Program, make_program
 from jaxprune.sweep.strategy import Strategy, usual
-from jaxprune.sweep.sweep_plan import abstract_data, counts_of
+from jaxprune.sweep.timeline import borders_of, stretches_of
 from jaxprune.sweep.timing import stopwatch
+from jaxprune.train import train_segment
 
 NETS: dict[str, tuple[dict[str, Any], str]] = {
     'LeNet-300-100': ({'name': 'lenet300100'}, 'mnist'),
@@ -201,24 +208,23 @@ def prepare(settings, name: str, stop: float, notes: list[str]) -> Case:
     """A net with its fastest strategy; every trial is noted."""
     spec = specification(settings, name, 1)
     run = all_runs(spec)[0]
-    program = make_program(spec, run.train)
+    program = make_program(spec, run)
     key = jax.random.key(0)
-    state = jax.eval_shape(program.init, key, hyper_of(run))
+    state = jax.eval_shape(program.init, key, program.hyper)
     indices = jax.ShapeDtypeStruct((settings.batch,), np.int32)
-    step = jax.jit(program.step).lower(
-        np.int32(0), abstract_data(spec), key, hyper_of(run), indices, state
+    step = jax.jit(program.stages[False].step).lower(
+        np.int32(0), abstract_data(spec), key, program.hyper, indices, state
     )
     flops = float((step.cost_analysis() or {}).get('flops', math.nan))
     strategy = usual(program.convolves, jax.default_backend(), jax.local_device_count())
     if not settings.no_probe:
         found, began = [], time.monotonic()
-        for tried in possible(spec, run):
+        for tried in possible(spec, program.convolves):
             if found and time.monotonic() - began > 0.25 * (stop - began):
                 notes.append(f'{name}: {tried} and those after it were not tried, no time')
                 break
             found += probe(spec, run, [tried])
-            how = found[-1].error or f'{1e3 * found[-1].seconds:.3g} ms per run and step'
-            notes.append(f'{name}: {tried}: {how}')
+            notes.append(f'{name}: {trial_line(found[-1])}')
         strategy = min(found, key=lambda measured: measured.seconds).strategy
     return Case(name, spec, program, noise(spec), flops, strategy)
 
@@ -243,15 +249,10 @@ def started(settings, case: Case, runs: int) -> tuple[Start, dict[str, Any]]:
     strategy = case.strategy._replace(devices=math.gcd(runs, case.strategy.devices))
     if runs == 1:
         strategy = usual(case.program.convolves, jax.default_backend(), 1)
-    program = make_program(spec, members[0].train, strategy.convolution)
+    program = make_program(spec, members[0], strategy.convolution)
     engine = make_engine(strategy, program, case.data, devices)
     rows, _ = rows_of(members, runs, engine)
-    tables = [counts_of(program, run).counts for run in members]
-    counts = {path: np.stack([t[path] for t in tables]) for path in tables[0]}
-    states = engine.init(rows)
-    states, _ = engine.prune(
-        members[0].method, rows, range(runs), counts, np.zeros(runs, np.int32), states
-    )
+    states, _ = engine.prune(rows, pruning(program, members), engine.init(rows))
     host = engine.pack(states)
     each = [jax.tree.map(lambda a, i=i: a[i], host) for i in range(min(runs, FEW))]
     with stopwatch() as watch:
@@ -268,13 +269,28 @@ def started(settings, case: Case, runs: int) -> tuple[Start, dict[str, Any]]:
     return Start(engine, rows, states, each), facts
 
 
-def sweep(start: Start) -> Callable[[int], np.ndarray]:
-    """The engine's epoch; returns the mean losses of the first few runs."""
-    states = start.states
+def pruning(program: Program, members: list[Run]) -> EventCall:
+    """The one round of all runs, before training."""
+    tables = [counts_of(program, run).counts for run in members]
+    return EventCall(
+        method=members[0].method,
+        happening=program.timeline.rounds[0],
+        at=range(len(members)),
+        counts={path: np.stack([t[path] for t in tables]) for path in tables[0]},
+        active=np.zeros(len(members), np.int32),
+        numbers={},
+    )
+
+
+def sweep(case: Case, start: Start) -> Callable[[int], np.ndarray]:
+    """An epoch by the engine; returns the mean losses of the first few runs."""
+    states, steps = start.states, case.program.steps
 
     def epoch(number: int) -> np.ndarray:
         nonlocal states
-        states, losses, _ = start.engine.epoch(number, start.rows, states)
+        states, losses = start.engine.advance(
+            number * steps, (number + 1) * steps, start.rows, states
+        )
         return losses[: len(start.each)].mean(axis=1)
 
     return epoch
@@ -287,7 +303,8 @@ def one_by_one(case: Case, start: Start) -> Callable[[int], np.ndarray]:
     """
     program, device = case.program, jax.local_devices()[0]
     stepped = program.convolves and not accelerated()
-    fn = jax.jit(program.step if stepped else segment_of(program), donate_argnums=5)
+    step = program.stages[False].step
+    fn = jax.jit(step if stepped else train_segment(step), donate_argnums=5)
     order = jax.jit(program.order)
     data_ = jax.device_put(case.data, device)
     states = jax.device_put(start.each, device)
@@ -419,7 +436,7 @@ def measured(settings, case: Case, runs: int, peak: float, stop: float, rows: li
         start, row = started(settings, case, runs)
     except Exception as error:
         return {'left out': first_line(error)}
-    contenders, left = {'sweep': sweep(start), 'JAX': one_by_one(case, start)}, []
+    contenders, left = {'sweep': sweep(case, start), 'JAX': one_by_one(case, start)}, []
     for name, graphs in (('PyTorch', False), ('graphs', True)):
         try:
             contenders[name] = pytorch(case, start, graphs)
@@ -464,29 +481,14 @@ def measured(settings, case: Case, runs: int, peak: float, stop: float, rows: li
 
 def recording(settings, case: Case, runs: int, every: int, end: float) -> list[dict[str, str]]:
     """What records along training cost: epochs with and without, in turns."""
-    name = case.name
     if time.monotonic() > end:
-        return [{'net': name, 'recorded': 'left out: no time left (--minutes)'}]
+        return [{'net': case.name, 'recorded': 'left out: no time left (--minutes)'}]
     longer = argparse.Namespace(**{**vars(settings), 'steps': 2 * every if runs > 2 else every})
-    stride = {'every': every}
-    kinds = {
-        'nothing': {},
-        'training loss, every step': {'every': 1},
-        f'weight norms, every {every} steps': {**stride, 'flow': ['weight_norm']},
-        f'gradient norms on 100 examples, every {every}': {**stride, 'flow': ['gradient_norm']},
-        f'gᵀHg on 100 examples, every {every}': {**stride, 'flow': ['gradient_curvature']},
-        f'mean singular value of 100 Jacobians, every {every}': {**stride, 'flow': ['jsv_mean']},
-        f'evaluation on 500 examples, every {every}': {**stride, 'evaluate': True},
+    kinds = recorded_kinds(every)
+    epochs = {
+        kind: recorded_epoch(case, specification(longer, case.name, runs, record=record))
+        for kind, record in kinds.items()
     }
-    strategy = case.strategy._replace(devices=math.gcd(runs, case.strategy.devices))
-    epochs = {}
-    for kind, record in kinds.items():
-        spec = specification(longer, name, runs, record=record)
-        members = all_runs(spec)
-        program = make_program(spec, members[0].train, strategy.convolution)
-        engine = make_engine(strategy, program, noise(spec), jax.local_devices())
-        rows, _ = rows_of(members, runs, engine)
-        epochs[kind] = sweep(Start(engine, rows, engine.init(rows), []))
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(settings.rounds + 2):
         for kind, epoch in epochs.items():
@@ -500,7 +502,7 @@ def recording(settings, case: Case, runs: int, every: int, end: float) -> list[d
         spread = f'{100 * min(more):+.1f} to {100 * max(more):+.1f}'
         found.append(
             {
-                'net': name,
+                'net': case.name,
                 'N': str(runs),
                 'recorded': kind,
                 'cost %': f'{100 * statistics.median(more):+.1f}',
@@ -509,6 +511,49 @@ def recording(settings, case: Case, runs: int, every: int, end: float) -> list[d
         )
         print(found[-1], flush=True)
     return found
+
+
+def recorded_kinds(every: int) -> dict[str, dict[str, Any]]:
+    """What is recorded -> [record] of a specification; the first of them records nothing."""
+    stride = {'every': every}
+    return {
+        'nothing': {},
+        'training loss, every step': {'every': 1},
+        f'weight norms, every {every} steps': {**stride, 'flow': ['weight_norm']},
+        f'gradient norms on 100 examples, every {every}': {**stride, 'flow': ['gradient_norm']},
+        f'gᵀHg on 100 examples, every {every}': {**stride, 'flow': ['gradient_curvature']},
+        f'mean singular value of 100 Jacobians, every {every}': {**stride, 'flow': ['jsv_mean']},
+        f'evaluation on 500 examples, every {every}': {**stride, 'evaluate': True},
+    }
+
+
+def recorded_epoch(case: Case, spec: Any) -> Callable[[int], list]:
+    """An epoch by the engine, stopped where something is recorded, and the rows of its tables."""
+    members = all_runs(spec)
+    strategy = case.strategy._replace(devices=math.gcd(len(members), case.strategy.devices))
+    program = make_program(spec, members[0], strategy.convolution)
+    engine = make_engine(strategy, program, noise(spec), jax.local_devices())
+    rows, _ = rows_of(members, len(members), engine)
+    borders = borders_of(program.timeline, program.record, program.steps)
+    walked = list(zip(borders, stretches_of(program.timeline, borders), strict=True))
+    states, errors = engine.init(rows), [None] * len(members)
+
+    def epoch(number: int) -> list:
+        nonlocal states
+        before, losses, waiting = number * program.steps, [], []
+        for border, stretch in walked:
+            if not before < border.step <= before + program.steps:
+                continue
+            states, loss = engine.advance(stretch.start, stretch.stop, rows, states)
+            losses.append(loss)
+            if border.record:
+                waiting.append((border.step, engine.record(stretch.stop, rows, states)))
+        moments = [Moment(step, 1, False, fetch()) for step, fetch in waiting]
+        losses = np.concatenate(losses, axis=1)
+        curves = curves_rows(program, members, errors, before, losses, moments)
+        return curves + flow_rows(members, errors, moments)
+
+    return epoch
 
 
 def matmul_peak() -> float:

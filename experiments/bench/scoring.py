@@ -514,10 +514,12 @@ def scores_table(settings, nets, name: str, table: Table, publish, stop: float) 
         if entry is None:
             fn = gradient
         else:
+            if entry.score is None:
+                raise Skip('no score: it changes training')
             options = dict(entry.options)
             if 'samples' in options:
                 options['samples'] = net.batch
-            fn = entry.score(net.problem, entry.train, **options)
+            fn = entry.score(net.problem, entry.batch_norm == 'train', **options)
         args = key, net.view, batch
         unit, most = results.get('gradient'), None
         if isinstance(unit, Result):
@@ -567,7 +569,7 @@ def selection_table(
     net = nets(name)
     k = round(KEPT * net.weights)
     batch, key = batches(net.name, EXAMPLES), jax.random.key(2)
-    score = method('snip').score(net.problem, method('snip').train)
+    score = method('snip').score(net.problem, method('snip').batch_norm == 'train')
     scores: dict[int, jax.Array] = {}
     masks: dict[tuple[str, int], np.ndarray] = {}
     noise = np.random.default_rng(0).random((ROWS, net.weights), np.float32)

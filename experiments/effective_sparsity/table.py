@@ -162,14 +162,9 @@ def prune_by_synflow(compressions: Sequence[float], seeds: int = FLOW_SEEDS, rou
     pruner = jp.get_pruner(LENET, 'synflow')
 
     def network(seed, plan):
-        key, first = start(seed)
-
-        def one_round(masks, counts):
-            view = jp.view(LENET, first.params, masks=masks)
-            return pruner.update(key, (), view, counts, _one_input(jnp.float32))[1], None
-
-        masks, _ = jax.lax.scan(one_round, first.masks, plan)
-        return masks, counted(masks)
+        key, view = start(seed)
+        view, _ = jp.prune_rounds(pruner, key, view, plan, _one_input(jnp.float32))
+        return view.masks, counted(view.masks)
 
     plans = [jp.plan_rounds(SHAPES, 1 / c, rounds=rounds).counts for c in compressions]
     return _everywhere(network, plans, seeds)

@@ -26,11 +26,13 @@ from jaxprune.method import unit_floor, unit_select, unit_shapes
 from jaxprune.score.group_sums import grouped
 from jaxprune.score.importance import MEASURES, importance
 from jaxprune.sweep import SweepSpec, load_spec, store, use_all_cores
+from jaxprune.sweep.advance import Rows
 from jaxprune.sweep.chunk import rows_of
+from jaxprune.sweep.device_data import device_data
 from jaxprune.sweep.devices import keep_compiled
-from jaxprune.sweep.engine import Engine, Rows, make_engine
+from jaxprune.sweep.engine import Engine, make_engine
 from jaxprune.sweep.grid import Run, runs
-from jaxprune.sweep.program import Program, device_data, make_program
+from jaxprune.sweep.program import Program, make_program
 from jaxprune.sweep.strategy import Strategy
 from jaxprune.types import GLOBAL, Batch, RunState
 
@@ -109,10 +111,12 @@ def main() -> int:
     measure_epoch = make_measure(setting)
     tables: dict[str, list[dict[str, Any]]] = {}
     states = setting.engine.init(setting.rows)
-    initial = setting.engine.pack(states)
+    initial, steps = setting.engine.pack(states), setting.program.steps
     for epoch in range(epochs + 1):
         if epoch:
-            states = setting.engine.epoch(epoch - 1, setting.rows, states).states
+            states, _ = setting.engine.advance(
+                (epoch - 1) * steps, epoch * steps, setting.rows, states
+            )
         if epoch in stages:
             for name, rows in measure_epoch(epoch, setting.engine.pack(states), initial).items():
                 tables.setdefault(name, []).extend(rows)
@@ -145,7 +149,7 @@ def prepare(directory: Path, data_dir: str | None) -> Setting:
     indices = on_device.by_class[:, : spec.prune.samples_per_class].reshape(-1)
     batch = data.fetcher(facts.mean, facts.std, ())(on_device.train, None, indices)
     strategy = trained_with(plan, members[0].run_id)
-    program = make_program(spec, members[0].train, strategy.convolution, strategy.batch_devices)
+    program = make_program(spec, members[0], strategy.convolution, strategy.batch_devices)
     engine = make_engine(strategy, program, on_device, jax.local_devices())
     rows, _ = rows_of(members, len(members), engine)
     units = unit_shapes(program.shapes, spec.grid.method[0].keep_all_units)
@@ -225,10 +229,11 @@ def make_measure(setting: Setting):
                     for path, (size,) in units.items()
                     for i in range(size)
                 ]  # fmt: skip
-        dense = tested(states)
+        dense = tested(epoch, states)
         for name in POINTS:
             masks = jax.tree.map(lambda *leaves: np.stack(leaves), *(m[name] for _, _, m in found))
-            pruned = tested(states._replace(params=masked(states.params, masks), masks=masks))
+            under = states._replace(params=masked(states.params, masks), masks=masks)
+            pruned = tested(epoch, under)
             for i, run in enumerate(setting.members):
                 tables['pruned'].append(
                     {'seed': run.seed, 'epoch': epoch, 'measure': name,
@@ -237,11 +242,12 @@ def make_measure(setting: Setting):
                 )  # fmt: skip
         return tables
 
-    def tested(states: RunState) -> tuple[np.ndarray, np.ndarray]:
+    def tested(epoch: int, states: RunState) -> tuple[np.ndarray, np.ndarray]:
         """Test losses and accuracies; rows are repeated to what the devices take."""
         repeat = np.arange(len(setting.rows.keys)).clip(max=len(setting.members) - 1)
         padded = jax.tree.map(lambda leaf: leaf[repeat], states)
-        return setting.engine.evaluate(setting.engine.unpack(padded))
+        clock = epoch * setting.program.steps
+        return setting.engine.evaluate(clock, setting.rows, setting.engine.unpack(padded))
 
     return measure_epoch
 
