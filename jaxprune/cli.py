@@ -92,10 +92,10 @@ def _plan(command: Plan) -> None:
     from jaxprune.sweep import keep_compiled, load_spec, make_plan, use_all_cores
     from jaxprune.sweep.costs import estimate
     from jaxprune.sweep.groups import chosen_anew
-    from jaxprune.sweep.measure import measure
     from jaxprune.sweep.plan_tables import plan_tables, probe_table
     from jaxprune.sweep.probe import trial_line
     from jaxprune.sweep.sweep_plan import checked_groups
+    from jaxprune.sweep.trials import measure
 
     use_all_cores()
     spec = load_spec(command.spec, command.set)

@@ -42,7 +42,7 @@ def pruned(engine, program, rows, members):
     states = engine.init(rows)
     if members[0].method == DENSE:
         return states, None, None
-    happening = timeline.Rounds(0, 0, 0, members[0].method.rounds, True, True, '')
-    call = event_call(program, members, range(len(members)), happening)
+    event = timeline.Event(0, 0, 0, members[0].method.rounds, True, True, '')
+    call = event_call(program, members, range(len(members)), event)
     states, info = engine.prune(rows, call, states)
     return states, info, call.counts

@@ -21,7 +21,6 @@ from jaxprune.sweep.chunk_tables import Moment, curves_rows, flow_rows
 from jaxprune.sweep.devices import keep_compiled
 from jaxprune.sweep.engine import make_engine
 from jaxprune.sweep.grid import runs
-from jaxprune.sweep.measure import measure
 from jaxprune.sweep.observe import Recorded
 from jaxprune.sweep.probe import Measured, probe, remember, remembered
 from jaxprune.sweep.program import hyper_of, make_program
@@ -29,6 +28,7 @@ from jaxprune.sweep.progress import ignored
 from jaxprune.sweep.strategy import Strategy
 from jaxprune.sweep.sweep_plan import checked_groups
 from jaxprune.sweep.timing import covered, stopwatch
+from jaxprune.sweep.trials import measure
 
 DENSE = {
     'name': 'engine',
@@ -423,7 +423,7 @@ def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch):
     if it leaves no choice.
     """
     monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path / 'cache'))
-    monkeypatch.setattr('jaxprune.sweep.measure._WORTH_PROBING', 0.0)
+    monkeypatch.setattr('jaxprune.sweep.trials._WORTH_PROBING', 0.0)
     spec = make_spec(DENSE)
     for engine in ({'probe': 'never'}, {'batching': 'map', 'devices': 1}):
         quiet = make_spec({**DENSE, 'engine': engine})
@@ -581,7 +581,7 @@ def test_what_is_remembered_adds_up(tmp_path, monkeypatch):
     wrote are no rows; two devices may share a run although one alone was fastest.
     """
     monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr('jaxprune.sweep.measure._WORTH_PROBING', 0.0)
+    monkeypatch.setattr('jaxprune.sweep.trials._WORTH_PROBING', 0.0)
     spec = make_spec({**DENSE, 'train': {**DENSE['train'], 'epochs': 10**6}})
     run = runs(spec)[0]
     slow = Measured(Strategy('unroll', 'host', 'native', 1), 0.5, 1.0, 100.0, '')

@@ -302,9 +302,9 @@ def test_numbers_of_a_method_are_traced():
     spec, group = group_of({**TABLE, 'grid': {**TABLE['grid'], 'method': entries}})
     engine, program = engine_of(spec, group, ONE)
     rows = rows_of(group.runs, 4, engine)[0]
-    happening = program.timeline.rounds[0]
+    event = program.timeline.events[0]
     states, _ = engine.prune(
-        rows, event_call(program, group.runs, range(4), happening), engine.init(rows)
+        rows, event_call(program, group.runs, range(4), event), engine.init(rows)
     )
     traces = [name for name in engine.traces() if name.startswith('prune')]
     assert len(traces) == 1 and engine.traces()[traces[0]] == 1

@@ -14,7 +14,16 @@ from matplotlib.colors import to_rgb
 
 from jaxprune import report
 from jaxprune.errors import StoreError
-from jaxprune.report import curves, effective, heatmap, page, style, tables, terminal, text
+from jaxprune.report import (
+    curves,
+    effective_compression,
+    heatmap,
+    page,
+    style,
+    tables,
+    terminal,
+    text,
+)
 from jaxprune.stats import student_interval
 from jaxprune.sweep import store
 from jaxprune.sweep.timing import PHASES
@@ -577,7 +586,7 @@ def test_accuracy_is_drawn_over_both_compressions():
     sweep = Sweep(RANDOM, [10, 100, 300, 1000], gap=gap)
     summary = tables.summary(sweep.results, sweep.layers)
     frame = tables.connectivity(sweep.results)
-    drawing = effective.accuracy(frame, summary, [{}], style.lines(RANDOM))
+    drawing = effective_compression.accuracy(frame, summary, [{}], style.lines(RANDOM))
     axes, strip = drawing.axes
     for label, props in style.lines(RANDOM).items():
         solid, dashed = (
@@ -604,7 +613,7 @@ def test_accuracy_is_drawn_over_both_compressions():
         tables.summary(plain.results, plain.layers),
     )
     styles = style.lines(['SNIP', 'SynFlow'])
-    assert len(effective.accuracy(frame, summary, [{}], styles).axes) == 1
+    assert len(effective_compression.accuracy(frame, summary, [{}], styles).axes) == 1
 
 
 def test_effective_is_drawn_over_direct_compression():
@@ -613,7 +622,7 @@ def test_effective_is_drawn_over_direct_compression():
     frame = tables.connectivity(sweep.results)
     # A label more in the sweep, of which nothing is known, takes no one's colour and no place.
     styles = style.lines(['unknown', *RANDOM])
-    drawing = effective.compressions(frame, [{}], styles)
+    drawing = effective_compression.compressions(frame, [{}], styles)
     axes, strip = drawing.axes
     for label in RANDOM:
         rows = frame.filter(pl.col('label') == label, ~pl.col('disconnected'))
@@ -675,9 +684,9 @@ def test_round_values():
     assert style.round_values(19.999, 250) == [20, 50, 100, 200]
     assert style.round_values(13, 15) == [13, 15] and style.round_values(10, 10) == [10]
     # A round value just beyond the data has its tick.
-    limits, ticks = effective._ends([12, 9859])
+    limits, ticks = effective_compression._ends([12, 9859])
     assert limits == (12, 10000) and ticks[0] == 20 and ticks[-1] == 10000
-    assert effective._ends([13, 15]) == ((13, 15), [13, 15])
+    assert effective_compression._ends([13, 15]) == ((13, 15), [13, 15])
     values = style.round_values(1, 1000)
     wide, narrow = ([step * i for i in range(10)] for step in (30, 9))
     assert style.regular(values, wide, [20] * 10) == list(range(10))
@@ -945,8 +954,8 @@ def test_texts_of_effective_compression_do_not_touch():
         )
         settings = [setting for setting, _ in tables.split(frame, tables.settings(sweep.results))]
         styles = style.lines(tables.labels(summary))
-        check_no_overlap(effective.accuracy(frame, summary, settings, styles))
-        check_no_overlap(effective.compressions(frame, settings, styles))
+        check_no_overlap(effective_compression.accuracy(frame, summary, settings, styles))
+        check_no_overlap(effective_compression.compressions(frame, settings, styles))
 
 
 @pytest.mark.parametrize('count', [13, 161])

@@ -29,7 +29,7 @@ def spans(found):
 
 
 def rounds(found):
-    return [(r.step, r.clock, r.first, r.count) for r in found.rounds]
+    return [(r.step, r.clock, r.first, r.count) for r in found.events]
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_rounds_cut_the_training_and_keep_the_clock():
     found = timeline(rounds=3, start=1.5, every=1)
     assert spans(found) == [(0, 0, 15), (15, 15, 10), (25, 25, 10), (35, 35, 5)]
     assert rounds(found) == [(15, 15, 0, 1), (25, 25, 1, 1), (35, 35, 2, 1)]
-    assert [r.begin for r in found.rounds] == [True, False, False]
-    assert [r.finish for r in found.rounds] == [False, False, True]
+    assert [r.begin for r in found.events] == [True, False, False]
+    assert [r.finish for r in found.events] == [False, False, True]
     assert [s.hooked for s in found.spans] == [False, True, True, False]
 
 
@@ -91,7 +91,7 @@ def test_a_run_may_end_with_a_round():
     found = timeline(start=4)
     assert spans(found) == [(0, 0, 40)] and found.steps == 40
     borders = borders_of(found, RecordSpec(), EPOCH)
-    assert borders[-1].rounds == found.rounds[0] and borders[-1].evaluate
+    assert borders[-1].event == found.events[0] and borders[-1].evaluate
 
 
 def test_borders_and_stretches():

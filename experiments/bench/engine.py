@@ -274,7 +274,7 @@ def pruning(program: Program, members: list[Run]) -> EventCall:
     tables = [counts_of(program, run).counts for run in members]
     return EventCall(
         method=members[0].method,
-        happening=program.timeline.rounds[0],
+        event=program.timeline.events[0],
         at=range(len(members)),
         counts={path: np.stack([t[path] for t in tables]) for path in tables[0]},
         active=np.zeros(len(members), np.int32),

@@ -1,11 +1,11 @@
 """Pruners: pure pairs `init`, `update`, called at pruning events; and their registry."""
 
 from jaxprune.method.by_name import get_pruner
+from jaxprune.method.choices import Choices, broken_rules, check_choices
 from jaxprune.method.methods import METHODS, Method, method
 from jaxprune.method.pruner import pruner
 from jaxprune.method.repair import REPAIRS
 from jaxprune.method.rounds import OnView, Rounds, host_loop, prune_rounds, run_rounds
-from jaxprune.method.rules import Choices, broken_rules, check_choices
 from jaxprune.method.unit_pruning import (
     GRANULARITIES,
     UNIT_ALLOCATIONS,

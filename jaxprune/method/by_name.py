@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from jaxprune import arguments, score
 from jaxprune.allocation import SHARED, Shape, bounds
 from jaxprune.errors import PruneError, nearest
+from jaxprune.method.choices import Choices, check_choices
 from jaxprune.method.methods import Method, method
 from jaxprune.method.pruner import FinalMasksFn, pruner
 from jaxprune.method.repair import repair_of
-from jaxprune.method.rules import Choices, check_choices
 from jaxprune.method.unit_pruning import alike, unit_select, unit_shapes
 from jaxprune.select import global_top_k, layerwise_top_k
 from jaxprune.structure import Connect, chain, prune_to_active

@@ -10,7 +10,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from jaxprune.errors import StoreError
-from jaxprune.report import curves, effective, heatmap, recorded, style, tables, text
+from jaxprune.report import curves, effective_compression, heatmap, recorded, style, tables, text
 from jaxprune.sweep import store
 
 MOST_SETTINGS = 6
@@ -131,11 +131,11 @@ def _effective_figures(
     drawn = {}
     summary = pl.concat(tables.at(summary, setting) for setting in settings)
     if summary['accuracy'].is_not_null().any():
-        drawing = effective.accuracy(frame, summary, settings, styles)
+        drawing = effective_compression.accuracy(frame, summary, settings, styles)
         drawn['accuracy_effective'] = drawing, _accuracy_effective_words(frame, some)
     # Most methods prune before they train, so what is trained differently makes no difference.
-    alike = len(every) > 1 and effective.alike(known, every)
-    drawing = effective.compressions(frame, settings[:1] if alike else settings, styles)
+    alike = len(every) > 1 and effective_compression.alike(known, every)
+    drawing = effective_compression.compressions(frame, settings[:1] if alike else settings, styles)
     where = ' The same in every setting, so it is drawn once.' if alike else some
     drawn['effective_compression'] = drawing, _compressions_words(frame, where)
     return drawn

@@ -1,7 +1,7 @@
 """What a traced network is made of: paths through its kept weights, and what they leave out."""
 
 from jaxprune.structure.connectivity import Connect, connectivity
-from jaxprune.structure.effective import (
+from jaxprune.structure.effective_masks import (
     compression,
     connectivity_of,
     dead_units,

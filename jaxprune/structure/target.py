@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxprune.allocation import SHARED, Shape, bounds
 from jaxprune.errors import PruneError
-from jaxprune.plan import Plan, keep_counts, plan_rounds
+from jaxprune.plan import Plan, density_of, keep_counts, plan_rounds
 from jaxprune.select import count_kept, flatten, unflatten
 from jaxprune.structure.connectivity import Connect
 from jaxprune.types import GLOBAL, Counts, Masks, Scores
@@ -203,8 +203,9 @@ def active_wanted(size: int, compression: float) -> int:
 def effective_top_k(
     connect: Connect,
     scores: Scores,
-    compression: float,
+    compression: float | None = None,
     *,
+    density: float | None = None,
     allocation: str = 'global',
     shapes: Mapping[str, Shape] | None = None,
 ) -> Masks:
@@ -220,9 +221,8 @@ def effective_top_k(
       shapes: path -> shape in forward order, for allocations that depend on the order.
     """
     shapes = {path: leaf.shape for path, leaf in scores.items()} if shapes is None else shapes
-    if not compression >= 1:
-        raise PruneError(f'compression must be at least 1, not {compression}')
-    wanted = active_wanted(sum(leaf.size for leaf in scores.values()), compression)
+    size = sum(leaf.size for leaf in scores.values())
+    wanted = active_wanted(size, 1 / density_of(density, compression))
     never = {path: jnp.zeros(leaf.shape, jnp.int32) for path, leaf in scores.items()}
     ranking = Ranking(never, scores)
     return prune_to_active(connect, ranking, chain(shapes, allocation), wanted)[0]

@@ -170,7 +170,7 @@ def _begun(context: Context, saved: Checkpoint) -> Walk:
 
 
 def _prunes_first(program: Program) -> bool:
-    return bool(program.timeline.rounds) and not program.timeline.rounds[0].step
+    return bool(program.timeline.events) and not program.timeline.events[0].step
 
 
 def _reach(context: Context, walk: Walk, border: Border, stretch: Stretch | None) -> Walk:
@@ -191,14 +191,14 @@ def _reach(context: Context, walk: Walk, border: Border, stretch: Stretch | None
         walk = walk._replace(anchor=packed._replace(masks=(), method_state=()))
     if border.epoch_end:
         walk = _summed_up(context, walk)
-    if border.evaluate and not (last and border.rounds is not None):
+    if border.evaluate and not (last and border.event is not None):
         walk = _evaluated(context, walk, clock, hooked)
-    if border.rounds is None:
+    if border.event is None:
         return walk
-    walk = _pruned(context, walk, border.rounds)
+    walk = _pruned(context, walk, border.event)
     if context.program.record.rounds:
-        going_on = True in context.program.stages and not border.rounds.finish
-        walk = _recorded(context, walk, border.rounds.clock, going_on, after_round=True)
+        going_on = True in context.program.stages and not border.event.finish
+        walk = _recorded(context, walk, border.event.clock, going_on, after_round=True)
         walk = _filed(context, walk)
     return _evaluated(context, walk, clock, False) if border.evaluate and last else walk
 
@@ -308,7 +308,7 @@ def _abstract_states(
     program: Program, members: Sequence[Run], step: int
 ) -> tuple[RunState, RunState | None]:
     """Shapes of the members' states after a step, and of the anchor, stacked."""
-    run, rounds = members[0], program.timeline.rounds
+    run, rounds = members[0], program.timeline.events
     one = jax.eval_shape(program.init, jax.random.key(0), hyper_of(run))
     anchor = one._replace(masks=(), method_state=())
     if stays(run.method) and rounds[0].step <= step < rounds[-1].step:
@@ -328,27 +328,27 @@ def _counted(engine: Engine, states: Any, count: int) -> list[list[dict[str, int
     ]
 
 
-def _pruned(context: Context, walk: Walk, happening: timeline.Rounds) -> Walk:
+def _pruned(context: Context, walk: Walk, event: timeline.Event) -> Walk:
     """The rounds that happen at a step, then rewinding."""
     program, engine, padded = context.program, context.engine, context.padded
     states, errors = walk.states, list(walk.errors)
     with context.watch.phase('prune'):
-        for at, now in _by_event(padded, happening):
+        for at, now in _by_event(padded, event):
             call = event_call(program, [padded[i] for i in at], at, now)
             states, info = engine.prune(context.rows, call, states)
             before = [errors[i] for i in at]
             found = _score_errors([padded[i] for i in at], call.counts, info, before)
             for i, error in zip(at, found, strict=True):
                 errors[i] = error
-        if happening.rewind == 'weights':
+        if event.rewind == 'weights':
             states = engine.rewind(context.rows, states, walk.anchor)
         counted = _counted(engine, states, len(context.members))
     return walk._replace(states=states, errors=errors, counted=counted)
 
 
 def _by_event(
-    padded: Sequence[Run], happening: timeline.Rounds
-) -> list[tuple[list[int], timeline.Rounds]]:
+    padded: Sequence[Run], event: timeline.Event
+) -> list[tuple[list[int], timeline.Event]]:
     """Rows that one call of an event program prunes, and which of its rounds.
 
     Runs of one timeline have their rounds at the same steps; before training, where all rounds
@@ -360,20 +360,20 @@ def _by_event(
             by_event.setdefault((event_program(run.method), run.method.rounds), []).append(i)
     found = []
     for (_, rounds), at in by_event.items():
-        whole = happening.begin and happening.finish
-        found.append((at, happening._replace(count=rounds) if whole else happening))
+        whole = event.begin and event.finish
+        found.append((at, event._replace(count=rounds) if whole else event))
     return found
 
 
 def event_call(
-    program: Program, runs: Sequence[Run], at: Sequence[int], happening: timeline.Rounds
+    program: Program, runs: Sequence[Run], at: Sequence[int], event: timeline.Event
 ) -> EventCall:
     plans = [counts_of(program, run).counts for run in runs]
-    now = slice(happening.first, happening.first + happening.count)
+    now = slice(event.first, event.first + event.count)
     numbers = [method_numbers(run) for run in runs]
     return EventCall(
         method=runs[0].method,
-        happening=happening,
+        event=event,
         at=at,
         counts={path: np.stack([plan[path][now] for plan in plans]) for path in plans[0]},
         active=np.array([active_of(program, run) for run in runs], np.int32),

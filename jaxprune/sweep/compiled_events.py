@@ -25,7 +25,7 @@ class EventCall(NamedTuple):
 
     Attributes:
       method: the method.
-      happening: which of its rounds, and when.
+      event: which of its rounds, and when.
       at: numbers of the rows, rising.
       counts: path -> keep counts `(len(at), rounds)`.
       active: `(len(at),)`, how many active weights are wanted, for methods that target them.
@@ -33,7 +33,7 @@ class EventCall(NamedTuple):
     """
 
     method: MethodSpec
-    happening: timeline.Rounds
+    event: timeline.Event
     at: Sequence[int]
     counts: Mapping[str, np.ndarray]
     active: np.ndarray
@@ -77,16 +77,16 @@ def make_prune(
     facts: dict[str, MethodFacts] = {}
 
     def of(call: EventCall) -> Compiled:
-        happening, kind = call.happening, event_program(call.method)
+        event, kind = call.event, event_program(call.method)
         if kind not in facts:
             facts[kind] = method_facts(program, call.method)
         known = facts[kind]
         # A method that carries nothing from round to round begins anew in each of them.
         carries = bool(jax.tree.leaves(known.state))
-        begin, finish = happening.begin or not carries, happening.finish
+        begin, finish = event.begin or not carries, event.finish
         name = ', '.join(
             [kind]
-            + [f'{happening.count} rounds'] * (happening.count > 1)
+            + [f'{event.count} rounds'] * (event.count > 1)
             + ['later'] * (not begin)
             + ['earlier'] * (not finish and (carries or known.finishes))
         )
@@ -108,8 +108,8 @@ def make_prune(
                 keys, hyper = slots.take(rows, where)
                 method = {name: np.asarray(v)[chosen] for name, v in call.numbers.items()}
                 new, info = events.run(
-                    np.int32(call.happening.first),
-                    np.int32(call.happening.clock),
+                    np.int32(call.event.first),
+                    np.int32(call.event.clock),
                     data,
                     keys,
                     hyper._replace(method=method),

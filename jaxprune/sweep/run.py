@@ -22,7 +22,6 @@ from jaxprune.sweep.engine import Engine, make_engine
 from jaxprune.sweep.grid import Run, representative, runs
 from jaxprune.sweep.groups import Group, chosen_anew
 from jaxprune.sweep.load import identity, load_spec, make_spec, spec_hash, to_toml
-from jaxprune.sweep.measure import measure
 from jaxprune.sweep.probe import trial_line
 from jaxprune.sweep.program import Program, make_program
 from jaxprune.sweep.progress import Progress, Shown, silent
@@ -31,6 +30,7 @@ from jaxprune.sweep.spec import FORMAT, EngineSpec, SweepSpec
 from jaxprune.sweep.strategy import Strategy
 from jaxprune.sweep.sweep_plan import checked_groups, cut, make_plan
 from jaxprune.sweep.timing import stopwatch
+from jaxprune.sweep.trials import measure
 
 #: The part of a device's memory that a training program may take, by the compiler's own account.
 _COMPILED_SHARE = 0.85

@@ -15,8 +15,8 @@ from jaxprune.errors import SpecError
 from jaxprune.sweep.spec import MethodSpec, RecordSpec, TrainSpec
 
 
-class Rounds(NamedTuple):
-    """Rounds that happen at one step, one after another.
+class Event(NamedTuple):
+    """A step at which a run is pruned, in one round or in several one after another.
 
     Attributes:
       step: steps taken before.
@@ -57,14 +57,14 @@ class Timeline(NamedTuple):
     """A run from its first step to its last.
 
     Attributes:
-      rounds: where rounds happen, in order; empty for the dense control.
+      events: where rounds happen, in order; empty for the dense control.
       spans: the training between them, in order; together all of it.
       steps: of training in all.
       anchor: the step before which the run's state is kept for rewinding; None for never.
       train_steps: the length of training on the clock, where the phase after pruning begins.
     """
 
-    rounds: tuple[Rounds, ...]
+    events: tuple[Event, ...]
     spans: tuple[Span, ...]
     steps: int
     anchor: int | None
@@ -120,7 +120,7 @@ def timeline_of(train: TrainSpec, method: MethodSpec | None, epoch: int) -> Time
         return Timeline((), (Span(0, 0, length, False),), length, None, length)
     steps = round_steps(method, epoch)
     back = _rewind_to(method, epoch, steps[0])
-    rounds, spans = [], []
+    events, spans = [], []
     step = clock = done = 0
     limit = length  # how far the clock may run
     for at, together in itertools.groupby(steps):
@@ -135,7 +135,7 @@ def timeline_of(train: TrainSpec, method: MethodSpec | None, epoch: int) -> Time
             spans.append(Span(step, clock, taken, bool(done)))
         step, clock = at, clock + taken
         finish = done + count == len(steps)
-        rounds.append(Rounds(at, clock, done, count, not done, finish, method.rewind))
+        events.append(Event(at, clock, done, count, not done, finish, method.rewind))
         done += count
         if method.rewind:
             clock = back
@@ -145,7 +145,7 @@ def timeline_of(train: TrainSpec, method: MethodSpec | None, epoch: int) -> Time
         spans.append(Span(step, clock, limit - clock, False))
     total = step + limit - clock
     anchor = back if method.rewind == 'weights' else None
-    return Timeline(tuple(rounds), tuple(spans), total, anchor, length)
+    return Timeline(tuple(events), tuple(spans), total, anchor, length)
 
 
 def _rewind_to(method: MethodSpec, epoch: int, first: int) -> int:
@@ -167,7 +167,7 @@ class Border(NamedTuple):
       record: quantities along training are recorded.
       evaluate: a row of results is made.
       keep: the state is kept for rewinding.
-      rounds: the rounds that happen here, or None.
+      event: the rounds that happen here, or None.
     """
 
     step: int
@@ -175,7 +175,7 @@ class Border(NamedTuple):
     record: bool
     evaluate: bool
     keep: bool
-    rounds: Rounds | None
+    event: Event | None
 
 
 def borders_of(timeline: Timeline, record: RecordSpec, epoch: int) -> list[Border]:
@@ -184,11 +184,11 @@ def borders_of(timeline: Timeline, record: RecordSpec, epoch: int) -> list[Borde
     Losses alone need no border to be recorded: they come back from training step by step.
     """
     watching = bool(record.every and (record.evaluate or record.flow))
-    rounds = {happening.step: happening for happening in timeline.rounds}
+    events = {event.step: event for event in timeline.events}
     epochs = {min(end, timeline.steps) for end in range(epoch, timeline.steps + epoch, epoch)}
     marks = set(recorded_steps(timeline.steps, record.every, epoch)) if watching else set()
     found = []
-    for step in sorted({*epochs, *marks, *rounds, *_kept(timeline)}):
+    for step in sorted({*epochs, *marks, *events, *_kept(timeline)}):
         number = -(-step // epoch)
         ends = step in epochs
         found.append(
@@ -198,7 +198,7 @@ def borders_of(timeline: Timeline, record: RecordSpec, epoch: int) -> list[Borde
                 record=step in marks,
                 evaluate=ends and (number % record.every_epochs == 0 or step == timeline.steps),
                 keep=step == timeline.anchor,
-                rounds=rounds.get(step),
+                event=events.get(step),
             )
         )
     return found
