@@ -66,7 +66,6 @@ def keep_counts(
         fewer weights than the floors or more than the caps together.
     """
     density = density_of(density, compression)
-    check_density(density)
     fewest, most = bounds(shapes, floor, cap)
     counts, asked = _counts(shapes, density, allocation, fewest, most)
     total, least, largest = (sum(c.values()) for c in (sizes(shapes), fewest, most))
@@ -166,12 +165,13 @@ def density_of(density: float | None, compression: float | None) -> float:
     """The density that one of two arguments gives.
 
     Raises:
-      PruneError: neither or both are given, or a compression below 1.
+      PruneError: neither or both are given, a density outside (0, 1], a compression below 1.
     """
     if (density is None) == (compression is None):
         raise PruneError('give either density= or compression= (1 / density)')
     if density is not None:
-        return arguments.real('density', density)
+        check_density(density)
+        return float(density)
     if not arguments.real('compression', compression) >= 1:
         raise PruneError(f'compression must be at least 1, not {compression}')
     return 1 / compression

@@ -217,6 +217,7 @@ def effective_top_k(
       connect: see `connectivity`.
       scores: path -> scores, high = keep.
       compression: target, weights before / active weights; not passed.
+      density: 1 / compression, in place of it.
       allocation: 'global' or a layerwise allocation.
       shapes: path -> shape in forward order, for allocations that depend on the order.
     """
