@@ -77,7 +77,7 @@ def test_isometry(tmp_path):
     command = [folder / 'outcomes.py', out, '--out', tmp_path / 'outcomes.md']
     text = run(*command)
     assert (tmp_path / 'isometry.png').exists() and '### MLP-7-Linear' in text
-    rows = load(folder / 'outcomes.py').rows_of(out)
+    rows = load(folder / 'outcomes.py').load([out])
     ends = {
         'dense': 0,
         'L1, 0.01': 30,

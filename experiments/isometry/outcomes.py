@@ -66,19 +66,26 @@ def load(directories: Sequence[Path]) -> pl.DataFrame:
     """
     frames: dict[str, pl.DataFrame] = {}
     for directory in directories:
-        net = store.read_plan(directory)['name']
+        plan = store.read_plan(directory)
+        net, wanted = plan['name'], {run['label'] for run in plan['runs']}
         if net in frames:
             raise SystemExit(f'{directory}: another sweep of {net}: give every network once')
-        frames[net] = rows_of(directory).select(pl.lit(net).alias('net'), pl.all())
+        if missing := {tables.DENSE, *ARMS} - wanted:
+            raise SystemExit(f'{directory}: not a sweep of this study: no {min(missing)}')
+        frames[net] = rows_of(directory, len(plan['runs'])).select(
+            pl.lit(net).alias('net'), pl.all()
+        )
     return pl.concat(frames.values())
 
 
-def rows_of(directory: Path) -> pl.DataFrame:
-    """The rows of one sweep."""
+def rows_of(directory: Path, runs: int) -> pl.DataFrame:
+    """The rows of one sweep of so many runs."""
     results = store.read_results(directory)
+    if (done := results['run_id'].n_unique()) < runs:
+        raise SystemExit(f'{directory}: {done} of {runs} runs are there: finish the sweep')
     if broken := results.filter(pl.col('error').is_not_null()).height:
         raise SystemExit(f'{directory}: {broken} rows have no valid mask')
-    runs = tables.final(results).select(
+    each = tables.final(results).select(
         'run_id', 'label', 'seed',
         ratio=(1 - 1 / pl.col('target_compression')).round(6),
         last=pl.col('step'), steps=pl.col('step') // pl.col('epoch'),
@@ -87,24 +94,15 @@ def rows_of(directory: Path) -> pl.DataFrame:
         'quantity', index=['run_id', 'step', 'rounds'], values='value'
     )
     rows = store.read_curves(directory).join(spectrum, on=['run_id', 'step', 'rounds'])
-    rows = rows.join(runs, on='run_id', maintain_order='left')
+    rows = rows.join(each, on='run_id', maintain_order='left')
     pruned = pl.col('rounds') > 0
     start = pl.col('step').filter(pruned).min().over('run_id')
     dense = (pl.col('label') == tables.DENSE) & (pl.col('step') == pl.col('last'))
     epoch = ((pl.col('step') - start) // pl.col('steps')).fill_null(0)
-    rows = rows.with_columns(epoch=epoch).filter(pruned | dense).select(
+    return rows.with_columns(epoch=epoch).filter(pruned | dense).select(
         'label', 'seed', 'ratio', 'epoch', pl.col('epoch').max().over('run_id').alias('epochs'),
         'jsv_mean', 'jsv_condition', 'jsv_smallest', accuracy=100 * pl.col('test_accuracy'),
     )  # fmt: skip
-    arms = [tables.DENSE, *ARMS, *([LONGER] if LONGER in set(rows['label']) else [])]
-    seeds = rows.group_by('label', 'ratio').agg(pl.col('seed').unique().sort())
-    of_arms = {key: set(of['ratio']) for (key,), of in seeds.group_by('label')}
-    removed = set(rows['ratio']) - {0.0}
-    if of_arms != {arm: {0.0} if arm == tables.DENSE else removed for arm in arms} or (
-        seeds['seed'].n_unique() > 1
-    ):
-        raise SystemExit(f'{directory}: some arms lack runs: finish the sweep')
-    return rows
 
 
 def spectra(frame: pl.DataFrame, nets: Sequence[str]) -> str:
