@@ -1,5 +1,6 @@
 """The studies of gradient flow and isometry run as their READMEs say, in small."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,14 @@ def run(*command, cwd=None) -> str:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def load(path):
+    """A script of a study, as a module."""
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def test_gradient_flow(tmp_path):
@@ -56,22 +65,39 @@ def test_gradient_flow(tmp_path):
 
 
 def test_isometry(tmp_path):
-    """Expectation: OrthP starts from singular values of exactly 1, in linear dense nets only;
-    pruning lowers those of the trained nets, which are there once per seed."""
+    """Expectation: pruning lowers the singular values of the trained network, OrthP makes those of
+    the linear dense one exactly 1; three times the epochs are so many. A directory given twice, and
+    one with runs missing, give one line."""
     folder = EXPERIMENTS / 'isometry'
-    study = [folder / 'study.py', '--out', tmp_path, '--seeds', 2, '--epochs', 3, '--ratios', 0.5]
-    run(*study, '--nets', 'MLP-7-Linear', 'LeNet-5-ReLU', '--longer', 2)
-    text = run(folder / 'outcomes.py', tmp_path, '--out', tmp_path / 'outcomes.md')
-    assert (tmp_path / 'isometry.png').exists() and '### LeNet-5-ReLU' in text
-    twice = [sys.executable, folder / 'outcomes.py', tmp_path, tmp_path]
+    small = ['data.train_examples=500', 'data.test_examples=200', 'train.epochs=6']
+    small += ['grid.every_method.start=6', 'grid.seed=[0,1]', 'grid.density=[1,0.5]']
+    sets = [part for value in small for part in ('--set', value)]
+    out = tmp_path / 'net'
+    run('-c', SWEEP, 'sweep', folder / 'mlp7_linear.toml', '--out', out, *sets)
+    command = [folder / 'outcomes.py', out, '--out', tmp_path / 'outcomes.md']
+    text = run(*command)
+    assert (tmp_path / 'isometry.png').exists() and '### MLP-7-Linear' in text
+    rows = load(folder / 'outcomes.py').load([out])
+    ends = {
+        'dense': 0,
+        'L1, 0.01': 30,
+        'L1, 0.001': 30,
+        'L1 + OrthP, 0.01': 30,
+        'L1 + OrthP, 0.001': 30,
+        'L1, 0.001, 3 x the epochs': 90,
+    }
+    for label, epochs in ends.items():
+        of = rows.filter(pl.col('label') == label).sort('seed', 'epoch')
+        assert of['seed'].to_list() == [0] * (epochs + 1) + [1] * (epochs + 1)
+        assert of['epoch'].to_list() == 2 * list(range(epochs + 1))
+    start = rows.filter(pl.col('epoch') == 0)
+    values = {label: of.sort('seed')['jsv_mean'] for (label,), of in start.group_by('label')}
+    assert (values['L1, 0.01'] < 0.5 * values['dense']).all()
+    assert values['L1, 0.01'].to_list() == values['L1, 0.001'].to_list()
+    assert (values['L1 + OrthP, 0.01'] - 1).abs().max() < 1e-5
+    twice = [sys.executable, folder / 'outcomes.py', out, out]
     done = subprocess.run(twice, capture_output=True, text=True)
-    assert done.returncode == 1 and 'some runs are there twice' in done.stderr
-    frame = pl.read_parquet(tmp_path / 'runs.parquet').filter(pl.col('epoch') == 0)
-    repaired = frame.filter(pl.col('repair') == 'L1 + OrthP')
-    linear = repaired.filter(pl.col('net') == 'MLP-7-Linear')
-    assert (linear['jsv_mean'] - 1).abs().max() < 1e-5
-    assert (repaired.filter(pl.col('net') != 'MLP-7-Linear')['jsv_mean'] - 1).abs().min() > 0.01
-    before = frame.filter((pl.col('repair') == 'L1') & (pl.col('net') == 'MLP-7-Linear'))
-    assert before['jsv_mean'].max() < 0.5
-    dense = frame.filter((pl.col('repair') == 'dense') & (pl.col('net') == 'MLP-7-Linear'))
-    assert dense['seed'].to_list() == [0, 1] and dense['jsv_mean'].min() > 0.5
+    assert done.returncode == 1 and 'give every network once' in done.stderr
+    next(iter((out / 'results').iterdir())).unlink()
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 1 and 'finish the sweep' in done.stderr

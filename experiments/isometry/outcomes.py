@@ -1,30 +1,33 @@
-"""What the study of isometry says should come out, from the table of `study.py`, with numbers.
+"""What the study of isometry says should come out, from its finished sweeps, with numbers.
 
-    python experiments/isometry/outcomes.py runs/isometry --out runs/isometry/outcomes.md
+    python experiments/isometry/outcomes.py runs/mlp7_linear runs/mlp7_relu
 
-Prints markdown, writes it, and draws `isometry.png` beside it. Differences are paired by seed;
-intervals are Student's, of 95 %, for their mean. "holds" and "reversed" mean that the interval lies
-on one side of zero.
+Each directory is a finished sweep of this folder. Prints markdown, writes it to `--out`, and draws
+`isometry.png` beside it. Differences are paired by seed; intervals are Student's, of 95 %, for
+their mean. "holds" and "reversed" mean that the interval lies on one side of zero.
 """
 
 import argparse
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-import scipy.stats
 from matplotlib.ticker import MaxNLocator
 
-from jaxprune.report import markdown, style
+from jaxprune.errors import JaxpruneError
+from jaxprune.report import markdown, style, tables
+from jaxprune.sweep import store
 
-DENSE = 'dense'
 REPAIRS = ('L1', 'L1 + OrthP')
-RATES = (1e-2, 1e-3)
-COLOURS = {1e-2: '#D55E00', 1e-3: '#0072B2'}
-
+FAST, SLOW = '0.01', '0.001'
+#: The arms that every net has, by the labels of the specifications.
+ARMS = [f'{repair}, {rate}' for repair in REPAIRS for rate in (FAST, SLOW)]
+LONGER = f'L1, {SLOW}, 3 x the epochs'
+COLOURS = {FAST: '#D55E00', SLOW: '#0072B2'}
+#: An arm of each repair: right after pruning the rates do not differ.
+PRUNED = {repair: f'{repair}, {FAST}' for repair in REPAIRS}
 
 HEAD = """\
 # Outcomes of the study of isometry
@@ -37,10 +40,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('directories', nargs='+', type=Path, help='what study.py wrote to')
+    parser.add_argument('directories', nargs='+', type=Path, help='finished sweeps')
     parser.add_argument('--out', type=Path, default=Path('outcomes.md'), help='a markdown file')
     arguments = parser.parse_args()
-    frame = load(arguments.directories)
+    try:
+        frame = load(arguments.directories)
+    except JaxpruneError as error:
+        raise SystemExit(str(error)) from None
     nets = list(dict.fromkeys(frame['net']))
     parts = [spectra(frame, nets), gaps(frame, nets), trainability(frame, nets)]
     text = '\n\n'.join([HEAD, *parts]) + '\n'
@@ -52,48 +58,77 @@ def main() -> int:
 
 
 def load(directories: Sequence[Path]) -> pl.DataFrame:
-    """The rows of all directories, each run once."""
+    """A row per run and epoch of fine-tuning, from right after pruning (0) on.
+
+    Columns: `net`, `label`, `seed`, `ratio` (the share of filters removed), `epoch`, `epochs` (of
+    fine-tuning in all), `accuracy` in %, and `jsv_mean` and so on. The dense networks have one row,
+    for the end of their training, with ratio and epoch 0.
+    """
+    frames: dict[str, pl.DataFrame] = {}
     for directory in directories:
-        if not (directory / 'runs.parquet').exists():
-            raise SystemExit(f'{directory}: no runs.parquet: run study.py first')
-    frame = pl.concat(pl.read_parquet(found / 'runs.parquet') for found in directories)
-    run = ['net', 'seed', 'ratio', 'repair', 'rate', 'epochs']
-    if frame.select(*run, 'epoch').is_duplicated().any():
-        raise SystemExit('some runs are there twice: give every directory and network once')
-    whole = pl.col('epoch').max() == pl.col('epochs').first()
-    ended = frame.group_by(run).agg(whole=whole).filter('whole')
-    arms = ended.filter(
-        (pl.col('repair') != DENSE) & (pl.col('epochs') == pl.col('epochs').min().over('net'))
+        plan = store.read_plan(directory)
+        net, wanted = plan['name'], {run['label'] for run in plan['runs']}
+        if net in frames:
+            raise SystemExit(f'{directory}: another sweep of {net}: give every network once')
+        if missing := {tables.DENSE, *ARMS} - wanted:
+            raise SystemExit(f'{directory}: not a sweep of this study: no {min(missing)}')
+        frames[net] = rows_of(directory, len(plan['runs'])).select(
+            pl.lit(net).alias('net'), pl.all()
+        )
+    return pl.concat(frames.values())
+
+
+def rows_of(directory: Path, runs: int) -> pl.DataFrame:
+    """The rows of one sweep of so many runs."""
+    results = store.read_results(directory)
+    if (done := results['run_id'].n_unique()) < runs:
+        raise SystemExit(f'{directory}: {done} of {runs} runs are there: finish the sweep')
+    if broken := results.filter(pl.col('error').is_not_null()).height:
+        raise SystemExit(f'{directory}: {broken} rows have no valid mask')
+    each = tables.final(results).select(
+        'run_id', 'label', 'seed',
+        ratio=(1 - 1 / pl.col('target_compression')).round(6),
+        last=pl.col('step'), steps=pl.col('step') // pl.col('epoch'),
+    )  # fmt: skip
+    spectrum = store.read_flow(directory).pivot(
+        'quantity', index=['run_id', 'step', 'rounds'], values='value'
     )
-    seeds = arms.group_by('net', 'ratio', 'repair', 'rate').agg(pl.col('seed').sort())
-    if seeds.height % (len(REPAIRS) * len(RATES)) or seeds['seed'].n_unique() > 1:
-        raise SystemExit('some arms lack runs: finish study.py with the same seeds for all')
-    return frame
+    rows = store.read_curves(directory).join(spectrum, on=['run_id', 'step', 'rounds'])
+    rows = rows.join(each, on='run_id', maintain_order='left')
+    pruned = pl.col('rounds') > 0
+    start = pl.col('step').filter(pruned).min().over('run_id')
+    dense = (pl.col('label') == tables.DENSE) & (pl.col('step') == pl.col('last'))
+    epoch = ((pl.col('step') - start) // pl.col('steps')).fill_null(0)
+    return rows.with_columns(epoch=epoch).filter(pruned | dense).select(
+        'label', 'seed', 'ratio', 'epoch', pl.col('epoch').max().over('run_id').alias('epochs'),
+        'jsv_mean', 'jsv_condition', 'jsv_smallest', accuracy=100 * pl.col('test_accuracy'),
+    )  # fmt: skip
 
 
 def spectra(frame: pl.DataFrame, nets: Sequence[str]) -> str:
     """Singular values of the trained network, and right after pruning without and with repair."""
-    start, ratios = frame.filter(pl.col('epoch') == 0), _ratios(frame)
+    ratios = sorted(set(frame['ratio']))
     lines = []
-    for title, column, mean in (
-        ('Mean singular value of the Jacobian right after pruning', 'jsv_mean', pl.Expr.mean),
-        ('Its condition number', 'jsv_condition', pl.Expr.median),
+    for title, column, mean, of in (
+        ('Mean singular value of the Jacobian right after pruning', 'jsv_mean', pl.mean, 'Means'),
+        ('Its condition number', 'jsv_condition', pl.median, 'Medians'),
     ):
         rows = []
-        for net, repair in itertools.product(nets, REPAIRS):
-            here = _pruned(start.filter(pl.col('net') == net), repair)
-            found = dict(here.group_by('ratio').agg(mean(pl.col(column))).iter_rows())
-            rows.append([net, repair, *(_short(found.get(ratio)) for ratio in (0.0, *ratios))])
-        of = 'Means' if mean is pl.Expr.mean else 'Medians'
+        for net in nets:
+            for repair in REPAIRS:
+                here = just_pruned(frame.filter(pl.col('net') == net), repair)
+                found = dict(here.group_by('ratio').agg(mean(column)).iter_rows())
+                rows.append([net, repair, *(_short(found.get(ratio)) for ratio in ratios)])
         said = f'{of} over seeds, by share of filters removed; 0: the trained network.'
-        head = ['net', '', 0, *(f'{r:g}' for r in ratios)]
+        head = ['net', '', *(f'{r:g}' for r in ratios)]
         lines += [f'## {title}', '', said, '', markdown.table(head, rows), '']
     return '\n'.join(lines).rstrip()
 
 
-def _pruned(start: pl.DataFrame, repair: str) -> pl.DataFrame:
+def just_pruned(frame: pl.DataFrame, repair: str) -> pl.DataFrame:
     """Right after pruning, with this repair; without any, the trained network is ratio 0."""
-    return start.filter(pl.col('repair').is_in([repair, DENSE] if repair == 'L1' else [repair]))
+    labels = [PRUNED[repair], *([tables.DENSE] if repair == 'L1' else [])]
+    return frame.filter((pl.col('epoch') == 0) & pl.col('label').is_in(labels))
 
 
 def _short(value: float | None) -> str:
@@ -105,36 +140,22 @@ def gaps(frame: pl.DataFrame, nets: Sequence[str]) -> str:
     """Final accuracies, and how much of the gap between the rates a repair or more time closes."""
     lines = ['## Final accuracy, and the gap between the learning rates', '']
     for net in nets:
-        here = frame.filter((pl.col('net') == net) & (pl.col('repair') != DENSE))
-        short, longer = here['epochs'].min(), here['epochs'].max()
-        last = here.filter(pl.col('epoch') == pl.col('epochs'))
+        last = frame.filter((pl.col('net') == net) & (pl.col('epoch') == pl.col('epochs')))
+        more = [LONGER] if LONGER in set(last['label']) else []
         rows, said, repairing = [], [], []
-        for ratio in _ratios(here):
-            at = {
-                (repair, rate): _by_seed(last, ratio, repair, rate, short)
-                for repair in REPAIRS
-                for rate in RATES
-            }
-            plain, repaired = (at[r, RATES[0]] - at[r, RATES[1]] for r in REPAIRS)
-            cells = [markdown.spread(a, 1) for a in at.values()]
-            left = [markdown.difference(plain, 1), markdown.difference(repaired, 1)]
-            if longer > short:
-                slow = _by_seed(last, ratio, 'L1', RATES[1], longer)
-                cells.append(markdown.spread(slow, 1))
-                left.append(markdown.difference(at['L1', RATES[0]] - slow, 1))
-            rows.append([f'{ratio:g}', *cells, *left])
+        for ratio in _ratios(last):
+            at = {label: _by_seed(last, ratio, label) for label in [*ARMS, *more]}
+            plain, repaired = (at[f'{r}, {FAST}'] - at[f'{r}, {SLOW}'] for r in REPAIRS)
+            left = [plain, repaired, *(at[ARMS[0]] - at[label] for label in more)]
+            cells = [markdown.spread(values, 1) for values in at.values()]
+            rows.append([f'{ratio:g}', *cells, *(markdown.difference(gap, 1) for gap in left)])
             # Sizes of mean gaps: of seeds one by one, noise alone would have a size.
             sizes = np.sign(plain.mean()) * plain - np.sign(repaired.mean()) * repaired
             said.append(f'  - {ratio:g}: {markdown.verdict(sizes, 1)}')
-            gained = [
-                f'from {rate:g} {markdown.verdict(at[REPAIRS[1], rate] - at[REPAIRS[0], rate], 1)}'
-                for rate in RATES
-            ]
-            repairing.append(f'  - {ratio:g}: {"; ".join(gained)}')
-        times = f'L1, {RATES[1]:g}, {longer / short:g} x the epochs'
-        more = [times] if longer > short else []
-        head = ['removed', *(f'{repair}, {rate:g}' for repair in REPAIRS for rate in RATES), *more,
-                'gap, L1', 'gap, L1 + OrthP', *(f'gap to {name}' for name in more)]  # fmt: skip
+            gained = {rate: at[f'{REPAIRS[1]}, {rate}'] - at[f'L1, {rate}'] for rate in COLOURS}
+            found = [f'from {rate} {markdown.verdict(by, 1)}' for rate, by in gained.items()]
+            repairing.append(f'  - {ratio:g}: {"; ".join(found)}')
+        head = ['removed', *at, 'gap, L1', 'gap, L1 + OrthP', *(f'gap to {name}' for name in more)]
         lines += [f'### {net}', '', markdown.table(head, rows), '',
                   '- **the gap is smaller with OrthP, whichever rate is ahead** (points):', *said,
                   '- **OrthP raises the final accuracy** (points):', *repairing, '']  # fmt: skip
@@ -150,19 +171,17 @@ def trainability(frame: pl.DataFrame, nets: Sequence[str]) -> str:
         'correlation over ratios and seeds of the same schedule (arXiv:2301.05219, eq. 1).',
         '',
     ]
+    first = (pl.col('epoch') > 0) & (pl.col('epoch') <= pl.col('epochs') / 3)
+    accuracy = pl.col('accuracy')
+    both = frame.group_by('net', 'label', 'ratio', 'seed').agg(
+        early=accuracy.filter(first).mean(), last=accuracy.sort_by('epoch').last()
+    )
     for net in nets:
-        here = frame.filter((pl.col('net') == net) & (pl.col('repair') != DENSE))
-        here = here.filter(pl.col('epochs') == pl.col('epochs').min())
-        key = ['seed', 'ratio', 'repair', 'rate']
-        early = here.filter((pl.col('epoch') > 0) & (pl.col('epoch') <= pl.col('epochs') / 3))
-        both = early.group_by(key).agg(early=pl.col('accuracy').mean()).join(
-            here.filter(pl.col('epoch') == pl.col('epochs')), on=key
-        )  # fmt: skip
         found = []
-        for repair, rate in itertools.product(REPAIRS, RATES):
-            of = both.filter((pl.col('repair') == repair) & (pl.col('rate') == rate))
-            rank = scipy.stats.spearmanr(of['early'], of['accuracy'])[0]
-            found.append(f'{repair} from {rate:g} {rank:.2f}')
+        for label in ARMS:
+            of = both.filter((pl.col('net') == net) & (pl.col('label') == label))
+            ranks = of.select(pl.corr(pl.col('early').rank(), pl.col('last').rank())).item()
+            found.append(f'{label.replace(",", " from")} {ranks:.2f}')
         lines.append(f'- {net}: {"; ".join(found)}')
     return '\n'.join(lines)
 
@@ -174,37 +193,28 @@ def draw(frame: pl.DataFrame, nets: Sequence[str]) -> bytes:
         grid = drawing.add_gridspec(len(nets), 3)
         for row, net in enumerate(nets):
             here = frame.filter(pl.col('net') == net)
-            here = here.filter(pl.col('epochs') == pl.col('epochs').min())
-            ratios = _ratios(here)
-            left, middle, right = (drawing.add_subplot(grid[row, i]) for i in range(3))
-            start = here.filter(pl.col('epoch') == 0)
             last = here.filter(pl.col('epoch') == pl.col('epochs'))
+            ratios = _ratios(here)
+            shown = min(ratios, key=lambda r: abs(r - 0.7))
+            left, middle, right = (drawing.add_subplot(grid[row, i]) for i in range(3))
             for repair, line in zip(REPAIRS, ('-', '--'), strict=True):
-                of = _pruned(start, repair).group_by('ratio')
-                means = of.agg(pl.col('jsv_mean').mean()).sort('ratio')
-                left.plot(means['ratio'], means['jsv_mean'], line, marker='o', markersize=4,
-                          color=style.INK)  # fmt: skip
-                for rate in RATES:
-                    values = [_by_seed(last, r, repair, rate, here['epochs'].min()) for r in ratios]
-                    label = f'{repair}, from {rate:g}'
+                means = _means(just_pruned(here, repair), 'ratio')
+                left.plot(*means, line, marker='o', markersize=4, color=style.INK)
+                for rate, colour in COLOURS.items():
+                    label = f'{repair}, {rate}'
+                    values = [_by_seed(last, ratio, label) for ratio in ratios]
                     middle.plot(ratios, [v.mean() for v in values], line, marker='o', markersize=4,
-                                color=COLOURS[rate], label=label)  # fmt: skip
+                                color=colour, label=f'{repair}, from {rate}')  # fmt: skip
                     middle.fill_between(ratios, [v.min() for v in values],
-                                        [v.max() for v in values], color=COLOURS[rate],
-                                        alpha=0.12, linewidth=0)  # fmt: skip
-                    middle_ratio = min(ratios, key=lambda r: abs(r - 0.7))
-                    along = here.filter(
-                        (pl.col('ratio') == middle_ratio)
-                        & (pl.col('repair') == repair)
-                        & (pl.col('rate') == rate)
-                    )
-                    curve = along.group_by('epoch').agg(pl.col('jsv_mean').mean()).sort('epoch')
-                    right.plot(curve['epoch'], curve['jsv_mean'], line, color=COLOURS[rate])
+                                        [v.max() for v in values], color=colour, alpha=0.12,
+                                        linewidth=0)  # fmt: skip
+                    along = (pl.col('label') == label) & (pl.col('ratio') == shown)
+                    right.plot(*_means(here.filter(along), 'epoch'), line, color=colour)
             left.set_yscale('log')
             right.set_yscale('log')
             left.set_title(f'{net}: mean singular value')
             middle.set_title('accuracy after fine-tuning (%)')
-            right.set_title(f'mean singular value, {middle_ratio:g} removed')
+            right.set_title(f'mean singular value, {shown:g} removed')
             right.set_xlabel('epoch of fine-tuning')
             right.xaxis.set_major_locator(MaxNLocator(integer=True))
             for axes in (left, middle):
@@ -214,19 +224,18 @@ def draw(frame: pl.DataFrame, nets: Sequence[str]) -> bytes:
         return style.png(drawing)
 
 
+def _means(frame: pl.DataFrame, along: str) -> tuple[pl.Series, pl.Series]:
+    """Values of a column, and mean singular values there."""
+    means = frame.group_by(along).agg(pl.mean('jsv_mean')).sort(along)
+    return means[along], means['jsv_mean']
+
+
 def _ratios(frame: pl.DataFrame) -> list[float]:
-    return sorted(set(frame.filter(pl.col('repair') != DENSE)['ratio']))
+    return sorted(set(frame['ratio']) - {0.0})
 
 
-def _by_seed(
-    frame: pl.DataFrame, ratio: float, repair: str, rate: float, epochs: int
-) -> np.ndarray:
-    found = frame.filter(
-        (pl.col('ratio') == ratio)
-        & (pl.col('repair') == repair)
-        & (pl.col('rate') == rate)
-        & (pl.col('epochs') == epochs)
-    )
+def _by_seed(frame: pl.DataFrame, ratio: float, label: str) -> np.ndarray:
+    found = frame.filter((pl.col('ratio') == ratio) & (pl.col('label') == label))
     return found.sort('seed')['accuracy'].to_numpy()
 
 
