@@ -420,6 +420,15 @@ def test_truncated_parquet_is_named_and_can_be_mended(finished, copied, part):
         assert_frame_equal(jp.run_sweep(TABLE, copied), finished[1], check_exact=True)
 
 
+def test_other_programs_are_refused(copied):
+    """Expectation: a plan whose programs this version would not make has another origin."""
+    table = json.loads((copied / 'plan.json').read_text())
+    table['programs'][0]['id'] = 'other'
+    (copied / 'plan.json').write_text(json.dumps(table))
+    with pytest.raises(StoreError, match='another version'):
+        jp.run_sweep(TABLE, copied)
+
+
 def test_other_format_is_refused(copied):
     table = json.loads((copied / 'plan.json').read_text())
     (copied / 'plan.json').write_text(json.dumps({**table, 'format': 0}))

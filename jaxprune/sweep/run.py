@@ -110,7 +110,8 @@ def _open(spec: SweepSpec, out: Path, plan_table: dict[str, Any]) -> None:
     store.remove_leftovers(out)
     if plan_file.exists():
         stored = store.read_plan(out)
-        if stored.get('spec') != plan_table['spec']:
+        ids, now = ({p['id'] for p in table['programs']} for table in (stored, plan_table))
+        if stored.get('spec') != plan_table['spec'] or ids != now:
             raise StoreError(
                 f'{out} was written by another version of jaxprune: choose another --out'
             )
