@@ -17,7 +17,7 @@ from jaxprune.allocation import (
     round_counts,
     sizes,
 )
-from jaxprune.errors import PruneError, check_choice
+from jaxprune.errors import PruneError, check_choice, shown
 from jaxprune.schedule import schedule
 from jaxprune.types import GLOBAL
 
@@ -153,11 +153,14 @@ def _checked_steps(steps: Sequence[int] | None, rounds: int) -> np.ndarray:
     """The steps of so many rounds as int32."""
     if steps is None:
         return np.zeros(rounds, np.int32)
+    if not hasattr(steps, '__len__') or not hasattr(steps, '__iter__'):
+        raise PruneError(f'steps must be a list of steps, not {shown(steps)}')
+    steps = [arguments.whole('steps', step) for step in steps]
     if len(steps) != rounds:
         raise PruneError(f'steps must hold one step for each of {rounds} rounds, not {len(steps)}')
     for before, step in zip((0, *steps), steps, strict=False):
-        if arguments.whole('steps', step) < before or step >= 2**31:
-            raise PruneError(f'steps must not fall and lie below 2**31, not {list(steps)}')
+        if step < before or step >= 2**31:
+            raise PruneError(f'steps must not fall and lie below 2**31, not {shown(steps)}')
     return np.array(steps, np.int32)
 
 

@@ -5,7 +5,7 @@ The clock, a step count, is an argument of its own and never batched.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxprune import tree
 from jaxprune.data import FetchFn
+from jaxprune.errors import PruneError
 from jaxprune.method.rounds import Rounds, finished, has_finish, prune_once
 from jaxprune.optim import Optimizer, mask_opt_state, sparse
 from jaxprune.problem import view_of
@@ -224,7 +225,13 @@ def run_events(
       clock: steps of the schedule taken before.
       initial: the initial weights, for pruners that need them.
       restart: the optimizer begins anew after each round.
+
+    Raises:
+      PruneError: the hook changes the weights, but the method does not keep dense ones.
     """
+
+    if pruner.hook is not None and pruner.hook.weights is not None and not pruner.dense:
+        raise PruneError('a method whose hook changes the weights keeps dense ones: dense=True')
 
     def begin(state: RunState) -> RunState:
         return state._replace(method_state=pruner.init(key, view_of(problem, state)))
@@ -237,15 +244,15 @@ def run_events(
         )
         state = state._replace(method_state=method_state)
         if pruner.dense:
-            return anew(state._replace(masks=view.masks)), info
-        return anew(_with(optimizer, hyper, state, view)), info
+            return restarted(state._replace(masks=view.masks)), info
+        return restarted(_stored(optimizer, hyper, state, view)), info
 
     def finish(state: RunState, active: ArrayLike) -> tuple[RunState, dict[str, jax.Array]]:
         view = hooked_view(problem, state, pruner.hook, clock)
         view = finished(pruner, state.method_state, view, active)
-        return anew(_with(optimizer, hyper, state, view)), count_kept(view.masks)
+        return restarted(_stored(optimizer, hyper, state, view)), count_kept(view.masks)
 
-    def anew(state: RunState) -> RunState:
+    def restarted(state: RunState) -> RunState:
         if not restart:
             return state
         return state._replace(opt_state=fresh_optimizer(optimizer, hyper, state.params))
@@ -253,7 +260,7 @@ def run_events(
     return Rounds(begin, once, finish if has_finish(pruner) or pruner.dense else None)
 
 
-def _with(optimizer: Optimizer, hyper: Hyper, state: RunState, view: View) -> RunState:
+def _stored(optimizer: Optimizer, hyper: Hyper, state: RunState, view: View) -> RunState:
     """The state with a view's weights and masks; pruned moments are zero."""
     params = tree.apply_masks(tree.put(state.params, view.weights), view.masks)
     tx = optimizer.make(hyper, jnp.asarray(hyper.learning_rate))
@@ -264,14 +271,23 @@ def _with(optimizer: Optimizer, hyper: Hyper, state: RunState, view: View) -> Ru
     )
 
 
-def rewind(optimizer: Optimizer) -> Callable[[Hyper, RunState, Any], RunState]:
+def rewind(
+    optimizer: Optimizer, *, dense: bool = False
+) -> Callable[[Hyper, RunState, RunState], RunState]:
     """`(hyper, state, anchor) -> state`: back to an earlier state, under today's masks.
 
-    Weights, batch statistics and the optimizer's state are those of the anchor, a `RunState`, and
-    exactly zero where the masks prune (Frankle et al., ICML 2020, arXiv:1912.05671).
+    Weights, batch statistics and the optimizer's state are those of the anchor, and exactly zero
+    where the masks prune (Frankle et al., ICML 2020, arXiv:1912.05671).
+
+    Args:
+      dense: a method that keeps dense weights is at work: nothing is zeroed.
     """
 
-    def back(hyper: Hyper, state: RunState, anchor: RunState) -> RunState:
+    def rewound(hyper: Hyper, state: RunState, anchor: RunState) -> RunState:
+        if dense:
+            return state._replace(
+                params=anchor.params, model_state=anchor.model_state, opt_state=anchor.opt_state
+            )
         tx = optimizer.make(hyper, jnp.asarray(hyper.learning_rate))
         params = tree.apply_masks(anchor.params, state.masks)
         return state._replace(
@@ -280,7 +296,7 @@ def rewind(optimizer: Optimizer) -> Callable[[Hyper, RunState, Any], RunState]:
             opt_state=mask_opt_state(tx, anchor.opt_state, params, state.masks),
         )
 
-    return back
+    return rewound
 
 
 def evaluate_batch(problem: Problem, fetch: FetchFn, hook: StepHook | None = None) -> EvaluateFn:

@@ -236,8 +236,9 @@ class Pruner(NamedTuple):
       repaired_values: `(weights, masks) -> weights` after the last event: the values that kept
         weights go on with; None if they keep their own.
       hook: how the method changes the training step between its first event and its last.
-      dense: stored weights stay dense in that time: no gradient is masked, nothing is zeroed. What
-        `hook.weights` returns must be zero where the mask prunes.
+      dense: stored weights stay dense in that time: no gradient is masked, nothing is zeroed, and
+        `regrown_values` are not used. What `hook.weights` returns must be zero where the mask
+        prunes; a hook with `weights` must be dense.
     """
 
     init: Callable[[Key, View], PyTree]

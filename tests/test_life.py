@@ -345,3 +345,58 @@ def test_each_program_is_made_once(tmp_path, monkeypatch):
         monkeypatch.setattr(f'jaxprune.sweep.{room}.make_program', counted)
     jp.run_sweep({**TABLE, 'train': {'epochs': 2, 'batch_size': 120}, 'grid': grid}, tmp_path)
     assert made == ['magnitude', 'later']
+
+
+@pytest.mark.parametrize('start', [1.5, 3])
+def test_recording_along_training_changes_no_result(tmp_path, start):
+    """Expectation: the same results with and without; every recorded row of the test set has its
+    values, and rows are filed in the order of their steps. Also where the last round comes after
+    the last step, or in the middle of an epoch."""
+    grid = {'method': [{'name': 'magnitude', 'start': start}], 'compression': [50], 'seed': [0]}
+    table = {**TABLE, 'grid': grid}
+    plain = jp.run_sweep(table, tmp_path / 'plain')
+    for name, rounds in (('along', False), ('rounds', True)):
+        record = {'every': 3, 'evaluate': True, 'rounds': rounds}
+        watched = jp.run_sweep({**table, 'record': record}, tmp_path / name)
+        assert_frame_equal(plain, watched, check_exact=True)
+        curves = store.read_curves(tmp_path / name)
+        assert curves['test_loss'].null_count() == curves['test_accuracy'].null_count() == 0
+        moments = curves.select('step', 'rounds').rows()
+        assert moments == sorted(moments)
+        per_epoch = [3, 6, 9, 10]
+        steps = {10 * epoch + step for epoch in range(3) for step in per_epoch}
+        assert set(curves['step']) == (steps | {int(10 * start)} if rounds else steps)
+
+
+def test_train_loss_is_the_mean_over_steps():
+    """Expectation: the mean of the losses that training returned, also where the last epoch is a
+    part of one."""
+    entry = {'name': 'magnitude', 'start': 1, 'rewind': 'weights', 'rewind_to': 0.5}
+    table = {**TABLE, 'train': {**TABLE['train'], 'epochs': 1}}
+    grid = {'method': [entry], 'compression': [4], 'seed': [0]}
+    spec, group = group_of({**table, 'grid': grid, 'record': {'every_epochs': 5}})
+    engine, program = engine_of(spec, group, ONE)
+    losses = []
+
+    def advance(*args, **kwargs):
+        states, found = engine.advance(*args, **kwargs)
+        losses.append(found[0])
+        return states, found
+
+    chunk = run_chunk(spec, program, engine._replace(advance=advance), group.runs, 1)
+    assert chunk.results['step'].to_list() == [15]
+    mean = np.concatenate(losses).mean()
+    np.testing.assert_allclose(chunk.results['train_loss'][0], mean, rtol=1e-6)
+
+
+def test_curves_of_a_control_do_not_depend_on_its_company(tmp_path):
+    """Expectation: the same rows of the dense run, alone or beside a method."""
+    record = {'every': 10, 'evaluate': True, 'rounds': True}
+    found = []
+    for compressions in ([1], [1, 4]):
+        grid = {'method': ['magnitude'], 'compression': compressions, 'seed': [0]}
+        out = tmp_path / str(len(compressions))
+        frame = jp.run_sweep({**TABLE, 'grid': grid, 'record': record}, out)
+        dense = frame.filter(method='dense')['run_id'][0]
+        found.append(store.read_curves(out).filter(run_id=dense))
+    assert_frame_equal(*found, check_exact=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxprune.errors import SpecError
-from jaxprune.sweep import make_spec
+from jaxprune.sweep import make_plan, make_spec
 from jaxprune.sweep.grid import program_settings, runs
 from jaxprune.sweep.spec import FinetuneSpec, MethodSpec, RecordSpec, TrainSpec
 from jaxprune.sweep.timeline import (
@@ -147,10 +147,10 @@ def spec_of(*entries, **train):
             {'start': 1, 'rewind': 'rate', 'finetune': {'epochs': 1, 'learning_rate': 0.1}},
             'rewind: does not go with finetune',
         ),
-        ({'finetune': {'epochs': 2}}, 'finetune.learning_rate: missing'),
+        ({'start': 1, 'finetune': {'epochs': 2}}, 'finetune.learning_rate: missing'),
         ({'finetune': {'learning_rate': 0.1}}, 'finetune.epochs: expected the length'),
         (
-            {'finetune': {'epochs': 2, 'learning_rate': 0.1, 'schedule': 'step'}},
+            {'start': 1, 'finetune': {'epochs': 2, 'learning_rate': 0.1, 'schedule': 'step'}},
             "finetune.milestones: expected the epochs of schedule 'step'",
         ),
         ({'finetune': {'epoch': 2}}, "finetune.epoch: unknown key, did you mean 'epochs'"),
@@ -210,3 +210,58 @@ def test_density_in_place_of_compression():
     ):
         with pytest.raises(SpecError, match=message):
             make_spec({**TABLE, 'grid': {**grid, **wrong}})
+
+
+@pytest.mark.parametrize('epoch', range(5, 30))
+@pytest.mark.parametrize('back', [0, 0.1, 0.5, 1.3])
+def test_every_level_of_a_lottery_ticket_is_as_long(epoch, back):
+    """Expectation: rounds where the clock is at the end, whatever the rounding of fractions."""
+    entry = MethodSpec(name='magnitude', start=4, rounds=5, rewind='weights', rewind_to=back)
+    found = timeline_of(TRAIN, entry, epoch)
+    assert {event.clock for event in found.events} == {4 * epoch}
+    assert len({span.length for span in found.spans[1:]}) == 1
+
+
+def test_phases_after_each_round_follow_one_another():
+    """Expectation: the next round at the end of the phase, without `every`."""
+    each = FinetuneSpec(epochs=2, learning_rate=0.01, each_round=True)
+    found = timeline(rounds=3, start=4, finetune=each)
+    assert spans(found) == [(0, 0, 40), (40, 40, 20), (60, 40, 20), (80, 40, 20)]
+
+
+@pytest.mark.parametrize(
+    ('entry', 'message'),
+    [
+        ({'start': 1, 'every': 0.01, 'rounds': 2}, 'every: rounds 1 and 2 fall on one step, 10'),
+        ({'start': 1, 'end': 1, 'rounds': 2}, 'end: rounds 1 and 2 fall on one step'),
+        ({'start': 0.01, 'rounds': 2, 'rewind': 'weights'}, 'start: rounds 1 and 2 fall on one'),
+        (
+            {'name': 'snip', 'start': 4, 'score_on': 'train_batch'},
+            'score_on: no training step follows the last round',
+        ),
+        (
+            {'name': 'snip', 'start': 2, 'score_on': 'train_batch', 'rewind': 'rate'},
+            "score_on: 'train_batch' is the batch of the next step",
+        ),
+        (
+            {'finetune': {'epochs': 1, 'learning_rate': 0.1}},
+            'start: missing; finetune replaces the training',
+        ),
+        (
+            {'name': 'tpp', 'granularity': 'unit', 'end': 2, 'interval': 2.5},
+            'interval: expected a whole number, not 2.5',
+        ),
+        ({'name': 'taylor', 'power': 2.0}, 'power: expected a whole number, not 2.0'),
+    ],
+)
+def test_what_would_go_wrong_in_silence_is_refused(entry, message):
+    with pytest.raises(SpecError) as error:
+        spec_of(entry)
+    assert str(error.value).startswith(f'spec: grid.method[0].{message}')
+
+
+@pytest.mark.parametrize(('key', 'value'), [('interval', 0), ('increment', -1.0)])
+def test_values_of_tpp_are_checked_before_anything_runs(key, value):
+    entry = {'name': 'tpp', 'granularity': 'unit', 'end': 2, key: value}
+    with pytest.raises(SpecError, match=f'{key}.* must be'):
+        make_plan(spec_of(entry))

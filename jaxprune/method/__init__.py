@@ -1,7 +1,7 @@
 """Pruners: pure pairs `init`, `update`, called at pruning events; and their registry."""
 
 from jaxprune.method.by_name import get_pruner
-from jaxprune.method.choices import Choices, broken_rules, check_choices
+from jaxprune.method.choices import SCORED_ON, Choices, broken_rules, check_choices
 from jaxprune.method.methods import METHODS, Method, method
 from jaxprune.method.pruner import pruner
 from jaxprune.method.repair import REPAIRS
@@ -19,6 +19,7 @@ __all__ = [
     'GRANULARITIES',
     'METHODS',
     'REPAIRS',
+    'SCORED_ON',
     'UNIT_ALLOCATIONS',
     'Choices',
     'Method',

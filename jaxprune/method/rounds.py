@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxprune.errors import PruneError, shown
 from jaxprune.select import count_kept
 from jaxprune.types import Batch, Counts, Key, PruneInfo, Pruner, PyTree, View
 
@@ -126,7 +127,11 @@ def prune_rounds(
     Returns:
       The view under the last masks, pruned weights zero; and the info of every round, leaves with
       a leading axis of rounds.
+
+    Raises:
+      PruneError: no pruner, or counts that are no table of rounds.
     """
+    _check_arguments(pruner, counts)
     several = len(next(iter(counts.values()))) > 1
 
     def seen_in(number: jax.Array) -> Batch | None:
@@ -150,6 +155,17 @@ def prune_rounds(
     rounds = Rounds(begin, once, finish if has_finish(pruner) else None)
     carried, infos = run_rounds(rounds, OnView((), view), counts, active=active, loop=loop)
     return carried.view, infos
+
+
+def _check_arguments(pruner: Pruner, counts: Mapping[str, ArrayLike]) -> None:
+    if not isinstance(pruner, Pruner):
+        raise PruneError(f'expected a Pruner, see jaxprune.get_pruner, not {shown(pruner)}')
+    rounds = 'path -> counts of each round, as the counts of jaxprune.plan_rounds'
+    if not isinstance(counts, Mapping) or not counts:
+        raise PruneError(f'counts must be {rounds}, not {shown(counts)}')
+    for path, column in counts.items():
+        if np.ndim(column) != 1:
+            raise PruneError(f"counts must be {rounds}; '{path}' has no axis of rounds")
 
 
 def prune_once(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxprune import tree
+from jaxprune.arguments import least, positive
 from jaxprune.flow.orthogonal import tpp_gradients, tpp_strength
 from jaxprune.method.unit_pruning import alike
 from jaxprune.score.magnitude import magnitude
@@ -74,8 +75,14 @@ def tpp(
       interval: steps after which the penalty grows.
       increment: by how much.
       ceiling: how far.
+
+    Raises:
+      PruneError: an interval below 1, another number that is not above 0.
     """
     del problem
+    least(1, interval=interval)
+    for name, value in (('weight', weight), ('increment', increment), ('ceiling', ceiling)):
+        positive(f'{name} of tpp', value)
     score = alike(magnitude())
 
     def init(key: Key, view: View) -> Chosen:

@@ -200,6 +200,7 @@ def _checked(
         given.params,
         given.model,
         given.model_state,
+        given.init,
         given.loss,
         given.prunable,
         given.masks,

@@ -23,7 +23,7 @@ def options(given: Iterable[str], known: Iterable[str], keywords: Iterable[str])
             raise PruneError(f"'{option}' is no argument, nor an option of this method: {tail}")
 
 
-def types(params, model, model_state, loss, prunable, masks, key) -> None:
+def types(params, model, model_state, init, loss, prunable, masks, key) -> None:
     """Whatever would only fail deep inside, where nobody finds out why."""
     for path, leaf in tree.paths(params):
         if isinstance(leaf, jax.core.Tracer):
@@ -41,10 +41,16 @@ def types(params, model, model_state, loss, prunable, masks, key) -> None:
         raise PruneError(
             f'model must be a function (params, x) -> logits or a Problem, not {model!r}'
         )
-    for name, function in (('loss', loss), ('prunable', prunable)):
+    forms = {'init': 'key -> params', 'loss': '(logits, y) -> loss'}
+    for name, function in (('init', init), ('loss', loss), ('prunable', prunable)):
         if function is not None and not callable(function):
-            form = '(logits, y) -> loss' if name == 'loss' else '(path, leaf) -> bool'
+            form = forms.get(name, '(path, leaf) -> bool')
             raise PruneError(f'{name} must be a function {form}, not a {type(function).__name__}')
+    if init is not None:
+        fresh = tried('init=', jax.eval_shape, init, jax.random.key(0))
+        given = jax.tree.map(lambda leaf: leaf.shape, (fresh, params), is_leaf=None)
+        if jax.tree.structure(fresh) != jax.tree.structure(params) or given[0] != given[1]:
+            raise PruneError('init= makes other parameters than params')
     if masks is not None and not isinstance(masks, Mapping):
         raise PruneError(f'masks must be a dict, path -> bool array, not a {type(masks).__name__}')
     for path, mask in (masks or {}).items():

@@ -7,6 +7,7 @@ import numpy as np
 from jaxprune import data, method
 from jaxprune.allocation import SHARED
 from jaxprune.errors import JaxpruneError, SpecError
+from jaxprune.select import layerwise_top_k
 from jaxprune.sweep.counts import active_of, counts_of
 from jaxprune.sweep.device_data import DeviceData, scores_need_data
 from jaxprune.sweep.grid import DENSE, event_program
@@ -50,7 +51,10 @@ def _check_event(program: Program, run, on_device: DeviceData, state: RunState) 
         rounds = program.events(run.method)(clock, data, key, hyper)
         state, info = rounds.once(clock, counts, rounds.begin(state))
         if True in program.stages:
-            state, _ = program.stages[True].step(clock, data, key, hyper, indices_, state)
+            own = program.stages[True]
+            state, _ = own.step(clock, data, key, hyper, indices_, state)
+            if own.flow is not None:
+                own.flow(clock, data, key, hyper, state)
         return rounds.finish(state, clock) if rounds.finish else (state, info)
 
     indices_ = jnp.zeros(indices.shape, indices.dtype)
@@ -60,7 +64,10 @@ def _check_event(program: Program, run, on_device: DeviceData, state: RunState) 
 def _check_numbers(program: Program, spec) -> None:
     """Checks the values of options that programs trace."""
     entry = method.method(spec.name)
-    if entry.score is not None:
+    if entry.make is not None:
+        units, _ = competing(program.shapes, spec)
+        entry.make(program.problem, units, layerwise_top_k, **spec.options)
+    else:
         entry.score(program.problem, spec.batch_norm == 'train', **spec.options)
 
 

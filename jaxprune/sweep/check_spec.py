@@ -160,6 +160,11 @@ def _like(value: Any, default: Any, at: str, fail) -> Any:
         if not fits_device(value, float):
             fail(at, f'expected {limits(float)}, not {value!r}')
         return float(value)
+    elif isinstance(default, int):
+        if not isinstance(value, int) or isinstance(value, bool):
+            fail(at, f'expected a whole number, not {value!r}')
+        if not fits_device(value, int):
+            fail(at, f'expected {limits(int)}, not {value}')
     elif isinstance(default, list):
         whole = isinstance(value, (list, tuple)) and all(
             isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value
@@ -292,7 +297,7 @@ def _when(spec: MethodSpec, at: str, fail) -> None:
             f'{at}.restart', 'is for rounds during training: before it there is nothing to restart'
         )
     if spec.rewind and not spec.start:
-        fail(f'{at}.rewind', 'is for rounds during training: expected start, after rewind_to')
+        fail(f'{at}.rewind', 'is for rounds during training: expected a start later than rewind_to')
     if spec.rewind == 'weights' and spec.restart:
         fail(f'{at}.restart', "rewind = 'weights' takes the optimizer back already")
     if spec.rewind_to and not spec.rewind:
@@ -304,10 +309,14 @@ def _when(spec: MethodSpec, at: str, fail) -> None:
             if getattr(spec, key) % 1:
                 fail(f'{at}.{key}', f'expected a whole number of steps, not {getattr(spec, key)}')
     finetune = spec.finetune
+    if spec.score_on == 'train_batch' and (spec.rewind or finetune.epochs):
+        fail(f'{at}.score_on', "'train_batch' is the batch of the next step: not with a new clock")
     if not finetune.epochs:
         if finetune != FinetuneSpec():
             fail(f'{at}.finetune.epochs', 'expected the length of the phase after pruning')
         return
+    if not spec.start:
+        fail(f'{at}.start', 'missing; finetune replaces the training that is left after pruning')
     if not finetune.learning_rate:
         fail(f'{at}.finetune.learning_rate', 'missing; expected the peak learning rate')
     _schedule(finetune, f'{at}.finetune', fail)
@@ -316,9 +325,11 @@ def _when(spec: MethodSpec, at: str, fail) -> None:
 def _times(train: TrainSpec, spec: MethodSpec, epoch: int, at: str, fail) -> None:
     """Whether all rounds of a method happen while a run lasts."""
     try:
-        steps = timeline_of(train, spec, epoch).steps
+        timeline = timeline_of(train, spec, epoch)
     except SpecError as error:  # begins with the key
         key, _, message = str(error).partition(': ')
         fail(f'{at}.{key}', message)
-    if not fits_device(steps, int):
+    if spec.score_on == 'train_batch' and timeline.events[-1].step == timeline.steps:
+        fail(f'{at}.score_on', 'no training step follows the last round')
+    if not fits_device(timeline.steps, int):
         fail('train.epochs', f'{train.epochs} are more than 2**31 steps')

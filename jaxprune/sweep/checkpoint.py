@@ -25,7 +25,7 @@ class Saved(NamedTuple):
       states: the runs' states, host arrays with a leading run axis, what methods carry included.
       anchor: the states to rewind to, or None.
       errors: what was wrong with each run's scores, None if nothing.
-      losses: per epoch since the last evaluation, each run's mean training loss.
+      losses: per epoch since the last evaluation, its steps and each run's mean training loss.
       records: the result rows so far.
       curves: the curves rows so far.
       flow: the flow rows so far.
@@ -35,7 +35,7 @@ class Saved(NamedTuple):
     states: PyTree
     anchor: PyTree | None
     errors: list[str | None]
-    losses: list[np.ndarray]
+    losses: list[tuple[int, np.ndarray]]
     records: list[dict[str, Any]]
     curves: list[list]
     flow: list[list]
@@ -88,7 +88,7 @@ def checkpoint(directory: Path, minutes: float) -> Checkpoint:
             ) from error
         numbers = found['progress']
         states = structure.unflatten([found['states'][name] for name in _names(leaves)])
-        numbers['losses'] = [np.array(loss, np.float32) for loss in numbers['losses']]
+        numbers['losses'] = [(n, np.array(loss, np.float32)) for n, loss in numbers['losses']]
         return Saved(states=states[0], anchor=states[1], **numbers)
 
     def due() -> bool:
@@ -98,7 +98,7 @@ def checkpoint(directory: Path, minutes: float) -> Checkpoint:
         nonlocal last
         numbers = saved._asdict()
         arrays = jax.tree.leaves((numbers.pop('states'), numbers.pop('anchor')))
-        numbers['losses'] = [np.asarray(loss).tolist() for loss in saved.losses]
+        numbers['losses'] = [(n, np.asarray(loss).tolist()) for n, loss in saved.losses]
         with _manager(directory) as manager:
             manager.save(saved.step, args=_args('Save', arrays, numbers))
         last = time.monotonic()

@@ -23,7 +23,7 @@ from jaxprune.sweep.chunk_tables import (
 from jaxprune.sweep.compiled_events import EventCall
 from jaxprune.sweep.counts import active_of, counts_of
 from jaxprune.sweep.engine import Engine, stacked
-from jaxprune.sweep.grid import DENSE, Run, event_program, stays
+from jaxprune.sweep.grid import DENSE, Run, event_program, has_lasting_state
 from jaxprune.sweep.program import Program, hyper_of, method_facts, method_numbers
 from jaxprune.sweep.progress import Shown, ignored
 from jaxprune.sweep.spec import SweepSpec
@@ -53,7 +53,7 @@ class Walk(NamedTuple):
       losses: training losses since then, arrays `(rows, steps)`.
       moments: what was recorded since then, still on the devices.
       latest: what was recorded last.
-      means: each run's mean training loss in the epochs since the last evaluation.
+      means: of the epochs since the last evaluation, steps and each run's mean training loss.
       records: the result rows so far.
       curves: the curves rows so far.
       flow: the flow rows so far.
@@ -68,14 +68,14 @@ class Walk(NamedTuple):
     losses: list[np.ndarray]
     moments: list[Callable[[], Moment]]
     latest: Moment | None
-    means: list[np.ndarray]
+    means: list[tuple[int, np.ndarray]]
     records: list[dict[str, Any]]
     curves: list[list]
     flow: list[list]
 
 
 class Context(NamedTuple):
-    """What stays the same all along the way."""
+    """What remains the same all along the way."""
 
     spec: SweepSpec
     program: Program
@@ -195,11 +195,12 @@ def _reach(context: Context, walk: Walk, border: Border, stretch: Stretch | None
         walk = _evaluated(context, walk, clock, hooked)
     if border.event is None:
         return walk
-    walk = _pruned(context, walk, border.event)
+    walk = _after_event(context, walk, border.event)
     if context.program.record.rounds:
         going_on = True in context.program.stages and not border.event.finish
         walk = _recorded(context, walk, border.event.clock, going_on, after_round=True)
-        walk = _filed(context, walk)
+        if border.epoch_end:  # or a checkpoint would lose it
+            walk = _filed(context, walk, [moment() for moment in walk.moments])
     return _evaluated(context, walk, clock, False) if border.evaluate and last else walk
 
 
@@ -253,10 +254,18 @@ def _evaluated(context: Context, walk: Walk, clock: int, hooked: bool) -> Walk:
         walk.counted,
         walk.errors,
         walk.step,
-        np.mean(walk.means, axis=0),
+        _mean_loss(walk.means),
         test,
     )
     return walk._replace(means=[], records=[*walk.records, *records])
+
+
+def _mean_loss(means: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+    """The mean over the steps of several epochs, the last of which may be a part of one."""
+    lengths, losses = zip(*means, strict=True)
+    if len(set(lengths)) == 1:
+        return np.mean(losses, axis=0)
+    return np.average(losses, axis=0, weights=lengths)
 
 
 def _summed_up(context: Context, walk: Walk) -> Walk:
@@ -269,20 +278,22 @@ def _summed_up(context: Context, walk: Walk) -> Walk:
     walk = walk._replace(
         epoch_start=walk.step,
         losses=[],
-        means=[*walk.means, losses.mean(axis=1)],
-        curves=[*walk.curves, *curves],
+        means=[*walk.means, (losses.shape[1], losses.mean(axis=1))],
     )
-    return _filed(context, walk)
+    return _filed(context, walk, moments, curves)
 
 
-def _filed(context: Context, walk: Walk) -> Walk:
-    """The walk with what was recorded as rows."""
-    moments, members = [moment() for moment in walk.moments], context.members
+def _filed(
+    context: Context, walk: Walk, moments: Sequence[Moment], curves: Sequence[list] = ()
+) -> Walk:
+    """The walk with what was recorded as rows, those of an epoch in the order of their steps."""
+    members = context.members
     after = curves_rows_after_rounds(context.program, members, walk.errors, moments)
+    made = sorted([*curves, *after], key=lambda row: (row[1], row[2]))
     return walk._replace(
         moments=[],
         latest=moments[-1] if moments else walk.latest,
-        curves=[*walk.curves, *after],
+        curves=[*walk.curves, *made],
         flow=[*walk.flow, *flow_rows(context.program, members, walk.errors, moments)],
     )
 
@@ -311,7 +322,7 @@ def _abstract_states(
     run, rounds = members[0], program.timeline.events
     one = jax.eval_shape(program.init, jax.random.key(0), hyper_of(run))
     anchor = one._replace(masks=(), method_state=())
-    if stays(run.method) and rounds[0].step <= step < rounds[-1].step:
+    if has_lasting_state(run.method) and rounds[0].step <= step < rounds[-1].step:
         one = one._replace(method_state=method_facts(program, run.method).state)
     kept = program.timeline.anchor is not None and program.timeline.anchor <= step
     return jax.tree.map(
@@ -328,7 +339,7 @@ def _counted(engine: Engine, states: Any, count: int) -> list[list[dict[str, int
     ]
 
 
-def _pruned(context: Context, walk: Walk, event: timeline.Event) -> Walk:
+def _after_event(context: Context, walk: Walk, event: timeline.Event) -> Walk:
     """The rounds that happen at a step, then rewinding."""
     program, engine, padded = context.program, context.engine, context.padded
     states, errors = walk.states, list(walk.errors)
@@ -341,9 +352,10 @@ def _pruned(context: Context, walk: Walk, event: timeline.Event) -> Walk:
             for i, error in zip(at, found, strict=True):
                 errors[i] = error
         if event.rewind == 'weights':
-            states = engine.rewind(context.rows, states, walk.anchor)
+            hooked = True in program.stages and not event.finish
+            states = engine.rewind(context.rows, states, walk.anchor, hooked)
         counted = _counted(engine, states, len(context.members))
-    return walk._replace(states=states, errors=errors, counted=counted)
+    return walk._replace(states=states, errors=errors, counted=counted, latest=None)
 
 
 def _by_event(
@@ -389,7 +401,7 @@ def _score_errors(
 ) -> list[str | None]:
     """What is wrong with each run's scores, None if nothing is.
 
-    A run that was broken `before` stays so: its masks mean nothing, and neither does how many
+    A run that was broken `before` remains so: its masks mean nothing, and neither does how many
     weights they keep.
 
     Raises:

@@ -116,6 +116,8 @@ def _curve(
 ) -> list[list]:
     rows = []
     for i, run in enumerate(members):
+        if after_round and run.method == DENSE:  # whose moments do not depend on its company
+            continue
         values = [
             None if loss is None else float(loss[i]),
             *([float(t[i]) for t in test] if test else [None, None]),
@@ -147,6 +149,7 @@ def flow_rows(
                 rows += [
                     [run.run_id, m.step, rounds[i], path, quantity, _value(values[i], errors[i])]
                     for i, run in enumerate(members)
+                    if not (m.after_round and run.method == DENSE)
                 ]
     return rows
 

@@ -9,22 +9,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import data
-from jaxprune.sweep.program import Program
+from jaxprune.sweep.grid import Run, has_lasting_state
+from jaxprune.sweep.program import Program, method_facts
 from jaxprune.sweep.spec import SweepSpec
 
 
-def costs(spec: SweepSpec, program: Program, batch: int) -> dict[str, Any]:
+def costs(spec: SweepSpec, program: Program, run: Run) -> dict[str, Any]:
     """Parameters, bytes and floating-point operations of one run, from abstract values.
 
-    Bytes: the state, one gradient, and every intermediate of one forward pass held for the
-    backward pass; an estimate, as the compiler fuses and reuses.
+    Bytes: the state, what its method carries, one gradient, and every intermediate of one forward
+    pass held for the backward pass; an estimate, as the compiler fuses and reuses.
 
     Args:
-      batch: examples per step.
+      run: one of the program's.
     """
     facts = data.facts(spec.data.name)
     key = jax.random.key(0)
     state = jax.eval_shape(program.init, key, program.hyper)
+    batch = run.train.batch_size
+    carried = 0
+    if has_lasting_state(run.method):
+        carried = _bytes(method_facts(program, run.method).state)
     x = jax.ShapeDtypeStruct((batch, *facts.shape), jnp.float32)
     y = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
@@ -42,7 +47,7 @@ def costs(spec: SweepSpec, program: Program, batch: int) -> dict[str, Any]:
     analysis = lowered.cost_analysis() or {}
     return {
         'parameters': sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params)),
-        'bytes_per_run': _bytes(state) + _bytes(state.params) + int(activations),
+        'bytes_per_run': _bytes(state) + _bytes(state.params) + carried + int(activations),
         'flops_per_step': float(analysis.get('flops', math.nan)),
     }
 

@@ -41,8 +41,8 @@ class Engine(NamedTuple):
       init: `rows -> states`.
       advance: trains from one border to the next, see `AdvanceFn`.
       prune: rounds of a method for some rows, see `PruneFn`.
-      rewind: `(rows, states, anchor) -> states`: weights, batch statistics and optimizer states of
-        a packed anchor, under today's masks.
+      rewind: `(rows, states, anchor, hooked=False) -> states`: weights, batch statistics and
+        optimizer states of a packed anchor, under today's masks.
       evaluate: `(clock, rows, states, hooked=False) -> (test losses (runs,), accuracies (runs,))`.
       record: `(clock, rows, states, hooked=False) -> () -> Recorded`, see `observe`.
       counts: `states -> (kept, active)`, each path -> weights (runs,): those the mask keeps, and
@@ -58,7 +58,7 @@ class Engine(NamedTuple):
     init: Callable[[Rows], Any]
     advance: AdvanceFn
     prune: PruneFn
-    rewind: Callable[[Rows, Any, PyTree], Any]
+    rewind: Callable[..., Any]
     evaluate: Callable[..., tuple[np.ndarray, np.ndarray]]
     record: Callable[..., Callable[[], Recorded]]
     counts: Callable[[Any], tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]
@@ -96,11 +96,14 @@ def make_engine(
     hosted = apart or strategy.stepping == 'host'
     prune, events = make_prune(program, mesh, data, slots, event_batching, hosted, at_once)
     init = jitted(program.init, (0, 0), strategy.batching, mesh)
-    back = jitted(program.rewind, (0, 0, 0), strategy.batching, mesh)
+    rewinds = {
+        hooked: jitted(stage.rewind, (0, 0, 0), strategy.batching, mesh)
+        for hooked, stage in program.stages.items()
+    }
 
-    def rewind(rows, states, anchor):
+    def rewind(rows, states, anchor, hooked=False):
         parts = zip(trainer.by_slot(rows), states, slots.split(anchor), strict=True)
-        return [back(part.hyper, state, earlier) for part, state, earlier in parts]
+        return [rewinds[hooked](part.hyper, state, earlier) for part, state, earlier in parts]
 
     def traces():
         named = {'init': init, 'order': trainer.order, **observers.compiled}

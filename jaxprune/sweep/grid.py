@@ -75,7 +75,7 @@ def program_settings(run: Run) -> dict[str, Any]:
 
     Methods that prune before training only share a program with the dense control.
     """
-    return {**train_settings(run.train), **_life(run.method)}
+    return {**train_settings(run.train), **_own_training(run.method)}
 
 
 def representative(members: Sequence[Run]) -> Run:
@@ -96,7 +96,7 @@ def train_settings(train: TrainSpec) -> dict[str, Any]:
     return {**settings, **flags, 'traced': sorted(numbers)}
 
 
-def _life(spec: MethodSpec) -> dict[str, Any]:
+def _own_training(spec: MethodSpec) -> dict[str, Any]:
     """What a method changes in training: when its rounds happen, phases, what it keeps or does."""
     if spec == DENSE or not (spec.start or spec.every or spec.end or spec.finetune.epochs):
         return {}
@@ -106,12 +106,12 @@ def _life(spec: MethodSpec) -> dict[str, Any]:
     return {
         **{key: v for key, v in times.items() if v != getattr(usual, key)},
         **{f'finetune.{k}': v for k, v in phase.items() if v != plain(usual.finetune)[k]},
-        **({'method': event_program(spec)} if stays(spec) else {}),
+        **({'method': event_program(spec)} if has_lasting_state(spec) else {}),
     }
 
 
-def stays(spec: MethodSpec) -> bool:
-    """Does a method carry a state of its own through training, so that no other shares its states?
+def has_lasting_state(spec: MethodSpec) -> bool:
+    """Does a method carry a state of its own through training? Then its runs train apart.
 
     A step hook does, and so does what several rounds at different times remember.
     """

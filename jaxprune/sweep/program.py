@@ -12,7 +12,7 @@ from jaxprune import data, flow, method, nn, optim, problem, structure, train, t
 from jaxprune.rng import stream
 from jaxprune.structure import Connect
 from jaxprune.sweep.device_data import DeviceData, Examples, examples_of
-from jaxprune.sweep.grid import DENSE, Run, method_options, split_options, stays
+from jaxprune.sweep.grid import DENSE, Run, has_lasting_state, method_options, split_options
 from jaxprune.sweep.spec import FinetuneSpec, MethodSpec, RecordSpec, SweepSpec, TrainSpec
 from jaxprune.sweep.timeline import Timeline, timeline_of
 from jaxprune.types import (
@@ -50,11 +50,13 @@ class Stage(NamedTuple):
         the test set.
       flow: `(clock, data, key, hyper, state) -> quantity -> path -> scalar`, or None if none is
         asked for.
+      rewind: `(hyper, state, anchor) -> state`, see `train.rewind`.
     """
 
     step: train.FetchStepFn
     evaluate: Callable
     flow: Callable | None
+    rewind: Callable[[Hyper, RunState, RunState], RunState]
 
 
 class Program(NamedTuple):
@@ -70,7 +72,6 @@ class Program(NamedTuple):
       order: `(key, epoch) -> indices (steps, batch)`.
       stages: whether a method's hook is at work -> what a run does then.
       events: method -> its rounds on a run.
-      rewind: `(hyper, state, anchor) -> state`, see `train.rewind`.
       size: number of prunable weights.
       record: what is recorded along training.
       convolves: has the network convolutions?
@@ -86,7 +87,6 @@ class Program(NamedTuple):
     order: Callable[[Key, jax.Array], jax.Array]
     stages: dict[bool, Stage]
     events: Callable[[MethodSpec], EventsFn]
-    rewind: Callable[[Hyper, RunState, RunState], RunState]
     size: int
     record: RecordSpec
     convolves: bool
@@ -173,7 +173,6 @@ def make_program(
         order=order,
         stages=_stages(parts, spec.record, run.method),
         events=lambda method_spec: _events(parts, method_spec),
-        rewind=train.rewind(parts.optimizer),
         size=sum(math.prod(shape) for shape in parts.shapes.values()),
         record=spec.record,
         convolves=nn.convolves(module),
@@ -266,7 +265,7 @@ def _events(parts: _Parts, spec: MethodSpec) -> EventsFn:
 def _stages(parts: _Parts, record: RecordSpec, spec: MethodSpec) -> dict[bool, Stage]:
     """What a run does without a hook, and with that of its method if it has one."""
     stages = {False: _stage(parts, record, lambda hyper: (None, False))}
-    if stays(spec):
+    if has_lasting_state(spec):
 
         def hooked(hyper: Hyper) -> tuple[StepHook | None, bool]:
             pruner = _pruner(parts, spec, hyper)
@@ -303,7 +302,10 @@ def _stage(
         noise = stream(key, 'dropout')
         return {name: measure(noise, view, rows) for name, measure in quantities.items()}
 
-    return Stage(step, evaluate, flows if quantities else None)
+    def rewind(hyper: Hyper, state: RunState, anchor: RunState) -> RunState:
+        return train.rewind(parts.optimizer, dense=hook_of(hyper)[1])(hyper, state, anchor)
+
+    return Stage(step, evaluate, flows if quantities else None, rewind)
 
 
 class MethodFacts(NamedTuple):
@@ -356,7 +358,7 @@ def hyper_of(run: Run) -> Hyper:
         np.float32(run.train.learning_rate),
         np.float32(run.train.weight_decay),
         traced(split_options(run.train)[0]),
-        traced(method_options(run.method)[0] if stays(run.method) else {}),
+        traced(method_options(run.method)[0] if has_lasting_state(run.method) else {}),
         traced({'learning_rate': finetune.learning_rate} if finetune.epochs else {}),
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxprune.allocation import ALLOCATIONS
 from jaxprune.flow.orthogonal import GAINS
-from jaxprune.method import GRANULARITIES, REPAIRS
+from jaxprune.method import GRANULARITIES, REPAIRS, SCORED_ON
 from jaxprune.nn import CONVOLUTIONS
 from jaxprune.schedule import SCHEDULES
 from jaxprune.structure import TARGETS
@@ -98,7 +98,7 @@ class PruneSpec:
 class FinetuneSpec:
     """The table `finetune` of a method: a phase after pruning with its own learning rate."""
 
-    epochs: int = _key('length of the phase; 0 for none', default=0, low=0)
+    epochs: int = _key('length of the phase; 0 for no such phase', default=0, low=0)
     learning_rate: float = _key('peak learning rate', default=0.0, low=0)
     schedule: str = _key(
         'constant, cosine or step', default='cosine', choices=('constant', 'cosine', 'step')
@@ -109,7 +109,9 @@ class FinetuneSpec:
     factor: float = _key('by what step multiplies the rate', default=0.1, above=0)
     warmup_epochs: float = _key('epochs of linear increase from zero', default=0.0, low=0)
     each_round: bool = _key(
-        'begin the phase after every round; otherwise after the last one', default=False
+        'begin the phase after every round, and the next round at its end; otherwise after the '
+        'last round only',
+        default=False,
     )
 
 
@@ -153,7 +155,7 @@ class MethodSpec:
         low=0,
     )
     density_schedule: str = _key(
-        "density over the rounds: 'exponential', 'linear', 'harmonic'; '' for the published one",
+        f"density over the rounds: {', '.join(SCHEDULES)}; '' for the published one",
         default='',
         choices=('', *SCHEDULES),
     )
@@ -163,7 +165,11 @@ class MethodSpec:
         default=0.0,
         low=0,
     )
-    end: float = _key('no round happens later; 0 for no such limit', default=0.0, low=0)
+    end: float = _key(
+        'the latest time of a round; without every, rounds are spread evenly from start to end',
+        default=0.0,
+        low=0,
+    )
     time_unit: str = _key(
         "what start, every, end and rewind_to count: 'epochs' (fractions too) or 'steps'",
         default='epochs',
@@ -198,7 +204,7 @@ class MethodSpec:
         "what scores that need data use: 'balanced' examples (see [prune]) or 'train_batch', that "
         'of the next training step',
         default='balanced',
-        choices=('balanced', 'train_batch'),
+        choices=SCORED_ON,
     )
     batch_norm: str = _key(
         "while scoring: 'train' (batch statistics), 'eval' (running); '' for the published mode",

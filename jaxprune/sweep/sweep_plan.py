@@ -51,7 +51,7 @@ def make_plan(
     differing = {k for s in settings for k in s if any(t.get(k) != s[k] for t in settings)}
     for group in groups:
         program = group.program
-        cost = costs(spec, program, group.runs[0].train.batch_size)
+        cost = costs(spec, program, group.runs[-1])
         if group.measured and group.measured.bytes_per_run > 0:
             cost['bytes_per_run'] = round(group.measured.bytes_per_run)
         chunk_runs = _chunk_size(spec, group, cost['bytes_per_run'])

@@ -74,6 +74,10 @@ class Timeline(NamedTuple):
 def round_steps(method: MethodSpec, epoch: int) -> tuple[int, ...]:
     """The step before which each round happens.
 
+    Without `every` and `end` all rounds happen at `start`. But where each round sets the clock, by
+    rewinding or with a phase of its own, the next one happens when the clock is where it was at
+    the first, or when the phase is over.
+
     Args:
       method: with its number of rounds.
       epoch: steps per epoch.
@@ -87,15 +91,26 @@ def round_steps(method: MethodSpec, epoch: int) -> tuple[int, ...]:
         raise SpecError(f'end: {end:g} is before start, {start:g}')
     if end and not every and rounds > 1:
         every = (end - start) / (rounds - 1)
-    elif method.rewind and rounds > 1 and not every:
-        every = start - method.rewind_to  # every round where the first one is on the clock
     last = start + (rounds - 1) * every
     if end and last > end * (1 + 1e-12):
         raise SpecError(
             f'end: round {rounds} happens at {last:g}, later than end, {end:g}: leave out one of '
             'rounds, every and end'
         )
-    return tuple(round(unit * (start + i * every)) for i in range(rounds))
+    first = round(unit * start)
+    if every or (end and rounds > 1):
+        steps = tuple(round(unit * (start + i * every)) for i in range(rounds))
+    elif method.rewind:
+        steps = tuple(first + i * (first - round(unit * method.rewind_to)) for i in range(rounds))
+    elif method.finetune.each_round:
+        steps = tuple(first + i * method.finetune.epochs * epoch for i in range(rounds))
+    else:
+        return (first,) * rounds
+    for number, (before, step) in enumerate(itertools.pairwise(steps), 1):
+        if before == step:
+            key = 'every' if method.every else 'end' if end else 'start'
+            raise SpecError(f'{key}: rounds {number} and {number + 1} fall on one step, {step}')
+    return steps
 
 
 def rounds_until(method: MethodSpec) -> int:
