@@ -397,7 +397,7 @@ def nan(p, x):
         ({'data': {'x': X, 'y': Y}}, 'must be a pair of arrays .x, y., a Batch or'),
         ({'data': (X, Y, Y)}, 'not 3 values'),
         ({'data': jp.Batch(X[0, 0], Y[0])}, 'a Batch holds several batches'),
-        ({'data': (X, Y + 1)}, 'labels go from 1 to 3, but the model tells 3 classes apart'),
+        ({'data': (X, Y + 1)}, 'labels go from 1 to 3, but the model has 3 classes'),
         ({'data': (X, Y - 1)}, 'labels go from -1 to 1'),
         ({'data': (X, jax.nn.one_hot(Y, 3))}, 'labels must be whole numbers'),
         ({'data': (X, Y.astype(jnp.float32))}, 'labels must be whole numbers'),

@@ -1060,3 +1060,29 @@ def test_recorded_quantities_as_a_network():
     assert mean['value'].to_list() == [0.6]
     drawing = recorded.quantities(recorded.means(results, flows), {'snip': {'color': 'k'}})
     assert len(drawing.axes) == 4 and all(axes.has_data() for axes in drawing.axes)
+
+
+def test_values_before_and_after_a_round_stay_apart():
+    """Expectation: by hand: two moments at one step, no mean of the two, no training loss after."""
+    rows = [('a', 10, rounds, 'x', 'weight_norm', 3.0 + rounds) for rounds in (0, 1)]
+    flows = pl.DataFrame(rows, schema=store.FLOW, orient='row')
+    assert recorded.whole(flows).select('rounds', 'value').rows() == [(0, 3.0), (1, 4.0)]
+    results = pl.DataFrame(
+        {
+            'run_id': ['a'] * 2, 'label': ['magnitude'] * 2, 'method': ['magnitude'] * 2,
+            'target': ['direct'] * 2, 'target_compression': [4.0] * 2, 'step': [10, 20],
+            'epoch': [1, 2], 'train_loss': [1.0, 0.5], 'test_loss': [1.0, 0.5],
+            'test_accuracy': [0.8, 0.9],
+        }
+    )  # fmt: skip
+    curves = pl.DataFrame(
+        [('a', 10, 0, 1.0, 1.0, 0.8), ('a', 10, 1, None, 2.0, 0.4), ('a', 20, 1, 0.5, 0.5, 0.9)],
+        schema=store.CURVES,
+        orient='row',
+    )
+    drawn = tables.learning(tables.along(results, curves))
+    assert drawn.select('time', 'rounds', 'train_loss', 'test_accuracy').rows() == [
+        (1, 0, 1.0, 0.8),
+        (1, 1, None, 0.4),
+        (2, 1, 0.5, 0.9),
+    ]

@@ -311,7 +311,8 @@ def along(results: pl.DataFrame, curves: pl.DataFrame) -> pl.DataFrame:
         return results
     values = ['train_loss', 'test_loss', 'test_accuracy']
     # Steps of an epoch; the last epoch of a run may be a part of one.
-    steps = (pl.col('step') / pl.col('epoch')).ceil().cast(pl.Int64).max().over('run_id')
+    epoch = pl.max_horizontal('epoch', 1)
+    steps = ((pl.col('step') + epoch - 1) // epoch).max().over('run_id')
     runs = results.with_columns(steps=steps).drop('step', 'epoch', *values)
     runs = runs.unique('run_id', maintain_order=True)
     # Where training was not evaluated along the way, the ends of epochs still were.
