@@ -19,6 +19,7 @@ from jaxprune.report import (
     effective_compression,
     heatmap,
     page,
+    recorded,
     style,
     tables,
     terminal,
@@ -1032,7 +1033,6 @@ def test_curves_recorded_along_training_are_drawn():
 def test_recorded_quantities_as_a_network():
     """Expectation: norms as the root of the sum of squares, rates as sums, others as means, a value
     of the whole network as it is; means over seeds, without what is not finite."""
-    from jaxprune.report import recorded
 
     rows = [
         *[('a', 1, 0, path, 'weight_norm', value) for path, value in (('x', 3.0), ('y', 4.0))],
