@@ -45,6 +45,18 @@ def test_the_engine_benchmark_runs_and_all_train_the_same(tmp_path):
     assert out.with_suffix('.png').stat().st_size > 10_000
 
 
+@pytest.mark.script
+def test_the_cost_of_recording_is_measured(tmp_path):
+    """Expectation: one row for every kind of recording, each with a number."""
+    out = tmp_path / 'recording.md'
+    command = [sys.executable, BENCH / 'engine.py', '--quick', '--recording', '--out', out]
+    done = subprocess.run([*command, '--nets', 'LeNet-300-100'], env=QUICK, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    table = out.read_text().split('### What recording along training costs')[1]
+    rows = [line.split('|') for line in table.splitlines() if line.startswith('| LeNet-300-100')]
+    assert len(rows) == 6 and all(float(row[4]) > -100 for row in rows)
+
+
 def test_a_failure_is_told_and_the_rest_goes_on():
     """Expectation: by the definition of the four ways an item can end."""
     spec = importlib.util.spec_from_file_location('scoring', SCORING)

@@ -118,7 +118,7 @@ def main() -> None:
             rows.append(row)
             print({k: v for k, v in row.items() if v != ''}, flush=True)
             publish()
-    if not settings.quick:
+    if settings.recording or not settings.quick:
         for name, runs, every in (('LeNet-300-100', 16, 50), ('VGG-11 (1/4)', 2, 50)):
             if name in cases:
                 costs += recording(settings, cases[name], runs, every, end)
@@ -548,10 +548,10 @@ def recorded_epoch(case: Case, spec: Any) -> Callable[[int], list]:
             losses.append(loss)
             if border.record:
                 waiting.append((border.step, engine.record(stretch.stop, rows, states)))
-        moments = [Moment(step, 1, False, fetch()) for step, fetch in waiting]
+        moments = [Moment(step, False, fetch()) for step, fetch in waiting]
         losses = np.concatenate(losses, axis=1)
         curves = curves_rows(program, members, errors, before, losses, moments)
-        return curves + flow_rows(members, errors, moments)
+        return curves + flow_rows(program, members, errors, moments)
 
     return epoch
 
