@@ -2,10 +2,11 @@
 
 A function is traced once to a jaxpr. `interpret` then carries values of any kind through it, one
 equation after the other: liveness for connectivity, numbers for folding, numbers with a wider
-exponent for SynFlow. It enters calls, and unrolls scans where the caller has no rule for them, so
-a rule only ever meets primitive operations.
+exponent for SynFlow. It enters calls. A scan goes by the caller's rule for scans, and is unrolled
+where there is none, so a rule only ever meets primitive operations.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +35,23 @@ class EquationRule(Protocol):
 
         Raises:
           Unknown: the rule does not know the operation.
+        """
+
+
+class ScanRule(Protocol):
+    def __call__(
+        self, equation: JaxprEqn, values: list[Any], step: Callable[[list[Any]], list[Any]], /
+    ) -> Sequence[Any] | None:
+        """Computes one value per output of a `lax.scan`; None has it unrolled.
+
+        Args:
+          equation: the scan; `scan_counts` says which inputs are constants and which the carry.
+          values: one value per input.
+          step: the outputs of one step under the caller's rules: from the constants, the carry and
+            a row of everything else to the next carry and a row of what is stacked.
+
+        Raises:
+          Unknown: the rule does not know this loop.
         """
 
 
@@ -98,7 +116,7 @@ def interpret(
     args: Sequence[Any],
     rule: EquationRule,
     constant: ConstantRule,
-    scan: EquationRule | None = None,
+    scan: ScanRule | None = None,
 ) -> list[Any]:
     """The outputs of a jaxpr under a caller's rules.
 
@@ -107,9 +125,9 @@ def interpret(
       args: one value per argument.
       rule: what an operation does to values; it meets `cond` and `while` as whole operations.
       constant: makes a value of a literal or a constant.
-      scan: what a `lax.scan` does to values. None unrolls it: `rule` meets the operations of every
-        step, a slice and a squeeze that take out its row, and a broadcast and a concatenate that
-        stack the rows of the result.
+      scan: what a `lax.scan` does to values. Without it, and where it returns None, the scan is
+        unrolled: `rule` meets the operations of every step, a slice and a squeeze that take out
+        its row, and a broadcast and a concatenate that stack the rows of the result.
 
     Returns:
       One value per output.
@@ -139,7 +157,7 @@ class _Rules(NamedTuple):
 
     rule: EquationRule
     constant: ConstantRule
-    scan: EquationRule | None
+    scan: ScanRule | None
 
 
 #: The equations of the calls that lead to a place, outermost first.
@@ -170,15 +188,16 @@ def _step(rules: _Rules, outer: _Outer, equation: JaxprEqn, values: list[Any]) -
     if name in _CALLS:
         called = next(equation.params[key] for key in _CALLED if key in equation.params)
         return _enter(rules, (*outer, equation), called, values)
-    rule = rules.rule
-    if name == 'scan':
-        if rules.scan is None:
-            return _unroll(rules, outer, equation, values)
-        rule = rules.scan
     try:
-        return rule(equation, values)
+        if name != 'scan':
+            return rules.rule(equation, values)
+        found = None
+        if rules.scan is not None:
+            inside = functools.partial(_enter, rules, (*outer, equation), equation.params['jaxpr'])
+            found = rules.scan(equation, values, inside)
     except Unknown as error:
         raise _placed(error, equation, outer) from None
+    return _unroll(rules, outer, equation, values) if found is None else found
 
 
 # --- scans, step by step ------------------------------------------------------------------------
@@ -187,7 +206,7 @@ def _step(rules: _Rules, outer: _Outer, equation: JaxprEqn, values: list[Any]) -
 def _unroll(rules: _Rules, outer: _Outer, scan: JaxprEqn, values: list[Any]) -> list[Any]:
     """The outputs of a scan: the last carry, then what its steps stack."""
     params = scan.params
-    n_consts, n_carry = _scan_counts(scan)
+    n_consts, n_carry = scan_counts(scan)
     first = n_consts + n_carry
     consts, carry = values[:n_consts], values[n_consts:first]
     stacked = list(zip(values[first:], scan.invars[first:], strict=True))
@@ -237,7 +256,7 @@ def _at_scan(
     return _enter(rules, outer, jaxpr.replace(eqns=equations), values)[0]
 
 
-def _scan_counts(scan: JaxprEqn) -> tuple[int, int]:
+def scan_counts(scan: JaxprEqn) -> tuple[int, int]:
     """How many constants and how many carried values a scan takes, before what it scans over."""
     params = scan.params
     if 'num_consts' in params:

@@ -69,7 +69,7 @@ FUNCTIONS = {
 }
 
 
-def compute(equation, values):
+def compute(equation, values, step=None):
     return bind(equation, *values)
 
 
@@ -163,7 +163,7 @@ def test_a_scan_is_unrolled_or_left_to_its_rule():
 
     scans = []
 
-    def scan(equation, values):
+    def scan(equation, values, step):
         scans.append(equation.params['length'])
         return [v + 1 for v in bind(equation, *values)]
 
@@ -205,7 +205,7 @@ def test_literals_and_constants_go_through_the_callers_function():
 
 
 def refuse(*names):
-    def rule(equation, values):
+    def rule(equation, values, step=None):
         if equation.primitive.name in names:
             raise Unknown('not here')
         return bind(equation, *values)

@@ -77,7 +77,7 @@ def evaluate(fn: Callable[..., PyTree], scaled: PyTree, *plain: PyTree) -> PyTre
     arrays = jax.tree.map(lambda s: s.array, scaled, is_leaf=_is_scaled)
     jaxpr, shape = jax.make_jaxpr(fn, return_shape=True)(arrays, *plain)
     args = [*jax.tree.leaves(scaled, is_leaf=_is_scaled), *jax.tree.leaves(plain)]
-    outputs = interpret(jaxpr, args, _rule, _constant, scan=_as_written)
+    outputs = interpret(jaxpr, args, _rule, _constant, scan=_scan_as_written)
     return jax.tree.unflatten(jax.tree.structure(shape), [_number(v) for v in outputs])
 
 
@@ -153,6 +153,10 @@ def _rule(equation: JaxprEqn, given: list[Any]) -> list[Any]:
 
 def _as_written(equation, given):
     return bind(equation, *[_plain(v) for v in given])
+
+
+def _scan_as_written(equation, given, step):
+    return _as_written(equation, given)
 
 
 def _keep(equation, given):

@@ -20,7 +20,8 @@ What an operation means for paths:
 - a statistic of a tensor (its mean, variance, maximum, norm) subtracted from it, or dividing it, is
   normalisation, and counts as elementwise: batch, layer, group and RMS norm, softmax. What reaches
   the output only through such a statistic does no work;
-- pooling is live where any entry of the window is.
+- pooling is live where any entry of the window is;
+- a scan is followed as a scan, so the cost of tracing it does not grow with its length.
 
 Zeros, and scores of minus infinity, are known where the trace holds the constant that makes them:
 numbers in the function's own code or closure. What is handed in as an argument counts as not zero,
@@ -37,6 +38,7 @@ import jax.numpy as jnp
 from jaxprune import tree
 from jaxprune.errors import PruneError
 from jaxprune.jaxpr import interpret, trace
+from jaxprune.structure.loops import through_scans
 from jaxprune.structure.rules import liveness
 from jaxprune.structure.values import Const, Signal, Weight
 from jaxprune.types import Masks, PyTree, Rule
@@ -87,7 +89,10 @@ def connectivity(
             for aval in arguments[len(traced.paths) :][: traced.inputs]
         ]
         args += [Const()] * traced.constants
-        outputs = interpret(traced.jaxpr, args, liveness(roots), lambda array, atom: Const(array))
+        rule = liveness(roots)
+        outputs = interpret(
+            traced.jaxpr, args, rule, lambda array, atom: Const(array), through_scans(rule, roots)
+        )
         return sum((out.live.sum() for out in outputs if isinstance(out, Signal)), jnp.zeros(()))
 
     def connect(masks: Masks) -> Masks:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from jaxprune.jaxpr import interpret, trace
+from jaxprune.jaxpr import interpret, scan_counts, trace
 from jaxprune.types import PyTree
 
 
@@ -32,7 +32,19 @@ def forward_order(
             used = frozenset()
         return [used] * len(equation.outvars)
 
+    def scan(equation, values, step):
+        if not equation.params['length']:
+            return None
+        n_consts, n_carry = scan_counts(equation)
+        while True:  # a later step may use what an earlier one carries along
+            outputs = step(values)
+            carry = values[n_consts : n_consts + n_carry]
+            after = [a | b for a, b in zip(carry, outputs, strict=False)]
+            if after == carry:
+                return outputs
+            values = [*values[:n_consts], *after, *values[n_consts + n_carry :]]
+
     args = [frozenset({path}) for path in traced.paths]
     args += [frozenset()] * (traced.inputs + traced.constants)
-    interpret(traced.jaxpr, args, rule, lambda array, atom: frozenset())
+    interpret(traced.jaxpr, args, rule, lambda array, atom: frozenset(), scan)
     return list(order)

@@ -1,9 +1,11 @@
 """Where constants make a value zero, or very negative, whatever the weights and the input.
 
 Causal masks need this: a score of minus infinity is an attention of zero. Patterns are arrays
-computed while tracing, never traced themselves, and None where nothing is known.
+computed while tracing, and None where nothing is known. Only inside a loop are they traced: there
+they may differ from step to step.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +17,7 @@ from jax.extend.core import JaxprEqn
 
 from jaxprune.jaxpr import bind
 from jaxprune.structure.operations import KEEPS_LOW, POSITIVE
-from jaxprune.structure.values import Pattern, numbers
+from jaxprune.structure.values import Pattern, array_of, numbers
 
 #: Masks of attention are minus infinity, the smallest number, -1e9 or -1e4 where they shut.
 LOW = -1e4
@@ -28,11 +30,18 @@ def open_where(pattern: Pattern, like: jax.Array) -> jax.Array:
     return jnp.ones_like(like) if pattern is None else 1 - jnp.asarray(pattern, like.dtype)
 
 
+def at_trace(*arrays: Any) -> contextlib.AbstractContextManager:
+    """Has arrays computed with at once, also while something is traced, if all have numbers."""
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return contextlib.nullcontext()
+    return jax.ensure_compile_time_eval()
+
+
 def some(patterns: Sequence[Pattern], shape, combine=jnp.logical_or) -> Pattern:
     """Patterns broadcast and combined; None is False everywhere."""
     if all(p is None for p in patterns):
         return None
-    with jax.ensure_compile_time_eval():
+    with at_trace(*patterns):
         each = [jnp.broadcast_to(False if p is None else p, shape) for p in patterns]
         return known(functools.reduce(combine, each))
 
@@ -66,12 +75,12 @@ def low_of(value: Any, aval: Any) -> Pattern:
 
 def _pattern(value: Any, aval: Any, pattern: Pattern, test: Callable) -> Pattern:
     """Where a constant passes a test, or the pattern given if the numbers are not known."""
-    array = numbers(value)
+    array = array_of(value)
     if array is None:
         return pattern
     if not (jnp.issubdtype(aval.dtype, jnp.number) or aval.dtype == np.bool_):
         return None
-    with jax.ensure_compile_time_eval():
+    with at_trace(array):
         return known(jnp.asarray(test(jnp.asarray(array))))
 
 
@@ -83,7 +92,7 @@ def placed(equation: JaxprEqn, patterns: Sequence[Pattern], avals, *leading: Any
     """
     if all(p is None for p in patterns):
         return [None] * len(equation.outvars)
-    with jax.ensure_compile_time_eval():
+    with at_trace(*patterns, *leading):
         each = [
             jnp.broadcast_to(False if p is None else p, aval.shape)
             for p, aval in zip(patterns, avals, strict=True)
@@ -95,7 +104,7 @@ def reduced(pattern: Pattern, axes: tuple[int, ...]) -> Pattern:
     """True where a whole slice of the pattern is."""
     if pattern is None:
         return None
-    with jax.ensure_compile_time_eval():
+    with at_trace(pattern):
         return known(pattern.all(axes))
 
 
@@ -135,7 +144,7 @@ def _low_sum(name: str, given: Sequence[Any], avals, shape) -> Pattern:
     lows, lifts = [], []
     for i, (value, aval) in enumerate(zip(given, avals, strict=True)):
         sign = -1 if name == 'sub' and i else 1
-        if numbers(value) is not None and _signed(aval):
+        if array_of(value) is not None and _signed(aval):
             # A number added everywhere is a shift, not a mask.
             down = _pattern(
                 value, aval, None, lambda n, s=sign: (s * n <= LOW) & (s * n > LOW).any()

@@ -123,7 +123,7 @@ def _constants(equation: JaxprEqn, given: Sequence[Const]) -> list[Const]:
     name, outs = equation.primitive.name, len(equation.outvars)
     size = sum(math.prod(getattr(v.aval, 'shape', ())) for v in equation.outvars)
     if all(v.value is not None for v in given) and size <= _LARGEST and not equation.effects:
-        with jax.ensure_compile_time_eval():  # numbers, also while something is traced
+        with patterns.at_trace(*[v.value for v in given]):
             return [Const(v) for v in bind(equation, *[v.value for v in given])]
     mixed = tuple(dict.fromkeys(leaf for v in given for leaf in v.mixed))
     shuts, lows = [None] * outs, [None] * outs

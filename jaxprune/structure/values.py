@@ -12,7 +12,8 @@ class Const(NamedTuple):
     """A value that no input reaches.
 
     Attributes:
-      value: the array, where the trace holds it; None for parameters and what is made of them.
+      value: the array, where the trace holds it, or a traced one where a loop makes it of such;
+        None for parameters and what is made of them.
       source: identifies the parameter that it is a rearrangement of, if any.
       mixed: paths of prunable leaves that it is computed from.
       shut: where it is zero, as far as is known without `value`.
@@ -65,7 +66,12 @@ def named(leaves: tuple[str, ...]) -> str:
     return ' and '.join(f"'{leaf}'" for leaf in leaves)
 
 
+def array_of(value: Any) -> Any:
+    """The array of a constant, traced where a loop makes it; None for all else."""
+    return value.value if isinstance(value, Const) else None
+
+
 def numbers(value: Any) -> Any:
     """The array of a constant that is known now; None for all else, traced constants included."""
-    array = value.value if isinstance(value, Const) else None
+    array = array_of(value)
     return None if isinstance(array, jax.core.Tracer) else array
