@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune.errors import JaxpruneError, check_choice
+from jaxprune.errors import JaxpruneError, PruneError, check_choice
 from jaxprune.tree import mask_tree
 from jaxprune.types import Hyper, Masks, PyTree
 
@@ -72,11 +72,43 @@ def sparse(tx: optax.GradientTransformation) -> optax.GradientTransformationExtr
 def mask_opt_state(
     tx: optax.GradientTransformation, opt_state: PyTree, params: PyTree, masks: Masks
 ) -> PyTree:
-    """The optimizer state with all moments of pruned weights set to zero."""
-    keep = mask_tree(params, masks)
-    return optax.tree_utils.tree_map_params(
-        tx, lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf)), opt_state, keep
+    """The optimizer state with all moments of pruned weights set to zero.
+
+    A moment of a weight lies at the weight's path in the state and has its shape, perhaps with
+    axes before it (L-BFGS remembers several). `optax.flatten` keeps one vector of all weights.
+    This holds under `optax.chain`, `optax.masked`, `optax.partition` and other wrappers. Leaves of
+    another shape belong to no single weight (novograd's scalars, adafactor's rows and columns)
+    and stay as they are.
+
+    Args:
+      tx: the optimizer, as it is or wrapped by `sparse`.
+      opt_state: its state; it is not changed.
+      params: all parameters.
+      masks: path -> bool array, True = keep; leaves without one stay dense.
+
+    Raises:
+      PruneError: masks that fit no parameter, or a state that is not one of this optimizer.
+    """
+    if jax.tree.structure(jax.eval_shape(tx.init, params)) != jax.tree.structure(opt_state):
+        raise PruneError('opt_state is not a state of this optimizer for these params')
+    keep = jax.tree.map(
+        lambda leaf, mask: jnp.broadcast_to(mask, leaf.shape), params, mask_tree(params, masks)
     )
+    by_path = dict(jax.tree_util.tree_leaves_with_path(keep))
+    depths = sorted({len(path) for path in by_path}, reverse=True)
+    weights = sum(mask.size for mask in by_path.values())
+
+    def masked(path, leaf):
+        shape = jnp.shape(leaf)
+        ends = (path[len(path) - depth :] for depth in depths if depth <= len(path))
+        mask = next((by_path[end] for end in ends if end in by_path), None)
+        if mask is None and shape == (weights,):
+            mask = jnp.concatenate([m.ravel() for m in by_path.values()])
+        if mask is None or shape[len(shape) - mask.ndim :] != mask.shape:
+            return leaf
+        return jnp.where(mask, leaf, jnp.zeros_like(leaf))
+
+    return jax.tree_util.tree_map_with_path(masked, opt_state)
 
 
 def _where(keep: PyTree, values: PyTree) -> PyTree:
@@ -117,8 +149,12 @@ def optimizer(
     return Optimizer(make, not decoupled, rate)
 
 
-#: Names of learning-rate schedules.
-RATE_SCHEDULES = ('constant', 'cosine', 'step')
+#: Learning-rate schedules, with what they do.
+RATE_SCHEDULES = {
+    'constant': 'the peak learning rate throughout',
+    'cosine': 'from the peak to zero along half a cosine',
+    'step': 'the peak, times factor at each of milestones',
+}
 
 
 def rate_schedule(
@@ -168,13 +204,17 @@ def arguments(name: str) -> dict[str, Any]:
 
 
 #: rprop reads its rate once, so schedules would do nothing; noisy_sgd draws from a seed of its own;
-#: moments of sm3 are not shaped like the weights, so they cannot be masked.
+#: sm3 keeps its moments by rows and columns, where pruned weights leave traces.
 _UNFIT = frozenset({'rprop', 'scale_by_rprop', 'noisy_sgd', 'sm3'})
 
 
+def names() -> list[str]:
+    """The optimizers of optax that a specification may name."""
+    return [n for n in dir(optax) if _is_optimizer(getattr(optax, n)) and n not in _UNFIT]
+
+
 def _function(name: str) -> Callable:
-    names = [n for n in dir(optax) if _is_optimizer(getattr(optax, n)) and n not in _UNFIT]
-    check_choice('optimizer', name, names, JaxpruneError)
+    check_choice('optimizer', name, names(), JaxpruneError)
     return getattr(optax, name)
 
 
