@@ -3,7 +3,7 @@
 A mask is data, a method is a pure function, a run is a row of an array.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -38,6 +38,11 @@ class Batch(NamedTuple):
 
     x: jax.Array
     y: jax.Array
+
+
+#: The data of a score: a `Batch` of equal batches, leaves `(batches, batch, ...)`; or a `Batch` for
+#: each, leaves `(batch, ...)`, where their sizes differ. A mean counts every example once.
+Batches = Batch | Sequence[Batch]
 
 
 class InitFn(Protocol):
@@ -148,8 +153,8 @@ class PruneInfo(NamedTuple):
 
 
 class ScoreFn(Protocol):
-    def __call__(self, key: Key, view: View, batches: Batch | None) -> Scores:
-        """Scores every prunable weight, high = keep. `batches` leaves: `(n, batch, ...)`."""
+    def __call__(self, key: Key, view: View, batches: Batches | None) -> Scores:
+        """Scores every prunable weight, high = keep."""
 
 
 SelectFn = Callable[[Scores, Counts], Masks]
@@ -242,7 +247,7 @@ class Pruner(NamedTuple):
     """
 
     init: Callable[[Key, View], PyTree]
-    update: Callable[[Key, PyTree, View, Counts, Batch | None], tuple[PyTree, Masks, PruneInfo]]
+    update: Callable[[Key, PyTree, View, Counts, Batches | None], tuple[PyTree, Masks, PruneInfo]]
     needs: frozenset[str]
     regrown_values: Callable[[PyTree, View], Weights] | None = None
     final_masks: Callable[[PyTree, ArrayLike], Masks] | None = None

@@ -611,6 +611,18 @@ def test_iterated_snip_differs_because_ours_never_revives():
         assert all(bool((before[path] | ~masks[path]).all()) for path in masks)
 
 
+def test_iterated_grasp():
+    """Expectation: `mask_grasp_iter10_c1e1`, all bits. Their derivative goes through the mask, so
+    pruned weights have no part in the gradient that Hg is taken along. A threshold of zero prunes
+    more than asked for in rounds 2 and 3, so the counts are the file's."""
+    c, file = case('convbn'), golden('synflow_convbn_iter_snip_grasp')
+    update = jax.jit(jp.get_pruner(c.problem, 'grasp', batch_norm='eval').update)
+    masks = c.view.masks
+    for count in file['out/remaining_grasp_after_round']:
+        _, masks, _ = update(KEY, (), c.masked(masks), {'*': int(count)}, c.batches())
+    assert_same_masks(masks, layers(file, 'mask_grasp_iter10_c1e1_f64'))
+
+
 # --- LAMP -------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from jaxprune.errors import PruneError, nearest, quoted
 from jaxprune.flow.measure import MeasureFn
 from jaxprune.score.derivatives import derivatives, parameters
 from jaxprune.score.group_sums import grouped
-from jaxprune.types import Batch, Key, Problem, View, Weights
+from jaxprune.types import Batches, Key, Problem, View, Weights
 
 #: Below this a cosine is one of rounding errors.
 _TINY = 1e-30
@@ -86,7 +86,7 @@ def radial_gradient(
     (up to the norm's ε). One where the gradient is parallel to the weights.
     """
 
-    def measure(key: Key, view: View, batches: Batch | None) -> dict[str, jax.Array]:
+    def measure(key: Key, view: View, batches: Batches | None) -> dict[str, jax.Array]:
         at = derivatives(problem, key, view, batches, train=train)
 
         def by_unit(one: Weights, other: Weights) -> Weights:

@@ -15,7 +15,7 @@ from jaxprune.flow.measure import MeasureFn
 from jaxprune.rng import stream
 from jaxprune.score.derivatives import derivatives, dot, moving, parameters
 from jaxprune.score.group_sums import check_groups, grouped
-from jaxprune.types import Batch, Key, Problem, View, Weights
+from jaxprune.types import Batches, Key, Problem, View, Weights
 
 
 def gradient_curvature(
@@ -27,7 +27,7 @@ def gradient_curvature(
     """
     check_groups(by)
 
-    def measure(key: Key, view: View, batches: Batch | None) -> dict[str, jax.Array]:
+    def measure(key: Key, view: View, batches: Batches | None) -> dict[str, jax.Array]:
         at = derivatives(problem, key, view, batches, train=train)
         bent = at.product(at.gradient)
         return grouped({p: leaf * bent[p] for p, leaf in at.gradient.items()}, by, axis)
@@ -48,7 +48,7 @@ def hessian_eigenvalues(
     """
     least(1, steps=steps, count=count)
 
-    def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+    def measure(key: Key, view: View, batches: Batches | None) -> jax.Array:
         at = derivatives(problem, key, view, batches, train=train)
         return first(ritz(at.product, _normal(key, view), max(steps, count)).values, count)
 
@@ -64,7 +64,7 @@ def hessian_trace(
     """
     least(1, probes=probes)
 
-    def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+    def measure(key: Key, view: View, batches: Batches | None) -> jax.Array:
         at = derivatives(problem, key, view, batches, train=train)
 
         def one(probe: Key) -> jax.Array:
@@ -98,7 +98,7 @@ def spectral_density(
     """
     least(1, steps=steps, probes=probes)
 
-    def measure(key: Key, view: View, batches: Batch | None) -> Density:
+    def measure(key: Key, view: View, batches: Batches | None) -> Density:
         at = derivatives(problem, key, view, batches, train=train)
 
         def one(probe: Key):

@@ -19,13 +19,13 @@ from jaxprune.flow.measure import MeasureFn
 from jaxprune.rng import stream
 from jaxprune.score.loss import examples
 from jaxprune.tree import put
-from jaxprune.types import Batch, Key, Problem, View, Weights
+from jaxprune.types import Batches, Key, Problem, View, Weights
 
 
 def jacobian(problem: Problem) -> MeasureFn[jax.Array]:
     """`(key, view, batches) -> (examples, classes, inputs)`: `∂ logits / ∂ x`, one per example."""
 
-    def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+    def measure(key: Key, view: View, batches: Batches | None) -> jax.Array:
         del key
         inputs = examples(batches, 'a Jacobian')
         with jax.default_matmul_precision('highest'):
@@ -43,7 +43,7 @@ def jacobian_singular_values(problem: Problem) -> MeasureFn[jax.Array]:
     """
     measured = jacobian(problem)
 
-    def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+    def measure(key: Key, view: View, batches: Batches | None) -> jax.Array:
         return linalg.singular_values(measured(key, view, batches))
 
     return measure
@@ -64,7 +64,7 @@ def largest_jacobian_singular_values(
     least(1, count=count, steps=steps)
     every = jacobian_singular_values(problem)
 
-    def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+    def measure(key: Key, view: View, batches: Batches | None) -> jax.Array:
         f, inputs = _logits(problem, view), examples(batches, 'a Jacobian')
         if max(steps, count) >= jax.eval_shape(f, inputs[0]).size:
             return jax.vmap(lambda values: first(values, count))(every(key, view, batches))

@@ -15,7 +15,7 @@ from jaxprune.score.derivatives import derivatives, dot, moving, parameters
 from jaxprune.score.group_sums import check_groups, grouped
 from jaxprune.score.loss import mean_loss, mean_over_batches
 from jaxprune.tree import check_masks_of, put
-from jaxprune.types import Batch, Key, Masks, Problem, View, Weights
+from jaxprune.types import Batch, Batches, Key, Masks, Problem, View, Weights
 
 
 class Change(NamedTuple):
@@ -56,7 +56,7 @@ def loss_change(
     product for the whole set.
     """
 
-    def measure(key: Key, view: View, masks: Masks, batches: Batch | None) -> Change:
+    def measure(key: Key, view: View, masks: Masks, batches: Batches | None) -> Change:
         step = removal(view, masks)
         loss = mean_loss(problem, view, key, train=train, temperature=temperature)
         params = parameters(view)
@@ -82,7 +82,7 @@ def gradient_norm_change(
     `+ ‖Hδ‖² + gᵀ ∇³L[δ, δ]`.
     """
 
-    def measure(key: Key, view: View, masks: Masks, batches: Batch | None) -> GradientChange:
+    def measure(key: Key, view: View, masks: Masks, batches: Batches | None) -> GradientChange:
         step = removal(view, masks)
         params = parameters(view)
         loss = mean_loss(problem, view, key, train=train, temperature=temperature)
@@ -140,7 +140,7 @@ def evolution_error(
     """
     check_groups(by)
 
-    def measure(key: Key, view: View, masks: Masks, batches: Batch | None) -> EvolutionError:
+    def measure(key: Key, view: View, masks: Masks, batches: Batches | None) -> EvolutionError:
         step = removal(view, masks)
         near = derivatives(problem, key, view, batches, train=train, temperature=temperature)
 

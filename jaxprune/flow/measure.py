@@ -2,13 +2,13 @@
 
 from typing import Protocol, TypeVar
 
-from jaxprune.types import Batch, Key, Masks, View
+from jaxprune.types import Batches, Key, Masks, View
 
 _Result = TypeVar('_Result', covariant=True)
 
 
 class MeasureFn(Protocol[_Result]):
-    def __call__(self, key: Key, view: View, batches: Batch | None) -> _Result:
+    def __call__(self, key: Key, view: View, batches: Batches | None) -> _Result:
         """Measures a network; pure, for `jit` and `vmap`.
 
         Args:
@@ -19,7 +19,7 @@ class MeasureFn(Protocol[_Result]):
 
 
 class MaskMeasureFn(Protocol[_Result]):
-    def __call__(self, key: Key, view: View, masks: Masks, batches: Batch | None) -> _Result:
+    def __call__(self, key: Key, view: View, masks: Masks, batches: Batches | None) -> _Result:
         """Measures what new masks would do to a network; pure, for `jit` and `vmap`.
 
         Args:

@@ -16,7 +16,7 @@ from jaxprune.flow.measure import MeasureFn
 from jaxprune.score.derivatives import derivatives, parameters
 from jaxprune.score.group_sums import check_groups, grouped
 from jaxprune.score.loss import mean_gradient
-from jaxprune.types import Batch, Key, Problem, View, Weights
+from jaxprune.types import Batches, Key, Problem, View, Weights
 
 Grouped = dict[str, jax.Array]
 
@@ -28,7 +28,7 @@ def weight_norm(problem: Problem) -> MeasureFn[Grouped]:
     """
     del problem
 
-    def measure(key: Key, view: View, batches: Batch | None) -> Grouped:
+    def measure(key: Key, view: View, batches: Batches | None) -> Grouped:
         del key, batches
         return {path: jnp.linalg.norm(leaf.ravel()) for path, leaf in view.weights.items()}
 
@@ -42,7 +42,7 @@ def gradient_norm(problem: Problem) -> MeasureFn[Grouped]:
     m the mask.
     """
 
-    def measure(key: Key, view: View, batches: Batch | None) -> Grouped:
+    def measure(key: Key, view: View, batches: Batches | None) -> Grouped:
         mean = mean_gradient(problem, view, key, batches, train=True)
         return {
             path: jnp.linalg.norm(jnp.where(mask, mean[path], 0).ravel())
@@ -60,7 +60,7 @@ def distance_from_initial(problem: Problem) -> MeasureFn[Grouped]:
     """
     del problem
 
-    def measure(key: Key, view: View, batches: Batch | None) -> Grouped:
+    def measure(key: Key, view: View, batches: Batches | None) -> Grouped:
         del key, batches
         return {path: jnp.linalg.norm(leaf.ravel()) for path, leaf in displacement(view).items()}
 
@@ -120,7 +120,7 @@ def norm_dynamics(
     """
     check_groups(by)
 
-    def measure(key: Key, view: View, batches: Batch | None) -> NormDynamics:
+    def measure(key: Key, view: View, batches: Batches | None) -> NormDynamics:
         at = derivatives(problem, key, view, batches, train=train, weight_decay=weight_decay)
 
         def summed(one: Weights, other: Weights) -> Grouped:
@@ -225,7 +225,7 @@ def distance_rate(
     """`(key, view, batches) -> d‖w - w(0)‖²/dt = -2 (w - w(0))ᵀ g`, over unpruned weights."""
     check_groups(by)
 
-    def measure(key: Key, view: View, batches: Batch | None) -> Grouped:
+    def measure(key: Key, view: View, batches: Batches | None) -> Grouped:
         at = derivatives(problem, key, view, batches, train=train)
         far = displacement(view)
         return grouped({p: -2 * leaf * at.gradient[p] for p, leaf in far.items()}, by, axis)

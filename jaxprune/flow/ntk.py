@@ -20,7 +20,7 @@ from jaxprune.rng import stream
 from jaxprune.score.derivatives import moving, parameters
 from jaxprune.score.loss import examples
 from jaxprune.tree import put
-from jaxprune.types import Batch, Key, Problem, View, Weights
+from jaxprune.types import Batches, Key, Problem, View, Weights
 
 OUTPUTS = ('logits', 'sum')
 _WHAT = 'a tangent kernel'
@@ -38,7 +38,7 @@ def tangent_kernel(problem: Problem, *, outputs: str = 'logits') -> MeasureFn[ja
     """
     _check(outputs)
 
-    def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+    def measure(key: Key, view: View, batches: Batches | None) -> jax.Array:
         del key
         params, inputs = parameters(view), examples(batches, _WHAT)
 
@@ -102,7 +102,7 @@ def ntk_largest(
     _check(outputs)
     least(1, steps=steps)
 
-    def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+    def measure(key: Key, view: View, batches: Batches | None) -> jax.Array:
         params, f = parameters(view), _outputs(problem, view, examples(batches, _WHAT), outputs)
         value, forward = jax.linearize(f, params)
         back = jax.linear_transpose(forward, params)
@@ -128,7 +128,7 @@ def ntk_trace(
     _check(outputs)
     least(0, probes=probes)
 
-    def measure(key: Key, view: View, batches: Batch | None) -> jax.Array:
+    def measure(key: Key, view: View, batches: Batches | None) -> jax.Array:
         params, inputs = parameters(view), examples(batches, _WHAT)
 
         def squares(tree: Weights) -> jax.Array:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.errors import lookup
@@ -12,8 +13,8 @@ from jaxprune.flow.agreement import agreement
 from jaxprune.flow.measure import MeasureFn
 from jaxprune.score.derivatives import parameters
 from jaxprune.score.importance import importance
-from jaxprune.score.loss import examples
-from jaxprune.types import GLOBAL, Batch, Key, Problem, View
+from jaxprune.score.loss import examples, split
+from jaxprune.types import GLOBAL, Batch, Batches, Key, Problem, View
 
 _Arrays = dict[str, jax.Array]
 _MakeMeasure = Callable[[Problem, Sequence[str]], MeasureFn[_Arrays]]
@@ -52,7 +53,7 @@ def _part(make: Callable, take: Callable, **options) -> _MakeMeasure:
     def build(problem: Problem, paths: Sequence[str]) -> MeasureFn[_Arrays]:
         measured = make(problem, **options)
 
-        def measure(key: Key, view: View, batches: Batch | None) -> _Arrays:
+        def measure(key: Key, view: View, batches: Batches | None) -> _Arrays:
             found = take(measured(key, view, batches))
             return found if isinstance(found, dict) else {GLOBAL: found}
 
@@ -62,7 +63,7 @@ def _part(make: Callable, take: Callable, **options) -> _MakeMeasure:
 
 
 def _imbalance(problem: Problem, paths: Sequence[str]) -> MeasureFn[_Arrays]:
-    def measure(key: Key, view: View, batches: Batch | None) -> _Arrays:
+    def measure(key: Key, view: View, batches: Batches | None) -> _Arrays:
         params = parameters(view)
         named = [f'{path.removesuffix("kernel")}bias' for path in paths]
         biases = [name if name in params else None for name in named]
@@ -77,8 +78,9 @@ def _ntk(take: Callable) -> _MakeMeasure:
     def make(problem: Problem) -> MeasureFn[ntk.KernelSpectrum]:
         kernel = ntk.tangent_kernel(problem, outputs='sum')
 
-        def measure(key: Key, view: View, batches: Batch | None) -> ntk.KernelSpectrum:
-            inputs, labels = examples(batches, 'a tangent kernel'), batches.y.reshape(-1)
+        def measure(key: Key, view: View, batches: Batches | None) -> ntk.KernelSpectrum:
+            inputs = examples(batches, 'a tangent kernel')
+            labels = jnp.concatenate([batch.y for batch in split(batches)])
             # The golden ratio's multiples spread evenly whatever the order of the classes.
             places = {int(i * 0.6180339887 % 1 * labels.size) for i in range(NTK_EXAMPLES)}
             some = np.array(sorted(places))
@@ -98,7 +100,7 @@ def _agreement(orders: tuple[int, int], kind: str) -> _MakeMeasure:
         mode = 'sum_of_abs' if 0 in orders else 'signed'
         one, other = (importance(problem, order=order, mode=mode) for order in orders)
 
-        def measure(key: Key, view: View, batches: Batch | None) -> _Arrays:
+        def measure(key: Key, view: View, batches: Batches | None) -> _Arrays:
             found = agreement(one(key, view, batches), other(key, view, batches), view.masks)
             return getattr(found, kind)
 
@@ -108,7 +110,7 @@ def _agreement(orders: tuple[int, int], kind: str) -> _MakeMeasure:
 
 
 def _spectral_norm(problem: Problem) -> MeasureFn[_Arrays]:
-    def measure(key: Key, view: View, batches: Batch | None) -> _Arrays:
+    def measure(key: Key, view: View, batches: Batches | None) -> _Arrays:
         return {path: s[0] for path, s in isometry.kernel_singular_values(view).items()}
 
     return measure

@@ -13,7 +13,7 @@ from jaxprune.structure import Ranking
 from jaxprune.tree import check_same_paths
 from jaxprune.types import (
     NEEDS,
-    Batch,
+    Batches,
     Counts,
     Key,
     Masks,
@@ -93,7 +93,7 @@ def pruner(
             )
         return Memory(view.weights, view.masks, first, ranking)
 
-    def update(key: Key, state, view: View, counts: Counts, batches: Batch | None):
+    def update(key: Key, state, view: View, counts: Counts, batches: Batches | None):
         if remembers:
             view = view._replace(initial=state.initial)
         scores = score(key, view, batches)

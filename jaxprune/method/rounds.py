@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from jaxprune.errors import PruneError, shown
 from jaxprune.select import count_kept
-from jaxprune.types import Batch, Counts, Key, PruneInfo, Pruner, PyTree, View
+from jaxprune.types import Batch, Batches, Counts, Key, PruneInfo, Pruner, PyTree, View
 
 Carried = TypeVar('Carried')
 
@@ -103,7 +103,7 @@ def prune_rounds(
     key: Key,
     view: View,
     counts: Mapping[str, ArrayLike],
-    batches: Batch | None = None,
+    batches: Batches | None = None,
     *,
     active: ArrayLike = 0,
     loop: Callable = jax.lax.scan,
@@ -119,8 +119,8 @@ def prune_rounds(
       key: round i draws from `fold_in(key, i)`.
       view: the network, see `jaxprune.view`.
       counts: path -> keep counts with a leading axis of rounds, as `plan_rounds` makes them.
-      batches: what scores use, leaves `(batches, batch, ...)`. A single round averages over all
-        of them; several rounds take one each, in turn.
+      batches: what scores use, see `types.Batches`. A single round averages over all of them;
+        several rounds take one each, in turn.
       active: fewest weights on a path from input to output, for pruners with `final_masks`.
       loop: see `run_rounds`.
 
@@ -134,9 +134,13 @@ def prune_rounds(
     _check_arguments(pruner, counts)
     several = len(next(iter(counts.values()))) > 1
 
-    def seen_in(number: jax.Array) -> Batch | None:
+    def seen_in(number: jax.Array) -> Batches | None:
         if batches is None or not several:
             return batches
+        if not isinstance(batches, Batch):
+            if isinstance(number, jax.core.Tracer):
+                raise PruneError('rounds over batches of unequal size need loop=host_loop')
+            return [batches[int(number) % len(batches)]]
         at = number % batches.x.shape[0]
         return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, 1), batches)
 
@@ -174,7 +178,7 @@ def prune_once(
     method_state: PyTree,
     view: View,
     counts: Counts,
-    batches: Batch | None,
+    batches: Batches | None,
 ) -> tuple[PyTree, View, PruneInfo]:
     """One round: `(method_state, view under the new masks, info)`.
 

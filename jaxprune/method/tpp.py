@@ -18,7 +18,7 @@ from jaxprune.method.unit_pruning import alike
 from jaxprune.score.magnitude import magnitude
 from jaxprune.select import count_kept
 from jaxprune.types import (
-    Batch,
+    Batches,
     Counts,
     Hyper,
     Key,
@@ -94,7 +94,7 @@ def tpp(
         return Chosen(view.masks, pruned, zero, zero)
 
     def update(
-        key: Key, state: Chosen, view: View, counts: Counts, batches: Batch | None
+        key: Key, state: Chosen, view: View, counts: Counts, batches: Batches | None
     ) -> tuple[Chosen, Masks, PruneInfo]:
         scores = score(key, view, batches)
         first = state.round == 0

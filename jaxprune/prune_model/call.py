@@ -26,8 +26,9 @@ from jaxprune.method import (
 from jaxprune.plan import Plan, density_of, plan_rounds
 from jaxprune.prune_model import check_arguments as check
 from jaxprune.prune_model.summary import Report, report_of
+from jaxprune.score.loss import one_input, split
 from jaxprune.structure import Connect
-from jaxprune.types import Batch, Key, LossFn, Masks, Problem, Pruner, PyTree, Rule, View
+from jaxprune.types import Batches, Key, LossFn, Masks, Problem, Pruner, PyTree, Rule, View
 
 
 class Pruned(NamedTuple):
@@ -87,10 +88,10 @@ def prune(
       compression: 1 / density, in place of it.
       model: the network, `(params, x) -> logits` or a `Problem`, for methods that use data or
         gradients; with it and `data` the report has the effective compression.
-      data: what scores use: a pair `(x, y)`, one batch; a `Batch` of several batches with leaves
-        `(batches, batch, ...)`; or `x` alone for methods without labels. A single round averages
-        over all batches. Several rounds take one batch each, in turn; if there is only one, all
-        rounds score it, and the report says so.
+      data: what scores use: a pair `(x, y)`, one batch; a list of pairs, several batches of any
+        size; a `Batch` with leaves `(batches, batch, ...)`; or `x` alone for methods without
+        labels. A single round averages over all batches, every example once. Several rounds take
+        one batch each, in turn; if there is only one, all rounds score it, and the report says so.
       model_state: batch statistics and the like, for a `Problem` that has them.
       init: `key -> params`, for methods that draw fresh weights; a `Problem` has its own.
       loss: per-example loss of `(logits, y)`; by default the `Problem`'s, or cross-entropy.
@@ -177,7 +178,7 @@ def _pruned(given: _Given, choices: Choices, extent: _Extent, options: Mapping[s
     if pruner.final_masks is None and not by_unit:
         check.kept(found.masks, plan)
     rounds = len(plan.steps)
-    if 'data' in entry.needs and rounds > 1 and batches.x.shape[0] == 1:
+    if 'data' in entry.needs and rounds > 1 and len(split(batches)) == 1:
         note = '; '.join(filter(None, [note, f'all {rounds} rounds scored the same batch']))
     report = report_of(choices.name, given.params, found.masks, shapes, connect, note)
     effective = report.effective_compression
@@ -194,7 +195,7 @@ def _pruned(given: _Given, choices: Choices, extent: _Extent, options: Mapping[s
 
 def _checked(
     entry: Method, given: _Given, choices: Choices, extent: _Extent
-) -> tuple[Problem, View, Batch | None, float]:
+) -> tuple[Problem, View, Batches | None, float]:
     """The problem, its view, the batches and the density of a request that can be met."""
     check.types(
         given.params,
@@ -253,7 +254,7 @@ def _in_rounds(
     key: Key | None,
     view: View,
     plan: Plan,
-    batches: Batch | None,
+    batches: Batches | None,
     active: int,
 ) -> View:
     """The view after all rounds; scores that cannot be ranked are an error."""
@@ -314,7 +315,7 @@ def _no_model(params: PyTree, x: jax.Array) -> jax.Array:
 def _paths(
     net: Problem,
     view: View,
-    batches: Batch | None,
+    batches: Batches | None,
     has_model: bool,
     must: bool,
     choices: Choices,
@@ -333,7 +334,8 @@ def _paths(
             )
         lacks = batches is not None
         return None, shapes, 'paths not followed: this needs model= as well' if lacks else ''
-    x = jax.ShapeDtypeStruct((1, *batches.x.shape[2:]), batches.x.dtype)
+    like = one_input(batches, 'following paths')
+    x = jax.ShapeDtypeStruct((1, *like.shape), like.dtype)
     args = structure.forward_of(net), view.params, x, view.model_state
     try:
         shapes = check.tried(

@@ -11,8 +11,9 @@ from jaxprune import problem as problems
 from jaxprune import tree
 from jaxprune.errors import PruneError, first_line, nearest
 from jaxprune.plan import Plan
+from jaxprune.score.loss import split
 from jaxprune.structure import forward_of
-from jaxprune.types import GLOBAL, Batch, Masks, Problem, PruneInfo, View
+from jaxprune.types import GLOBAL, Batch, Batches, Masks, Problem, PruneInfo, View
 
 
 def options(given: Iterable[str], known: Iterable[str], keywords: Iterable[str]) -> None:
@@ -76,10 +77,18 @@ def weights(prunable: Mapping[str, Any]) -> None:
             raise PruneError(f"'{path}' holds {leaf.dtype}: only floating-point weights are pruned")
 
 
-def batches_of(data: Any, labels: bool) -> Batch | None:
-    """Whatever a user passes as data, as batches with leaves `(batches, batch, ...)`."""
+def batches_of(data: Any, labels: bool) -> Batches | None:
+    """Whatever a user passes as data, as batches."""
     if data is None:
         return None
+    if _several(data):
+        each = [batches_of(tuple(one), labels) for one in data]
+        if len({one.x.shape for one in each}) == 1:
+            return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *each)
+        shapes = {one.x.shape[2:] for one in each}
+        if len(shapes) > 1:
+            raise PruneError(f'the batches hold examples of different shapes: {sorted(shapes)}')
+        return [jax.tree.map(lambda leaf: leaf[0], one) for one in each]
     if isinstance(data, Batch):
         x = _array('x', data.x)
         y = np.zeros(x.shape[:2], np.int32) if data.y is None else _array('y', data.y)
@@ -112,6 +121,16 @@ def batches_of(data: Any, labels: bool) -> Batch | None:
     return Batch(x[None], y[None])
 
 
+def _several(data: Any) -> bool:
+    """Is it a list of batches, pairs (x, y) or `Batch` each, rather than one pair?"""
+    return (
+        isinstance(data, (list, tuple))
+        and not isinstance(data, Batch)
+        and bool(data)
+        and all(isinstance(one, tuple) and len(one) == 2 for one in data)
+    )
+
+
 def _array(name: str, value: Any) -> jax.Array:
     """What is or can be an array of numbers."""
     if hasattr(value, '__array__') or isinstance(value, list):
@@ -124,9 +143,10 @@ def _array(name: str, value: Any) -> jax.Array:
     )
 
 
-def model(net: Problem, view: View, batches: Batch, labels: bool) -> None:
+def model(net: Problem, view: View, batches: Batches, labels: bool) -> None:
     """Runs the model on shapes alone, and checks the labels where the loss takes classes."""
-    x, y = (jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in (batches.x, batches.y))
+    separate = split(batches)
+    x, y = (jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in separate[0])
 
     logits = tried(
         f'the model on inputs {x.shape}',
@@ -152,7 +172,8 @@ def model(net: Problem, view: View, batches: Batch, labels: bool) -> None:
                 f'labels must be whole numbers, one per example, not {y.dtype} of {y.shape}; '
                 'other targets need loss='
             )
-        least, largest = int(batches.y.min()), int(batches.y.max())
+        least = min(int(batch.y.min()) for batch in separate)
+        largest = max(int(batch.y.max()) for batch in separate)
         if least < 0 or largest >= logits.shape[1]:
             raise PruneError(
                 f'labels go from {least} to {largest}, but the model has {logits.shape[1]} '

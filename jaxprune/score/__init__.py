@@ -6,6 +6,8 @@ from jaxprune.score.gradient_norm import gradient_norm
 from jaxprune.score.grasp import grasp
 from jaxprune.score.importance import MEASURES, importance
 from jaxprune.score.lamp import lamp
+from jaxprune.score.layers import Layer, forward_layers
+from jaxprune.score.lookahead import lookahead
 from jaxprune.score.magnitude import magnitude
 from jaxprune.score.ntk_sap import ntk_sap
 from jaxprune.score.prospr import prospr
@@ -17,12 +19,15 @@ from jaxprune.score.taylor import taylor
 
 __all__ = [
     'MEASURES',
+    'Layer',
     'fisher',
     'force',
+    'forward_layers',
     'gradient_norm',
     'grasp',
     'importance',
     'lamp',
+    'lookahead',
     'magnitude',
     'ntk_sap',
     'prospr',

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxprune.arguments import positive
 from jaxprune.score.loss import mean_loss, mean_over_batches
 from jaxprune.tree import paths, put
-from jaxprune.types import Batch, Key, Masks, Problem, View, Weights
+from jaxprune.types import Batch, Batches, Key, Masks, Problem, View, Weights
 
 
 class Derivatives(NamedTuple):
@@ -18,7 +18,8 @@ class Derivatives(NamedTuple):
     Attributes:
       params: path -> value of every floating-point parameter, zero where pruned.
       gradient: path -> g, the gradient of the mean loss, zero where pruned.
-      product: `vector -> H vector`, zero where pruned; vectors are shaped like `params`.
+      product: `vector -> H vector`, H without the rows and columns of pruned weights; vectors are
+        shaped like `params`.
     """
 
     params: Weights
@@ -52,7 +53,7 @@ def derivatives(
     problem: Problem,
     key: Key,
     view: View,
-    batches: Batch | None,
+    batches: Batches | None,
     *,
     train: bool,
     temperature: float = 1.0,
@@ -84,6 +85,8 @@ def derivatives(
         return moving(view.masks, total)
 
     def product(vector: Weights) -> Weights:
+        vector = moving(view.masks, vector)
+
         def one(batch: Batch) -> Weights:
             # Forward over reverse: one product costs two to three gradients.
             return jax.jvp(lambda v: gradient(v, batch), (params,), (vector,))[1]

@@ -1,12 +1,11 @@
 """Fisher: optimal brain damage with a diagonal Fisher (LeCun et al., 1990; Theis et al., 2018)."""
 
 import jax
-import jax.numpy as jnp
 
 from jaxprune.errors import PruneError, check_choice
 from jaxprune.score.loss import batch_loss, mean_over_batches, split
 from jaxprune.tree import put
-from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View
+from jaxprune.types import Batch, Batches, Key, Problem, ScoreFn, Scores, View
 
 LABELS = ('data', 'model')
 
@@ -37,7 +36,7 @@ def fisher(problem: Problem, *, train: bool = False, labels: str = 'data') -> Sc
         )
     check_choice('labels', labels, LABELS)
 
-    def score(key: Key, view: View, batches: Batch | None) -> Scores:
+    def score(key: Key, view: View, batches: Batches | None) -> Scores:
         gradient = jax.grad(batch_loss(problem, view, key, train=False))
 
         def squares(batch: Batch) -> Scores:
@@ -53,11 +52,12 @@ def fisher(problem: Problem, *, train: bool = False, labels: str = 'data') -> Sc
     return score
 
 
-def _own_labels(problem: Problem, view: View, key: Key, batches: Batch | None) -> Batch:
+def _own_labels(problem: Problem, view: View, key: Key, batches: Batches | None) -> list[Batch]:
     """The same inputs with labels drawn from the network's softmax."""
     params = put(view.params, view.weights)
-    drawn = []
+    drawn: list[Batch] = []
     for i, batch in enumerate(split(batches)):
         logits, _ = problem.apply(params, view.model_state, batch.x, train=False, key=None)
-        drawn.append(jax.random.categorical(jax.random.fold_in(key, i), logits))
-    return batches._replace(y=jnp.stack(drawn))
+        labels = jax.random.categorical(jax.random.fold_in(key, i), logits)
+        drawn.append(batch._replace(y=labels))
+    return drawn

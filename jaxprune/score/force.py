@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from jaxprune.errors import PruneError
 from jaxprune.score.loss import mean_gradient
-from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View
+from jaxprune.types import Batches, Key, Problem, ScoreFn, Scores, View
 
 
 def force(problem: Problem, *, train: bool) -> ScoreFn:
@@ -23,7 +23,7 @@ def force(problem: Problem, *, train: bool) -> ScoreFn:
       PruneError: when scoring, where the view holds no initial weights.
     """
 
-    def score(key: Key, view: View, batches: Batch | None) -> Scores:
+    def score(key: Key, view: View, batches: Batches | None) -> Scores:
         if view.initial is None:
             raise PruneError(
                 'FORCE scores the dense initial weights: the pruner must keep them (view.initial)'

@@ -1,7 +1,7 @@
 """The squared gradient: GraSP-It, a greedy proxy of GraSP (arXiv:2006.09081, appendix)."""
 
 from jaxprune.score.loss import mean_gradient
-from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View
+from jaxprune.types import Batches, Key, Problem, ScoreFn, Scores, View
 
 
 def gradient_norm(problem: Problem, *, train: bool) -> ScoreFn:
@@ -16,7 +16,7 @@ def gradient_norm(problem: Problem, *, train: bool) -> ScoreFn:
         training mode) or by running statistics.
     """
 
-    def score(key: Key, view: View, batches: Batch | None) -> Scores:
+    def score(key: Key, view: View, batches: Batches | None) -> Scores:
         mean = mean_gradient(problem, view, key, batches, train=train)
         return {path: mean[path] ** 2 for path in view.weights}
 

@@ -3,8 +3,9 @@
 import jax
 
 from jaxprune.arguments import positive
+from jaxprune.score.derivatives import moving
 from jaxprune.score.loss import batch_loss, mean_over_batches
-from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View
+from jaxprune.types import Batches, Key, Problem, ScoreFn, Scores, View
 
 
 def grasp(problem: Problem, *, train: bool, temperature: float = 200.0) -> ScoreFn:
@@ -12,8 +13,8 @@ def grasp(problem: Problem, *, train: bool, temperature: float = 200.0) -> Score
 
     The paper's own score is the negative of this, and it removes the largest. Gradient and
     Hessian are those of the loss of `logits / temperature` with respect to the prunable
-    weights only. The gradient is averaged over all batches before the Hessian product:
-    mean(H_b g_b) would be another quantity.
+    weights in force only: what is pruned has no gradient. The gradient is averaged over all
+    batches before the Hessian product: mean(H_b g_b) would be another quantity.
 
     Args:
       train: batch normalisation by the batch (True, the original) or by running statistics.
@@ -24,13 +25,14 @@ def grasp(problem: Problem, *, train: bool, temperature: float = 200.0) -> Score
     """
     positive('temperature of grasp', temperature)
 
-    def score(key: Key, view: View, batches: Batch | None) -> Scores:
+    def score(key: Key, view: View, batches: Batches | None) -> Scores:
         loss = batch_loss(problem, view, key, train=train, temperature=temperature)
 
         def gradient(weights, batch):
             return jax.grad(loss)(weights, batch)
 
         mean = mean_over_batches(lambda batch: gradient(view.weights, batch), batches)
+        mean = moving(view.masks, mean)
 
         def hessian_gradient(batch):
             # Forward over reverse: one product costs two to three gradients.

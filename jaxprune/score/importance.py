@@ -12,7 +12,7 @@ from jaxprune.arguments import positive
 from jaxprune.errors import PruneError, check_choice, shown
 from jaxprune.score.derivatives import derivatives
 from jaxprune.score.group_sums import check_groups, grouped, spread
-from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View, Weights
+from jaxprune.types import Batches, Key, Problem, ScoreFn, Scores, View, Weights
 
 MODES = ('signed', 'abs_of_sum', 'sum_of_abs')
 BIASES = ('none', 'magnitude', 'distance_from_initial')
@@ -78,14 +78,14 @@ def importance(
     check_groups(by)
     positive('temperature of importance', temperature)
 
-    def factor(key: Key, view: View, batches: Batch | None) -> Weights:
+    def factor(key: Key, view: View, batches: Batches | None) -> Weights:
         """The factor of every weight."""
         if order == 0:
             return view.weights
         at = derivatives(problem, key, view, batches, train=train, temperature=temperature)
         return at.gradient if order == 1 else at.product(at.gradient)
 
-    def score(key: Key, view: View, batches: Batch | None) -> Scores:
+    def score(key: Key, view: View, batches: Batches | None) -> Scores:
         other = factor(key, view, batches)
         products = {path: w * other[path] for path, w in view.weights.items()}
         if mode == 'sum_of_abs':

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.score.scaled import normalise
-from jaxprune.types import Batch, Key, ScoreFn, Scores, View
+from jaxprune.types import Batches, Key, ScoreFn, Scores, View
 
 
 def lamp() -> ScoreFn:
@@ -18,7 +18,7 @@ def lamp() -> ScoreFn:
     One sort per leaf.
     """
 
-    def score(key: Key, view: View, batches: Batch | None) -> Scores:
+    def score(key: Key, view: View, batches: Batches | None) -> Scores:
         del key, batches
         return {path: _leaf(w) for path, w in view.weights.items()}
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxprune.errors import PruneError
 from jaxprune.tree import put
-from jaxprune.types import Batch, Key, Problem, PyTree, View, Weights
+from jaxprune.types import Batch, Batches, Key, Problem, PyTree, View, Weights
 
 
 class ParamsLossFn(Protocol):
@@ -51,7 +51,7 @@ def batch_loss(
 
 
 def mean_gradient(
-    problem: Problem, view: View, key: Key, batches: Batch | None, *, train: bool
+    problem: Problem, view: View, key: Key, batches: Batches | None, *, train: bool
 ) -> Weights:
     """The gradient of the loss with respect to the masked weights, averaged over all batches.
 
@@ -61,37 +61,61 @@ def mean_gradient(
     return mean_over_batches(lambda batch: gradient(view.weights, batch), batches)
 
 
-def mean_over_batches(fn: Callable[[Batch], PyTree], batches: Batch | None) -> PyTree:
-    """The mean of `fn(batch)` over the leading axis of `batches`.
+def mean_over_batches(fn: Callable[[Batch], PyTree], batches: Batches | None) -> PyTree:
+    """The mean of `fn(batch)` over batches, each weighted by its number of examples.
 
     Unrolled: a score sees few batches, and inside a `lax` loop a convolution is many times
     slower on the CPU (jax issue 12868). Compile time grows with the number of batches.
     """
-    total = None
     separate = split(batches)
-    for batch in separate:
+    sizes = [batch.x.shape[0] for batch in separate]
+    unequal = len(set(sizes)) > 1
+    total = None
+    for batch, size in zip(separate, sizes, strict=True):
         value = fn(batch)
+        if unequal:
+            value = jax.tree.map(lambda leaf, size=size: leaf * size, value)
         total = value if total is None else jax.tree.map(jnp.add, total, value)
-    return jax.tree.map(lambda leaf: leaf / len(separate), total)
+    count = sum(sizes) if unequal else len(sizes)
+    return jax.tree.map(lambda leaf: leaf / count, total)
 
 
-def examples(batches: Batch | None, what: str) -> jax.Array:
+def one_input(batches: Batches | None, what: str) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of one example, without a batch axis.
+
+    Raises:
+      PruneError: there are no batches; the message begins with `what`.
+    """
+    if batches is None:
+        raise PruneError(f'{what} needs the shape of an input: pass batches (values unused)')
+    x = split(batches)[0].x
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+
+
+def examples(batches: Batches | None, what: str) -> jax.Array:
     """Inputs of all batches, `(examples, ...)`, for measures of single examples.
 
     Raises:
       PruneError: there are none; the message begins with `what`.
     """
     if batches is None:
-        raise PruneError(f'{what} needs data: pass batches with leaves (batches, batch, ...)')
-    return batches.x.reshape(-1, *batches.x.shape[2:])
+        raise PruneError(f'{what} needs data: {_PASS}')
+    return jnp.concatenate([batch.x for batch in split(batches)])
 
 
-def split(batches: Batch | None) -> list[Batch]:
-    """The batches one by one.
+def split(batches: Batches | None) -> list[Batch]:
+    """The batches one by one, leaves `(batch, ...)`.
 
     Raises:
       PruneError: there are none.
     """
     if batches is None:
-        raise PruneError('this needs data: pass batches with leaves (batches, batch, ...)')
+        raise PruneError(f'this needs data: {_PASS}')
+    if not isinstance(batches, Batch):
+        if not batches or not all(isinstance(batch, Batch) for batch in batches):
+            raise PruneError('a list of batches holds a Batch for each, leaves (batch, ...)')
+        return list(batches)
     return [jax.tree.map(lambda a: a[i], batches) for i in range(batches.x.shape[0])]  # noqa: B023
+
+
+_PASS = 'pass batches with leaves (batches, batch, ...), or a list of batches'

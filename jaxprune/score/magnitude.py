@@ -2,13 +2,13 @@
 
 import jax.numpy as jnp
 
-from jaxprune.types import Batch, Key, ScoreFn, Scores, View
+from jaxprune.types import Batches, Key, ScoreFn, Scores, View
 
 
 def magnitude() -> ScoreFn:
     """`|w|`. Global at initialisation it mostly compares the layers' initial scales."""
 
-    def score(key: Key, view: View, batches: Batch | None) -> Scores:
+    def score(key: Key, view: View, batches: Batches | None) -> Scores:
         del key, batches
         return {path: jnp.abs(w) for path, w in view.weights.items()}
 

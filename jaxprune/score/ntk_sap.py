@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxprune.arguments import positive
 from jaxprune.errors import PruneError
 from jaxprune.rng import stream
+from jaxprune.score.loss import one_input
 from jaxprune.tree import pick, put
-from jaxprune.types import Batch, Key, Problem, PyTree, ScoreFn, Scores, View, Weights
+from jaxprune.types import Batches, Key, Problem, PyTree, ScoreFn, Scores, View, Weights
 
 
 def ntk_sap(
@@ -38,17 +39,15 @@ def ntk_sap(
         raise PruneError(f'ntk_sap takes 1 sample and 1 repeat or more, not {samples}, {repeats}')
     positive('epsilon of ntk_sap', epsilon)
 
-    def score(key: Key, view: View, batches: Batch | None) -> Scores:
-        if batches is None:
-            raise PruneError('ntk_sap needs the shape of an input: pass batches (values unused)')
-        if not jnp.issubdtype(batches.x.dtype, jnp.floating):
-            raise PruneError(f'ntk_sap draws Gaussian inputs, but inputs are {batches.x.dtype}')
+    def score(key: Key, view: View, batches: Batches | None) -> Scores:
+        like = one_input(batches, 'ntk_sap')
+        if not jnp.issubdtype(like.dtype, jnp.floating):
+            raise PruneError(f'ntk_sap draws Gaussian inputs, but inputs are {like.dtype}')
         masks = {path: mask.astype(view.weights[path].dtype) for path, mask in view.masks.items()}
         total = {path: jnp.zeros_like(mask) for path, mask in masks.items()}
         for repeat in range(repeats):
             own = jax.random.fold_in(key, repeat)
-            shape = (samples, *batches.x.shape[2:])
-            x = jax.random.normal(stream(own, 'input'), shape, batches.x.dtype)
+            x = jax.random.normal(stream(own, 'input'), (samples, *like.shape), like.dtype)
             params, model_state = problem.init(stream(own, 'init'))
             params, model_state = _as(view.params, params), _as(view.model_state, model_state)
             noise = {

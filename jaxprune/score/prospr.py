@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 from jaxprune.errors import PruneError
 from jaxprune.score.loss import mean_loss, split
-from jaxprune.tree import put
-from jaxprune.types import Batch, Key, Problem, PyTree, ScoreFn, Scores, View, Weights
+from jaxprune.tree import apply_masks, put
+from jaxprune.types import Batches, Key, Problem, PyTree, ScoreFn, Scores, View, Weights
 
 
 def prospr(
@@ -19,7 +19,8 @@ def prospr(
 ) -> ScoreFn:
     """`|dL(θ_M)/dc|` for masks c at the start of M steps of gradient descent from `c θ0`.
 
-    All parameters take the steps, and nothing is masked again on the way. Step i takes batch i,
+    All parameters take the steps but those that are pruned already; the masks c themselves act at
+    the start only, nothing is masked by them again on the way. Step i takes batch i,
     the final loss batch M, modulo the number of batches; with a single batch all take that one,
     the default of the original. Without steps the score is SNIP.
 
@@ -40,7 +41,7 @@ def prospr(
     if steps < 0:
         raise PruneError(f'prospr takes 0 steps or more, not {steps}')
 
-    def score(key: Key, view: View, batches: Batch | None) -> Scores:
+    def score(key: Key, view: View, batches: Batches | None) -> Scores:
         separate = split(batches)
 
         def loss(step: int, params: PyTree) -> jax.Array:
@@ -49,7 +50,7 @@ def prospr(
             return mean_loss(problem, view, own, train=train)(params, batch)
 
         def descend(step: int, params: PyTree) -> PyTree:
-            gradient = jax.grad(loss, argnums=1)(step, params)
+            gradient = apply_masks(jax.grad(loss, argnums=1)(step, params), view.masks)
             if first_order:
                 gradient = jax.lax.stop_gradient(gradient)
             return jax.tree.map(lambda p, g: p - learning_rate * g, params, gradient)

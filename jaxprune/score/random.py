@@ -3,13 +3,13 @@
 import jax
 
 from jaxprune.rng import stream
-from jaxprune.types import Batch, Key, ScoreFn, Scores, View
+from jaxprune.types import Batches, Key, ScoreFn, Scores, View
 
 
 def random() -> ScoreFn:
     """`u ~ U[0, 1)` per weight; each leaf draws from its own key, so other leaves don't matter."""
 
-    def score(key: Key, view: View, batches: Batch | None) -> Scores:
+    def score(key: Key, view: View, batches: Batches | None) -> Scores:
         del batches
         return {
             path: jax.random.uniform(stream(key, path), w.shape, w.dtype)

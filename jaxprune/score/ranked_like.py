@@ -7,7 +7,7 @@ a method choose weights well, or only how many to keep in each layer?
 import jax
 import jax.numpy as jnp
 
-from jaxprune.types import Batch, Key, ScoreFn, Scores, View
+from jaxprune.types import Batches, Key, ScoreFn, Scores, View
 
 
 def ranked_like(inner: ScoreFn, outer: ScoreFn) -> ScoreFn:
@@ -18,7 +18,7 @@ def ranked_like(inner: ScoreFn, outer: ScoreFn) -> ScoreFn:
     that `inner` likes. With `random` inside these are random masks with the allocations of `outer`.
     """
 
-    def score(key: Key, view: View, batches: Batch | None) -> Scores:
+    def score(key: Key, view: View, batches: Batches | None) -> Scores:
         inside, outside = inner(key, view, batches), outer(key, view, batches)
 
         def arrange(path: str) -> jax.Array:

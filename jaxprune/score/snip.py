@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from jaxprune.score.loss import mean_gradient
-from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View
+from jaxprune.types import Batches, Key, Problem, ScoreFn, Scores, View
 
 
 def snip(problem: Problem, *, train: bool) -> ScoreFn:
@@ -19,7 +19,7 @@ def snip(problem: Problem, *, train: bool) -> ScoreFn:
         original, which at initialisation means no normalisation).
     """
 
-    def score(key: Key, view: View, batches: Batch | None) -> Scores:
+    def score(key: Key, view: View, batches: Batches | None) -> Scores:
         mean = mean_gradient(problem, view, key, batches, train=train)
         return {path: jnp.abs(w * mean[path]) for path, w in view.weights.items()}
 

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from jaxprune.errors import PruneError
 from jaxprune.score import scaled
+from jaxprune.score.loss import one_input
 from jaxprune.tree import put
-from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View
+from jaxprune.types import Batches, Key, Problem, ScoreFn, Scores, View
 
 
 def synflow(problem: Problem) -> ScoreFn:
@@ -27,11 +27,10 @@ def synflow(problem: Problem) -> ScoreFn:
     takes seconds.
     """
 
-    def score(key: Key, view: View, batches: Batch | None) -> Scores:
+    def score(key: Key, view: View, batches: Batches | None) -> Scores:
         del key
-        if batches is None:
-            raise PruneError('synflow needs the shape of an input: pass batches (values unused)')
-        ones = jnp.ones((1, *batches.x.shape[2:]), batches.x.dtype)
+        x = one_input(batches, 'synflow')
+        ones = jnp.ones((1, *x.shape), x.dtype)
         positive, frozen, model_state = jax.tree.map(
             _positive, (view.weights, view.params, view.model_state)
         )

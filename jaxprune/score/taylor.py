@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from jaxprune.errors import PruneError
 from jaxprune.score.loss import batch_loss, mean_over_batches
-from jaxprune.types import Batch, Key, Problem, ScoreFn, Scores, View
+from jaxprune.types import Batch, Batches, Key, Problem, ScoreFn, Scores, View
 
 
 def taylor(problem: Problem, *, train: bool, power: int = 1) -> ScoreFn:
@@ -25,7 +25,7 @@ def taylor(problem: Problem, *, train: bool, power: int = 1) -> ScoreFn:
     if power not in (1, 2):
         raise PruneError(f'taylor takes the power 1 or 2, not {power}')
 
-    def score(key: Key, view: View, batches: Batch | None) -> Scores:
+    def score(key: Key, view: View, batches: Batches | None) -> Scores:
         gradient = jax.grad(batch_loss(problem, view, key, train=train))
 
         def change(batch: Batch) -> Scores:
