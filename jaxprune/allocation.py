@@ -248,7 +248,23 @@ LAYERWISE: dict[str, AllocationFn] = {
 #: Allocations whose counts are one number: 'global' ranks all layers together, 'lamp' shares the
 #: number out by the weights themselves, when it prunes.
 SHARED = ('global', 'lamp')
-ALLOCATIONS = ('global', *LAYERWISE, 'lamp')
+#: All allocations, with what they do.
+ALLOCATIONS: dict[str, str] = {
+    'global': 'one ranking over all layers',
+    'uniform': 'the same density in every layer',
+    'uniform_down': 'the same density, rounded down in each layer, as codes of filter pruning do',
+    'uniform_plus': 'a dense first convolution, a fifth of the last layer at least, the rest '
+    'evenly (Gale et al. 2019, arXiv:1902.09574)',
+    'erk': 'Erdős-Rényi-Kernel: density of a layer by sum(shape) / product(shape) (Evci et al. '
+    '2020, arXiv:1911.11134)',
+    'igq': 'ideal gas quotas: large layers lose more, none is emptied (Vysogorets & Kempe 2021, '
+    'arXiv:2107.02306)',
+    'smart_ratio': 'densities that fall towards the output, 0.3 for the last layer (Su et al. '
+    '2020, arXiv:2009.11094)',
+    'smart_ratio_vgg': 'the same with the ratios of its authors for VGG (arXiv:2009.11094)',
+    'lamp': 'a ranking over all layers by LAMP, the choice within a layer by the method (Lee et '
+    'al. 2021, arXiv:2010.07611)',
+}
 #: Allocations that depend on the order of the layers: `shapes` must be in forward order.
 ORDERED = ('uniform_plus', 'smart_ratio', 'smart_ratio_vgg')
 

@@ -5,12 +5,49 @@ Checks that return a value return it as a plain Python type.
 
 import numbers
 import operator
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxprune.errors import PruneError, shown
+from jaxprune.errors import PruneError, nearest, quoted, shown
+
+
+class Option(NamedTuple):
+    """What a key or an option means, and the values it takes.
+
+    Attributes:
+      doc: in a few words.
+      choices: the words it may be; None for any.
+      low: the least value.
+      above: a bound that values lie above.
+      high: the largest value.
+    """
+
+    doc: str
+    choices: Collection[str] | None = None
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+
+
+def outside(value: Any, option: Option) -> str:
+    """What is wrong with a value of the right type, for the end of a message; '' for nothing.
+
+    Traced numbers are not checked.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return ''
+    if option.choices is not None and value not in option.choices:
+        return f'{quoted(value)} is unknown, {nearest(value, filter(None, option.choices))}'
+    if option.low is not None and not value >= option.low:
+        return f'expected at least {option.low}, not {shown(value)}'
+    if option.above is not None and not value > option.above:
+        return f'expected more than {option.above}, not {shown(value)}'
+    if option.high is not None and not value <= option.high:
+        return f'expected at most {option.high}, not {shown(value)}'
+    return ''
 
 
 def real(name: str, value: Any) -> float:

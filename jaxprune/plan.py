@@ -21,6 +21,9 @@ from jaxprune.errors import PruneError, check_choice, shown
 from jaxprune.schedule import schedule
 from jaxprune.types import GLOBAL
 
+#: Rounds are rows of a table on the host, and events on a run's timeline.
+MOST_ROUNDS = 10_000
+
 
 class Plan(NamedTuple):
     """When a run is pruned, and to how many weights.
@@ -134,6 +137,8 @@ def plan_rounds(
     """
     density = density_of(density, compression)
     arguments.least(1, rounds=rounds)
+    if rounds > MOST_ROUNDS:
+        raise PruneError(f'rounds must be at most {MOST_ROUNDS}, not {rounds}')
     steps = _checked_steps(steps, rounds)
     last = keep_counts(shapes, density, allocation, floor=floor, cap=cap, what=what)
     fewest, most = bounds(shapes, floor, cap)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -309,31 +310,45 @@ def test_batch_statistics_belong_to_their_run(strategy):
 
 @pytest.mark.optimised
 def test_records_along_training(tmp_path):
-    """Expectation: rows at every third step of an epoch of ten and at its end; the last agrees
-    with the epoch's own evaluation and mean loss; norms as numpy has them; and training itself is
-    the same, bit for bit, with and without.
+    """Expectation: rows at step 0 of the network as it was pruned, at every third step of an epoch
+    of ten and at its end; the last agrees with the epoch's own evaluation and mean loss; norms as
+    numpy has them; and training itself is the same, bit for bit, with and without.
     """
     watched = {'every': 3, 'evaluate': True, 'flow': ['weight_norm', 'gradient_norm']}
     results = jp.run_sweep({**DENSE, 'record': watched}, tmp_path / 'watched')
     plain = jp.run_sweep(DENSE, tmp_path / 'plain')
     assert_frame_equal(results, plain, check_exact=True)
     curves, flows = store.read_curves(tmp_path / 'watched'), store.read_flow(tmp_path / 'watched')
-    steps = [3, 6, 9, 10, 13, 16, 19, 20]
-    assert curves['step'].unique().sort().to_list() == steps and len(curves) == 3 * 8
+    steps = [0, 3, 6, 9, 10, 13, 16, 19, 20]
+    assert curves['step'].unique().sort().to_list() == steps and len(curves) == 3 * 9
+    start = curves.filter(pl.col('step') == 0)
+    assert start['train_loss'].is_null().all() and start['test_loss'].is_not_null().all()
+    pruned = dict(results.select('run_id', pl.col('method') != 'dense').iter_rows())
+    for run_id, rounds in start.select('run_id', 'rounds').iter_rows():
+        assert rounds == pruned[run_id]
     both = results.join(curves, on=['run_id', 'step'], suffix='_curve')
     assert len(both) == len(results) == 6
     for column in ('test_loss', 'test_accuracy'):
         assert both[column].to_list() == both[f'{column}_curve'].to_list()
     weights = pl.Series([3, 3, 3, 1])
     for run in results.filter(pl.col('epoch') == 1).iter_rows(named=True):
-        losses = curves.filter((pl.col('run_id') == run['run_id']) & (pl.col('step') <= 10))
+        losses = curves.filter(
+            (pl.col('run_id') == run['run_id']) & pl.col('step').is_between(1, 10)
+        )
         mean = (losses['train_loss'] * weights).sum() / 10
         assert mean == pytest.approx(run['train_loss'], rel=1e-5)
-    assert len(flows) == 3 * 8 * 2 * 2 and set(flows['quantity']) == set(watched['flow'])
+    assert len(flows) == 3 * 9 * 2 * 2 and set(flows['quantity']) == set(watched['flow'])
     assert store.read_curves(tmp_path / 'plain').is_empty()
     assert not (tmp_path / 'plain' / 'curves').exists()
     # The norms of a run, from its state.
     engine, _, rows = parts({**DENSE, 'record': watched}, Strategy('map', 'scan', 'native', 1))
+    begun = tree.pick(engine.pack(engine.init(rows)).params)
+    dense = next(run_id for run_id, rounds in pruned.items() if not rounds)
+    at_start = flows.filter(
+        (pl.col('run_id') == dense) & (pl.col('step') == 0) & (pl.col('quantity') == 'weight_norm')
+    )
+    for path, value in at_start.select('path', 'value').iter_rows():
+        assert value == pytest.approx(np.linalg.norm(begun[path][0]), rel=1e-5)
     states, _ = engine.advance(0, 10, rows, engine.init(rows))
     recorded, state = engine.record(10, rows, states)(), engine.pack(states)
     for i in range(3):
@@ -533,7 +548,7 @@ def test_quantities_without_data_need_none(tmp_path):
     methods = {**DENSE['grid'], 'method': ['magnitude']}
     record = {'every': 5, 'flow': ['weight_norm']}
     jp.run_sweep({**DENSE, 'grid': methods, 'record': record}, tmp_path)
-    assert len(store.read_flow(tmp_path)) == 2 * 4 * 2
+    assert len(store.read_flow(tmp_path)) == 2 * 5 * 2
 
 
 def test_a_run_with_broken_scores_has_no_quantities():
@@ -554,13 +569,15 @@ def test_files_in_the_way_are_errors_of_one_line(tmp_path):
     """
     table = {**DENSE, 'record': {'every': 5}}
     out = tmp_path / 'out'
-    out.mkdir()
+    jp.run_sweep(table, out)
+    chunk = store.chunk_ids(out)[0]
+    store.results_path(out, chunk).unlink()
+    shutil.rmtree(out / 'curves')
     (out / 'curves').touch()
     with pytest.raises(StoreError, match=r'curves.*cannot be written'):
         jp.run_sweep(table, out)
     (out / 'curves').unlink()
     jp.run_sweep(table, out)
-    chunk = store.chunk_ids(out)[0]
     store.timing_path(out, chunk).write_text('junk')
     assert store.read_timing(out)['run_steps'] == 0
     curves = store.read_curves(out)

@@ -259,7 +259,9 @@ def test_recording_rounds_changes_no_number(tmp_path):
     watched = jp.run_sweep({**table, 'record': record}, tmp_path / 'watched')
     assert_frame_equal(plain, watched, check_exact=True)
     curves = store.read_curves(tmp_path / 'watched').filter(run_id=plain['run_id'][0])
-    assert curves.select('step', 'rounds').rows() == [(10, 0), (10, 1), (20, 1), (20, 2), (30, 2)]
+    assert curves.select('step', 'rounds').rows() == [
+        *((0, 0), (10, 0), (10, 1), (20, 1), (20, 2), (30, 2))
+    ]
     norms = store.read_flow(tmp_path / 'watched').filter(run_id=plain['run_id'][0], step=10)
     by_rounds = norms.group_by('rounds').agg((pl.col('value') ** 2).sum()).sort('rounds')
     assert by_rounds['value'][0] > by_rounds['value'][1] > 0
@@ -364,7 +366,7 @@ def test_recording_along_training_changes_no_result(tmp_path, start):
         moments = curves.select('step', 'rounds').rows()
         assert moments == sorted(moments)
         per_epoch = [3, 6, 9, 10]
-        steps = {10 * epoch + step for epoch in range(3) for step in per_epoch}
+        steps = {0, *(10 * epoch + step for epoch in range(3) for step in per_epoch)}
         assert set(curves['step']) == (steps | {int(10 * start)} if rounds else steps)
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxprune import cli
-from jaxprune.errors import JaxpruneError, SpecError
+from jaxprune.errors import JaxpruneError, SpecError, shown
 from jaxprune.sweep import load_spec, make_plan, make_spec, to_toml
 from jaxprune.sweep.grid import runs
 from jaxprune.sweep.load import resolved, spec_hash
@@ -83,6 +83,23 @@ BAD = [
         "did you mean 'train'",
     ),
     ('engine.batching', {'engine__batching': 'vmp'}, "did you mean 'vmap'"),
+    (
+        'grid.method[0].allocaton',
+        {'grid__method': [{'name': 'snip', 'allocaton': 'igq'}]},
+        "did you mean 'allocation'",
+    ),
+    (
+        'grid.method[0].flor',
+        {'grid__method': [{'name': 'snip', 'flor': 1}]},
+        "did you mean 'floor'",
+    ),
+    ('model.activation', {'model__activation': 'rely'}, "did you mean 'relu'"),
+    ('model.init', {'model__init': 'kaiming'}, "did you mean 'kaiming_"),
+    (
+        'model.order',
+        {'model': {'name': 'vgg11', 'order': 'bn'}, 'data__name': 'cifar10'},
+        'conv_bn_relu',
+    ),
     # types
     ('name', {'name': 3}, 'expected a string, not 3'),
     ('model', {'model': 'mlp'}, 'expected a table'),
@@ -100,7 +117,46 @@ BAD = [
     ('data.augment', {'data__augment': 'crop'}, "expected a list, not 'crop'"),
     ('grid.method', {'grid__method': 'snip'}, "expected a list, not 'snip'"),
     ('grid.method[0]', {'grid__method': [3]}, 'expected a table, not 3'),
-    ('grid.method[0].name', {'grid__method': [{}]}, 'missing; expected'),
+    ('grid.method[0].name', {'grid__method': [{}]}, 'such as name = "snip"'),
+    ('model.widths', {'model__widths': []}, 'expected a list of positive whole numbers'),
+    ('grid.seed', {'grid__seed': []}, 'expected at least one value'),
+    # values are shown, but never whole pages of them
+    ('train.epochs', {'train__epochs': [1] * 10_000}, 'expected a whole number, not list'),
+    ('train.epochs', {'train__epochs': 10**5000}, 'expected less than 2**31, not int'),
+    ('model.widths[0]', {'model__widths': [10**5000]}, 'expected less than 2**31, not int'),
+    ('train.optimizer', {'train__optimizer': 'x' * 10_000}, 'xxx...'),
+    ('name', {'name': {'a': 'b' * 1000}}, 'expected a string, not dict'),
+    # amounts that no machine has
+    ('prune.batches', {'prune__batches': 2**31 - 1}, 'expected at most 1000, not 2147483647'),
+    (
+        'grid.method[0].rounds',
+        {'grid__method': [{'name': 'snip', 'rounds': 2**31 - 1}]},
+        'expected at most 10000',
+    ),
+    (
+        'grid.method[0].steps',
+        {'grid__method': [{'name': 'prospr', 'steps': 2**31 - 1}]},
+        'expected at most 100',
+    ),
+    (
+        'grid.method[0].repeats',
+        {'grid__method': [{'name': 'ntk_sap', 'repeats': 10**6}]},
+        'expected at most 100',
+    ),
+    (
+        'grid.method[0].every',
+        {
+            'train__epochs': 200_000,
+            'grid__method': [
+                {'name': 'snip', 'start': 1, 'every': 1, 'end': 500_000, 'time_unit': 'steps'}
+            ],
+        },
+        'makes 500,000 rounds up to end, more than 10,000',
+    ),
+    ('model.depth', {'model': {'name': 'vit', 'depth': 2**31 - 1}}, 'expected at most 1000'),
+    ('model.heads', {'model': {'name': 'vit', 'heads': 0}}, 'expected at least 1, not 0'),
+    ('grid.seed', {'grid__seed': list(range(600_000))}, '2,400,000 runs, more than 1,000,000'),
+    ('record.every_epochs', {'train__epochs': 2**29}, 'rows for each run are more than'),
     ('grid.compression', {'grid__compression': 4}, 'expected a list, not 4'),
     ('grid.compression[0]', {'grid__compression': ['4']}, "expected a number, not '4'"),
     ('grid.seed[1]', {'grid__seed': [0, True]}, 'expected a whole number, not True'),
@@ -183,7 +239,8 @@ BAD = [
 
 
 def name_of(number, key, changes):
-    return f'{number}-{key}-{re.sub("[^ -~]", "?", str(changes))[:40]}'
+    values = ' '.join(shown(value) for value in changes.values())
+    return f'{number}-{key}-{re.sub("[^ -~]", "?", values)[:40]}'
 
 
 @pytest.mark.parametrize(
@@ -250,6 +307,8 @@ FILES = {
     'empty': ('', 'missing; expected'),
     'deep': (f'name = {"[" * 5000}', 'not valid TOML'),
     'long number': (f'name = {"9" * 5000}', 'not valid TOML'),
+    'long hexadecimal': (f'name = 0x{"f" * 5000}', 'expected a string, not int'),
+    'byte-order mark': ('\ufeffname = "x"', 'model: missing; expected'),
     'latin-1': ('name = "\xe9"'.encode('latin-1'), 'cannot be read'),
 }
 
@@ -280,7 +339,8 @@ SETS = {
     'grid.seed.0=1': "'seed' is not a section",
     'grid.method.0.name=snip': "'method' is not a section",
     'grid.method[0].name=snip': 'method[0]: unknown key',
-    'grid.seed=[0,': 'grid.seed: expected a list',
+    'grid.seed=[0,': '--set grid.seed=[0,: not valid TOML: ',
+    'name="x': '--set name="x: not valid TOML: ',
     'grid.compression=[1e9]': 'grid.compression: 1e+09 with magnitude: density 1e-09 keeps none',
     'model.name=mlpp': "did you mean 'mlp'",
     'data.train_examples=100000': 'mnist_small has only 10000',

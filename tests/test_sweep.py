@@ -1,6 +1,7 @@
 """Sweeps from end to end on small data: tables, resuming, independence, refusals, the terminal."""
 
 import functools
+import io
 import json
 import math
 import os
@@ -18,12 +19,14 @@ import numpy as np
 import polars as pl
 import pytest
 import tomli_w
-from jax.experimental.compilation_cache import compilation_cache
 from polars.testing import assert_frame_equal
+from rich.console import Console
 
 import jaxprune as jp
 from jaxprune import cli, plan, report
 from jaxprune.errors import StoreError
+from jaxprune.report import tables
+from jaxprune.report.terminal import summary_table
 from jaxprune.sweep import make_plan, make_spec, status, store, to_toml
 from jaxprune.sweep.load import spec_hash
 
@@ -57,27 +60,8 @@ RUN_COMMAND = 'import sys; from jaxprune.cli import main; sys.exit(main())'
 changed = functools.partial(changed_table.changed, TABLE)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compiled_once(tmp_path_factory):
-    """Programs that several sweeps share are compiled once; most of the time would go there."""
-    directory = tmp_path_factory.mktemp('compiled')
-    options = {
-        'jax_compilation_cache_dir': str(directory),
-        'jax_persistent_cache_min_compile_time_secs': 0.0,
-        'jax_persistent_cache_min_entry_size_bytes': 0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield {name.upper(): str(value) for name, value in options.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope='module')
-def finished(tmp_path_factory, compiled_once):
+def finished(tmp_path_factory):
     """A finished sweep: its directory, never changed by a test, and what `run_sweep` returned."""
     out = tmp_path_factory.mktemp('sweep') / 'out'
     return out, jp.run_sweep(TABLE, out)
@@ -398,7 +382,10 @@ def test_broken_file_is_named(copied, command, tmp_path, kind, content):
     spec.write_text(tomli_w.dumps(TABLE))
     for arguments in (['sweep', spec, '--out', copied], ['report', copied], ['status', copied]):
         if arguments[0] == 'status' and kind in ('results', 'layers'):
-            continue  # it counts files and reads none
+            code, out, _ = command(*arguments)  # it goes on with what can be read
+            assert code == 0 and f'broken: {path}: cannot be read' in out
+            assert '15/18 runs' in out and '5/6 finished' in out
+            continue
         if arguments[0] == 'report' and kind == 'provenance.json':
             continue
         code, _, err = command(*arguments)
@@ -446,6 +433,39 @@ def test_one_process_at_a_time(copied, command, tmp_path):
         assert status(copied)['running']
         assert 'running' in command('status', copied)[1]
     assert not status(copied)['running']
+
+
+def test_out_with_files_of_somebody_else_is_refused(tmp_path, command):
+    """Expectation: one line, and their report is still there; no name is no directory."""
+    spec, theirs = tmp_path / 'spec.toml', tmp_path / 'theirs'
+    spec.write_text(tomli_w.dumps(TABLE))
+    theirs.mkdir()
+    (theirs / 'report.html').write_text('a year of work')
+    for out, says in ((theirs, "there is 'report.html'"), ('', 'needs a name'), (' ', 'a name')):
+        code, stdout, err = command('sweep', spec, '--out', out)
+        assert (code, stdout) == (2, '') and err.count('\n') == 1 and says in err
+    assert [p.name for p in theirs.iterdir()] == ['report.html']
+    assert (theirs / 'report.html').read_text() == 'a year of work'
+
+
+def test_a_directory_of_a_sweep_that_was_killed_early_is_taken(tmp_path):
+    """Expectation: what is written before the plan does not stand in the way."""
+    out = tmp_path / 'out'
+    out.mkdir()
+    for name in ('.lock', 'provenance.json', 'spec.toml', '.plan.json.123.tmp'):
+        (out / name).write_text('')
+    assert store.directory(out) == out
+
+
+def test_status_counts_what_a_checkpoint_holds(copied, command):
+    """Expectation: by hand: a chunk of three runs, saved after 2 of its 6 steps."""
+    chunk = store.chunk_ids(copied)[-1]
+    store.results_path(copied, chunk).unlink()
+    (copied / 'checkpoints' / chunk / '2').mkdir(parents=True)
+    (copied / 'checkpoints' / chunk / '4.orbax-checkpoint-tmp').mkdir()  # never finished
+    steps = store.read_plan(copied)['programs'][0]['steps']
+    out = command('status', copied)[1]
+    assert f'chunk {chunk}, 3 runs: saved after 2 of {steps} steps' in out
 
 
 def test_out_that_is_a_file(tmp_path, command):
@@ -545,11 +565,17 @@ def test_diverged_runs_are_stored_and_reported(tmp_path):
     )
     results = jp.run_sweep(table, tmp_path / 'out')
     assert len(results) == 4 and results['test_loss'].is_nan().all()
+    assert set(results['error']) == {'diverged: training and test loss NaN or infinite'}
     assert report.write(tmp_path / 'out').exists()
+    shown = io.StringIO()
+    table = summary_table(tables.summary(results, store.read_layers(tmp_path / 'out')))
+    Console(file=shown, width=120).print(table)
+    assert 'x = at least one seed diverged' in shown.getvalue()
+    assert re.search(r'dense +\d+\.\dx', shown.getvalue())
 
 
 @pytest.fixture
-def on_terminal(compiled_once):
+def on_terminal():
     """Runs a command line in a process of its own under a pseudo-terminal; returns its output."""
 
     def run(*arguments):
@@ -559,7 +585,7 @@ def on_terminal(compiled_once):
             stdout=terminal,
             stderr=terminal,
             stdin=terminal,
-            env={**os.environ, **compiled_once, 'TERM': 'xterm-256color', 'COLUMNS': '100'},
+            env={**os.environ, 'TERM': 'xterm-256color', 'COLUMNS': '100'},
         )
         os.close(terminal)
         output = b''

@@ -3,6 +3,7 @@
 from jaxprune.method.by_name import get_pruner
 from jaxprune.method.choices import SCORED_ON, Choices, broken_rules, check_choices
 from jaxprune.method.methods import METHODS, Method, method
+from jaxprune.method.options import OPTIONS
 from jaxprune.method.pruner import pruner
 from jaxprune.method.repair import REPAIRS
 from jaxprune.method.rounds import OnView, Rounds, host_loop, prune_rounds, run_rounds
@@ -18,6 +19,7 @@ from jaxprune.method.unit_pruning import (
 __all__ = [
     'GRANULARITIES',
     'METHODS',
+    'OPTIONS',
     'REPAIRS',
     'SCORED_ON',
     'UNIT_ALLOCATIONS',

@@ -8,6 +8,7 @@ from jaxprune.allocation import SHARED, Shape, bounds
 from jaxprune.errors import PruneError, nearest
 from jaxprune.method.choices import Choices, check_choices
 from jaxprune.method.methods import Method, method
+from jaxprune.method.options import OPTIONS
 from jaxprune.method.pruner import FinalMasksFn, pruner
 from jaxprune.method.repair import repair_of
 from jaxprune.method.unit_pruning import alike, unit_select, unit_shapes
@@ -80,6 +81,9 @@ def get_pruner(
     train = (batch_norm or entry.batch_norm) == 'train'
     request = _Request(problem, entry, choices, shapes, connect, floor, train, own)
     made = _of_units(request) if granularity == 'unit' else _of_weights(request)
+    for option, value in own.items():  # what the score itself has not refused
+        if wrong := arguments.outside(value, OPTIONS[option]):
+            raise PruneError(f"option '{option}' of '{name}': {wrong}")
     needs = made.needs
     if score_on == 'train_batch':
         needs = needs - {'data'} | {'train_batch'}

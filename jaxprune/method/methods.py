@@ -17,6 +17,8 @@ class Method(NamedTuple):
 
     Attributes:
       title: how tables and figures write it.
+      doc: what it keeps, in a sentence or two.
+      paper: authors, year and identifier; '' where there is none.
       score: builds the score from a problem, the batch-norm mode (True = batch statistics) and the
         method's options.
       needs: what an event must be given, see `types.NEEDS`.
@@ -27,6 +29,7 @@ class Method(NamedTuple):
       grouped: the score takes `by`: what is removed together.
       options: further options of the method with their published values. Numbers are traced, so
         runs that differ in them share a program; whole numbers and words are not.
+      example: the inside of a table of `grid.method` with what the method cannot do without.
       make: builds the whole pruner, for methods that change training: `(problem, ranked units,
         selection of units, **options) -> pruner`. Such a method prunes units, and acts between its
         first round and its last.
@@ -34,6 +37,8 @@ class Method(NamedTuple):
 
     title: str
     score: Callable[..., ScoreFn] | None
+    doc: str
+    paper: str = ''
     needs: frozenset[str] = frozenset()
     batch_norm: str = 'eval'
     rounds: int = 1
@@ -41,6 +46,7 @@ class Method(NamedTuple):
     monotone: bool = True
     grouped: bool = False
     options: Mapping[str, Any] = {}
+    example: str = ''
     make: Callable[..., Pruner] | None = None
 
     @property
@@ -59,7 +65,7 @@ def _of(make: Callable[..., ScoreFn]) -> Callable[..., ScoreFn]:
     return lambda problem, train, **options: make(problem, train=train, **options)
 
 
-def _measure(title: str, name: str) -> Method:
+def _measure(title: str, name: str, doc: str) -> Method:
     """An importance of the gradient-flow study; its temperature is an option."""
     point = {'temperature': 1.0, **score.MEASURES[name]}
     temperature = {'temperature': point.pop('temperature')}
@@ -67,27 +73,113 @@ def _measure(title: str, name: str) -> Method:
     def make(problem: Problem, train: bool, **options: Any) -> ScoreFn:
         return score.importance(problem, train=train, **point, **options)
 
-    return Method(title, make, _data, grouped=True, options=temperature)
+    return Method(title, make, doc, _FLOW, _data, grouped=True, options=temperature)
+
+
+_FLOW = 'Lubana & Dick 2021, arXiv:2009.11839'
+_FORCE = 'de Jorge et al. 2021, arXiv:2006.09081'
 
 
 METHODS: dict[str, Method] = {
-    'random': Method('random', lambda problem, train: score.random()),
-    'magnitude': Method('magnitude', lambda problem, train: score.magnitude()),
-    'lamp': Method('LAMP', lambda problem, train: score.lamp()),
-    'snip': Method('SNIP', _of(score.snip), _data),
+    'random': Method(
+        'random',
+        lambda problem, train: score.random(),
+        'A uniform draw. The control of every comparison; best with a layerwise allocation.',
+    ),
+    'magnitude': Method(
+        'magnitude', lambda problem, train: score.magnitude(), 'The largest weights by abs(w).'
+    ),
+    'lamp': Method(
+        'LAMP',
+        lambda problem, train: score.lamp(),
+        'abs(w)² over the sum of the squares that are at least as large in the layer.',
+        'Lee et al. 2021, arXiv:2010.07611',
+    ),
+    'snip': Method(
+        'SNIP',
+        _of(score.snip),
+        'abs(w g): the effect of removing a weight on the loss.',
+        'Lee et al. 2019, arXiv:1810.02340',
+        _data,
+    ),
     # The paper's 60 rounds; the code of the effective-sparsity study takes 300.
-    'iter_snip': Method('Iter-SNIP', _of(score.snip), _data, 'train', rounds=60),
-    'force': Method('FORCE', _of(score.force), _data, 'train', rounds=60, monotone=False),
-    'grasp': Method('GraSP', _of(score.grasp), _data, 'train', options={'temperature': 200.0}),
-    'synflow': Method('SynFlow', lambda problem, train: score.synflow(problem), _shape, rounds=100),
-    'taylor': Method('Taylor', _of(score.taylor), _data, options={'power': 1}),
-    'fisher': Method('Fisher', _of(score.fisher), _data, options={'labels': 'data'}),
+    'iter_snip': Method(
+        'Iter-SNIP',
+        _of(score.snip),
+        'SNIP in rounds, with fresh data in each.',
+        _FORCE,
+        _data,
+        'train',
+        rounds=60,
+    ),
+    'force': Method(
+        'FORCE',
+        _of(score.force),
+        'SNIP in rounds that scores pruned weights too, as if they came back: they may return.',
+        _FORCE,
+        _data,
+        'train',
+        rounds=60,
+        monotone=False,
+    ),
+    'grasp': Method(
+        'GraSP',
+        _of(score.grasp),
+        'w Hg, signed: keeps the norm of the gradient after pruning.',
+        'Wang et al. 2020, arXiv:2002.07376',
+        _data,
+        'train',
+        options={'temperature': 200.0},
+    ),
+    'synflow': Method(
+        'SynFlow',
+        lambda problem, train: score.synflow(problem),
+        'abs(w) dR/dabs(w) of the summed outputs R of the net of absolute values. No data, and no '
+        'overflow at any depth.',
+        'Tanaka et al. 2020, arXiv:2006.05467',
+        _shape,
+        rounds=100,
+    ),
+    'lookahead': Method(
+        'lookahead',
+        lambda problem, train: score.lookahead(problem),
+        'abs(w) times the norms of the weights before and after it: the smallest distortion of the '
+        'outputs over three layers. No data.',
+        'Park, Lee, Mo & Shin 2020, arXiv:2002.04809',
+        _shape,
+    ),
+    'taylor': Method(
+        'Taylor',
+        _of(score.taylor),
+        'The mean over minibatches of abs(w g), or of its square.',
+        'Molchanov et al. 2019, arXiv:1906.10771',
+        _data,
+        options={'power': 1},
+    ),
+    'fisher': Method(
+        'Fisher',
+        _of(score.fisher),
+        'w² F / 2, F the mean squared gradient of single examples: optimal brain damage.',
+        'LeCun, Denker & Solla 1990; Theis et al. 2018, arXiv:1801.05787',
+        _data,
+        options={'labels': 'data'},
+    ),
     # In 60 rounds this is GraSP-It of the same code.
-    'gradient_norm': Method('gradient norm', _of(score.gradient_norm), _data, 'train'),
+    'gradient_norm': Method(
+        'gradient norm',
+        _of(score.gradient_norm),
+        'g²: the largest gradients. With rounds = 60, GraSP-It of the FORCE authors.',
+        _FORCE,
+        _data,
+        'train',
+    ),
     # The number of rounds is ours; the paper's is not known to us, its code defaults to one.
     'ntk_sap': Method(
         'NTK-SAP',
         _of(score.ntk_sap),
+        'The effect of a weight on the trace of the tangent kernel, at noise inputs and fresh '
+        'weights in each round. No data.',
+        'Wang, Li & Sun 2023, arXiv:2304.02840',
         _shape_fresh,
         'train',
         rounds=20,
@@ -96,19 +188,31 @@ METHODS: dict[str, Method] = {
     'prospr': Method(
         'ProsPr',
         _of(score.prospr),
+        'The effect of removing a weight on the loss a few training steps later.',
+        'Alizadeh et al. 2022, arXiv:2202.08132',
         _data,
         'train',
         options={'steps': 3, 'learning_rate': 0.1, 'first_order': False},
     ),
-    'loss_preservation': _measure('loss preservation', 'loss_preservation'),
-    'biased_loss_preservation': _measure('biased loss preservation', 'biased_loss_preservation'),
-    'gradient_norm_increase': _measure('gradient-norm increase', 'gradient_norm_increase'),
+    'loss_preservation': _measure(
+        'loss preservation', 'loss_preservation', 'abs(θ g): weight by weight this is SNIP.'
+    ),
+    'biased_loss_preservation': _measure(
+        'biased loss preservation', 'biased_loss_preservation', 'abs(θ) abs(θ g).'
+    ),
+    'gradient_norm_increase': _measure(
+        'gradient-norm increase',
+        'gradient_norm_increase',
+        'θ Hg, signed: GraSP, with the gradient of all parameters.',
+    ),
     'gradient_norm_preservation': _measure(
-        'gradient-norm preservation', 'gradient_norm_preservation'
+        'gradient-norm preservation', 'gradient_norm_preservation', 'abs(θ Hg).'
     ),
     'importance': Method(
         'importance',
         _of(score.importance),
+        'The family of which the four before, and magnitude, are points.',
+        _FLOW,
         _data_initial,
         grouped=True,
         options={'order': 1, 'mode': 'sum_of_abs', 'bias': 'none', 'temperature': 1.0},
@@ -116,9 +220,13 @@ METHODS: dict[str, Method] = {
     'tpp': Method(
         'TPP',
         None,
+        'Units: chosen in the first round by the mean of abs(w), pruned in the last; in between a '
+        'growing penalty pulls them to zero and decorrelates them from the rest.',
+        'Wang & Fu 2023, arXiv:2207.12534',
         rounds=2,
         density_schedule='constant',
         options={'weight': 1000.0, 'interval': 10, 'increment': 1e-4, 'ceiling': 1.0},
+        example='granularity = "unit", start = 2, end = 6',
         make=tpp,
     ),
 }

@@ -6,6 +6,7 @@ from jaxprune.nn.initial import INITIALISATIONS, initialisation
 from jaxprune.nn.lenet import LeNet5
 from jaxprune.nn.mobilenet import MobileNet
 from jaxprune.nn.models import MODELS, Model, build, convolves, convolving, model
+from jaxprune.nn.options import OPTIONS
 from jaxprune.nn.resnet import ResNet
 from jaxprune.nn.transformer import Transformer, ViT
 from jaxprune.nn.vgg import VGG, SmallVGG
@@ -15,6 +16,7 @@ __all__ = [
     'INITIALISATIONS',
     'MLP',
     'MODELS',
+    'OPTIONS',
     'VGG',
     'LeNet5',
     'MobileNet',

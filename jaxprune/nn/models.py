@@ -12,11 +12,10 @@ from jaxprune.nn.dense import MLP
 from jaxprune.nn.initial import initialisation
 from jaxprune.nn.lenet import LeNet5
 from jaxprune.nn.mobilenet import MobileNet
+from jaxprune.nn.options import DTYPES
 from jaxprune.nn.resnet import ResNet, cifar_blocks
 from jaxprune.nn.transformer import Transformer, ViT
 from jaxprune.nn.vgg import VGG, SmallVGG
-
-DTYPES = ('float32', 'bfloat16')
 
 
 class Model(NamedTuple):
@@ -24,11 +23,15 @@ class Model(NamedTuple):
 
     Attributes:
       build: `(classes, **options) -> flax module`.
+      doc: what it is, in a few words.
+      paper: authors, year and identifier.
       options: the model's options with their defaults.
       min_side: smallest height and width of an image it takes.
     """
 
     build: Callable[..., nn.Module]
+    doc: str
+    paper: str = ''
     options: Mapping[str, Any] = {}
     min_side: int = 1
 
@@ -37,9 +40,16 @@ _drawn = {'init': 'kaiming_normal'}
 _wide = {'width': 1.0, 'dtype': 'float32', **_drawn}
 
 
+_VGG = 'Simonyan & Zisserman 2015, arXiv:1409.1556'
+_RESNET = 'He et al. 2016, arXiv:1512.03385'
+_LECUN = 'LeCun et al. 1998, Proc. IEEE 86(11)'
+
+
 def _vgg(depth: int) -> Model:
     return Model(
         lambda classes, **options: VGG(depth, classes, **options),
+        f'VGG-{depth} with batch norm and one linear layer at the end, as pruning studies have it.',
+        _VGG,
         {**_wide, 'order': 'conv_bn_relu'},
         32,
     )
@@ -48,20 +58,37 @@ def _vgg(depth: int) -> Model:
 def _cifar_resnet(depth: int) -> Model:
     return Model(
         lambda classes, **options: ResNet(cifar_blocks(depth), (16, 32, 64), classes, **options),
+        f'ResNet-{depth} in its CIFAR form: three stages of 16, 32 and 64 maps.',
+        _RESNET,
         {**_wide, 'shortcut': 'projection'},
         4,
     )
 
 
 MODELS: dict[str, Model] = {
-    'lenet300100': Model(lambda classes, **options: MLP((300, 100), classes, **options), _drawn),
+    'lenet300100': Model(
+        lambda classes, **options: MLP((300, 100), classes, **options),
+        'LeNet-300-100: two hidden layers of 300 and 100 units.',
+        _LECUN,
+        _drawn,
+    ),
     'mlp': Model(
         lambda classes, widths, **options: MLP(tuple(widths), classes, **options),
+        'A fully connected network.',
+        '',
         {'widths': [256, 256], 'activation': 'relu', **_drawn},
     ),
-    'lenet5': Model(LeNet5, {'activation': 'relu', 'pool': 'average', **_drawn}, 16),
+    'lenet5': Model(
+        LeNet5,
+        'LeNet-5: two 5x5 convolutions and three dense layers.',
+        _LECUN,
+        {'activation': 'relu', 'pool': 'average', **_drawn},
+        16,
+    ),
     'small_vgg': Model(
         lambda classes, widths, **options: SmallVGG(tuple(widths), classes, **options),
+        'Two 3x3 convolutions with batch norm per width, then max pooling.',
+        _VGG,
         {'widths': [16, 32, 64], **_drawn},
         8,
     ),
@@ -69,12 +96,31 @@ MODELS: dict[str, Model] = {
     **{f'resnet{depth}': _cifar_resnet(depth) for depth in (20, 32, 56)},
     'resnet18': Model(
         lambda classes, **options: ResNet((2,) * 4, (64, 128, 256, 512), classes, **options),
+        'ResNet-18 with a 3x3 stem, for small images.',
+        _RESNET,
         {**_wide, 'shortcut': 'projection'},
         8,
     ),
-    'mobilenet': Model(MobileNet, _wide, 16),
-    'vit': Model(ViT, {'patch': 4, 'dim': 96, 'depth': 6, 'heads': 4, 'dtype': 'float32'}, 4),
-    'transformer': Model(Transformer, {'dim': 64, 'depth': 2, 'heads': 4, 'dtype': 'float32'}),
+    'mobilenet': Model(
+        MobileNet,
+        'MobileNet-V1 with a stride of 1 in the stem, for small images.',
+        'Howard et al. 2017, arXiv:1704.04861',
+        _wide,
+        16,
+    ),
+    'vit': Model(
+        ViT,
+        'A small vision transformer that averages its tokens.',
+        'Dosovitskiy et al. 2021, arXiv:2010.11929',
+        {'patch': 4, 'dim': 96, 'depth': 6, 'heads': 4, 'dtype': 'float32'},
+        4,
+    ),
+    'transformer': Model(
+        Transformer,
+        'A small transformer; the rows of an image are its tokens.',
+        'Vaswani et al. 2017, arXiv:1706.03762',
+        {'dim': 64, 'depth': 2, 'heads': 4, 'dtype': 'float32'},
+    ),
 }
 
 

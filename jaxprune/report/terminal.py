@@ -15,7 +15,8 @@ def summary_table(summary: pl.DataFrame) -> Table:
       summary: from `report.tables.summary`.
 
     Returns:
-      A table; `!` marks a cell where a seed lost a whole layer or every path from input to output.
+      A table; `!` marks a cell where a seed lost a whole layer or every path from input to output,
+      `x` one where a seed diverged.
       The last column is the effective compression at the largest target compression.
     """
     keys = setting_columns(summary)
@@ -31,10 +32,15 @@ def summary_table(summary: pl.DataFrame) -> Table:
         for row in rows.iter_rows(named=True):
             accuracy = '-' if row['accuracy'] is None else f'{100 * row["accuracy"]:.1f}'
             failed = row['collapsed'] or row['disconnected']
-            cells[row['target_compression']] = accuracy + ('!' if failed else '')
+            marks = ('!' if failed else '') + ('x' if row['diverged'] else '')
+            cells[row['target_compression']] = accuracy + marks
             if row['target_compression'] == compressions[-1]:
                 effective = text.effective(row)
         table.add_row(*map(str, group), *cells.values(), effective)
+    captions = []
     if summary['collapsed'].sum() or summary['disconnected'].sum():
-        table.caption = '! = a whole layer, or every path, was pruned away in at least one seed'
+        captions.append('! = a whole layer, or every path, was pruned away in at least one seed')
+    if summary['diverged'].sum():
+        captions.append('x = at least one seed diverged: a loss is NaN or infinite')
+    table.caption = '\n'.join(captions) or None
     return table

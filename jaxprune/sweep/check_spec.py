@@ -1,15 +1,19 @@
 """Checks across keys and against the registries, and the defaults that depend on a name."""
 
+import collections
 import dataclasses
 import itertools
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxprune import data, flow, method, nn, optim
+from jaxprune.arguments import Option, outside
 from jaxprune.data.augment import AUGMENTATIONS
-from jaxprune.errors import JaxpruneError, SpecError, nearest
+from jaxprune.errors import JaxpruneError, SpecError, nearest, quoted, shown
+from jaxprune.plan import MOST_ROUNDS
 from jaxprune.sweep.parse import fits_device, limits, section
-from jaxprune.sweep.spec import FinetuneSpec, GridSpec, MethodSpec, SweepSpec, TrainSpec
+from jaxprune.sweep.spec import FinetuneSpec, GridSpec, MethodSpec, RecordSpec, SweepSpec, TrainSpec
 from jaxprune.sweep.timeline import rounds_until, timeline_of
 
 #: How labels write an allocation, where its name will not do.
@@ -22,6 +26,8 @@ _ALLOCATION_TITLES = {
     'smart_ratio_vgg': 'smart ratio, VGG',
     'lamp': 'LAMP allocation',
 }
+#: A grid is a list on the host, and so are the rows of a run.
+_MOST_RUNS, _MOST_MOMENTS = 1_000_000, 1_000_000
 _METHOD_KEYS = tuple(f.name for f in dataclasses.fields(MethodSpec) if f.name != 'options')
 #: Keys of earlier formats, and what to write now.
 _REPLACED = {
@@ -45,10 +51,10 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
 
     def known(at: str, name: str, valid) -> None:
         if name not in valid:
-            fail(at, f"'{name}' is unknown, {nearest(name, valid)}")
+            fail(at, f'{quoted(name)} is unknown, {nearest(name, valid)}')
 
     if not _is_file_name(spec.name):
-        fail('name', f'expected a plain file name, not {spec.name!r}')
+        fail('name', f'expected a plain file name, not {shown(spec.name)}')
     known('model.name', spec.model.name, nn.MODELS)
     known('data.name', spec.data.name, data.FACTS)
     for i, name in enumerate(spec.data.augment):
@@ -56,11 +62,14 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
     model = dataclasses.replace(
         spec.model,
         options=_options(
-            spec.model.options, nn.model(spec.model.name).options, spec.model.name, 'model', fail
+            spec.model.options,
+            nn.model(spec.model.name).options,
+            nn.OPTIONS,
+            spec.model.name,
+            'model',
+            fail,
         ),
     )
-    if 'init' in model.options:
-        known('model.init', model.options['init'], nn.INITIALISATIONS)
     facts = data.facts(spec.data.name)
     if min(facts.shape[:2]) < nn.model(model.name).min_side:
         small = f'{facts.shape} of {spec.data.name}'
@@ -84,13 +93,16 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
         ('compression', spec.grid.compression),
         ('seed', spec.grid.seed),
     ):
-        twice = [v for i, v in enumerate(values) if v in values[:i]]
+        twice = _twice(values)
         if twice and kind == 'label':
-            fail('grid.method', f"two entries are called '{twice[0]}': give one another label")
+            fail(
+                'grid.method', f'two entries are called {quoted(twice[0])}: give one another label'
+            )
         if twice:
             fail(f'grid.{kind}', f'{twice[0]} is listed twice')
     grid_train = _grid_train(train, spec.grid.train, source, fail)
     grid = dataclasses.replace(spec.grid, method=methods, train=grid_train)
+    _size(grid, fail)
     examples = spec.data.train_examples or facts.train_size
     for key, size in (('train_examples', facts.train_size), ('test_examples', facts.test_size)):
         if getattr(spec.data, key) > size:
@@ -99,9 +111,40 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
         _train(variant, 'train', fail)
         if variant.batch_size > examples:
             fail('train.batch_size', f'{variant.batch_size} is more than {examples} examples')
+        epoch = examples // variant.batch_size
         for i, m in enumerate(methods):
-            _times(variant, m, examples // variant.batch_size, f'grid.method[{i}]', fail)
+            _times(variant, m, epoch, f'grid.method[{i}]', fail)
+        _moments(variant, spec.record, epoch, fail)
     return dataclasses.replace(spec, model=model, train=train, grid=grid)
+
+
+def _size(grid: GridSpec, fail) -> None:
+    """Whether so many runs can be listed at all."""
+    axes = {'method': grid.method, 'compression': grid.compression, 'seed': grid.seed}
+    axes |= {f'train.{key}': values for key, values in grid.train.items()}
+    runs = math.prod(map(len, axes.values()))
+    if runs > _MOST_RUNS:
+        longest = max(axes, key=lambda key: len(axes[key]))
+        fail(f'grid.{longest}', f'the grid has {runs:,} runs, more than {_MOST_RUNS:,}')
+
+
+def _moments(train: TrainSpec, record: RecordSpec, epoch: int, fail) -> None:
+    """Whether so many rows of results can be held at all."""
+    for key, steps in (('every_epochs', record.every_epochs * epoch), ('every', record.every)):
+        moments = train.epochs * epoch // steps if steps else 0
+        if moments > _MOST_MOMENTS:
+            text = f'{moments:,} rows for each run are more than {_MOST_MOMENTS:,}'
+            fail(f'record.{key}', f'{text}: expected a larger number')
+
+
+def _twice(values: Sequence[Any]) -> list[Any]:
+    """The values that a list holds more than once."""
+    return [value for value, count in collections.Counter(values).items() if count > 1]
+
+
+def _key_name(key: Any) -> str:
+    """A key that nobody knows, for the path of a message."""
+    return quoted(key)[1:-1]
 
 
 def _is_file_name(name: str) -> bool:
@@ -129,11 +172,19 @@ def with_values(train: TrainSpec, values: Mapping[str, Any]) -> TrainSpec:
 
 
 def _options(
-    given: Mapping, valid: Mapping, owner: str, at: str, fail, keys: Collection[str] = ()
+    given: Mapping,
+    valid: Mapping,
+    limits: Mapping[str, Option],
+    owner: str,
+    at: str,
+    fail,
+    keys: Collection[str] = (),
 ) -> dict[str, Any]:
     """Options with defaults filled in; types follow the default's.
 
     Args:
+      valid: the owner's options with their defaults.
+      limits: the values that options take.
       keys: those that stand beside the options, for suggestions.
     """
     options = dict(valid)
@@ -143,8 +194,10 @@ def _options(
                 fail(f'{at}.{key}', f'is no key any more: {_REPLACED[key]}')
             known = [*valid, *(k for k in keys if k != 'name')]
             tail = nearest(key, known) if known else 'it has none'
-            fail(f'{at}.{key}', f"unknown key or option of '{owner}', {tail}")
+            fail(f'{at}.{_key_name(key)}', f"unknown key or option of '{owner}', {tail}")
         options[key] = _like(value, valid[key], f'{at}.{key}', fail)
+        if wrong := outside(options[key], limits[key]):
+            fail(f'{at}.{key}', wrong)
     return options
 
 
@@ -153,30 +206,30 @@ def _like(value: Any, default: Any, at: str, fail) -> Any:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(default, bool):
         if not isinstance(value, bool):
-            fail(at, f'expected true or false, not {value!r}')
+            fail(at, f'expected true or false, not {shown(value)}')
     elif isinstance(default, float):
         if not number:
-            fail(at, f'expected a number, not {value!r}')
+            fail(at, f'expected a number, not {shown(value)}')
         if not fits_device(value, float):
-            fail(at, f'expected {limits(float)}, not {value!r}')
+            fail(at, f'expected {limits(float)}, not {shown(value)}')
         return float(value)
     elif isinstance(default, int):
         if not isinstance(value, int) or isinstance(value, bool):
-            fail(at, f'expected a whole number, not {value!r}')
+            fail(at, f'expected a whole number, not {shown(value)}')
         if not fits_device(value, int):
-            fail(at, f'expected {limits(int)}, not {value}')
+            fail(at, f'expected {limits(int)}, not {shown(value)}')
     elif isinstance(default, list):
         whole = isinstance(value, (list, tuple)) and all(
             isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in value
         )
-        if not whole:
-            fail(at, f'expected a list of positive whole numbers, not {value!r}')
+        if not whole or not value:
+            fail(at, f'expected a list of positive whole numbers, not {shown(value)}')
         for i, v in enumerate(value):
             if not fits_device(v, int):
-                fail(f'{at}[{i}]', f'expected {limits(int)}, not {v}')
+                fail(f'{at}[{i}]', f'expected {limits(int)}, not {shown(v)}')
         return list(value)
     elif isinstance(default, str) and not isinstance(value, str):
-        fail(at, f'expected a string, not {value!r}')
+        fail(at, f'expected a string, not {shown(value)}')
     return value
 
 
@@ -189,7 +242,10 @@ def _train(train: TrainSpec, at: str, fail) -> TrainSpec:
     for key, value in train.options.items():
         if key not in arguments:
             tail = nearest(key, [*_TRAIN_KEYS, *arguments])
-            fail(f'{at}.{key}', f"unknown key, and no argument of '{train.optimizer}', {tail}")
+            fail(
+                f'{at}.{_key_name(key)}',
+                f"unknown key, and no argument of '{train.optimizer}', {tail}",
+            )
         options[key] = _argument(value, arguments[key], f'{at}.{key}', fail)
     _schedule(train, at, fail)
     return dataclasses.replace(train, options=options)
@@ -224,7 +280,7 @@ def _grid_train(train: TrainSpec, grid: Mapping[str, Any], source: str, fail) ->
     for key, values in grid.items():
         at = f'grid.train.{key}'
         if not isinstance(values, tuple) or not values:
-            fail(at, f'expected a list of values, not {values!r}')
+            fail(at, f'expected a list of values, not {shown(values)}')
         # Each value is read as if it stood in [train]; whether all go together is checked later.
         tables = [{'optimizer': optimizer, key: value} for value in values]
         read = [section(TrainSpec, table, source, 'grid.train') for table in tables]
@@ -243,8 +299,7 @@ def _by_compression(grid: GridSpec, fail) -> GridSpec:
         return grid
     if grid.compression:
         fail('grid.density', 'expected either density or compression, not both')
-    twice = [d for i, d in enumerate(grid.density) if d in grid.density[:i]]
-    if twice:
+    if twice := _twice(grid.density):
         fail('grid.density', f'{twice[0]} is listed twice')
     return dataclasses.replace(grid, compression=tuple(1 / d for d in grid.density), density=())
 
@@ -252,9 +307,11 @@ def _by_compression(grid: GridSpec, fail) -> GridSpec:
 def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
     """A method of the grid with the published values of its registry entry written out."""
     if spec.name not in method.METHODS:
-        fail(f'{at}.name', f"'{spec.name}' is unknown, {nearest(spec.name, method.METHODS)}")
+        fail(f'{at}.name', f'{quoted(spec.name)} is unknown, {nearest(spec.name, method.METHODS)}')
     entry = method.method(spec.name)
-    options = _options(spec.options, entry.options, spec.name, at, fail, _METHOD_KEYS)
+    options = _options(
+        spec.options, entry.options, method.OPTIONS, spec.name, at, fail, _METHOD_KEYS
+    )
     label = spec.label or entry.title + _what_else(spec)
     if label == 'dense':
         fail(f'{at}.label', "'dense' is the name of the control: choose another")
@@ -267,6 +324,8 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
         fail(f'{at}.{key}', message)
     _when(spec, at, fail)
     rounds = spec.rounds or (rounds_until(spec) if spec.every and spec.end else entry.rounds)
+    if rounds > MOST_ROUNDS:
+        fail(f'{at}.every', f'makes {rounds:,} rounds up to end, more than {MOST_ROUNDS:,}')
     if entry.hooked and rounds < 2:
         fail(f'{at}.rounds', f"'{spec.name}' needs two rounds: the first and the last")
     return dataclasses.replace(

@@ -106,6 +106,12 @@ def checkpoint(directory: Path, minutes: float) -> Checkpoint:
     return Checkpoint(load, due, save, lambda: shutil.rmtree(directory, ignore_errors=True))
 
 
+def saved_step(directory: Path) -> int:
+    """After how many steps a chunk was saved last; 0 if it is not saved. Reads names only."""
+    steps = directory.iterdir() if directory.is_dir() else ()
+    return max((int(step.name) for step in steps if step.name.isdigit()), default=0)
+
+
 def _names(leaves: list) -> list[str]:
     return [f'{i:05}' for i in range(len(leaves))]
 

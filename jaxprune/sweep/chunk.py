@@ -176,15 +176,16 @@ def _prunes_first(program: Program) -> bool:
 def _reach(context: Context, walk: Walk, border: Border, stretch: Stretch | None) -> Walk:
     """Trains up to a border and does what is due there.
 
-    Recording and evaluation see the run as training left it, before rounds at the same step; only
-    the last evaluation comes after them.
+    Recording and evaluation see the run as training left it, before rounds at the same step; but at
+    step 0 what was just pruned is recorded, and the last evaluation comes after all rounds.
     """
     if stretch is not None:
         walk = _trained(context, walk, stretch)
     last = border.step == context.program.timeline.steps
     clock = stretch.stop if stretch else 0
     hooked = stretch is not None and _own_stage(context.program, stretch)
-    if border.record:
+    rounds_too = context.program.record.rounds
+    if border.record and (border.step or rounds_too):
         walk = _recorded(context, walk, clock, hooked, after_round=False)
     if border.keep:
         packed = context.engine.pack(walk.states)
@@ -193,10 +194,11 @@ def _reach(context: Context, walk: Walk, border: Border, stretch: Stretch | None
         walk = _summed_up(context, walk)
     if border.evaluate and not (last and border.event is not None):
         walk = _evaluated(context, walk, clock, hooked)
+    pruned_first = border.record and not border.step and not rounds_too
     if border.event is None:
-        return walk
+        return _recorded(context, walk, 0, False, after_round=True) if pruned_first else walk
     walk = _after_event(context, walk, border.event)
-    if context.program.record.rounds:
+    if rounds_too or pruned_first:
         going_on = True in context.program.stages and not border.event.finish
         walk = _recorded(context, walk, border.event.clock, going_on, after_round=True)
         if border.epoch_end:  # or a checkpoint would lose it

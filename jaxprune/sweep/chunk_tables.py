@@ -57,10 +57,17 @@ def results_rows(
             'train_loss': math.nan if errors[i] else float(train_loss[i]),
             'test_loss': math.nan if errors[i] else float(test_loss[i]),
             'test_accuracy': math.nan if errors[i] else float(accuracy[i]),
-            'error': errors[i],
+            'error': errors[i] or _diverged(train_loss[i], test_loss[i]),
         }
         for i, run in enumerate(members)
     ]
+
+
+def _diverged(train_loss: float, test_loss: float) -> str | None:
+    """What is wrong with a run whose losses are no numbers any more; None if nothing is."""
+    losses = {'training': train_loss, 'test': test_loss}
+    broken = [name for name, loss in losses.items() if not math.isfinite(loss)]
+    return f'diverged: {" and ".join(broken)} loss NaN or infinite' if broken else None
 
 
 def curves_rows(
@@ -82,6 +89,9 @@ def curves_rows(
     tests = {m.step: m for m in moments if not m.after_round}
     end = before + losses.shape[1]
     first = before
+    begun = tests.get(0)
+    if begun and begun.recorded.test:  # where no loss was before
+        rows += _curve(program, members, errors, 0, False, None, begun.recorded.test)
     for step in recorded_steps(end, every, program.steps, before) if every else ():
         loss = losses[:, first - before : step - before].mean(axis=1)
         moment = tests.get(step)
@@ -116,7 +126,7 @@ def _curve(
 ) -> list[list]:
     rows = []
     for i, run in enumerate(members):
-        if after_round and run.method == DENSE:  # whose moments do not depend on its company
+        if _not_its_own(program, run, after_round):
             continue
         values = [
             None if loss is None else float(loss[i]),
@@ -125,6 +135,11 @@ def _curve(
         kept = [math.nan if errors[i] and value is not None else value for value in values]
         rows.append([run.run_id, step, _rounds(program, run, step, after_round), *kept])
     return rows
+
+
+def _not_its_own(program: Program, run: Run, after_round: bool) -> bool:
+    """Is this a moment that the dense control would not have without the company of its chunk?"""
+    return run.method == DENSE and after_round and program.record.rounds
 
 
 def _rounds(program: Program, run: Run, step: int, after: bool) -> int:
@@ -149,7 +164,7 @@ def flow_rows(
                 rows += [
                     [run.run_id, m.step, rounds[i], path, quantity, _value(values[i], errors[i])]
                     for i, run in enumerate(members)
-                    if not (m.after_round and run.method == DENSE)
+                    if not _not_its_own(program, run, m.after_round)
                 ]
     return rows
 

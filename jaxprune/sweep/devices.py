@@ -40,12 +40,12 @@ def keep_compiled() -> None:
     What the environment or the user has set up already is left alone.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        place = cache_directory() / 'compiled' / _processor()
+        place = cache_directory() / 'compiled' / processor()
         jax.config.update('jax_compilation_cache_dir', str(place))
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
-def _processor() -> str:
+def processor() -> str:
     """A hash of what the processor can do: programs compiled for one may crash another."""
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()

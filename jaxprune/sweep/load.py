@@ -8,7 +8,7 @@ from typing import Any
 
 import tomli_w
 
-from jaxprune.errors import SpecError
+from jaxprune.errors import SpecError, first_line, quoted, shown
 from jaxprune.sweep.check_spec import check
 from jaxprune.sweep.parse import plain, section
 from jaxprune.sweep.spec import SweepSpec
@@ -25,7 +25,7 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
       SpecError: one line that says where and what.
     """
     try:
-        table = tomllib.loads(Path(path).read_text(encoding='utf-8'))
+        table = tomllib.loads(Path(path).read_text(encoding='utf-8-sig'))
     except FileNotFoundError:
         raise SpecError(f'{path}: no such file') from None
     except (OSError, UnicodeDecodeError) as error:
@@ -87,17 +87,21 @@ def spec_hash(spec: SweepSpec) -> str:
 
 def _override(table: dict, override: str) -> None:
     key, equals, text = override.partition('=')
+    at = shown(override)[1:-1]
     if not equals or not key.strip():
-        raise SpecError(f"--set {override}: expected key=value, as in 'train.epochs=2'")
+        raise SpecError(f"--set {at}: expected key=value, as in 'train.epochs=2'")
+    text = text.strip()
     try:
         parsed = tomllib.loads(f'value = {text}')
-    except (ValueError, RecursionError):
-        parsed = {'value': text.strip()}  # a bare word: --set data.name=mnist
+    except (ValueError, RecursionError) as error:
+        if text.startswith(('[', '{', '"', "'")):
+            raise SpecError(f'--set {at}: not valid TOML: {first_line(error)}') from None
+        parsed = {'value': text}  # a bare word: --set data.name=mnist
     if set(parsed) != {'value'}:
-        raise SpecError(f'--set {override}: expected one value')
+        raise SpecError(f'--set {at}: expected one value')
     *outer, last = key.strip().split('.')
     for name in outer:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise SpecError(f"--set {override}: '{name}' is not a section")
+            raise SpecError(f'--set {at}: {quoted(name)} is not a section')
     table[last] = parsed['value']

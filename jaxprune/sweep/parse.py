@@ -8,7 +8,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from jaxprune.errors import SpecError, nearest
+from jaxprune.arguments import Option, outside
+from jaxprune.errors import SpecError, nearest, shown
 from jaxprune.sweep.spec import MethodSpec
 
 _WORDS = {str: 'a string', int: 'a whole number', float: 'a number', bool: 'true or false'}
@@ -19,7 +20,7 @@ _LIMITS = {int: 2**31 - 1, float: 3.4e38}
 def section(cls: type, table: Any, source: str, where: str) -> Any:
     """An instance of a specification class from a table; unknown keys are options if it is open."""
     if not isinstance(table, Mapping):
-        raise SpecError(f'{source}: {where}: expected a table, not {table!r}')
+        raise SpecError(f'{source}: {where}: expected a table, not {shown(table)}')
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.name != 'options'}
     is_open = 'options' in hints
@@ -33,11 +34,28 @@ def section(cls: type, table: Any, source: str, where: str) -> Any:
         else:
             raise SpecError(f'{source}: {at}: unknown key, {nearest(key, fields)}')
     for name, f in fields.items():
-        absent = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if absent and name not in values:
+        if is_required(f) and name not in values:
             at = f'{where}.{name}' if where else name
-            raise SpecError(f'{source}: {at}: missing; expected {f.metadata["doc"]}')
+            raise SpecError(f'{source}: {at}: missing; {_wanted(hints[name], f, at)}')
     return cls(**values, **({'options': options} if is_open else {}))
+
+
+def is_required(f: dataclasses.Field) -> bool:
+    """Must a specification have this key?"""
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _wanted(hint: Any, f: dataclasses.Field, at: str) -> str:
+    """What a missing key should hold, with an example."""
+    what = f'expected {f.metadata["option"].doc}'
+    if not dataclasses.is_dataclass(hint):
+        return f'{what}, such as {f.metadata["example"]}'
+    examples = [
+        part.metadata['example']
+        for part in dataclasses.fields(hint)
+        if part.metadata.get('example') and (is_required(part) or not part.default)
+    ]
+    return f'{what}: a section [{at}] with {", ".join(examples)}'
 
 
 def _value(hint: Any, f: dataclasses.Field, value: Any, source: str, at: str) -> Any:
@@ -49,32 +67,25 @@ def _value(hint: Any, f: dataclasses.Field, value: Any, source: str, at: str) ->
     if origin is tuple:
         item = typing.get_args(hint)[0]
         if not isinstance(value, (list, tuple)):
-            raise SpecError(f'{source}: {at}: expected a list, not {value!r}')
+            raise SpecError(f'{source}: {at}: expected a list, not {shown(value)}')
         return tuple(_value(item, f, v, source, f'{at}[{i}]') for i, v in enumerate(value))
     if origin is not None:  # grid.train: key -> list of values, checked with [train]
         if not isinstance(value, Mapping):
-            raise SpecError(f'{source}: {at}: expected a table of lists, not {value!r}')
+            raise SpecError(f'{source}: {at}: expected a table of lists, not {shown(value)}')
         return {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in value.items()}
-    return _scalar(hint, f.metadata, value, source, at)
+    return _scalar(hint, f.metadata['option'], value, source, at)
 
 
-def _scalar(hint: type, metadata: Mapping, value: Any, source: str, at: str) -> Any:
+def _scalar(hint: type, option: Option, value: Any, source: str, at: str) -> Any:
     """The value as `hint`, or a SpecError; a whole number passes as a float, True as neither."""
     fits = isinstance(value, (int, float) if hint is float else hint)
     if not fits or (isinstance(value, bool) and hint is not bool):
-        raise SpecError(f'{source}: {at}: expected {_WORDS[hint]}, not {value!r}')
+        raise SpecError(f'{source}: {at}: expected {_WORDS[hint]}, not {shown(value)}')
     if not fits_device(value, hint):
-        raise SpecError(f'{source}: {at}: expected {limits(hint)}, not {value!r}')
+        raise SpecError(f'{source}: {at}: expected {limits(hint)}, not {shown(value)}')
     value = hint(value)
-    choices, low, above, high = (metadata.get(k) for k in ('choices', 'low', 'above', 'high'))
-    if choices is not None and value not in choices:
-        raise SpecError(f"{source}: {at}: '{value}' is unknown, {nearest(value, choices)}")
-    if low is not None and value < low:
-        raise SpecError(f'{source}: {at}: expected at least {low}, not {value}')
-    if above is not None and value <= above:
-        raise SpecError(f'{source}: {at}: expected more than {above}, not {value}')
-    if high is not None and value > high:
-        raise SpecError(f'{source}: {at}: expected at most {high}, not {value}')
+    if wrong := outside(value, option):
+        raise SpecError(f'{source}: {at}: {wrong}')
     return value
 
 

@@ -17,6 +17,7 @@ from jaxprune.sweep.spec import FinetuneSpec, MethodSpec, RecordSpec, SweepSpec,
 from jaxprune.sweep.timeline import Timeline, timeline_of
 from jaxprune.types import (
     Batch,
+    Batches,
     Hyper,
     Key,
     Problem,
@@ -237,7 +238,7 @@ def _events(parts: _Parts, spec: MethodSpec) -> EventsFn:
     def events(clock, data_: DeviceData, key: Key, hyper: Hyper) -> method.Rounds:
         pruner = _pruner(parts, spec, hyper)
 
-        def batches_of(number: jax.Array) -> Batch | None:
+        def batches_of(number: jax.Array) -> Batches | None:
             if 'data' in pruner.needs:
                 return parts.examples.drawn(data_, key, number)
             if 'train_batch' in pruner.needs:

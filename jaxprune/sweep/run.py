@@ -75,7 +75,7 @@ def run_sweep(
         spec = load_spec(spec)
     elif not isinstance(spec, SweepSpec):
         spec = make_spec(spec, source)
-    out = default_out(spec) if out is None else Path(out)
+    out = default_out(spec) if out is None else store.directory(out)
     groups = checked_groups(spec, source)
     plan_table = make_plan(spec, source, groups)
     dataset = data.load(spec.data.name, data_dir)

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxprune.allocation import ALLOCATIONS
+from jaxprune.arguments import Option
 from jaxprune.flow.orthogonal import GAINS
 from jaxprune.method import GRANULARITIES, REPAIRS, SCORED_ON
 from jaxprune.nn import CONVOLUTIONS
+from jaxprune.optim import RATE_SCHEDULES
+from jaxprune.plan import MOST_ROUNDS
 from jaxprune.schedule import SCHEDULES
 from jaxprune.structure import TARGETS
 from jaxprune.sweep.strategy import BATCHINGS, STEPPINGS
@@ -24,10 +27,14 @@ REWINDS = ('weights', 'rate')
 FORMAT = 3
 
 
-def _key(doc: str, *, default=dataclasses.MISSING, choices=None, low=None, above=None, high=None):
-    """A field with its explanation and the values it takes."""
-    metadata = {'doc': doc, 'choices': choices, 'low': low, 'above': above, 'high': high}
-    return field(default=default, metadata=metadata)
+def _key(doc: str, *, default=dataclasses.MISSING, example: str = '', **limits):
+    """A field with its explanation, the values it takes (see `Option`) and an example.
+
+    Args:
+      example: TOML lines of the section with this key and what it needs beside it; of a method the
+        inside of its table. Without it the default is the example.
+    """
+    return field(default=default, metadata={'option': Option(doc, **limits), 'example': example})
 
 
 #: Keys of a method that say when its rounds happen.
@@ -48,7 +55,7 @@ WHEN = (
 class ModelSpec:
     """[model]: open for the model's own options (`widths` of an mlp)."""
 
-    name: str = _key('the name of a model, such as lenet300100')
+    name: str = _key('the name of a model', example='name = "lenet300100"')
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -56,8 +63,13 @@ class ModelSpec:
 class DataSpec:
     """[data]"""
 
-    name: str = _key('mnist_small (shipped), mnist, fashion_mnist, cifar10, cifar100')
-    augment: tuple[str, ...] = _key("augmentations in order: 'crop', 'flip'", default=())
+    name: str = _key(
+        'mnist_small (shipped), mnist, fashion_mnist, cifar10, cifar100',
+        example='name = "mnist_small"',
+    )
+    augment: tuple[str, ...] = _key(
+        "augmentations in order: 'crop', 'flip'", default=(), example='augment = ["crop", "flip"]'
+    )
     train_examples: int = _key('use only the first so many; 0 for all', default=0, low=0)
     test_examples: int = _key('use only the first so many; 0 for all', default=0, low=0)
 
@@ -69,9 +81,13 @@ class TrainSpec:
     optimizer: str = _key('an optax optimizer by name', default='sgd')
     learning_rate: float = _key('peak learning rate', default=0.1, above=0)
     schedule: str = _key(
-        'constant, cosine or step', default='cosine', choices=('constant', 'cosine', 'step')
+        'constant, cosine or step', default='cosine', choices=tuple(RATE_SCHEDULES)
     )
-    milestones: tuple[float, ...] = _key('epochs at which step multiplies the rate', default=())
+    milestones: tuple[float, ...] = _key(
+        'epochs at which step multiplies the rate',
+        default=(),
+        example='schedule = "step"\nmilestones = [4, 6]',
+    )
     factor: float = _key('by what step multiplies the rate', default=0.1, above=0)
     warmup_epochs: float = _key('epochs of linear increase from zero', default=0.0, low=0)
     epochs: int = _key('passes over the training set', default=10, low=1)
@@ -91,20 +107,29 @@ class PruneSpec:
     samples_per_class: int = _key(
         'examples of each class in a batch, also for record.flow', default=10, low=1
     )
-    batches: int = _key('batches per scoring round', default=1, low=1)
+    batches: int = _key('batches per scoring round', default=1, low=1, high=1000)
 
 
 @dataclass(frozen=True)
 class FinetuneSpec:
     """The table `finetune` of a method: a phase after pruning with its own learning rate."""
 
-    epochs: int = _key('length of the phase; 0 for no such phase', default=0, low=0)
-    learning_rate: float = _key('peak learning rate', default=0.0, low=0)
+    epochs: int = _key(
+        'length of the phase; 0 for no such phase',
+        default=0,
+        low=0,
+        example='epochs = 4, learning_rate = 0.01',
+    )
+    learning_rate: float = _key(
+        'peak learning rate', default=0.0, low=0, example='epochs = 4, learning_rate = 0.01'
+    )
     schedule: str = _key(
-        'constant, cosine or step', default='cosine', choices=('constant', 'cosine', 'step')
+        'constant, cosine or step', default='cosine', choices=tuple(RATE_SCHEDULES)
     )
     milestones: tuple[float, ...] = _key(
-        'epochs of the phase at which step multiplies the rate', default=()
+        'epochs of the phase at which step multiplies the rate',
+        default=(),
+        example='epochs = 4, learning_rate = 0.01, schedule = "step", milestones = [2, 3]',
     )
     factor: float = _key('by what step multiplies the rate', default=0.1, above=0)
     warmup_epochs: float = _key('epochs of linear increase from zero', default=0.0, low=0)
@@ -124,11 +149,11 @@ class MethodSpec:
     How: name, batch_norm, score_on, repair and the method's own options.
     """
 
-    name: str = _key('the name of a method, such as snip')
+    name: str = _key('the name of a method', example='name = "snip"')
     allocation: str = _key(
         f'how the weights kept are shared among layers: {", ".join(ALLOCATIONS)}',
         default='global',
-        choices=ALLOCATIONS,
+        choices=tuple(ALLOCATIONS),
     )
     target: str = _key(
         "what a compression of the grid means: 'direct' (weights before / weights after) or "
@@ -142,74 +167,106 @@ class MethodSpec:
         default='weight',
         choices=GRANULARITIES,
     )
-    keep_all_units: str = _key('regular expression of layers that keep all units', default='')
+    keep_all_units: str = _key(
+        'regular expression of layers that keep all units, besides the last',
+        default='',
+        example='granularity = "unit", keep_all_units = "dense_0"',
+    )
     floor_share: float = _key(
-        'with units: share of its own units that any layer keeps more than', default=0.0, low=0
+        'with units: share of its own units that any layer keeps more than',
+        default=0.0,
+        low=0,
+        example='granularity = "unit", floor_share = 0.05',
     )
     floor: int = _key('fewest weights (or units) that any layer keeps', default=0, low=0)
     cap: float = _key('largest density of any layer', default=1.0, above=0, high=1)
-    label: str = _key('how figures and tables call it', default='')
+    label: str = _key(
+        'how figures and tables call it', default='', example='label = "by magnitude"'
+    )
     rounds: int = _key(
         'pruning rounds; 0 for the published number, or as many as every and end give',
         default=0,
         low=0,
+        high=MOST_ROUNDS,
+        example='name = "synflow", rounds = 10',
     )
     density_schedule: str = _key(
         f"density over the rounds: {', '.join(SCHEDULES)}; '' for the published one",
         default='',
         choices=('', *SCHEDULES),
+        example='name = "synflow", density_schedule = "linear"',
     )
-    start: float = _key('when the first round happens; 0 is before training', default=0.0, low=0)
+    start: float = _key(
+        'when the first round happens; 0 is before training',
+        default=0.0,
+        low=0,
+        example='start = 2',
+    )
     every: float = _key(
         'time between two rounds; 0 for all rounds at once, or spread evenly up to end',
         default=0.0,
         low=0,
+        example='name = "synflow", start = 1, every = 0.5, rounds = 4',
     )
     end: float = _key(
         'the latest time of a round; without every, rounds are spread evenly from start to end',
         default=0.0,
         low=0,
+        example='name = "synflow", start = 1, end = 4, rounds = 4',
     )
     time_unit: str = _key(
         "what start, every, end and rewind_to count: 'epochs' (fractions too) or 'steps'",
         default='epochs',
         choices=('epochs', 'steps'),
+        example='start = 500, time_unit = "steps"',
     )
     rewind: str = _key(
         "after each round: 'weights' takes weights, batch statistics, optimizer and learning rate "
         "back to rewind_to, 'rate' keeps them and takes the learning rate back; '' for neither",
         default='',
         choices=('', *REWINDS),
+        example='start = 4, every = 2, rounds = 3, rewind = "weights"',
     )
-    rewind_to: float = _key('to what time of training rewind goes back', default=0.0, low=0)
+    rewind_to: float = _key(
+        'to what time of training rewind goes back',
+        default=0.0,
+        low=0,
+        example='start = 4, rewind = "weights", rewind_to = 0.5',
+    )
     restart: bool = _key(
         'begin with a fresh optimizer after each round: moments of the weights kept are zero too',
         default=False,
+        example='start = 2, restart = true',
     )
     finetune: FinetuneSpec = _key(
         'a phase after the last round with its own epochs, learning_rate, schedule',
         default=FinetuneSpec(),
+        example='start = 4, finetune = { epochs = 4, learning_rate = 0.01 }',
     )
     repair: str = _key(
         "what the last round does to kept weights: 'orthp' makes kernels orthogonal, for units",
         default='',
         choices=('', *REPAIRS),
+        example='granularity = "unit", repair = "orthp"',
     )
     repair_gain: str = _key(
         "the activation whose gain repaired kernels have: 'linear', 'relu', ...",
         default='linear',
         choices=tuple(GAINS),
+        example='granularity = "unit", repair = "orthp", repair_gain = "relu"',
     )
     score_on: str = _key(
         "what scores that need data use: 'balanced' examples (see [prune]) or 'train_batch', that "
         'of the next training step',
         default='balanced',
         choices=SCORED_ON,
+        example='name = "snip", start = 500, time_unit = "steps", score_on = "train_batch"',
     )
     batch_norm: str = _key(
         "while scoring: 'train' (batch statistics), 'eval' (running); '' for the published mode",
         default='',
         choices=('', 'train', 'eval'),
+        example='name = "snip", batch_norm = "eval"',
     )
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -221,12 +278,25 @@ class GridSpec:
     A table `every_method` holds keys that all entries of `method` have unless they say otherwise.
     """
 
-    method: tuple[MethodSpec, ...] = _key('pruning methods')
-    compression: tuple[float, ...] = _key('1 / density; 1 is the dense control', default=(), low=1)
-    density: tuple[float, ...] = _key(
-        'in place of compression; 1 is the dense control', default=(), above=0, high=1
+    method: tuple[MethodSpec, ...] = _key(
+        'pruning methods', example='method = ["magnitude", "snip"]'
     )
-    seed: tuple[int, ...] = _key('one run each; the seed fixes initialisation and data', low=0)
+    compression: tuple[float, ...] = _key(
+        '1 / density; 1 is the dense control',
+        default=(),
+        low=1,
+        example='compression = [1, 10, 100]',
+    )
+    density: tuple[float, ...] = _key(
+        'in place of compression; 1 is the dense control',
+        default=(),
+        above=0,
+        high=1,
+        example='density = [1, 0.1, 0.01]',
+    )
+    seed: tuple[int, ...] = _key(
+        'one run each; the seed fixes initialisation and data', low=0, example='seed = [0, 1, 2]'
+    )
     train: Mapping[str, tuple] = field(default_factory=dict)
 
 
@@ -237,15 +307,22 @@ class RecordSpec:
     every_epochs: int = _key('evaluate after so many epochs, and at the end', default=1, low=1)
     every: int = _key(
         'along training, after every so many steps of an epoch and at its end, record the mean '
-        'training loss since; 0 for never',
+        'training loss since, and what evaluate and flow ask for, these at step 0 too; 0 for never',
         default=0,
         low=0,
     )
-    evaluate: bool = _key('evaluate at these steps too', default=False)
-    rounds: bool = _key('record right after each pruning round, too', default=False)
+    evaluate: bool = _key(
+        'evaluate at these steps too', default=False, example='every = 20\nevaluate = true'
+    )
+    rounds: bool = _key(
+        'record right after each pruning round, too',
+        default=False,
+        example='every = 20\nevaluate = true\nrounds = true',
+    )
     flow: tuple[str, ...] = _key(
-        'quantities recorded at these steps too, such as \'weight_norm\'; README, "Gradient flow"',
+        "quantities recorded at these steps too, such as 'weight_norm'; `jaxprune list quantities`",
         default=(),
+        example='every = 20\nflow = ["weight_norm"]',
     )
 
 
@@ -295,10 +372,10 @@ class SweepSpec:
       name: names the default output directory.
     """
 
-    name: str = _key('names the output directory')
+    name: str = _key('a name for the output directory', example='name = "quickstart"')
     model: ModelSpec = _key('what is trained')
-    data: DataSpec = _key('on what')
-    grid: GridSpec = _key('the runs')
+    data: DataSpec = _key('what it is trained on')
+    grid: GridSpec = _key('which runs there are')
     train: TrainSpec = field(default_factory=TrainSpec)
     prune: PruneSpec = field(default_factory=PruneSpec)
     record: RecordSpec = field(default_factory=RecordSpec)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import polars as pl
 
-from jaxprune.errors import StoreError
+from jaxprune.errors import StoreError, quoted
 from jaxprune.sweep.timing import PHASES
 
 RESULTS = {
@@ -53,8 +53,9 @@ RESULTS = {
 `target` says what `target_compression` is: 'direct' (weights before / weights after), 'effective'
 (weights before / weights that lie on a path from input to output) or 'units' (neurons and filters
 before / after). `effective_compression` is
-infinite where the network is cut in two. `error` is null, or says why the run means nothing; its
-losses and accuracy are then NaN.
+infinite where the network is cut in two. `error` is null, or says what went wrong: scores that
+cannot be ranked (losses and accuracy are then NaN), or losses that diverged (the numbers are those
+of the broken network).
 """
 
 LAYERS = {
@@ -149,6 +150,30 @@ def write_json(path: Path, value: object) -> None:
     write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + '\n').encode())
 
 
+#: What a sweep may leave in its directory before the plan is written.
+_FIRST_FILES = {'.lock', 'spec.toml', 'provenance.json'}
+
+
+def directory(out: str | Path) -> Path:
+    """A directory for results: a new or an empty one, or one that a sweep was begun in.
+
+    Raises:
+      StoreError: no name, or a directory with files of somebody else.
+    """
+    if not str(out).strip():
+        raise StoreError('the directory of the results needs a name: give another --out')
+    out = Path(out)
+    if not out.is_dir() or (out / 'plan.json').exists():
+        return out
+    names = {path.name for path in out.iterdir() if not path.name.endswith('.tmp')}
+    if foreign := sorted(names - _FIRST_FILES):
+        raise StoreError(
+            f'{out} is not empty and holds no sweep (there is {quoted(foreign[0])}): choose '
+            'another --out'
+        )
+    return out
+
+
 def make_directory(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -191,6 +216,23 @@ def layers_path(out: Path, chunk: str) -> Path:
 
 def finished(out: Path, chunk: str) -> bool:
     return results_path(out, chunk).exists() and layers_path(out, chunk).exists()
+
+
+def unreadable(out: Path, chunk: str) -> str:
+    """What is wrong with the files of a finished chunk, and what to do; '' if nothing is."""
+    wanted = (
+        (results_path, RESULTS),
+        (layers_path, LAYERS),
+        (curves_path, CURVES),
+        (flow_path, FLOW),
+    )
+    try:
+        for where, schema in wanted:
+            if (path := where(out, chunk)).exists():
+                _read_frame(path, schema)
+    except StoreError as error:
+        return str(error)
+    return ''
 
 
 def curves_path(out: Path, chunk: str) -> Path:

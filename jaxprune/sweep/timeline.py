@@ -179,7 +179,7 @@ class Border(NamedTuple):
     Attributes:
       step: steps taken before.
       epoch_end: the losses since the last such border are summed up, and a checkpoint may be saved.
-      record: quantities along training are recorded.
+      record: quantities along training are recorded; at step 0 of the network after its rounds.
       evaluate: a row of results is made.
       keep: the state is kept for rewinding.
       event: the rounds that happen here, or None.
@@ -194,14 +194,14 @@ class Border(NamedTuple):
 
 
 def borders_of(timeline: Timeline, record: RecordSpec, epoch: int) -> list[Border]:
-    """All borders of a timeline, in order.
+    """All borders of a timeline, in order; what is recorded is recorded at step 0 too.
 
     Losses alone need no border to be recorded: they come back from training step by step.
     """
     watching = bool(record.every and (record.evaluate or record.flow))
     events = {event.step: event for event in timeline.events}
     epochs = {min(end, timeline.steps) for end in range(epoch, timeline.steps + epoch, epoch)}
-    marks = set(recorded_steps(timeline.steps, record.every, epoch)) if watching else set()
+    marks = {0, *recorded_steps(timeline.steps, record.every, epoch)} if watching else set()
     found = []
     for step in sorted({*epochs, *marks, *events, *_kept(timeline)}):
         number = -(-step // epoch)
