@@ -1,14 +1,18 @@
-"""The command line: plan, sweep, status, report. Thin; all work is done by the rooms below."""
+"""The command line. Thin; all work is done by the rooms below."""
 
 import importlib.metadata
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from jaxprune.errors import JaxpruneError
+from jaxprune.errors import JaxpruneError, nearest, quoted
+
+#: Failed runs that a sweep lists at its end.
+_MOST_FAILED = 10
 
 Spec = Annotated[Path, tyro.conf.Positional]
 Directory = Annotated[Path, tyro.conf.Positional]
@@ -43,7 +47,7 @@ class Sweep:
     """The sweep's TOML file."""
     set: Set
     """Replace a value of the file, TOML syntax; may be repeated."""
-    out: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
+    out: Annotated[str | None, tyro.conf.arg(metavar='DIR')] = None
     """Directory of the results; by default runs/<name>-<hash of the resolved file>."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
     """Where prepared TFDS data lie; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
@@ -65,19 +69,57 @@ class Report:
     """A directory that `jaxprune sweep` wrote."""
 
 
+@dataclass(frozen=True)
+class List:
+    """List what a specification may name: methods, models, data, quantities, ...
+
+    Example: jaxprune list methods
+    """
+
+    kind: Annotated[str, tyro.conf.Positional] = ''
+    """methods, models, data, quantities, allocations, schedules, optimizers or keys; none for all
+    kinds."""
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Explain a name or a key of a specification, with its defaults and a piece of TOML.
+
+    Example: jaxprune explain synflow
+    """
+
+    name: Annotated[str, tyro.conf.Positional]
+    """A method, a model, a quantity, ..., or a key such as train.epochs."""
+
+
+_DESCRIPTION = """Neural-network pruning research at accelerator scale: many seeds, sparsities and
+methods in one compiled program.
+
+A sweep is a TOML file: what is trained, on which data, and a grid of methods, compressions and
+seeds. `jaxprune list` shows what it may name, `jaxprune explain NAME` what that means. Try:
+
+    jaxprune sweep experiments/quickstart.toml
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
     """The entry point; returns the exit code: 0, 2 for a mistake in what was asked."""
-    if (sys.argv[1:] if argv is None else argv) == ['--version']:
+    given = sys.argv[1:] if argv is None else argv
+    if given == ['--version']:
         print('jaxprune', importlib.metadata.version('jaxprune'))
         return 0
+    if given and not given[0].startswith('-') and given[0] not in _COMMANDS:
+        tail = nearest(given[0], _COMMANDS)
+        print(f'jaxprune: unknown command {quoted(given[0])}: {tail}', file=sys.stderr)
+        return 2
     command = tyro.extras.subcommand_cli_from_dict(
-        {'plan': Plan, 'sweep': Sweep, 'status': Status, 'report': Report},
+        {name: kind for name, (kind, _) in _COMMANDS.items()},
         args=argv,
         prog='jaxprune',
-        description='Pruning research at accelerator scale: many runs in one compiled program.',
+        description=_DESCRIPTION,
     )
     try:
-        {Plan: _plan, Sweep: _sweep, Status: _status, Report: _report}[type(command)](command)
+        dict(_COMMANDS.values())[type(command)](command)
     except JaxpruneError as error:
         # One line, even where it quotes a name that has line breaks in it.
         print('jaxprune:', ' '.join(str(error).split()), file=sys.stderr)
@@ -117,7 +159,7 @@ def _sweep(command: Sweep) -> None:
     import polars as pl
 
     from jaxprune import report
-    from jaxprune.report.tables import summary
+    from jaxprune.report import tables
     from jaxprune.report.terminal import summary_table
     from jaxprune.sweep import (
         default_out,
@@ -133,7 +175,7 @@ def _sweep(command: Sweep) -> None:
     use_all_cores()
     keep_compiled()
     spec = load_spec(command.spec, command.set)
-    out = command.out or default_out(spec)
+    out = default_out(spec) if command.out is None else store.directory(command.out)
     results = run_sweep(
         spec,
         out,
@@ -141,13 +183,15 @@ def _sweep(command: Sweep) -> None:
         progress=shown_on(sys.stderr),
         source=str(command.spec),
     )
-    _print(summary_table(summary(results, store.read_layers(out))))
-    failed = results.filter(pl.col('error').is_not_null()).unique('run_id', maintain_order=True)
-    for run in failed.iter_rows(named=True):
+    _print(summary_table(tables.summary(results, store.read_layers(out))))
+    failed = tables.final(results).filter(pl.col('error').is_not_null())
+    for run in failed.head(_MOST_FAILED).iter_rows(named=True):
         print(
             f'failed: {run["label"]}, compression {run["target_compression"]:g}, seed '
             f'{run["seed"]} ({run["run_id"]}): {run["error"]}'
         )
+    if failed.height > _MOST_FAILED:
+        print(f'failed: {failed.height - _MOST_FAILED} more, see the report')
     print(time_line(store.read_timing(out)))
     print(f'report: {report.write(out)}')
 
@@ -160,6 +204,11 @@ def _status(command: Status) -> None:
     state = 'running' if found['running'] else 'not running'
     print(f'{found["name"]}: {found["runs_finished"]}/{found["runs"]} runs, {state}')
     print(f'chunks: {found["chunks_finished"]}/{found["chunks"]} finished')
+    for chunk, runs, step, steps in found['saved']:
+        share = f'{100 * step / steps:.0f} %'
+        print(f'chunk {chunk}, {runs} runs: saved after {step:,} of {steps:,} steps ({share})')
+    for line in found['broken']:
+        print(f'broken: {line}')
     print(f'sessions: {found["sessions"]}, last started {found["last_started"]}')
     if found['runs_finished']:
         print(time_line(found['timing']))
@@ -175,9 +224,70 @@ def _report(command: Report) -> None:
     print(f'report: {report.write(command.directory)}')
 
 
+def _list(command: List) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from jaxprune.catalogue import KINDS, entries
+
+    if not command.kind:
+        for kind, (title, _) in KINDS.items():
+            print(f'{kind:12} {title}: {len(entries(kind))}')
+        print('\nThen: jaxprune list methods, jaxprune explain synflow')
+        return
+    found = entries(command.kind)
+    table = Table(
+        box=None, title=KINDS[command.kind][0], title_justify='left', padding=(0, 2, 0, 0)
+    )
+    several = len({entry.kind for entry in found}) > 1
+    shown = {
+        'name': lambda entry: entry.name,
+        'kind': lambda entry: entry.kind if several else '',
+        'what': lambda entry: entry.text,
+        'default': lambda entry: (
+            ', '.join(map(str, entry.defaults.values())) if entry.kind == 'key' else ''
+        ),
+        'paper': lambda entry: entry.paper,
+    }
+    columns = {name: of for name, of in shown.items() if any(map(of, found))}
+    for name in columns:
+        table.add_column(name, no_wrap=name == 'name')
+    for entry in found:
+        table.add_row(*(escape(of(entry)) for of in columns.values()))
+    _print(table)
+
+
+def _explain(command: Explain) -> None:
+    from jaxprune.catalogue import explain
+
+    for place, entry in enumerate(explain(command.name)):
+        print(('\n' if place else '') + f'{entry.name} ({entry.kind})')
+        print(textwrap.fill(entry.text, 96, initial_indent='  ', subsequent_indent='  '))
+        if entry.paper:
+            print(f'  Paper: {entry.paper}')
+        if entry.limits:
+            print(f'  Values: {entry.limits}')
+        if entry.defaults:
+            values = ', '.join(f'{name} = {value!r}' for name, value in entry.defaults.items())
+            print(textwrap.fill(f'Defaults: {values}', 96, initial_indent='  ',
+                                subsequent_indent='    '))  # fmt: skip
+        if entry.snippet:
+            print('\n' + textwrap.indent(entry.snippet, '    '))
+
+
 def _print(*tables) -> None:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     for table in tables:
         console.print(table)
+
+
+_COMMANDS = {
+    'plan': (Plan, _plan),
+    'sweep': (Sweep, _sweep),
+    'status': (Status, _status),
+    'report': (Report, _report),
+    'list': (List, _list),
+    'explain': (Explain, _explain),
+}
