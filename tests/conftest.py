@@ -1,4 +1,4 @@
-"""Set before any test: two CPU devices, and one cache of compiled programs for the session."""
+"""Set before any test: two CPU devices, quick compilation, compiled programs kept between runs."""
 
 import os
 import shutil
@@ -8,27 +8,45 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxprune.sweep.devices import processor
+
+# XLA's newer code generator takes twice as long to compile, and compiling is what tests wait for.
+# jax 0.12 has no other. JAXPRUNE_TEST_AS_USERS=1 compiles as users do.
+if jax.__version_info__[:2] == (0, 10) and not os.environ.get('JAXPRUNE_TEST_AS_USERS'):
+    quick = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {quick}'
+
 # So that sharding over the run axis is always exercised.
 jax.config.update('jax_num_cpu_devices', 2)
 
-# Tests build the same programs again and again, and compiling is what they wait for. Workers of
-# pytest-xdist share what is compiled; the run's own id keeps runs apart.
-_run = os.environ.get('PYTEST_XDIST_TESTRUNUID', str(os.getpid()))
-_cache = Path(tempfile.gettempdir()) / f'jaxprune-tests-{_run}'
-jax.config.update('jax_compilation_cache_dir', str(_cache))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
-jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+# Tests build the same programs again and again, in this run and in the next one. A program's key
+# holds all that it depends on, so a change of the code never meets an old program.
+COMPILED = Path(__file__).parents[1] / '.pytest_cache' / 'compiled' / processor()
+_OPTIONS = {
+    'jax_compilation_cache_dir': str(COMPILED),
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+}
+for name, value in _OPTIONS.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)  # for processes that tests start
+#: Beyond this the programs of changes long ago are thrown away.
+_MOST_BYTES = 4 * 2**30
 # What this machine was once found to be fast at is none of the tests' business.
-os.environ['JAXPRUNE_CACHE_DIR'] = str(_cache.with_name(f'{_cache.name}-probes'))
+_run = os.environ.get('PYTEST_XDIST_TESTRUNUID', str(os.getpid()))
+_probes = Path(tempfile.gettempdir()) / f'jaxprune-tests-{_run}'
+os.environ['JAXPRUNE_CACHE_DIR'] = str(_probes)
 
 
 def pytest_sessionfinish(session):
-    """Deletes what was compiled and measured, when the last worker is done."""
-    if not hasattr(session.config, 'workerinput'):
-        uid = getattr(session.config.pluginmanager.getplugin('dsession'), 'nodemanager', None)
-        name = uid.testrunuid if uid is not None else _run
-        for kept in (f'jaxprune-tests-{name}', f'jaxprune-tests-{name}-probes'):
-            shutil.rmtree(_cache.with_name(kept), ignore_errors=True)
+    """Deletes what was measured, and compiled programs if they are many; the last worker does."""
+    if hasattr(session.config, 'workerinput'):
+        return
+    manager = getattr(session.config.pluginmanager.getplugin('dsession'), 'nodemanager', None)
+    name = _run if manager is None else manager.testrunuid
+    shutil.rmtree(_probes.with_name(f'jaxprune-tests-{name}'), ignore_errors=True)
+    if sum(path.stat().st_size for path in COMPILED.rglob('*') if path.is_file()) > _MOST_BYTES:
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ from jaxprune.sweep.layout import mesh_of, over_runs
 from jaxprune.sweep.program import hyper_of, make_program, method_numbers
 from jaxprune.sweep.strategy import Strategy
 from jaxprune.train import train_segment
+from jaxprune.types import Batch
 
 #: Methods whose rounds may all happen before training. Those that change training have laws of
 #: their own in `test_hooks.py`.
@@ -46,8 +47,41 @@ ROUNDS = {name: min(method.METHODS[name].rounds, 2) for name in METHODS}
 KINDS = ('random', 'snip', 'grasp', 'synflow', 'force')
 
 
+#: Methods that most laws hold to in slow tests only: they passed, and their code does not change. A
+#: method that is not in this list, such as one registered a minute ago, gets every law by default.
+SETTLED = frozenset(
+    {
+        *POINTS,
+        'random',
+        'magnitude',
+        'lamp',
+        'snip',
+        'iter_snip',
+        'force',
+        'grasp',
+        'synflow',
+        'taylor',
+        'fisher',
+        'gradient_norm',
+        'ntk_sap',
+        'prospr',
+        'importance',
+        'lookahead',
+    }
+)
+
+
 def slow_unless(fast, *values):
-    return pytest.param(*values, marks=[] if fast else pytest.mark.slow)
+    """A case whose last value is a method; slow unless it is fast, or the method is new."""
+    slow = not fast and values[-1] in SETTLED
+    return pytest.param(*values, marks=[pytest.mark.slow] if slow else [])
+
+
+def test_a_new_method_gets_every_law_by_default():
+    """Expectation: no case of a method that is not in the list of settled ones is slow."""
+    made = [slow_unless(False, 'mine'), *(f('mine') for f in (on_dense, on_conv))]
+    assert not any(case.marks for case in made)
+    assert slow_unless(False, 'lamp').marks
 
 
 SOME = [slow_unless(m in KINDS, m) for m in METHODS]
@@ -412,8 +446,7 @@ def test_any_density_is_met_exactly_and_nested(benches, how, allocation, name):
     key = run_key(7)
     state = bench.program.init(key, hyper_of(bench.runs[0]))
     view = view_of(problem, state)
-    x = np.random.default_rng(0).normal(size=(1, 20, 28, 28, 1)).astype(np.float32)
-    batches = data_batch(x, np.arange(20)[None] % 10)
+    batches = noise_batches(1)
 
     def two_events(key, first, second):
         begun = pruner.init(key, view)
@@ -457,10 +490,49 @@ def test_any_density_is_met_exactly_and_nested(benches, how, allocation, name):
     check()
 
 
-def data_batch(x, y):
-    from jaxprune.types import Batch
+@pytest.mark.parametrize(
+    ('net', 'name'),
+    [
+        *(slow_unless(m not in POINTS, 'dense', m) for m in METHODS),
+        *(slow_unless(m in ('grasp', 'prospr'), 'conv', m) for m in METHODS),
+    ],
+)
+def test_what_stands_under_the_mask_changes_no_score(benches, net, name):
+    """Law: a kept weight scores the same whether pruned weights stand at zero or do not exist.
 
-    return Batch(jnp.asarray(x), jnp.asarray(y, jnp.int32))
+    The second network multiplies its weights by the masks itself, with noise under them.
+    """
+    bench = benches[net]
+    problem, entry = bench.program.problem, method.METHODS[name]
+    view = view_of(problem, bench.program.init(run_key(7), hyper_of(bench.runs[0])))
+    draw = np.random.default_rng(1)
+    masks = {p: jnp.asarray(draw.random(w.shape) < 0.6) for p, w in view.weights.items()}
+
+    def apply(params, model_state, x, *, train, key):
+        return problem.apply(tree.apply_masks(params, masks), model_state, x, train=train, key=key)
+
+    def under(masks, noise):
+        weights = {p: jnp.where(masks[p], w, 0.0) for p, w in view.weights.items()}
+        noisy = {p: jnp.where(masks[p], w, noise) for p, w in view.weights.items()}
+        params = tree.put(view.params, noisy)
+        return view._replace(weights=weights, masks=masks, initial=noisy, params=params)
+
+    batches = noise_batches(2)
+
+    def scored(problem, view):
+        score = entry.score(problem, entry.batch_norm == 'train')
+        return jax.jit(score)(run_key(3), view, batches)
+
+    found = scored(problem, under(masks, 0.0))
+    wanted = scored(problem._replace(apply=apply), under(masks, 7.0))
+    for path, mask in masks.items():
+        one, other = (np.asarray(scores[path])[np.asarray(mask)] for scores in (found, wanted))
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
+
+
+def noise_batches(count):
+    x = np.random.default_rng(0).normal(size=(count, 20, 28, 28, 1)).astype(np.float32)
+    return Batch(jnp.asarray(x), jnp.asarray(np.tile(np.arange(20) % 10, (count, 1)), jnp.int32))
 
 
 @pytest.mark.optimised
