@@ -9,10 +9,12 @@ the images). No data are needed. N = 1, 4, 16, 64 runs (LeNet-300-100 on acceler
 
   sweep     the sweep's own engine with the strategy that a probe found fastest for the net
   JAX       the same runs one after another: one compiled program of one run, called in turn
-  PyTorch   a plain loop over runs with the same initial weights, masks and batches
+  PyTorch   a plain loop over runs with the same initial weights, masks and batches; on the CPU in
+            the fastest of these arrangements: one process with 1, 2, 4, ... threads, or a process
+            with one thread for each core. Their times, with and without masks, are printed
   graphs    the same as a CUDA graph per run (on a GPU)
 
-all in one process, in turns. The cost of a run trained alone does not depend on how many follow it,
+in turns. The cost of a run trained alone does not depend on how many follow it,
 so JAX and PyTorch train no more than a few of the runs. Printed per N: milliseconds per run and
 step, the speed-up of the sweep, floating-point operations per second against the fastest matrix
 product of this machine, seconds to compile, memory per run as the compiler laid it out. Then, what
@@ -24,6 +26,7 @@ left out with the reason.
 """
 
 import argparse
+import importlib.util
 import math
 import platform
 import statistics
@@ -35,6 +38,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from torch_loop import Job, Way, pool, trainer, ways
 
 from jaxprune import data, tree
 from jaxprune.errors import first_line
@@ -65,8 +69,9 @@ NETS: dict[str, tuple[dict[str, Any], str]] = {
     'ViT-tiny': ({'name': 'vit'}, 'cifar10'),
 }
 COLUMNS = (
-    'net', 'N', 'strategy', 'sweep ms', 'JAX ms', 'PyTorch ms', 'graphs ms', 'x JAX', 'x PyTorch',
-    'x graphs', 'GFLOP/s', '% of peak', 'compile s', 'MiB per run', 'left out',
+    'net', 'N', 'strategy', 'PyTorch way', 'sweep ms', 'JAX ms', 'PyTorch ms', 'graphs ms',
+    'x JAX', 'x PyTorch', 'x graphs', 'GFLOP/s', '% of peak', 'compile s', 'MiB per run',
+    'left out',
 )  # fmt: skip
 #: Runs that JAX and PyTorch train one after another.
 FEW = 4
@@ -74,8 +79,15 @@ FEW = 4
 AGREE = 5e-3
 
 
+class Contender(NamedTuple):
+    """Something that trains; `epoch` returns the mean losses of the first few runs."""
+
+    epoch: Callable[[int], np.ndarray]
+    close: Callable[[], None] = lambda: None
+
+
 class Case(NamedTuple):
-    """A net, and what all contenders start from."""
+    """A net, and what all contenders start from; `torch` is the way for one run and for several."""
 
     name: str
     spec: Any
@@ -83,6 +95,7 @@ class Case(NamedTuple):
     data: DeviceData
     flops: float
     strategy: Strategy
+    torch: dict[bool, Way]
 
 
 def main() -> None:
@@ -226,7 +239,12 @@ def prepare(settings, name: str, stop: float, notes: list[str]) -> Case:
             found += probe(spec, run, [tried])
             notes.append(f'{name}: {trial_line(found[-1])}')
         strategy = min(found, key=lambda measured: measured.seconds).strategy
-    return Case(name, spec, program, noise(spec), flops, strategy)
+    case = Case(name, spec, program, noise(spec), flops, strategy, {})
+    if settings.recording or importlib.util.find_spec('torch') is None:
+        return case
+    if accelerated():
+        return case._replace(torch=dict.fromkeys((False, True), Way(1, cores())))
+    return case._replace(torch=torch_trials(settings, case, notes))
 
 
 # --- contenders -------------------------------------------------------------------------------
@@ -333,89 +351,96 @@ def one_by_one(case: Case, start: Start) -> Callable[[int], np.ndarray]:
     return epoch
 
 
-def pytorch(case: Case, start: Start, graphs: bool) -> Callable[[int], np.ndarray]:
-    """A plain loop over the runs, one after another; with `graphs`, a CUDA graph of a step."""
-    import torch
-    import torch_nets
-    from torch.nn import functional
-
-    device = torch.device('cuda' if accelerated() else 'cpu')
-    if graphs and not torch.cuda.is_available():
-        raise LookupError('no CUDA')
-    if accelerated() and not torch.cuda.is_available():
-        raise LookupError('PyTorch sees no GPU')
-    torch.set_num_threads(cores())
-    facts, program = data.facts(case.spec.data.name), case.program
+def torch_job(case: Case, start: Start, *, masked: bool = True, graphs: bool = False) -> Job:
+    """The same runs for PyTorch: initial weights, masks, images."""
+    facts = data.facts(case.spec.data.name)
     split = jax.device_get(case.data.train)
-    images = (split.images.astype(np.float32) / 255 - np.float32(facts.mean)) / np.float32(
-        facts.std
+    images = split.images.astype(np.float32) / 255 - np.float32(facts.mean)
+    images = (images / np.float32(facts.std)).transpose(0, 3, 1, 2)
+    states = [
+        (
+            {path: np.asarray(leaf) for path, leaf in tree.paths(state.params)},
+            {path: np.asarray(mask) for path, mask in state.masks.items()},
+        )
+        for state in start.each
+    ]
+    return Job(
+        net=case.spec.model.name,
+        images=np.ascontiguousarray(images),
+        labels=np.array(split.labels),
+        states=states,
+        masked=masked,
+        learning_rate=0.01,
+        momentum=0.9,
+        threads=cores(),
+        device='cuda' if accelerated() else 'cpu',
+        graphs=graphs,
     )
-    images = torch.tensor(images.transpose(0, 3, 1, 2), device=device).contiguous()
-    labels = torch.tensor(np.array(split.labels), device=device).long()
-    order = jax.jit(program.order)
-    net = torch_nets.net(case.spec.model.name)
 
-    def loaded(state):
-        parameters = {
-            path: torch.tensor(torch_nets.laid_out(path, np.asarray(leaf)), device=device)
-            .contiguous()
-            .requires_grad_()
-            for path, leaf in tree.paths(state.params)
-        }
-        masks = {
-            path: torch.tensor(torch_nets.laid_out(path, np.asarray(mask)), device=device)
-            for path, mask in state.masks.items()
-        }
-        optimizer = torch.optim.SGD(parameters.values(), lr=0.01, momentum=0.9)
 
-        def step(indices):
-            optimizer.zero_grad(set_to_none=not graphs)
-            loss = functional.cross_entropy(net(parameters, images[indices]), labels[indices])
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                for path, mask in masks.items():
-                    parameters[path] *= mask
-            return loss.detach()
+def pytorch(case: Case, start: Start, way: Way, *, masked: bool = True) -> Contender:
+    """A plain loop over the runs: on a GPU in this process, else in processes of its own."""
+    job = torch_job(case, start, masked=masked)
+    if accelerated():
+        return Contender(_torch_epoch(case, start, trainer(_on_gpu(job))))
+    made = pool(job, way)
+    return Contender(_torch_epoch(case, start, made.epoch), made.close)
 
-        if not graphs:
-            return step
-        # As PyTorch's notes on CUDA graphs have it: warm up on another stream, put all back as it
-        # was, capture once, then copy the indices in and replay.
-        static = torch.zeros(case.spec.train.batch_size, dtype=torch.long, device=device)
-        before = {path: p.detach().clone() for path, p in parameters.items()}
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step(static)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = step(static)
-        with torch.no_grad():
-            for path, p in parameters.items():
-                p.copy_(before[path])
-                optimizer.state[p]['momentum_buffer'].zero_()
 
-        def replayed(indices):
-            static.copy_(indices)
-            graph.replay()
-            return loss.clone()
+def graphs(case: Case, start: Start) -> Contender:
+    """The same on a GPU, with the step as a CUDA graph."""
+    if not accelerated():
+        raise LookupError('no CUDA')
+    return Contender(
+        _torch_epoch(case, start, trainer(_on_gpu(torch_job(case, start, graphs=True))))
+    )
 
-        return replayed
 
-    steps = [loaded(state) for state in start.each]
-    keys = [start.rows.keys[i] for i in range(len(steps))]
+def _on_gpu(job: Job) -> Job:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise LookupError('PyTorch sees no GPU')
+    return job
+
+
+def _torch_epoch(case: Case, start: Start, train: Callable) -> Callable[[int], np.ndarray]:
+    order = jax.jit(case.program.order)
+    keys = [start.rows.keys[i] for i in range(len(start.each))]
 
     def epoch(number: int) -> np.ndarray:
-        means = []
-        for key, step in zip(keys, steps, strict=True):
-            batches = torch.tensor(np.array(order(key, np.int32(number))), device=device).long()
-            means.append(torch.stack([step(indices) for indices in batches]).mean())
-        return np.array([float(mean) for mean in means])
+        return np.array(train([np.array(order(key, np.int32(number))) for key in keys]))
 
     return epoch
+
+
+def torch_trials(settings, case: Case, notes: list[str]) -> dict[bool, Way]:
+    """The fastest arrangement of PyTorch, for one run (False) and for several (True).
+
+    Every arrangement trains a few runs for two epochs, with masks and without; the second counts.
+    """
+    start, _ = started(settings, case, FEW)
+    found: dict[Way, float] = {}
+    for way in ways(cores(), FEW):
+        said = []
+        for masked in (True, False):
+            contender = pytorch(case, start, way, masked=masked)
+            try:
+                contender.epoch(0)
+                began = time.perf_counter()
+                for number in range(1, 1 + settings.rounds):
+                    contender.epoch(number)
+                taken = (time.perf_counter() - began) / settings.rounds
+            finally:
+                contender.close()
+            each = taken / FEW / case.program.steps
+            said.append(f'{1e3 * each:.3g} ms {"with" if masked else "without"} masks')
+            if masked:
+                found[way] = each
+        notes.append(f'{case.name}: PyTorch, {way}: {", ".join(said)}, per run and step')
+        print(notes[-1], flush=True)
+    alone = [way for way in found if way.processes == 1]
+    return {False: min(alone, key=found.get), True: min(found, key=found.get)}
 
 
 # --- measuring --------------------------------------------------------------------------------
@@ -436,38 +461,73 @@ def measured(settings, case: Case, runs: int, peak: float, stop: float, rows: li
         start, row = started(settings, case, runs)
     except Exception as error:
         return {'left out': first_line(error)}
-    contenders, left = {'sweep': sweep(case, start), 'JAX': one_by_one(case, start)}, []
-    for name, graphs in (('PyTorch', False), ('graphs', True)):
+    makers = {
+        'sweep': lambda: Contender(sweep(case, start)),
+        'JAX': lambda: Contender(one_by_one(case, start)),
+        'PyTorch': lambda: pytorch(case, start, case.torch[runs > 1]),
+        'graphs': lambda: graphs(case, start),
+    }
+    contenders, left = {}, []
+    for name, make in makers.items():
         try:
-            contenders[name] = pytorch(case, start, graphs)
+            contenders[name] = make()
         except Exception as error:
-            if name == 'PyTorch' or accelerated():
+            if name != 'graphs' or accelerated():
                 left.append(f'{name}: {first_line(error)}')
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    losses = {}
-    for number in range(settings.rounds + 1):
-        for name, epoch in list(contenders.items()):
-            try:
-                began = time.perf_counter()
-                loss = epoch(number)
-                elapsed = time.perf_counter() - began
-            except Exception as error:
-                left.append(f'{name}: {first_line(error)}')
-                del contenders[name], seconds[name]
-                continue
-            if number == 0:
-                losses[name] = loss  # from equal weights; this round also compiles
-            else:
-                count = runs if name == 'sweep' else len(start.each)
-                seconds[name].append(elapsed / count / case.program.steps)
-        if number and time.monotonic() > stop:
-            break
+    if 'PyTorch' in contenders:
+        row['PyTorch way'] = str(case.torch[runs > 1])
+    try:
+        seconds, losses = in_turns(settings, case, contenders, runs, len(start.each), stop, left)
+    finally:
+        for contender in contenders.values():
+            contender.close()
     for name, loss in losses.items():
         if not np.allclose(loss, losses['JAX'], rtol=AGREE):
             left.append(f'WRONG: {name} has losses {loss}, JAX {losses["JAX"]}')
     row['left out'] = '; '.join(left)
     if 'sweep' not in seconds:
         return row
+    return row | costs(case, seconds, peak)
+
+
+def in_turns(
+    settings,
+    case: Case,
+    contenders: dict[str, Contender],
+    runs: int,
+    few: int,
+    stop: float,
+    left: list[str],
+) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
+    """Seconds per run and step of all rounds, and the losses of the first.
+
+    Who fails is left out.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    losses = {}
+    for number in range(settings.rounds + 1):
+        for name in list(seconds):
+            try:
+                began = time.perf_counter()
+                loss = contenders[name].epoch(number)
+                elapsed = time.perf_counter() - began
+            except Exception as error:
+                left.append(f'{name}: {first_line(error)}')
+                del seconds[name]
+                continue
+            if number == 0:
+                losses[name] = loss  # from equal weights; this round also compiles
+            else:
+                count = runs if name == 'sweep' else few
+                seconds[name].append(elapsed / count / case.program.steps)
+        if number and time.monotonic() > stop:
+            break
+    return seconds, losses
+
+
+def costs(case: Case, seconds: dict[str, list[float]], peak: float) -> dict[str, str]:
+    """The columns of a row that are made of seconds."""
+    row = {}
     own = seconds['sweep']
     rate = case.flops / statistics.median(own)
     row |= {'GFLOP/s': f'{rate / 1e9:.4g}', '% of peak': f'{100 * rate / peak:.3g}'}

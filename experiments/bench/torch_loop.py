@@ -1,0 +1,223 @@
+"""A plain PyTorch loop over runs, in this process or in one of its own.
+
+As a process it reads a `Job` from its input, then lists of batches, and answers each with seconds
+and losses: so arrangements of threads and processes can be timed against each other. OpenMP's
+threads wait passively: two that spin beside any other load were 70 times slower than one.
+"""
+
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+HERE = Path(__file__).parent
+PASSIVE = {'OMP_WAIT_POLICY': 'PASSIVE', 'GOMP_SPINCOUNT': '0', 'KMP_BLOCKTIME': '0'}
+
+
+class Job(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      net: name of the model, see `torch_nets.net`.
+      images: `(n, channels, height, width)`, normalised, float32.
+      labels: `(n,)`.
+      states: parameters and masks of each run, path -> array in flax's layout.
+      masked: multiply the weights by their masks after each step.
+      learning_rate, momentum: of SGD.
+      threads: that one matrix product may use.
+      device: 'cpu' or 'cuda'.
+      graphs: replay a CUDA graph of the step.
+    """
+
+    net: str
+    images: np.ndarray
+    labels: np.ndarray
+    states: list[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]
+    masked: bool
+    learning_rate: float
+    momentum: float
+    threads: int
+    device: str = 'cpu'
+    graphs: bool = False
+
+
+class Way(NamedTuple):
+    """An arrangement: so many processes, each with so many threads."""
+
+    processes: int
+    threads: int
+
+    def __str__(self) -> str:
+        processes = f'{self.processes} process{"es" if self.processes > 1 else ""}'
+        return f'{processes}, {self.threads} thread{"s" if self.threads > 1 else ""}'
+
+
+def ways(cores: int, runs: int) -> list[Way]:
+    """One process with 1, 2, 4, ... all threads; and a process for each core."""
+    threads = sorted({*(2**i for i in range(cores.bit_length()) if 2**i <= cores), cores})
+    many = [Way(min(cores, runs), 1)] if min(cores, runs) > 1 else []
+    return [*(Way(1, n) for n in threads), *many]
+
+
+def trainer(job: Job) -> Callable[[Sequence[np.ndarray]], list[float]]:
+    """`batches of each run (steps, batch) -> mean losses`, one run after another."""
+    import torch
+    import torch_nets
+    from torch.nn import functional
+
+    torch.set_num_threads(job.threads)
+    images = torch.tensor(job.images, device=job.device)
+    labels = torch.tensor(job.labels, device=job.device).long()
+    net = torch_nets.net(job.net)
+
+    def loaded(parameters: dict[str, np.ndarray], masks: dict[str, np.ndarray]):
+        weights = {
+            path: torch.tensor(torch_nets.laid_out(path, leaf), device=job.device)
+            .contiguous()
+            .requires_grad_()
+            for path, leaf in parameters.items()
+        }
+        kept = {
+            path: torch.tensor(torch_nets.laid_out(path, mask), device=job.device)
+            for path, mask in masks.items()
+        }
+        optimizer = torch.optim.SGD(weights.values(), lr=job.learning_rate, momentum=job.momentum)
+
+        def step(indices):
+            optimizer.zero_grad(set_to_none=not job.graphs)
+            loss = functional.cross_entropy(net(weights, images[indices]), labels[indices])
+            loss.backward()
+            optimizer.step()
+            if job.masked:
+                with torch.no_grad():
+                    for path, mask in kept.items():
+                        weights[path] *= mask
+            return loss.detach()
+
+        return _as_graph(step, weights, optimizer) if job.graphs else step
+
+    steps = [loaded(*state) for state in job.states]
+
+    def epoch(batches: Sequence[np.ndarray]) -> list[float]:
+        means = []
+        for step, order in zip(steps, batches, strict=True):
+            rows = torch.tensor(order, device=job.device).long()
+            means.append(torch.stack([step(indices) for indices in rows]).mean())
+        return [float(mean) for mean in means]
+
+    return epoch
+
+
+def _as_graph(step: Callable, weights: dict, optimizer: Any) -> Callable:
+    """The step as a CUDA graph, as PyTorch's notes have it.
+
+    Warm up on another stream, put all back as it was, capture once; then copy the indices in and
+    replay.
+    """
+    import torch
+
+    held: dict[str, Any] = {}
+
+    def replay(indices):
+        if not held:  # captured at the first call
+            held['static'] = indices.clone()
+            before = {path: p.detach().clone() for path, p in weights.items()}
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    step(held['static'])
+            torch.cuda.current_stream().wait_stream(side)
+            held['graph'] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(held['graph']):
+                held['loss'] = step(held['static'])
+            with torch.no_grad():
+                for path, p in weights.items():
+                    p.copy_(before[path])
+                    optimizer.state[p]['momentum_buffer'].zero_()
+        held['static'].copy_(indices)
+        held['graph'].replay()
+        return held['loss'].clone()
+
+    return replay
+
+
+class Pool(NamedTuple):
+    """Processes that train.
+
+    Attributes:
+      epoch: `batches of each run -> mean losses`.
+      close: ends the processes.
+    """
+
+    epoch: Callable[[Sequence[np.ndarray]], list[float]]
+    close: Callable[[], None]
+
+
+def pool(job: Job, way: Way) -> Pool:
+    """The runs of a job, shared out among processes of their own.
+
+    Raises:
+      RuntimeError: a process fails; with the last line of what it said.
+    """
+    environment = {**os.environ, **PASSIVE, 'OMP_NUM_THREADS': str(way.threads)}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, HERE / 'torch_loop.py'],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+        )
+        for _ in range(way.processes)
+    ]
+
+    def close() -> None:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+
+    def ask(messages: Sequence[Any]) -> list[Any]:
+        try:
+            for worker, message in zip(workers, messages, strict=True):
+                pickle.dump(message, worker.stdin)
+                worker.stdin.flush()
+            return [pickle.load(worker.stdout) for worker in workers]
+        except (EOFError, BrokenPipeError):
+            said = b'\n'.join(worker.communicate()[1] for worker in workers if worker.poll())
+            lines = said.decode(errors='replace').strip().splitlines() or ['it ended']
+            raise RuntimeError(f'PyTorch: {lines[-1]}') from None
+
+    shares = [range(i, len(job.states), way.processes) for i in range(way.processes)]
+    ask([job._replace(states=[job.states[i] for i in s], threads=way.threads) for s in shares])
+
+    def epoch(batches: Sequence[np.ndarray]) -> list[float]:
+        answers = ask([[batches[i] for i in share] for share in shares])
+        places, losses = (itertools.chain.from_iterable(parts) for parts in (shares, answers))
+        found = dict(zip(places, losses, strict=True))
+        return [found[i] for i in range(len(batches))]
+
+    return Pool(epoch, close)
+
+
+def main() -> None:
+    """A worker: a job, then batches until the input ends."""
+    epoch = trainer(pickle.load(sys.stdin.buffer))
+    answer: Any = []
+    while True:
+        pickle.dump(answer, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+        try:
+            answer = epoch(pickle.load(sys.stdin.buffer))
+        except EOFError:
+            return
+
+
+if __name__ == '__main__':
+    main()
