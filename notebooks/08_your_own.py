@@ -144,14 +144,13 @@ plt.show()
 # %% [markdown]
 # ## A name in specifications
 #
-# A score moves to `jaxprune/score/blame.py`, `jaxprune/score/__init__.py` exports it, and one line
-# in `jaxprune/method/methods.py` names it:
+# A score moves to `jaxprune/score/blame.py`, `jaxprune/score/__init__.py` exports it, and one entry
+# in `jaxprune/method/methods.py` names it, with a sentence on what it keeps:
 #
-#     'blame': Method('blame', _of(score.blame), _data),
+#     'blame': Method('blame', _of(score.blame), 'The weights that the loss blames.', '', _data),
 #
-# The README's table of methods gets a row. The tests of `tests/test_contract.py` then hold it to
-# all laws: N vmapped runs equal N single runs, exact counts, nothing pruned comes back. A quantity
-# moves to `jaxprune/flow/`, with a line in its registry, and `[record] flow = ["evenness"]` records
-# it along every run of a sweep:
+# The tests of `tests/test_contract.py` then hold it to all laws: N vmapped runs equal N single
+# runs, exact counts, nothing pruned comes back. A quantity moves to `jaxprune/flow/`, with a line
+# in its registry, and `[record] flow = ["evenness"]` records it along every run of a sweep:
 #
 #     'evenness': Quantity(_of(norms.evenness), 'how alike the weights are', needs_data=False),
