@@ -119,7 +119,9 @@ def _allocations() -> Iterator[Entry]:
     for name, text in ALLOCATIONS.items():
         model = 'lenet5' if name.startswith('smart_ratio') else 'lenet300100'
         snippet = f'[model]\nname = "{model}"\n[grid]\nmethod = [{{ name = "magnitude", '
-        yield Entry('allocation', name, f'{text}.', snippet=f'{snippet}allocation = "{name}" }}]')
+        yield Entry(
+            'allocation', name, _capital(text), snippet=f'{snippet}allocation = "{name}" }}]'
+        )
 
 
 def _schedules() -> Iterator[Entry]:
@@ -130,7 +132,7 @@ def _schedules() -> Iterator[Entry]:
     for name, text in optim.RATE_SCHEDULES.items():
         more = '\nmilestones = [4, 6]' if name == 'step' else ''
         snippet = f'[train]\nschedule = "{name}"{more}'
-        yield Entry('learning-rate schedule', name, f'{text}.', snippet=snippet)
+        yield Entry('learning-rate schedule', name, _capital(text), snippet=snippet)
 
 
 def _optimizers() -> Iterator[Entry]:
@@ -160,7 +162,8 @@ def _section(cls: type, where: str) -> Iterator[Entry]:
             option = f.metadata['option']
             snippet = _snippet(cls, where, f)
             default = {} if f.default is dataclasses.MISSING else {f.name: plain(f.default)}
-            yield Entry('key', name, f'{option.doc}.', '', default, _limits(option), snippet)
+            text = _capital(option.doc)
+            yield Entry('key', name, text, '', default, _limits(option), snippet)
         if dataclasses.is_dataclass(inner):
             yield from _section(inner, name)
 
@@ -199,7 +202,7 @@ def _option(where: str, name: str, option: Option, owners: Mapping[str, Any]) ->
         more = method.METHODS[owner].example
         parts = [f'name = "{owner}"', *([more] if more else []), _toml({name: value})]
         snippet = f'[grid]\nmethod = [{{ {", ".join(parts)} }}]'
-    text = f'{option.doc}. An option of {of}.'
+    text = f'{_capital(option.doc)} An option of {of}.'
     return Entry('key', f'{where}.{name}', text, '', {name: value}, _limits(option), snippet)
 
 
@@ -224,6 +227,11 @@ def _sentence(documented: Any) -> str:
     """The first sentence of a docstring."""
     first = (documented.__doc__ or '').strip().split('\n\n')[0]
     return ' '.join(first.split())
+
+
+def _capital(text: str) -> str:
+    """The text as a sentence."""
+    return f'{text[0].upper()}{text[1:]}.'
 
 
 def _toml(table: Mapping[str, Any]) -> str:

@@ -38,6 +38,29 @@ _probes = Path(tempfile.gettempdir()) / f'jaxprune-tests-{_run}'
 os.environ['JAXPRUNE_CACHE_DIR'] = str(_probes)
 
 
+#: Programs that one case may have compiled, or read from disk. Operations outside of `jax.jit` are
+#: a program each: 280 of them took nine seconds. `@pytest.mark.programs(n)` allows a case more.
+MOST_PROGRAMS = 60
+_programs = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, duration, **_: name.endswith('backend_compile_duration') and _programs.append(name)
+)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fails a case that has more programs compiled than it may; fixtures do not count."""
+    _programs.clear()
+    result = yield
+    marker = item.get_closest_marker('programs')
+    most = marker.args[0] if marker else MOST_PROGRAMS
+    if len(_programs) > most:
+        pytest.fail(
+            f'{len(_programs)} programs were compiled, at most {most} are expected: use jit'
+        )
+    return result
+
+
 def pytest_sessionfinish(session):
     """Deletes what was measured, and compiled programs if they are many; the last worker does."""
     if hasattr(session.config, 'workerinput'):

@@ -16,7 +16,7 @@ from jaxprune.score.loss import examples, one_input, split
 
 KEY = jax.random.key(0)
 PROBLEM = jp.problem_from_flax(MLP((7, 5), classes=3), (6,))
-PARAMS, STATE = PROBLEM.init(KEY)
+PARAMS, STATE = jax.jit(PROBLEM.init)(KEY)
 MASKS = {p: jax.random.bernoulli(KEY, 0.7, w.shape) for p, w in jp.pick(PARAMS).items()}
 VIEW = jp.view(PROBLEM, PARAMS, STATE, MASKS)
 X = jax.random.normal(jax.random.key(1), (12, 6))
@@ -52,12 +52,16 @@ def test_a_mean_counts_every_example_once(name):
 
 
 def test_equal_batches_in_a_list_are_those_of_an_array():
-    """Expectation: bit for bit the same, for the same operations are done."""
+    """Expectation: the same, up to the rounding of two programs."""
     stacked = jp.Batch(X.reshape(3, 4, 6), Y.reshape(3, 4))
     for name, measure in MEANS.items():
-        one, other = (measure(KEY, VIEW, batches) for batches in (stacked, cut(4, 8)))
+        jitted = jax.jit(measure)
+        one, other = (jitted(KEY, VIEW, batches) for batches in (stacked, cut(4, 8)))
         for path, expected in one.items():
-            np.testing.assert_array_equal(other[path], expected, err_msg=f'{name} {path}')
+            scale = float(np.abs(expected).max())
+            np.testing.assert_allclose(
+                other[path], expected, rtol=1e-5, atol=1e-6 * scale, err_msg=f'{name} {path}'
+            )
 
 
 @pytest.mark.parametrize('name', ['snip', 'taylor', 'synflow', 'ntk_sap', 'prospr', 'lookahead'])
@@ -76,13 +80,15 @@ def test_prune_takes_a_list_of_pairs(name):
 def test_rounds_take_one_batch_each_of_any_size():
     """Expectation: two rounds over two batches, written out."""
     pruner = jp.get_pruner(PROBLEM, 'snip')
+    update = jax.jit(pruner.update)
+    pruner = pruner._replace(update=update)
     plan = jp.plan_rounds(jp.shapes(VIEW.weights), density=0.2, rounds=2)
     batches = cut(4)
     found, _ = jp.prune_rounds(pruner, KEY, VIEW, plan.counts, batches, loop=host_loop)
     view = VIEW
     for i, batch in enumerate(batches):
         counts = {path: column[i] for path, column in plan.counts.items()}
-        _, masks, _ = pruner.update(KEY, (), view, counts, [batch])
+        _, masks, _ = update(KEY, (), view, counts, [batch])
         view = jp.view(PROBLEM, PARAMS, STATE, masks)
     for path, mask in view.masks.items():
         np.testing.assert_array_equal(found.masks[path], mask)

@@ -363,20 +363,22 @@ def test_gradient_norms_are_those_of_the_loss():
     """Expectation: jax.grad of the mean loss on the batch, pruned weights left out."""
     problem = jp.problem_from_flax(nn.MLP((5,), classes=3), (4,))
     key = jax.random.key(0)
-    params, model_state = problem.init(key)
-    x, y = jax.random.normal(key, (1, 20, 4)), jax.numpy.arange(20)[None] % 3
+    params, model_state = jax.jit(problem.init)(key)
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(1, 20, 4)).astype(np.float32)
+    y = np.arange(20, dtype=np.int32)[None] % 3
     masks = {
-        path: jax.random.bernoulli(jax.random.key(1), 0.5, leaf.shape)
+        path: jax.numpy.asarray(draw.random(leaf.shape) < 0.5)
         for path, leaf in tree.pick(params).items()
     }
     view = jp.view(problem, params, model_state, masks)
-    found = flow.gradient_norm(problem)(key, view, jp.Batch(x, y))
+    found = jax.jit(flow.gradient_norm(problem))(key, view, jp.Batch(x, y))
 
     def loss(p):
         logits = problem.apply(tree.apply_masks(p, masks), {}, x[0], train=True, key=None)[0]
         return problem.loss(logits, y[0]).mean()
 
-    expected = tree.pick(jax.grad(loss)(params))
+    expected = tree.pick(jax.jit(jax.grad(loss))(params))
     for path, value in found.items():
         # The mask's own derivative takes the pruned weights out.
         np.testing.assert_allclose(value, np.linalg.norm(expected[path]), rtol=1e-5)

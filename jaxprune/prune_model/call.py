@@ -187,7 +187,9 @@ def _pruned(given: _Given, choices: Choices, extent: _Extent, options: Mapping[s
             f'effective compression {1 / density:.6g} cannot be met: with all weights of this '
             f'allocation kept it is {effective:.6g}'
         )
-    kept = tree.apply_masks(given.params, found.masks)
+    # One program for all of them; parameters without a mask stay as they are.
+    leaves = {path: leaf for path, leaf in tree.paths(given.params) if path in found.masks}
+    kept = tree.put(given.params, jax.jit(tree.apply_masks)(leaves, found.masks))
     if choices.repair:
         kept = tree.put(kept, found.weights)
     return Pruned(kept, found.masks, report)
@@ -259,7 +261,9 @@ def _in_rounds(
 ) -> View:
     """The view after all rounds; scores that cannot be ranked are an error."""
     # A loop of calls: inside a compiled loop a convolution is many times slower on the CPU.
-    compiled = pruner._replace(update=jax.jit(pruner.update))
+    parts = ('init', 'update', 'regrown_values', 'final_masks', 'repaired_values')
+    functions = {name: getattr(pruner, name) for name in parts}
+    compiled = pruner._replace(**{name: f and jax.jit(f) for name, f in functions.items()})
     found, infos = prune_rounds(
         compiled,
         jax.random.key(0) if key is None else key,
