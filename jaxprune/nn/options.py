@@ -18,7 +18,7 @@ OPTIONS: dict[str, Option] = {
     'shortcut': Option('where a block changes the shape', choices=SHORTCUTS),
     'patch': Option('side of the square patches that become tokens', low=1),
     'dim': Option('numbers of a token', low=1),
-    'depth': Option('blocks', low=1, high=1000),
+    'depth': Option('blocks', low=1, high=100),
     'heads': Option('attention heads; they divide dim', low=1),
     'dtype': Option('of the computation; parameters stay float32', choices=DTYPES),
     'init': Option('how kernels are drawn', choices=INITIALISATIONS),

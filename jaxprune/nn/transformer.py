@@ -34,7 +34,9 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.dim % self.heads:
-            raise JaxpruneError(f'{self.heads} heads do not divide a token of {self.dim} numbers')
+            raise JaxpruneError(
+                f'model.heads: {self.heads} heads do not divide a token of {self.dim} numbers'
+            )
         for i in range(self.depth):
             y = nn.LayerNorm(dtype=self.dtype, name=f'norm{i}_attention')(x)
             x = x + nn.MultiHeadDotProductAttention(
@@ -70,7 +72,8 @@ class ViT(nn.Module):
         batch, height, width, channels = x.shape
         if height % self.patch or width % self.patch:
             raise JaxpruneError(
-                f'patches of {self.patch} x {self.patch} do not tile {height} x {width} images'
+                f'model.patch: patches of {self.patch} x {self.patch} do not tile '
+                f'{height} x {width} images'
             )
         rows, columns = height // self.patch, width // self.patch
         x = x.reshape(batch, rows, self.patch, columns, self.patch, channels)

@@ -32,6 +32,8 @@ from jaxprune.sweep.sweep_plan import checked_groups, cut, make_plan
 from jaxprune.sweep.timing import stopwatch
 from jaxprune.sweep.trials import measure
 
+#: Why a directory of an older format does not go on.
+_OLDER = {2: 'it says when rounds happen with other keys', 3: 'it records nothing at step 0'}
 #: The part of a device's memory that a training program may take, by the compiler's own account.
 _COMPILED_SHARE = 0.85
 #: Seconds that a call of a compiled training program should last: what progress waits for.
@@ -103,7 +105,7 @@ def _open(spec: SweepSpec, out: Path, plan_table: dict[str, Any]) -> None:
     if plan_file.exists() and (written := store.read_plan(out).get('format')) != FORMAT:
         raise StoreError(
             f'{out} holds a sweep of format {written}, and this version of jaxprune writes format '
-            f'{FORMAT}: it says when rounds happen with other keys. Choose another --out'
+            f'{FORMAT}: {_OLDER.get(written, _OLDER[2])}. Choose another --out'
         )
     if spec_file.exists() and identity(load_spec(spec_file)) != identity(spec):
         raise StoreError(f'{out} holds another sweep (see its spec.toml): choose another --out')

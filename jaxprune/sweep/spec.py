@@ -24,7 +24,7 @@ from jaxprune.sweep.strategy import BATCHINGS, STEPPINGS
 REWINDS = ('weights', 'rate')
 
 #: Bumped when the meaning of a stored result changes.
-FORMAT = 3
+FORMAT = 4
 
 
 def _key(doc: str, *, default=dataclasses.MISSING, example: str = '', **limits):
