@@ -760,6 +760,12 @@ def words_only(monkeypatch):
     monkeypatch.setattr(style, 'png', lambda drawing: b'\x89PNG')
 
 
+@pytest.fixture
+def few_pixels(monkeypatch):
+    """Draws everything, but coarsely: what takes time is the number of pixels."""
+    monkeypatch.setattr(style, 'DPI', 30)
+
+
 def test_an_unfinished_sweep_says_so_first(tmp_path, words_only):
     made = check_page(Sweep(['SNIP', 'GraSP']).write(tmp_path, unfinished=2))
     words = made.text
@@ -799,7 +805,7 @@ def test_stale_figures_go_and_foreign_ones_stay(tmp_path, words_only):
         'all collapsed',
     ],
 )
-def test_odd_sweeps(tmp_path, sweep):
+def test_odd_sweeps(tmp_path, sweep, few_pixels):
     check_page(sweep.write(tmp_path))
 
 
