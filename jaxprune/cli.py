@@ -1,6 +1,7 @@
 """The command line. Thin; all work is done by the rooms below."""
 
 import importlib.metadata
+import os
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -127,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print('jaxprune: interrupted; the same command continues', file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -1,6 +1,8 @@
 """What `jaxprune list` and `jaxprune explain` say is complete, and its TOML works."""
 
 import dataclasses
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -109,6 +111,16 @@ def test_lists_are_printed(kind, capsys):
     out = capsys.readouterr().out
     for name in [entry.name for entry in entries(kind)] if kind else KINDS:
         assert name in out
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    """Expectation: `jaxprune list keys | head -1` ends in silence."""
+    command = [sys.executable, '-c', 'from jaxprune.cli import main; raise SystemExit(main())']
+    process = subprocess.Popen(
+        [*command, 'list', 'keys'], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b'' and process.wait(timeout=60) == 0
 
 
 def test_an_explanation_is_printed(capsys):
