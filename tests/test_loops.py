@@ -196,10 +196,16 @@ def test_pruning_a_recurrent_net_takes_seconds():
 
 
 def test_a_loop_of_unknown_length_is_named():
-    """Expectation: its length depends on the input, so no path through it is known."""
+    """Expectation: its length depends on the input, so no path through it is known; JAX itself has
+    no gradient of it. Magnitudes need neither."""
 
     def forward(p, x):
-        return lax.while_loop(lambda h: h.sum() < 3, lambda h: h @ p['in']['w'], x[0])
+        return lax.while_loop(lambda h: h.sum() < 3, lambda h: h @ p['in']['w'], x)
 
+    params, x = {'in': PARAMS['in']}, jnp.ones((2, 4))
     with pytest.raises(PruneError, match=r"operation 'while' at .*known only when it runs"):
-        connectivity(forward, {'in': PARAMS['in']}, X)
+        connectivity(forward, params, x)
+    found = jp.prune(params, 'magnitude', 0.5, model=forward, data=x)
+    assert "paths not followed: operation 'while'" in found.report.note
+    with pytest.raises(PruneError, match="^scoring by 'snip' fails: ValueError: Reverse-mode"):
+        jp.prune(params, 'snip', 0.5, model=forward, data=(x, jnp.zeros(2, int)))

@@ -264,7 +264,9 @@ def _in_rounds(
     parts = ('init', 'update', 'regrown_values', 'final_masks', 'repaired_values')
     functions = {name: getattr(pruner, name) for name in parts}
     compiled = pruner._replace(**{name: f and jax.jit(f) for name, f in functions.items()})
-    found, infos = prune_rounds(
+    found, infos = check.tried(
+        f"scoring by '{name}'",
+        prune_rounds,
         compiled,
         jax.random.key(0) if key is None else key,
         view,
