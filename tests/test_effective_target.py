@@ -225,7 +225,7 @@ def test_forward_shapes_are_in_forward_order():
 def test_an_allocation_that_cannot_be_sparse_enough_still_reaches_the_target():
     """Expectation: uniform+ keeps 40 weights of the last layer, yet few of them are active."""
     problem = jp.problem_from_flax(MLP((30, 20), 10), (28, 28, 1))
-    params, _ = problem.init(jax.random.key(0))
+    params, _ = jax.jit(problem.init)(jax.random.key(0))
     x = jnp.zeros((1, 28, 28, 1))
     with pytest.raises(PruneError, match='density must be at least'):
         jp.prune(params, 'random', 1 / 2000, model=problem, data=x, allocation='uniform_plus')

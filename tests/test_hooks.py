@@ -41,17 +41,22 @@ def optimizer(name='sgd'):
 
 def batch(seed=0, size=8):
     x = jax.random.normal(jax.random.key(seed), (size, 4))
-    return Batch(x, jnp.arange(size) % 3)
+    return Batch(x, np.arange(size, dtype=np.int32) % 3)
 
 
 def masked_state(density=0.5, opt=None):
     """A run with random masks in force."""
-    state = init_run(PROBLEM, opt or optimizer())(KEY, HYPER)
-    masks = {
-        path: jax.random.bernoulli(jax.random.fold_in(KEY, i), density, leaf.shape)
-        for i, (path, leaf) in enumerate(tree.pick(state.params).items())
-    }
-    return state._replace(params=tree.apply_masks(state.params, masks), masks=masks)
+
+    @jax.jit
+    def made():
+        state = init_run(PROBLEM, opt or optimizer())(KEY, HYPER)
+        masks = {
+            path: jax.random.bernoulli(jax.random.fold_in(KEY, i), density, leaf.shape)
+            for i, (path, leaf) in enumerate(tree.pick(state.params).items())
+        }
+        return state._replace(params=tree.apply_masks(state.params, masks), masks=masks)
+
+    return jax.device_get(made())
 
 
 # --- no hook ------------------------------------------------------------------------------------
@@ -105,6 +110,7 @@ def ste(state, params, masks, clock):
     return jax.tree.map(lambda p, m: p + jax.lax.stop_gradient(m - p), params, masked)
 
 
+@jax.jit
 def gradients(params, shown):
     def loss(p):
         logits = PROBLEM.apply(p, {}, shown.x, train=True, key=None)[0]
@@ -119,44 +125,51 @@ def test_dense_weights_follow_the_gradient_at_the_masked_point():
     opt = optimizer()
     hyper = HYPER._replace(optimizer={'momentum': np.float32(0)})
     state = masked_state()
-    dense = init_run(PROBLEM, opt)(KEY, hyper).params
+    dense = jax.device_get(jax.jit(init_run(PROBLEM, opt))(KEY, hyper)).params
     state = state._replace(params=dense)
-    step = train_step(PROBLEM, opt, StepHook(weights=ste), dense=True)
-    after, _ = step(jnp.int32(0), KEY, hyper, state, batch())
-    at_mask = gradients(tree.apply_masks(dense, state.masks), batch())
+    step = jax.jit(train_step(PROBLEM, opt, StepHook(weights=ste), dense=True))
+    after, _ = step(np.int32(0), KEY, hyper, state, batch())
+    apply_masks = jax.jit(tree.apply_masks)
+    at_mask = jax.device_get(gradients(apply_masks(dense, state.masks), batch()))
     expected = jax.tree.map(lambda w, g: w - 0.1 * (g + 1e-3 * w), dense, at_mask)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), after.params, expected)
     # The law of pruned zeros holds for what the network computes with.
-    view = hooked_view(PROBLEM, after, StepHook(weights=ste), 1)
+    view = jax.jit(lambda state: hooked_view(PROBLEM, state, StepHook(weights=ste), 1))(after)
+    view = jax.device_get(view)
     for path, mask in state.masks.items():
         assert not np.any(view.weights[path][~mask])
         assert np.any(view.stored[path][~mask])
     # And evaluation sees it.
     test = batch(1)
     sums = evaluate_batch(PROBLEM, lambda split, key, at: test, StepHook(weights=ste))
-    loss, _ = sums(1, None, after, jnp.arange(8), jnp.ones(8, bool))
-    masked = tree.apply_masks(after.params, state.masks)
-    logits = PROBLEM.apply(masked, {}, test.x, train=False, key=None)[0]
-    np.testing.assert_allclose(loss, PROBLEM.loss(logits, test.y).sum(), rtol=1e-6)
+    loss, _ = jax.jit(lambda run: sums(1, None, run, np.arange(8), np.ones(8, bool)))(after)
+
+    @jax.jit
+    def losses(params):
+        logits = PROBLEM.apply(params, {}, test.x, train=False, key=None)[0]
+        return PROBLEM.loss(logits, test.y)
+
+    masked = apply_masks(after.params, state.masks)
+    np.testing.assert_allclose(loss, np.asarray(losses(masked)).sum(), rtol=1e-6)
 
 
 def test_a_gradient_hook_sees_the_loss_alone_and_the_rate_of_the_step():
     """Expectation: gradients of the mean loss before weight decay; the learning rate of step 7 of
     a cosine over 20; what the hook returns is what the optimizer gets, masked."""
-    caught = {}
 
     def gradient(state, grads, params, masks, clock, hyper):
-        caught.update(grads=grads, params=params, rate=hyper.learning_rate, clock=clock)
-        return state + 1, jax.tree.map(lambda g, p: g + 2 * p, grads, params)
+        caught = {'grads': grads, 'rate': hyper.learning_rate, 'clock': clock}
+        return (state + 1, caught), jax.tree.map(lambda g, p: g + 2 * p, grads, params)
 
     opt = optimizer()
-    state = masked_state()._replace(method_state=jnp.int32(4))
-    step = train_step(PROBLEM, opt, StepHook(gradient=gradient))
-    after, _ = step(jnp.int32(7), KEY, HYPER, state, batch())
-    plain = gradients(state.params, batch())
+    state = masked_state()._replace(method_state=np.int32(4))
+    step = jax.jit(train_step(PROBLEM, opt, StepHook(gradient=gradient)))
+    after, _ = jax.device_get(step(np.int32(7), KEY, HYPER, state, batch()))
+    method_state, caught = after.method_state
+    plain = jax.device_get(gradients(state.params, batch()))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), caught['grads'], plain)
     np.testing.assert_allclose(caught['rate'], 0.05 * (1 + np.cos(np.pi * 7 / 20)), rtol=1e-5)
-    assert int(after.method_state) == 5 and int(caught['clock']) == 7
+    assert int(method_state) == 5 and int(caught['clock']) == 7
     moved = jax.tree.map(lambda g, p: p - caught['rate'] * (g + 2.001 * p), plain, state.params)
     expected = tree.apply_masks(moved, state.masks)
     jax.tree.map(
@@ -175,9 +188,9 @@ def test_a_projection_ends_the_step_within_the_mask():
         return state, jax.tree.map(lambda p: p + 1.0, shrunk)
 
     state = masked_state()
-    plain, _ = train_step(PROBLEM, optimizer())(jnp.int32(0), KEY, HYPER, state, batch())
-    step = train_step(PROBLEM, optimizer(), StepHook(project=project))
-    after, _ = step(jnp.int32(0), KEY, HYPER, state, batch())
+    args = np.int32(0), KEY, HYPER, state, batch()
+    plain, _ = jax.device_get(jax.jit(train_step(PROBLEM, optimizer()))(*args))
+    after, _ = jax.jit(train_step(PROBLEM, optimizer(), StepHook(project=project)))(*args)
     shrunk = jax.tree.map(
         lambda p: np.sign(p) * np.maximum(np.abs(p) - 0.05, 0) + 1.0, plain.params
     )
@@ -200,26 +213,30 @@ def test_a_method_with_dense_weights_lives_and_ends():
     hook = StepHook(weights=ste)
     feedback = Pruner(lambda key, view: (), update, frozenset(), hook=hook, dense=True)
     opt = optimizer()
-    state = init_run(PROBLEM, opt)(KEY, HYPER)
+    state = jax.jit(init_run(PROBLEM, opt))(KEY, HYPER)
     size = {path: leaf.size for path, leaf in tree.pick(state.params).items()}
     rounds = run_events(PROBLEM, opt, feedback, KEY, HYPER, lambda number: None)
     counts = {path: np.array([n // 2], np.int32) for path, n in size.items()}
     step = jax.jit(train_step(PROBLEM, opt, hook, dense=True))
+    prune = jax.jit(
+        functools.partial(run_rounds, rounds), static_argnames=('before', 'begin', 'finish')
+    )
     first = None
     for number in range(4):
         last = number == 3
-        state, infos = run_rounds(
-            rounds, state, counts, before=number, begin=number == 0, finish=last
-        )
-        first = state.masks if first is None else first
+        state, infos = prune(state, counts, before=number, begin=number == 0, finish=last)
+        masks = jax.device_get(state.masks)
+        first = masks if first is None else first
         assert {p: int(k[-1]) for p, k in infos.kept.items()} == {
             p: n // 2 for p, n in size.items()
         }
         if not last:
             for at in range(10):
-                state, _ = step(jnp.int32(at), KEY, HYPER, state, batch(number * 10 + at))
-            for path, mask in state.masks.items():
-                assert np.all(tree.pick(state.params)[path][~mask] != 0)
+                state, _ = step(np.int32(at), KEY, HYPER, state, batch(number * 10 + at))
+            weights = jax.device_get(tree.pick(state.params))
+            for path, mask in masks.items():
+                assert np.all(weights[path][~mask] != 0)
+    state = jax.device_get(state)
     back = [np.any(state.masks[p] & ~first[p]) for p in first]
     assert any(back), 'no weight came back'
     trace = dict(tree.paths(state.opt_state))
@@ -257,7 +274,9 @@ TABLE = {
 
 
 @jax.jit
-def loss_gradient(params, x, y):
+def loss_gradient(params, images, y):
+    x = (images / 255.0 - 0.1307) / 0.3081
+
     def loss(p):
         return NET.loss(NET.apply(p, {}, x, train=True, key=None)[0], y).mean()
 
@@ -297,31 +316,36 @@ def cut_out(gone):
 def by_hand(program, key, hyper, data, share):
     """The published algorithm, written out: choose by mean |w| after 10 steps, train for 20 with a
     growing penalty, remove, train for 10 (arXiv:2207.12534 and its code). Returns params, masks."""
-    state = program.init(key, hyper)
+
+    @jax.jit
+    def moved(params, speed, grads, masks, rate):
+        grads = jax.tree.map(lambda g, p: g + 1e-3 * p, grads, params)
+        grads = tree.apply_masks(grads, masks)
+        speed = jax.tree.map(lambda m, g: 0.9 * m + g, speed, grads)
+        return jax.tree.map(lambda p, m: p - rate * m, params, speed), speed
+
+    state, order = jax.jit(program.init)(key, hyper), jax.jit(program.order)
     params, masks = state.params, state.masks
-    speed = jax.tree.map(jnp.zeros_like, params)
-    gone = {}
+    speed = jax.tree.map(np.zeros_like, params)
+    gone, apply_masks = {}, jax.jit(tree.apply_masks)
+    images, labels = jax.device_get((data.train.images, data.train.labels))
     for clock in range(40):
         if clock == 10:
             for name in ('dense_0', 'dense_1'):
                 mean = np.abs(np.asarray(params[name]['kernel'])).mean(0)
                 smallest = np.argsort(mean, kind='stable')[: int(mean.size * share)]
-                gone[name] = jnp.zeros(mean.size, bool).at[smallest].set(True)
+                gone[name] = np.isin(np.arange(mean.size), smallest)
         if clock == 30:
             masks = cut_out(gone)
-            params, speed = (tree.apply_masks(leaf, masks) for leaf in (params, speed))
-        indices = program.order(key, clock // 10)[clock % 10]
-        x = (data.train.images[indices] / 255.0 - 0.1307) / 0.3081
-        grads = loss_gradient(params, x, data.train.labels[indices])
+            params, speed = (apply_masks(leaf, masks) for leaf in (params, speed))
+        indices = np.asarray(order(key, clock // 10))[clock % 10]
+        grads = loss_gradient(params, images[indices], labels[indices])
         if 10 <= clock < 30:
             strength = min(0.05 * ((clock - 10) // 4), 0.5)
             push = penalty_gradient(params, gone, strength)
-            grads = jax.tree.map(jnp.add, grads, push)
-        grads = jax.tree.map(lambda g, p: g + 1e-3 * p, grads, params)
-        grads = tree.apply_masks(grads, masks)
+            grads = jax.tree.map(np.add, *jax.device_get((grads, push)))
         rate = 0.1 * 0.5 * (1 + np.cos(np.pi * clock / 40))
-        speed = jax.tree.map(lambda m, g: 0.9 * m + g, speed, grads)
-        params = jax.tree.map(lambda p, m, rate=rate: p - rate * m, params, speed)
+        params, speed = moved(params, speed, grads, masks, rate)
     return params, masks
 
 
@@ -367,11 +391,11 @@ def test_tpp_on_its_own_adds_the_gradients_of_its_reference():
         NET, 'tpp', granularity='unit', allocation='uniform', shapes=shapes, connect=connect,
         **options,
     )  # fmt: skip
-    params, _ = NET.init(KEY)
+    params = jax.device_get(jax.jit(NET.init)(KEY)[0])
     view = jp.view(NET, params)
-    counts = {'dense_0/kernel': jnp.int32(9), 'dense_1/kernel': jnp.int32(4)}
-    state = pruner.init(KEY, view)
-    state, masks, _ = pruner.update(KEY, state, view, counts, None)
+    counts = {'dense_0/kernel': np.int32(9), 'dense_1/kernel': np.int32(4)}
+    state, update = jax.jit(pruner.init)(KEY, view), jax.jit(pruner.update)
+    state, masks, _ = update(KEY, state, view, counts, None)
     assert all(bool(mask.all()) for mask in masks.values()), 'nothing is pruned yet'
     pruned = {path: np.asarray(p) for path, p in state.pruned.items()}
     assert set(pruned) == {f'dense_{i}/{leaf}' for i in (0, 1) for leaf in ('kernel', 'bias')}
@@ -382,16 +406,16 @@ def test_tpp_on_its_own_adds_the_gradients_of_its_reference():
         np.testing.assert_array_equal(pruned[f'dense_{i}/bias'], pruned[f'dense_{i}/kernel'])
     grads = jax.tree.map(lambda p: 0 * p + 0.5, params)
     leaves = dict(tree.paths(params))
+    gradient = jax.jit(pruner.hook.gradient)
+    reference = jax.jit(functools.partial(flow.tpp_gradients, weight=10.0))
     for step in range(5):
-        state, made = pruner.hook.gradient(state, grads, params, masks, jnp.int32(90), HYPER)
+        state, made = gradient(state, grads, params, masks, np.int32(90), HYPER)
         strength = min(0.1 * (step // 2), 1.0)
-        added = flow.tpp_gradients(
-            {path: leaves[path] for path in pruned}, pruned, strength, weight=10.0
-        )
+        added = jax.device_get(reference({path: leaves[path] for path in pruned}, pruned, strength))
         for path, leaf in tree.paths(made):
             expected = 0.5 + added.get(path, np.zeros(leaf.shape))
             np.testing.assert_allclose(leaf, expected, rtol=1e-5, err_msg=path)
-    state, masks, _ = pruner.update(KEY, state, view, counts, None)
+    state, masks, _ = update(KEY, state, view, counts, None)
     for path, (count,) in unit_shapes(shapes).items():
         kept = np.asarray(masks[path]).any(0)
         np.testing.assert_array_equal(kept, ~pruned[path])
@@ -405,7 +429,7 @@ def test_batch_norms_of_pruned_filters_are_pulled_too():
     pruner = get_pruner(
         net, 'tpp', granularity='unit', allocation='uniform', shapes=shapes, connect=connect
     )
-    state = pruner.init(KEY, jp.view(net, net.init(KEY)[0]))
+    state = jax.eval_shape(lambda: pruner.init(KEY, jp.view(net, net.init(KEY)[0])))
     norms = {path for path in state.pruned if path.startswith('bn')}
     assert norms == {f'bn_{i}/{leaf}' for i in range(4) for leaf in ('scale', 'bias')}
 

@@ -62,7 +62,7 @@ def case(name: str):
     file, facts = golden(f'structured/{name}'), described(f'structured/{name}')
     x = jnp.asarray(file['x'], jnp.float64)
     problem = jp.problem_from_flax(NETS[name], x.shape[1:])
-    view = jp.view(problem, nested(file, 'params', jnp.float64))
+    view = jax.jit(functools.partial(jp.view, problem))(nested(file, 'params', jnp.float64))
     layers = sorted((p.split('/')[0] for p in view.weights), key=lambda p: (p[0] != 'c', p))
     return file, facts, problem, view, jp.Batch(x[None], jnp.zeros((1, len(x)), jnp.int32)), layers
 
@@ -161,15 +161,15 @@ def chain(widths, kernels=None, activation='linear'):
         return x
 
     problem = jp.problem_from_functions(init, apply)
-    params = problem.init(KEY)[0] if kernels is None else [{'w': jnp.asarray(k)} for k in kernels]
-    return problem, jp.view(problem, params)
+    params = [{'w': jnp.asarray(k)} for k in kernels or ()] or jax.jit(problem.init)(KEY)[0]
+    return problem, jax.jit(functools.partial(jp.view, problem))(params)
 
 
 def spectrum(problem, view, examples: int = 2):
     width = next(iter(view.weights.values())).shape[0]
     x = jax.random.normal(KEY, (1, examples, width))
     values = jax.jit(flow.jacobian_singular_values(problem))
-    return values(KEY, view, jp.Batch(x, jnp.zeros((1, examples))))
+    return np.asarray(values(KEY, view, jp.Batch(x, np.zeros((1, examples)))))
 
 
 @pytest.mark.parametrize('depth', [3, pytest.param(6, marks=pytest.mark.slow)])
@@ -184,15 +184,10 @@ def test_orthogonal_chains(kept, mean, depth):
     assert np.abs(np.sort(values) - ([1] * 10 if kept == 20 else [0] * 5 + [1] * 5)).max() < 1e-9
     problem, wide = chain([64, *[40] * depth, 10])
     last = len(wide.weights) - 1
-    masks = {
-        p: jnp.zeros(w.shape, bool)
-        .at[
-            (slice(None) if i == 0 else slice(0, 2 * kept, 2)),
-            (slice(None) if i == last else slice(0, 2 * kept, 2)),
-        ]
-        .set(True)
-        for i, (p, w) in enumerate(wide.weights.items())
-    }
+    masks = {p: np.zeros(w.shape, bool) for p, w in wide.weights.items()}
+    for i, mask in enumerate(masks.values()):
+        rows = slice(None) if i == 0 else slice(0, 2 * kept, 2)
+        mask[rows, slice(None) if i == last else slice(0, 2 * kept, 2)] = True
     made = orthp(wide.weights, masks)
     assert abs(spectrum(problem, wide._replace(weights=made, masks=masks)).mean() - mean) < 1e-9
     again = orthp(made, masks)
@@ -230,10 +225,17 @@ def test_pruning_shrinks_the_spectrum():
     assert means[4] < means[0] / 50
 
 
+#: Of one kernel, as one program for each shape and choice.
+orthogonalised = jax.jit(flow.orthogonalised, static_argnames=('activation', 'method'))
+conv_singular_values = jax.jit(
+    flow.conv_singular_values, static_argnames=('side', 'stride', 'padding')
+)
+
+
 def test_gain_of_relu():
     """Expectation: every kernel of a ReLU network times √2; wrong on a linear one: (√2)^7."""
     problem, view = chain([64, *[20] * 6, 10])
-    made = flow.orthp(view.weights, activation='relu')
+    made = jax.jit(functools.partial(flow.orthp, activation='relu'))(view.weights)
     np.testing.assert_allclose(spectrum(problem, view._replace(weights=made)), 2**3.5, rtol=1e-9)
 
 
@@ -243,7 +245,7 @@ def test_orthogonalised_kernels(shape, method):
     """Expectation: orthonormal rows, or columns where there are fewer; QR keeps the first filter's
     direction, the polar factor is the nearest orthogonal matrix (U Vᵀ)."""
     kernel = jax.random.normal(KEY, shape)
-    made = np.asarray(flow.orthogonalised(kernel, method=method)).reshape(-1, shape[-1])
+    made = np.asarray(orthogonalised(kernel, method=method)).reshape(-1, shape[-1])
     flat = np.asarray(kernel).reshape(-1, shape[-1])
     gram = made.T @ made if made.shape[0] >= made.shape[1] else made @ made.T
     np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-12)
@@ -258,15 +260,15 @@ def test_masks_without_an_exact_solution_are_told():
     """Expectation: NaN for a mask that is no block; nothing for a layer that is pruned whole; a
     block smaller on its narrow side than on its wide one, whichever way round the kernel lies."""
     kernel = jax.random.normal(KEY, (6, 4))
-    spotted = jnp.ones((6, 4), bool).at[0, 0].set(False)
-    assert np.isnan(flow.orthogonalised(kernel, spotted)).all()
+    spotted = np.arange(24).reshape(6, 4) > 0
+    assert np.isnan(orthogonalised(kernel, spotted)).all()
     for method in ('qr', 'polar'):
-        none = flow.orthogonalised(kernel, jnp.zeros((6, 4), bool), method=method)
-        assert not none.any()
-    few = jnp.zeros((6, 4), bool).at[:2].set(True)  # 2 inputs for 4 outputs
-    made = np.asarray(flow.orthogonalised(kernel, few))
+        none = orthogonalised(kernel, np.zeros((6, 4), bool), method=method)
+        assert not np.any(none)
+    few = np.arange(24).reshape(6, 4) < 8  # 2 inputs for 4 outputs
+    made = np.asarray(orthogonalised(kernel, few))
     np.testing.assert_allclose(made[:2] @ made[:2].T, np.eye(2), atol=1e-12)
-    np.testing.assert_allclose(made[:2], flow.orthogonalised(kernel[:2]), atol=1e-12)
+    np.testing.assert_allclose(made[:2], orthogonalised(np.asarray(kernel)[:2]), atol=1e-12)
     assert not made[2:].any()
     with pytest.raises(jp.PruneError, match="unknown activation 'rellu': did you mean 'relu'"):
         flow.orthogonalised(kernel, activation='rellu')
@@ -288,29 +290,34 @@ def test_approximate_isometry_of_any_mask():
 def test_penalties_are_zero_at_orthogonal_kernels():
     """Expectation: KernOrth at an orthonormal kernel, OrthConv at one whose only tap is
     orthogonal; the first is not the second. By hand: ‖(2I)ᵀ(2I) - I‖ = 3 √n. Gradients exist."""
-    kernel = flow.orthogonalised(jax.random.normal(KEY, (3, 3, 4, 4)))
-    delta = (
-        jnp.zeros((3, 3, 4, 4)).at[1, 1].set(flow.orthogonalised(jax.random.normal(KEY, (4, 4))))
-    )
-    assert flow.kernel_orthogonality({'k': kernel}) < 1e-12
-    assert flow.conv_orthogonality(delta) < 1e-12 and flow.conv_orthogonality(kernel) > 0.5
-    assert flow.conv_orthogonality(delta, stride=2) < 1e-12
-    np.testing.assert_allclose(flow.kernel_orthogonality({'w': 2 * jnp.eye(4)}), 6)
-    half = jnp.diag(jnp.array([2.0, 2, 0, 0]))
-    np.testing.assert_allclose(flow.kernel_orthogonality({'w': half}, {'w': half > 0}), 3 * 2**0.5)
+    kern_orth = jax.jit(flow.kernel_orthogonality)
+    orth_conv = jax.jit(flow.conv_orthogonality, static_argnames='stride')
+    kernel, delta = orthogonalised(jax.random.normal(KEY, (3, 3, 4, 4))), one_tap()
+    assert kern_orth({'k': kernel}) < 1e-12
+    assert orth_conv(delta) < 1e-12 and orth_conv(kernel) > 0.5
+    assert orth_conv(delta, stride=2) < 1e-12
+    np.testing.assert_allclose(kern_orth({'w': 2 * np.eye(4)}), 6)
+    half = np.diag([2.0, 2, 0, 0])
+    np.testing.assert_allclose(kern_orth({'w': half}, {'w': half > 0}), 3 * 2**0.5)
     for penalty in (flow.conv_orthogonality, lambda k: flow.kernel_orthogonality({'k': k})):
-        assert np.isfinite(jax.grad(penalty)(delta)).all()
+        assert np.isfinite(jax.jit(jax.grad(penalty))(delta)).all()
     # The map itself, unit by unit: ‖A Aᵀ - I‖ of the full circular matrix is the same number for
     # every position of the output.
     draw = jax.random.normal(KEY, (3, 3, 2, 3))
     side = 6
-    columns = jax.vmap(lambda image: circular(image, draw).ravel())(
-        jnp.eye(side * side * 2).reshape(-1, side, side, 2)
+    columns = jax.jit(jax.vmap(lambda image: circular(image, draw).ravel()))(
+        np.eye(side * side * 2).reshape(-1, side, side, 2)
     )
-    gram = columns.T @ columns - jnp.eye(side * side * 3)
-    np.testing.assert_allclose(
-        flow.conv_orthogonality(draw), np.linalg.norm(gram) / side, rtol=1e-9
-    )
+    columns = np.asarray(columns)
+    gram = columns.T @ columns - np.eye(side * side * 3)
+    np.testing.assert_allclose(orth_conv(draw), np.linalg.norm(gram) / side, rtol=1e-9)
+
+
+def one_tap():
+    """A kernel whose only tap is an orthogonal matrix."""
+    delta = np.zeros((3, 3, 4, 4))
+    delta[1, 1] = orthogonalised(jax.random.normal(KEY, (4, 4)))
+    return delta
 
 
 def circular(image, kernel):
@@ -323,22 +330,24 @@ def circular(image, kernel):
 def test_tpp():
     """Expectation: by hand, W = [[1,0],[1,1],[0,2]], filter 1 pruned: 14/9; kept filters feel one
     another not at all. Gradients: weight λ times the penalty's, and λ times what is pruned."""
-    rows = jnp.array([[1.0, 0], [1, 1], [0, 2]])
-    gone = jnp.array([False, True, False])
-    np.testing.assert_allclose(flow.tpp_penalty(rows.T, gone), 14 / 9)
-    apart = jnp.array([[1.0, 0], [0, 0], [1, 2]])  # the kept ones overlap, the pruned one is zero
-    assert flow.tpp_penalty(apart.T, gone) == 0
-    assert not jax.grad(flow.tpp_penalty)(apart.T, gone).any()
-    push = jax.grad(flow.tpp_penalty)(rows.T, gone).T
+    rows = np.array([[1.0, 0], [1, 1], [0, 2]])
+    gone = np.array([False, True, False])
+    penalty = jax.jit(jax.value_and_grad(flow.tpp_penalty))
+    value, push = penalty(rows.T, gone)
+    np.testing.assert_allclose(value, 14 / 9)
+    apart = np.array([[1.0, 0], [0, 0], [1, 2]])  # the kept ones overlap, the pruned one is zero
+    assert not any(np.any(leaf) for leaf in penalty(apart.T, gone))
+    push = np.asarray(push).T
     # d/dW of (WWᵀ)_01² + (WWᵀ)_10² + ... / 9, T fixed: 4/9 of the masked Gram times W.
-    masked = jnp.array([[0.0, 1, 0], [1, 2, 2], [0, 2, 0]])
+    masked = np.array([[0.0, 1, 0], [1, 2, 2], [0, 2, 0]])
     np.testing.assert_allclose(push, 4 / 9 * masked @ rows, rtol=1e-12)
-    params = {'kernel': rows.T, 'bias': jnp.array([1.0, 2, 3]), 'scale': jnp.ones(3)}
-    added = flow.tpp_gradients(params, dict.fromkeys(params, gone), 0.5, weight=10.0)
+    params = {'kernel': rows.T, 'bias': np.array([1.0, 2, 3]), 'scale': np.ones(3)}
+    gradients = jax.jit(functools.partial(flow.tpp_gradients, weight=10.0))
+    added = jax.device_get(gradients(params, dict.fromkeys(params, gone), 0.5))
     np.testing.assert_allclose(added['bias'], [0, 1, 0])
     np.testing.assert_allclose(added['scale'], [0, 0.5, 0])
     np.testing.assert_allclose(added['kernel'].T, 5 * push + 0.5 * rows * gone[:, None])
-    steps = jnp.array([0, 9, 10, 99_999, 100_000, 200_000])
+    steps = np.array([0, 9, 10, 99_999, 100_000, 200_000])
     np.testing.assert_allclose(flow.tpp_strength(steps), [0, 0, 1e-4, 0.9999, 1, 1], rtol=1e-9)
 
 
@@ -357,11 +366,11 @@ def test_spectra_of_convolutions():
         side = math.isqrt(len(file[f'multi/{number}/circular_sv_stride1']) // channels)
         for stride in (1, 2):
             expected = np.sort(file[f'multi/{number}/circular_sv_stride{stride}'])[::-1]
-            found = flow.conv_singular_values(kernel, side, stride=stride)
+            found = np.asarray(conv_singular_values(kernel, side, stride=stride))
             close(found[: len(expected)], expected, 1e-6)
             assert np.abs(found[len(expected) :]).max(initial=0) < 1e-9
         expected = np.sort(file[f'multi/{number}/zero_same_sv'])[::-1]
-        close(flow.conv_singular_values(kernel, side, padding='zero'), expected, 1e-6)
+        close(conv_singular_values(kernel, side, padding='zero'), expected, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -371,21 +380,18 @@ def test_spectra_of_convolutions():
 def test_spectra_of_single_channels(number):
     """Expectation: the same, of kernels with one input and one output."""
     file = golden('structured/lean_norms')
-    kernel = jnp.asarray(file[f'single/{number}/kernel'], jnp.float64)[..., None, None]
+    kernel = np.asarray(file[f'single/{number}/kernel'], np.float64)[..., None, None]
     expected = file[f'single/{number}/circular_sv']
-    found = flow.conv_singular_values(kernel, math.isqrt(len(expected)))
+    found = conv_singular_values(kernel, math.isqrt(len(expected)))
     close(found, np.sort(expected)[::-1], 1e-6)
 
 
 def test_orthogonal_kernels_are_no_isometry_of_the_map():
     """Expectation: one orthogonal tap gives only ones; orthonormal rows of 36 a root mean square of
     1 with a wide spread."""
-    delta = (
-        jnp.zeros((3, 3, 4, 4)).at[1, 1].set(flow.orthogonalised(jax.random.normal(KEY, (4, 4))))
-    )
-    np.testing.assert_allclose(flow.conv_singular_values(delta, 6), 1, atol=1e-12)
-    rows = flow.orthogonalised(jax.random.normal(KEY, (3, 3, 4, 4)))
-    values = flow.conv_singular_values(rows, 6)
+    np.testing.assert_allclose(conv_singular_values(one_tap(), 6), 1, atol=1e-12)
+    rows = orthogonalised(jax.random.normal(KEY, (3, 3, 4, 4)))
+    values = np.asarray(conv_singular_values(rows, 6))
     np.testing.assert_allclose((values**2).mean(), 1, rtol=1e-12)
     assert np.ptp(values) > 0.5
 
@@ -406,21 +412,26 @@ def test_largest_values_by_products_alone():
     """Expectation: the largest of the full decomposition, for a ReLU network; NaN past the rank."""
     problem, view = chain([12, 9, 4, 8], activation='relu')
     x = jax.random.normal(KEY, (1, 3, 12))
-    batches = jp.Batch(x, jnp.zeros((1, 3)))
-    full = flow.jacobian_singular_values(problem)(KEY, view, batches)
-    found = flow.largest_jacobian_singular_values(problem, count=3, steps=5)(KEY, view, batches)
+    batches = jp.Batch(x, np.zeros((1, 3)))
+
+    def of(measure):
+        return np.asarray(jax.jit(measure)(KEY, view, batches))
+
+    full = of(flow.jacobian_singular_values(problem))
+    found = of(flow.largest_jacobian_singular_values(problem, count=3, steps=5))
     close(found, full[:, :3], 1e-6)
-    few = flow.largest_jacobian_singular_values(problem, count=7, steps=7)(KEY, view, batches)
-    assert jnp.isnan(few[:, -1]).all()
-    exact = flow.largest_jacobian_singular_values(problem, count=8)(KEY, view, batches)
+    few = of(flow.largest_jacobian_singular_values(problem, count=7, steps=7))
+    assert np.isnan(few[:, -1]).all()
+    exact = of(flow.largest_jacobian_singular_values(problem, count=8))
     close(exact, full, 1e-12)
-    matrix = flow.jacobian(problem)(KEY, view, batches)
+    matrix = of(flow.jacobian(problem))
     assert matrix.shape == (3, 8, 12)
     by_differences = []
-    logits = lambda x: problem.apply(view.params, {}, x, train=False, key=None)[0]  # noqa: E731
-    for i in range(12):
-        step = 1e-6 * jnp.eye(12)[i]
-        by_differences.append((logits(x[0] + step) - logits(x[0] - step)) / 2e-6)
+    logits = jax.jit(lambda x: problem.apply(view.params, {}, x, train=False, key=None)[0])
+    place = np.asarray(x[0])
+    for step in 1e-6 * np.eye(12):
+        apart = np.asarray(logits(place + step)) - np.asarray(logits(place - step))
+        by_differences.append(apart / 2e-6)
     close(matrix, np.stack(by_differences, -1), 1e-8)
     with pytest.raises(jp.PruneError, match='a Jacobian needs data'):
         flow.jacobian(problem)(KEY, view, None)

@@ -207,5 +207,5 @@ def test_a_loop_of_unknown_length_is_named():
         connectivity(forward, params, x)
     found = jp.prune(params, 'magnitude', 0.5, model=forward, data=x)
     assert "paths not followed: operation 'while'" in found.report.note
-    with pytest.raises(PruneError, match="^scoring by 'snip' fails: ValueError: Reverse-mode"):
+    with pytest.raises(PruneError, match=r"^scoring by 'snip' fails: ValueError: Reverse-mode"):
         jp.prune(params, 'snip', 0.5, model=forward, data=(x, jnp.zeros(2, int)))

@@ -36,9 +36,10 @@ def apply(params, x):
 
 
 PROBLEM = jp.problem_from_functions(init, apply)
-CONNECT = connectivity(apply, init(KEY), BATCHES.x[0, :1])
+CONNECT = connectivity(apply, jax.eval_shape(init, KEY), np.ones((1, 6), np.float32))
 
 
+@jax.jit
 def view_of(seed):
     return jp.view(PROBLEM, init(jax.random.key(seed)))
 
@@ -72,7 +73,8 @@ def plan_of(kind, density):
 def pruned(kind, key, view, counts, loop=jax.lax.scan):
     pruner, _, active = CASES[kind]
     if loop is host_loop:
-        pruner = pruner._replace(update=jax.jit(pruner.update))
+        calls = {name: jax.jit(f) for name, f in pruner._asdict().items() if callable(f)}
+        pruner = pruner._replace(**calls)
     return jp.prune_rounds(pruner, key, view, counts, BATCHES, active=active, loop=loop)
 
 
@@ -112,9 +114,9 @@ def test_scan_equals_host_loop(kind):
     scanned = jax.jit(functools.partial(pruned, kind))(KEY, view_of(0), counts)
     called = pruned(kind, KEY, view_of(0), counts, host_loop)
     assert_same(scanned, called, **({'atol': 1e-5} if 'repaired' in kind else {}))
-    view, infos = scanned
+    view, infos = jax.device_get(scanned)
     for path, mask in view.masks.items():
-        assert not np.asarray(view.weights[path])[~np.asarray(mask)].any()
+        assert not view.weights[path][~mask].any()
         assert infos.kept[path].shape == (len(next(iter(counts.values()))),)
         # The info of the last round is that of the final masks.
         assert infos.kept[path][-1] == mask.sum()
@@ -123,10 +125,11 @@ def test_scan_equals_host_loop(kind):
 def test_round_i_draws_from_its_own_key():
     """Expectation: by hand, the best of `random()` with `fold_in(key, i)` among what is left."""
     counts = plan_of('with random numbers', 0.3)['*']
-    view, infos = pruned('with random numbers', KEY, view_of(0), {'*': counts})
-    masks = view_of(0).masks
+    run = jax.jit(functools.partial(pruned, 'with random numbers'))
+    view, infos = jax.device_get(run(KEY, view_of(0), {'*': counts}))
+    masks, score = view_of(0).masks, jax.jit(jp.random())
     for i, count in enumerate(counts):
-        scores = jp.random()(jax.random.fold_in(KEY, i), view_of(0), None)
+        scores = jax.device_get(score(jax.random.fold_in(KEY, i), view_of(0), None))
         flat = np.concatenate([np.where(masks[p], scores[p], -np.inf).ravel() for p in SHAPES])
         least = np.sort(flat)[-count]
         masks = {path: np.asarray(masks[path] & (scores[path] >= least)) for path in SHAPES}

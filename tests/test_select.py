@@ -254,21 +254,22 @@ def test_a_pruner_never_revives_and_counts_what_is_not_finite():
     `nonfinite` counts weights still in play only.
     """
     problem = jp.problem_from_functions(lambda key: None, lambda params, x: x)
-    params = {'kernel': jnp.ones((1, 6))}
-    masks = {'kernel': jnp.array([[True, False, True, True, True, False]])}
-    scores = {'kernel': jnp.array([[1.0, 9.0, jnp.nan, jnp.inf, 2.0, jnp.nan]])}
+    params = {'kernel': np.ones((1, 6), np.float32)}
+    masks = {'kernel': np.array([[True, False, True, True, True, False]])}
+    scores = {'kernel': np.array([[1.0, 9.0, np.nan, np.inf, 2.0, np.nan]], np.float32)}
     view = jp.view(problem, params, masks=masks)
     key = jax.random.key(0)
     for monotone, expected in ((True, [1, 0, 0, 1, 1, 0]), (False, [0, 1, 0, 1, 1, 0])):
         pruner = jp.pruner(lambda key, view, batches: scores, monotone=monotone)
-        dense = view._replace(masks={'kernel': jnp.ones((1, 6), bool)})
-        _, new, info = pruner.update(key, pruner.init(key, dense), view, {'*': 3}, None)
+        init, update = jax.jit(pruner.init), jax.jit(pruner.update)
+        dense = view._replace(masks={'kernel': np.ones((1, 6), bool)})
+        _, new, info = update(key, init(key, dense), view, {'*': 3}, None)
         assert new['kernel'].tolist() == [[bool(e) for e in expected]]
         assert info.nonfinite == (2 if monotone else 3)
         assert info.nonzero == (4 if monotone else 6)
         assert info.kept == {'kernel': 3}
         # What was pruned before the first round returns under neither.
-        _, new, _ = pruner.update(key, pruner.init(key, view), view, {'*': 3}, None)
+        _, new, _ = update(key, init(key, view), view, {'*': 3}, None)
         assert new['kernel'].tolist() == [[True, False, False, True, True, False]]
     wrong = jp.pruner(lambda key, view, batches: {'k': scores['kernel']})
     with pytest.raises(PruneError, match='scores lack kernel and have unknown k'):

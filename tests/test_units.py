@@ -27,27 +27,30 @@ from jaxprune.sweep.store import read_flow, read_layers
 
 def test_units_by_hand():
     """Expectation: by hand; entries that are pruned neither count nor return."""
+
+    def top(scores, counts, **options):
+        choose = jax.jit(functools.partial(pattern.unit_top_k, **options))
+        return jax.device_get(choose(scores, counts))
+
     scores = {
-        'a': jnp.array([[1.0, 5.0, 3.0], [1.0, 5.0, -jnp.inf]]),
-        'b': jnp.full((2, 2, 1, 2), 4.0).at[..., 1].set(2.0),
-        'c': jnp.array([[0.5, -jnp.inf]]),
+        'a': np.array([[1.0, 5.0, 3.0], [1.0, 5.0, -np.inf]], np.float32),
+        'b': np.broadcast_to(np.array([4.0, 2.0], np.float32), (2, 2, 1, 2)),
+        'c': np.array([[0.5, -np.inf]], np.float32),
     }
-    found = pattern.unit_top_k(scores, {'*': 3}, ranked=['a', 'b'])
+    found = top(scores, {'*': 3}, ranked=['a', 'b'])
     np.testing.assert_array_equal(found['a'], [[False, True, True], [False, True, False]])
     assert found['b'][..., 0].all() and not found['b'][..., 1].any()
     np.testing.assert_array_equal(found['c'], [[True, False]])  # not ranked: as it was
-    layers = pattern.unit_top_k(scores, {'a': 1, 'b': 1}, ranked=['a', 'b'])
+    layers = top(scores, {'a': 1, 'b': 1}, ranked=['a', 'b'])
     np.testing.assert_array_equal(layers['a'], [[False, True, False], [False, True, False]])
-    floor = pattern.unit_top_k(scores, {'*': 2}, ranked=['a', 'b'], fewest={'a': 0, 'b': 2})
+    floor = top(scores, {'*': 2}, ranked=['a', 'b'], fewest={'a': 0, 'b': 2})
     assert floor['b'].all() and not floor['a'].any()
-    rows = pattern.unit_top_k({'w': jnp.array([[1.0, 1], [2, 2]])}, {'w': 1}, ranked=['w'], axis=0)
+    rows = top({'w': np.array([[1.0, 1], [2, 2]])}, {'w': 1}, ranked=['w'], axis=0)
     np.testing.assert_array_equal(rows['w'], [[False, False], [True, True]])
-    broken = pattern.unit_top_k({'w': jnp.array([[jnp.nan, 1.0]])}, {'w': 2}, ranked=['w'])
+    broken = top({'w': np.array([[np.nan, 1.0]])}, {'w': 2}, ranked=['w'])
     np.testing.assert_array_equal(broken['w'], [[False, True]])
-    counts = jax.jit(lambda k: pattern.unit_top_k(scores, {'*': k}, ranked=['a', 'b']))(
-        jnp.int32(1)
-    )
-    assert counts['a'].sum() == 2 and not counts['b'].any()
+    one = top(scores, {'*': 1}, ranked=['a', 'b'])
+    assert one['a'].sum() == 2 and not one['b'].any()
     with pytest.raises(jp.PruneError, match="no scores of 'd'"):
         pattern.unit_top_k(scores, {'*': 1}, ranked=['d'])
     with pytest.raises(jp.PruneError, match='counts of units lack b'):
@@ -118,6 +121,14 @@ def test_filters_kept_are_those_of_the_authors(family):
         file, problem, view, batches, classes = study()
         connect, units = connected()
         total = sum(n for (n,) in units.values())
+        select = jax.jit(lambda scores, n: pattern.unit_top_k(scores, {'*': n}, ranked=units))
+
+        @jax.jit
+        def logits_of(masks, x):
+            cut = jp.view(problem, view.params, view.model_state, connect(masks))
+            params = jp.put(cut.params, cut.weights)
+            return problem.apply(params, cut.model_state, x, train=False, key=None)[0]
+
         cases = sorted(
             {key.split('/')[2] for key in file if key.startswith('out/kept/') and 'uncon' in key}
         )
@@ -135,17 +146,14 @@ def test_filters_kept_are_those_of_the_authors(family):
                 measures = compiled(tuple(SECOND if second else FIRST))
                 made[measure] = measures(temperature, view, classes if second else batches)[name]
             gone = int(float(fraction) * total)
-            masks = pattern.unit_top_k(made[measure], {'*': total - gone}, ranked=units)
+            masks = select(made[measure], total - gone)
             for conv in CONVS:
                 kept = np.flatnonzero(np.asarray(masks[f'{conv}/kernel']).any((0, 1, 2)))
                 np.testing.assert_array_equal(kept, file[f'out/kept/{case}/{conv}'], case)
             compared['masks'] += 1
             expected = file.get(f'out/logits_sliced_f64/{case}')
             if expected is not None:
-                cut = jp.view(problem, view.params, view.model_state, connect(masks))
-                params = jp.put(cut.params, cut.weights)
-                x = jnp.asarray(file['inputs/x'], jnp.float64)
-                logits = problem.apply(params, cut.model_state, x, train=False, key=None)[0]
+                logits = np.asarray(logits_of(masks, np.asarray(file['inputs/x'], np.float64)))
                 assert np.abs(logits - expected).max() <= 1e-9 * np.abs(expected).max()
                 compared['logits'] += 1
         assert compared == (
@@ -159,10 +167,10 @@ def test_a_depthwise_filter_goes_with_the_one_that_feeds_it():
     net = jp.problem_from_flax(nn.build('mobilenet', 10, width=0.125), (32, 32, 3))
     shapes = structure.forward_shapes(net, (32, 32, 3))
     connect = jax.jit(structure.connectivity_of(net, (32, 32, 3)))
-    masks = {path: jnp.ones(shape, bool) for path, shape in shapes.items()}
-    whole = connect(masks)
-    masks['block2_point_conv/kernel'] = masks['block2_point_conv/kernel'].at[..., 3].set(False)
-    gone = {path: np.asarray(whole[path] & ~m) for path, m in connect(masks).items()}
+    masks = {path: np.ones(shape, bool) for path, shape in shapes.items()}
+    whole = jax.device_get(connect(masks))
+    masks['block2_point_conv/kernel'][..., 3] = False
+    gone = {path: whole[path] & ~m for path, m in jax.device_get(connect(masks)).items()}
     assert {path for path, leaf in gone.items() if leaf.any()} == {
         'block2_point_conv/kernel', 'block3_depth_conv/kernel', 'block3_point_conv/kernel'
     }  # fmt: skip

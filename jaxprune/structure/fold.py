@@ -112,7 +112,8 @@ def fold_constants(
         on no path still moves the mean that other units are divided by.
     """
     params = tree.apply_masks(params, masks)
-    effective = connectivity(forward, params, x, *constants, prunable=prunable)(masks)
+    connect = connectivity(forward, params, x, *constants, prunable=prunable)
+    effective = jax.jit(connect)(masks)
     traced = trace(forward, params, x, *constants)
     leaves = dict(tree.paths(params))
     state = dict(tree.paths(constants))
