@@ -40,7 +40,9 @@ os.environ['JAXPRUNE_CACHE_DIR'] = str(_probes)
 
 #: Programs that one case may have compiled, or read from disk. Operations outside of `jax.jit` are
 #: a program each: 280 of them took nine seconds. `@pytest.mark.programs(n)` allows a case more.
+#: Counted with one version of jax: another may cut the same functions into other programs.
 MOST_PROGRAMS = 60
+_COUNTED = jax.__version_info__[:2] == (0, 10)
 _programs = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda name, duration, **_: name.endswith('backend_compile_duration') and _programs.append(name)
@@ -54,7 +56,7 @@ def pytest_runtest_call(item):
     result = yield
     marker = item.get_closest_marker('programs')
     most = marker.args[0] if marker else MOST_PROGRAMS
-    if len(_programs) > most:
+    if _COUNTED and len(_programs) > most:
         pytest.fail(
             f'{len(_programs)} programs were compiled, at most {most} are expected: use jit'
         )
