@@ -961,7 +961,8 @@ def test_published_correction_to_effective_sparsity(name, sparsity, off):
     _, connect, shapes = network(name)
     with jax.enable_x64(True):
         scores = {p: jnp.asarray(file[f'in/score/{p.split("/")[0]}']) for p in shapes}
-        found = effective_top_k(connect, scores, 1 / (1 - float(sparsity)))
+        compression = 1 / (1 - float(sparsity))
+        found = jax.jit(lambda scores: effective_top_k(connect, scores, compression))(scores)
     wanted = masks_of(file, f'out/corrected_mask/s{sparsity}', shapes)
     assert sum(int((np.asarray(found[p]) != wanted[p]).sum()) for p in shapes) == off
 
@@ -1045,6 +1046,7 @@ def folding_case(seed):
     return params, state, x
 
 
+@pytest.mark.programs(160)  # folding looks at numbers, operation by operation
 def test_folding_leaves_the_function_as_it_was():
     """Expectation: outputs of the masked network, float64; zeroing without folding differs."""
     forward, apply_masks = jax.jit(biased), jax.jit(tree.apply_masks)
@@ -1070,6 +1072,7 @@ def test_folding_leaves_the_function_as_it_was():
         assert removed > 15 and changed >= 2
 
 
+@pytest.mark.programs(160)
 def test_folding_kernels_that_are_joined_or_cut_to_a_triangle():
     """Expectation: outputs of the masked network, float64; two kernels side by side, of which one
     is used again where no bias is, so that both keep what is inactive.
