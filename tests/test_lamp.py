@@ -42,7 +42,9 @@ def test_definition_order_and_ties(weights):
     ours = np.asarray(score(weights))
     np.testing.assert_allclose(ours, definition(weights).astype(np.float64), rtol=1e-6)
     alive = np.abs(weights) > 0
-    assert len(set(ours[alive].tolist())) == alive.sum()  # equal weights score differently
+    squares = weights[alive].astype(np.float64) ** 2
+    if squares.min(initial=1) > 1e-5 * squares.sum():  # else float32 sums do not rise from one on
+        assert len(set(ours[alive].tolist())) == alive.sum()  # equal weights score differently
     for k in range(int(alive.sum()) + 1):
         np.testing.assert_array_equal(top_k(ours, k), top_k(jnp.abs(weights), k))
 
