@@ -414,6 +414,13 @@ def _torch_epoch(case: Case, start: Start, train: Callable) -> Callable[[int], n
     return epoch
 
 
+def way_of(case: Case, runs: int) -> Way:
+    """The fastest arrangement of PyTorch for so many runs."""
+    if not case.torch:
+        raise LookupError('not installed')
+    return case.torch[runs > 1]
+
+
 def torch_trials(settings, case: Case, notes: list[str]) -> dict[bool, Way]:
     """The fastest arrangement of PyTorch, for one run (False) and for several (True).
 
@@ -464,7 +471,7 @@ def measured(settings, case: Case, runs: int, peak: float, stop: float, rows: li
     makers = {
         'sweep': lambda: Contender(sweep(case, start)),
         'JAX': lambda: Contender(one_by_one(case, start)),
-        'PyTorch': lambda: pytorch(case, start, case.torch[runs > 1]),
+        'PyTorch': lambda: pytorch(case, start, way_of(case, runs)),
         'graphs': lambda: graphs(case, start),
     }
     contenders, left = {}, []
