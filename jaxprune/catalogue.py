@@ -90,10 +90,14 @@ def _methods() -> Iterator[Entry]:
 
 def _models() -> Iterator[Entry]:
     for name, entry in nn.MODELS.items():
-        snippet = f'[model]\n{_toml({"name": name, **entry.options})}'
-        if entry.min_side > 28:
-            snippet += '\n[data]\nname = "cifar10"'
+        snippet = _model_snippet(name, entry.options)
         yield Entry('model', name, entry.doc, entry.paper, entry.options, '', snippet)
+
+
+def _model_snippet(name: str, options: Mapping[str, Any]) -> str:
+    """A model with options, and images that are large enough for it."""
+    snippet = f'[model]\n{_toml({"name": name, **options})}'
+    return snippet + ('\n[data]\nname = "cifar10"' if nn.model(name).min_side > 28 else '')
 
 
 def _data() -> Iterator[Entry]:
@@ -196,8 +200,7 @@ def _option(where: str, name: str, option: Option, owners: Mapping[str, Any]) ->
     owner, value = next(iter(owners.items()))
     of = ', '.join(owners)
     if where == 'model':
-        snippet = f'[model]\n{_toml({"name": owner, name: value})}'
-        snippet += '\n[data]\nname = "cifar10"' if nn.MODELS[owner].min_side > 28 else ''
+        snippet = _model_snippet(owner, {name: value})
     else:
         more = method.METHODS[owner].example
         parts = [f'name = "{owner}"', *([more] if more else []), _toml({name: value})]

@@ -178,10 +178,10 @@ def _sweep(command: Sweep) -> None:
     use_all_cores()
     keep_compiled()
     spec = load_spec(command.spec, command.set)
-    out = default_out(spec) if command.out is None else store.directory(command.out)
+    out = default_out(spec) if command.out is None else Path(command.out)
     results = run_sweep(
         spec,
-        out,
+        command.out,
         data_dir=command.data_dir,
         progress=shown_on(sys.stderr),
         source=str(command.spec),

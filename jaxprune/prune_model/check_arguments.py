@@ -37,7 +37,9 @@ def types(params, model, model_state, init, loss, prunable, masks, key) -> None:
                 'the arrays, as by equinox.partition or flax.nnx.split'
             )
     if model_state is not None and not isinstance(model, Problem):
-        raise PruneError('model_state= is for a model that is a Problem, see jaxprune.linen')
+        raise PruneError(
+            'model_state= is for a model that is a Problem, see jaxprune.problem_from_flax'
+        )
     if model is not None and not callable(model) and not isinstance(model, Problem):
         raise PruneError(
             f'model must be a function (params, x) -> logits or a Problem, not {model!r}'

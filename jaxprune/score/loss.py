@@ -88,6 +88,8 @@ def one_input(batches: Batches | None, what: str) -> jax.ShapeDtypeStruct:
     """
     if batches is None:
         raise PruneError(f'{what} needs the shape of an input: pass batches (values unused)')
+    if isinstance(batches, Batch):  # nothing is cut out only to look at its shape
+        return jax.ShapeDtypeStruct(batches.x.shape[2:], batches.x.dtype)
     x = split(batches)[0].x
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
