@@ -8,11 +8,14 @@ from pathlib import Path
 import jax
 import pytest
 
+from jaxprune.cli import main
 from jaxprune.sweep.devices import processor
 
-# XLA's newer code generator takes twice as long to compile, and compiling is what tests wait for.
-# jax 0.12 has no other. JAXPRUNE_TEST_AS_USERS=1 compiles as users do.
-if jax.__version_info__[:2] == (0, 10) and not os.environ.get('JAXPRUNE_TEST_AS_USERS'):
+# Compiling is what tests wait for. With few optimisations it takes a third of the time; XLA's newer
+# code generator takes twice as long (jax 0.12 has no other). JAXPRUNE_TEST_AS_USERS=1 compiles as
+# users do.
+QUICK = not os.environ.get('JAXPRUNE_TEST_AS_USERS')
+if QUICK and jax.__version_info__[:2] == (0, 10):
     quick = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {quick}'
 
@@ -23,6 +26,7 @@ jax.config.update('jax_num_cpu_devices', 2)
 # holds all that it depends on, so a change of the code never meets an old program.
 COMPILED = Path(__file__).parents[1] / '.pytest_cache' / 'compiled' / processor()
 _OPTIONS = {
+    'jax_disable_most_optimizations': QUICK,
     'jax_compilation_cache_dir': str(COMPILED),
     'jax_persistent_cache_min_compile_time_secs': 0.0,
     'jax_persistent_cache_min_entry_size_bytes': -1,
@@ -76,15 +80,15 @@ def pytest_sessionfinish(session):
 
 
 @pytest.fixture(autouse=True)
-def quick_compilation(request):
-    """Compiles with few optimisations, three times as fast, but where a test is marked `optimised`.
+def optimised_compilation(request):
+    """Compiles as users do where a test is marked `optimised`: laws that hold bit for bit.
 
-    Results are the same up to rounding. Laws that hold bit for bit are tested on the programs that
-    users run.
+    Everything else compiles quickly; its results are the same up to rounding.
     """
-    jax.config.update('jax_disable_most_optimizations', 'optimised' not in request.keywords)
+    quick = QUICK and 'optimised' not in request.keywords
+    jax.config.update('jax_disable_most_optimizations', quick)
     yield
-    jax.config.update('jax_disable_most_optimizations', False)
+    jax.config.update('jax_disable_most_optimizations', QUICK)
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -92,3 +96,24 @@ def forgotten_programs():
     """Drops what a file compiled: by the end of a run it would fill gigabytes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the command line in this process; returns code, stdout, stderr."""
+    monkeypatch.setattr('jaxprune.sweep.use_all_cores', lambda: None)  # only before JAX wakes up
+
+    def run(*arguments):
+        code = main(list(map(str, arguments)))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def quick_trials(monkeypatch, tmp_path):
+    """Trials of strategies take a moment and are remembered in a directory of their own."""
+    monkeypatch.setattr('jaxprune.sweep.probe._SECONDS', 0.02)
+    monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path / 'cache'))
+    return tmp_path / 'cache'

@@ -21,10 +21,6 @@ from jaxprune.sweep.chunk import run_chunk
 from jaxprune.sweep.progress import ignored
 from jaxprune.sweep.strategy import Strategy
 
-#: Numbers are compared bit for bit, also with those of other processes.
-pytestmark = pytest.mark.optimised
-
-
 TABLE = {
     'name': 'saved',
     'model': {'name': 'mlp', 'widths': [16]},

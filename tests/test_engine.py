@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import polars as pl
 import pytest
+from fake_engine import make_fake_engine, nothing_trained
 from polars.testing import assert_frame_equal
 from sweeps import parts
 
@@ -20,7 +21,6 @@ from jaxprune.errors import JaxpruneError, SpecError, StoreError
 from jaxprune.sweep import make_plan, make_spec, store, sweep_plan
 from jaxprune.sweep.chunk_tables import Moment, curves_rows, flow_rows
 from jaxprune.sweep.devices import keep_compiled
-from jaxprune.sweep.engine import make_engine
 from jaxprune.sweep.grid import runs
 from jaxprune.sweep.observe import Recorded
 from jaxprune.sweep.probe import Measured, probe, remember, remembered
@@ -180,7 +180,7 @@ def _exhausted():
 
 def _failing_above(monkeypatch, most, devices=1):
     """Makes epochs run out of memory where more rows are trained at once on so many devices."""
-    real, error, made = make_engine, _exhausted(), []
+    real, error, made = make_fake_engine, _exhausted(), []
     assert 'RESOURCE_EXHAUSTED' in str(error)
 
     def engine(strategy, *args, **kwargs):
@@ -206,12 +206,12 @@ SIX = {
 }
 
 
-@pytest.mark.optimised
 def test_out_of_memory_halves_the_chunk_and_goes_on(tmp_path, monkeypatch):
     """Expectation: the sweep that never ran out, value for value; the plan tells the new size, and
     a finished sweep is not touched again. Steps are not counted twice.
     """
-    whole = jp.run_sweep(SIX, tmp_path / 'whole')
+    with nothing_trained():
+        whole = jp.run_sweep(SIX, tmp_path / 'whole')
     _failing_above(monkeypatch, most=2)
     notes, steps = [], []
 
@@ -434,12 +434,11 @@ def trials(spec, on_trial):
     return measure(spec, groups, make_plan(spec, groups=groups), on_trial)
 
 
-def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch):
+def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch, quick_trials):
     """Expectation: with the threshold at nothing any sweep is long: all ways are tried, reported,
     remembered, the plan takes one of them, the next plan knows it; not if [engine] says never, nor
     if it leaves no choice.
     """
-    monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path / 'cache'))
     monkeypatch.setattr('jaxprune.sweep.trials._WORTH_PROBING', 0.0)
     spec = make_spec(DENSE)
     for engine in ({'probe': 'never'}, {'batching': 'map', 'devices': 1}):
@@ -466,9 +465,8 @@ def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch):
     assert other['chosen'] == 'forced' and other['strategy']['stepping'] == 'host'
 
 
-def test_trying_stops_when_it_costs_too_much(tmp_path, monkeypatch):
+def test_trying_stops_when_it_costs_too_much(quick_trials):
     """Expectation: of a sweep of one step, a tenth is over after the first trial."""
-    monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path))
     spec = make_spec(DENSE)
     tried = [Strategy(b, 'scan', 'native', 1) for b in ('map', 'vmap')]
     assert len(probe(spec, runs(spec)[0], tried, run_steps=1)) == 1
@@ -506,6 +504,7 @@ def rewritten(out, change):
     store.results_path(out, table['chunks'][-1]['id']).unlink()
 
 
+@nothing_trained()
 def test_a_sweep_goes_on_on_a_machine_with_other_devices(tmp_path):
     """Expectation: this machine's strategy, the same chunks, the same values."""
     before = jp.run_sweep(DENSE, tmp_path)
@@ -565,6 +564,7 @@ def test_a_run_with_broken_scores_has_no_quantities():
     assert rows[0][3] == 1.0 and np.isnan(rows[1][3])
 
 
+@nothing_trained()
 def test_files_in_the_way_are_errors_of_one_line(tmp_path):
     """Expectation: a StoreError; timing, on which nothing depends, is left out where it is broken,
     and a broken curves file takes its results along when it is made anew.
@@ -595,11 +595,10 @@ def test_files_in_the_way_are_errors_of_one_line(tmp_path):
         assert store.is_locked(out)
 
 
-def test_what_is_remembered_adds_up(tmp_path, monkeypatch):
+def test_what_is_remembered_adds_up(monkeypatch, quick_trials):
     """Expectation: trials under a forced [engine] do not stand for the others; rows that no version
     wrote are no rows; two devices may share a run although one alone was fastest.
     """
-    monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path))
     monkeypatch.setattr('jaxprune.sweep.trials._WORTH_PROBING', 0.0)
     spec = make_spec({**DENSE, 'train': {**DENSE['train'], 'epochs': 10**6}})
     run = runs(spec)[0]
@@ -614,13 +613,13 @@ def test_what_is_remembered_adds_up(tmp_path, monkeypatch):
     trials(spec, lambda found: tried.append(found.strategy))
     assert tried and fast.strategy not in tried
     assert {m.strategy for m in remembered(spec, run)} == {*tried, fast.strategy, slow.strategy}
-    key = next(iter(json.loads((tmp_path / 'probes.json').read_text())))
+    key = next(iter(json.loads((quick_trials / 'probes.json').read_text())))
     for row in (
         [],
         [['bogus', 'scan', 'native', 2, 1], 0.1, 1, 1, ''],
         [['map', 'scan', 'native', '2', 1], 0.1, 1, 1, ''],
         [['map'], 0.1],
     ):
-        (tmp_path / 'probes.json').write_text(json.dumps({key: [row]}))
+        (quick_trials / 'probes.json').write_text(json.dumps({key: [row]}))
         assert remembered(spec, run) == []
         assert make_plan(spec)['programs'][0]['chosen'] == 'usual'

@@ -349,7 +349,6 @@ def by_hand(program, key, hyper, data, share):
     return params, masks
 
 
-@pytest.mark.optimised
 def test_tpp_in_a_sweep_is_the_published_algorithm():
     """Expectation: the algorithm written out above, weights after all four epochs; and that two
     strengths share one program."""

@@ -18,10 +18,6 @@ from polars.testing import assert_frame_equal
 
 from jaxprune.sweep import store
 
-#: Numbers are compared bit for bit, also with those of other processes.
-pytestmark = pytest.mark.optimised
-
-
 COMMAND = [sys.executable, '-c', 'import sys; from jaxprune.cli import main; sys.exit(main())']
 TABLE = {
     'name': 'killed',

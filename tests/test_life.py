@@ -20,9 +20,6 @@ from jaxprune.sweep.device_data import device_data, examples_of
 from jaxprune.sweep.program import hyper_of, make_program, method_numbers
 from jaxprune.sweep.strategy import Strategy
 
-#: Numbers are compared bit for bit.
-pytestmark = pytest.mark.optimised
-
 ONE = Strategy('map', 'scan', 'native', 1)
 TABLE = {
     'name': 'life',

@@ -1,6 +1,7 @@
 """Strategies: the same runs whatever way they are laid out, and which way is taken."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -17,7 +18,7 @@ from jaxprune.errors import SpecError
 from jaxprune.sweep import make_plan, make_spec
 from jaxprune.sweep.grid import runs
 from jaxprune.sweep.layout import MOST_LENGTHS, call_lengths, calls_of
-from jaxprune.sweep.probe import cache_file, probe, remember, remembered
+from jaxprune.sweep.probe import _Trial, cache_file, probe, remember, remembered
 from jaxprune.sweep.strategy import Strategy, candidates, usual
 
 TABLE = {
@@ -65,7 +66,6 @@ def trained(strategy, steps_per_call=0):
     return packed, losses, evaluated, info, kept
 
 
-@pytest.mark.optimised
 @pytest.mark.parametrize(('strategy', 'steps'), OTHERS, ids=str)
 def test_all_strategies_train_the_same(strategy, steps):
     """Expectation: runs one after another, convolved by XLA, stepped from the host."""
@@ -149,11 +149,10 @@ DENSE = {
 }
 
 
-def test_probing_finds_a_strategy_and_remembers_it(tmp_path, monkeypatch):
+def test_probing_finds_a_strategy_and_remembers_it(quick_trials):
     """Expectation: sorted by time, a failure last with its reason; the plan takes the first, also
     after a restart, but not for another program; a broken cache is no mistake.
     """
-    monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path / 'cache'))
     spec = make_spec(DENSE)
     run = runs(spec)[0]
     tried = [
@@ -179,9 +178,29 @@ def test_probing_finds_a_strategy_and_remembers_it(tmp_path, monkeypatch):
     assert remembered(spec, run) == found[:2]
 
 
-def test_plan_probes_on_request(tmp_path, monkeypatch, capsys):
+def test_a_machine_that_slows_down_misleads_no_trial(monkeypatch):
+    """Expectation: by hand: the second way takes 0.8 of the first one's time whatever the machine
+    does; it halves its speed between the two trials. One way fails beside another, not alone."""
+    spec = make_spec(DENSE)
+    speed, begun = iter(itertools.chain([1.0], itertools.repeat(0.5))), []
+    work = {'map': 1.0, 'vmap': 0.8, 'unroll': 3.0}
+
+    def begin(spec, run, strategy):
+        begun.append(strategy.batching)
+        if begun[-2:] == ['vmap', 'unroll']:
+            raise MemoryError('no room for two')
+        return _Trial(lambda: work[strategy.batching] / next(speed), 0.1, 1.0)
+
+    monkeypatch.setattr('jaxprune.sweep.probe._begun', begin)
+    monkeypatch.setattr('jaxprune.sweep.probe._SECONDS', 0.0)
+    tried = [Strategy(batching, 'scan', 'native', 1) for batching in work]
+    found = {m.strategy.batching: m for m in probe(spec, runs(spec)[0], tried)}
+    assert found['map'].seconds == 1.0 and found['vmap'].seconds == 0.8
+    assert found['unroll'].seconds == 6.0 and not found['unroll'].error
+
+
+def test_plan_probes_on_request(tmp_path, quick_trials, capsys):
     """Expectation: a table of all candidates, then the plan with one of them."""
-    monkeypatch.setenv('JAXPRUNE_CACHE_DIR', str(tmp_path))
     file = tmp_path / 'spec.toml'
     file.write_text(tomli_w.dumps(DENSE))
     assert main(['plan', str(file), '--probe']) == 0

@@ -23,15 +23,11 @@ from polars.testing import assert_frame_equal
 from rich.console import Console
 
 import jaxprune as jp
-from jaxprune import cli, plan, report
-from jaxprune.errors import StoreError
+from jaxprune import plan, report
 from jaxprune.report import tables
 from jaxprune.report.terminal import summary_table
-from jaxprune.sweep import make_plan, make_spec, status, store, to_toml
+from jaxprune.sweep import make_plan, make_spec, store, to_toml
 from jaxprune.sweep.load import spec_hash
-
-#: Numbers are compared bit for bit, also with those of other processes.
-pytestmark = pytest.mark.optimised
 
 ROOT = Path(__file__).parents[1]
 TABLE = {
@@ -71,19 +67,6 @@ def finished(tmp_path_factory):
 def copied(finished, tmp_path):
     """A copy of the finished sweep, to be broken."""
     return Path(shutil.copytree(finished[0], tmp_path / 'copy'))
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs the command line in this process; returns code, stdout, stderr."""
-    monkeypatch.setattr('jaxprune.sweep.use_all_cores', lambda: None)  # only before JAX wakes up
-
-    def run(*arguments):
-        code = cli.main(list(map(str, arguments)))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def ordered(frame):
@@ -304,179 +287,6 @@ def test_values_are_independent_of_the_number_of_devices(tmp_path):
         assert_frame_equal(frames[0], other, check_exact=True)
 
 
-# Stopping and going on
-
-
-def test_resume_runs_only_what_is_missing(finished, copied):
-    out, results = finished
-    times = {p: p.stat().st_mtime_ns for p in copied.glob('*/*.parquet')}
-    chunks = store.chunk_ids(copied)
-    gone = chunks[1::2]
-    for chunk in gone:
-        store.results_path(copied, chunk).unlink()
-    store.layers_path(copied, gone[0]).unlink()
-    store.layers_path(copied, chunks[0]).unlink()  # half a chunk is no chunk
-    leftovers = [
-        copied / '.plan.json.4242.tmp',
-        store.results_path(copied, chunks[1]).with_name(f'.{chunks[1]}.parquet.4242.tmp'),
-        store.layers_path(copied, chunks[1]).with_name(f'.{chunks[1]}.parquet.4242.tmp'),
-    ]
-    for leftover in leftovers:
-        leftover.write_bytes(b'half a file')
-    foreign = copied / '.mine.tmp'
-    foreign.write_text('not ours')
-
-    before = status(copied)
-    assert before['chunks_finished'] == len(chunks) - len(gone) - 1
-    assert before['runs_finished'] < before['runs'] == 18
-    assert len(store.read_results(copied)) == 2 * before['runs_finished']
-
-    again = jp.run_sweep(TABLE, copied)
-    assert_frame_equal(again, results, check_exact=True)
-    assert_frame_equal(store.read_layers(copied), store.read_layers(out), check_exact=True)
-    for chunk in set(chunks) - set(gone) - {chunks[0]}:
-        for where in (store.results_path, store.layers_path):
-            path = where(copied, chunk)
-            assert path.stat().st_mtime_ns == times[path]
-    assert not any(leftover.exists() for leftover in leftovers)
-    assert foreign.exists()
-    after = status(copied)
-    assert after['runs_finished'] == after['runs'] == 18
-    assert after['sessions'] == 2 and not after['running']
-
-
-def test_finished_sweep_trains_nothing(finished, copied, monkeypatch):
-    monkeypatch.setattr('jaxprune.sweep.run.make_engine', None)
-    assert_frame_equal(jp.run_sweep(TABLE, copied), finished[1], check_exact=True)
-
-
-def test_order_of_keys_is_the_same_sweep(copied):
-    jp.run_sweep(dict(reversed(TABLE.items())), copied)
-
-
-@pytest.mark.parametrize('changes', [{'train__epochs': 3}, {'grid__seed': [0]}], ids=str)
-def test_other_specification_is_refused(copied, changes):
-    before = {p: p.read_bytes() for p in copied.rglob('*') if p.is_file()}
-    with pytest.raises(StoreError, match='holds another sweep'):
-        jp.run_sweep(changed(**changes), copied)
-    assert {p: p.read_bytes() for p in copied.rglob('*') if p.is_file()} == before
-
-
-BROKEN = {
-    'plan.json': ['', '{', '[]', '{}', 'null', b'\xff\xfe'],
-    'provenance.json': ['{', '{}'],
-    'results': [b'', b'PAR1', 'text'],
-    'layers': [b'', b'half'],
-}
-
-
-@pytest.mark.parametrize(
-    ('kind', 'content'), [(kind, c) for kind, contents in BROKEN.items() for c in contents], ids=str
-)
-def test_broken_file_is_named(copied, command, tmp_path, kind, content):
-    path = copied / kind
-    if path.is_dir():
-        path = sorted(path.iterdir())[0]
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    spec = tmp_path / 'spec.toml'
-    spec.write_text(tomli_w.dumps(TABLE))
-    for arguments in (['sweep', spec, '--out', copied], ['report', copied], ['status', copied]):
-        if arguments[0] == 'status' and kind in ('results', 'layers'):
-            code, out, _ = command(*arguments)  # it goes on with what can be read
-            assert code == 0 and f'broken: {path}: cannot be read' in out
-            assert '15/18 runs' in out and '5/6 finished' in out
-            continue
-        if arguments[0] == 'report' and kind == 'provenance.json':
-            continue
-        code, _, err = command(*arguments)
-        assert code == 2
-        line = err.splitlines()[-1]
-        assert line.startswith('jaxprune: ') and str(path) in line
-        assert 'Traceback' not in err
-
-
-@pytest.mark.parametrize('part', [0.1, 0.5, 0.9])
-def test_truncated_parquet_is_named_and_can_be_mended(finished, copied, part):
-    path = sorted((copied / 'results').iterdir())[-1]
-    content = path.read_bytes()
-    path.write_bytes(content[: int(part * len(content))])
-    with pytest.raises(StoreError, match=f'{path.name}: cannot be read .* delete it'):
-        store.read_results(copied)
-    path.unlink()
-    if part == 0.5:
-        assert_frame_equal(jp.run_sweep(TABLE, copied), finished[1], check_exact=True)
-
-
-def test_other_programs_are_refused(copied):
-    """Expectation: a plan whose programs this version would not make has another origin."""
-    table = json.loads((copied / 'plan.json').read_text())
-    table['programs'][0]['id'] = 'other'
-    (copied / 'plan.json').write_text(json.dumps(table))
-    with pytest.raises(StoreError, match='another version'):
-        jp.run_sweep(TABLE, copied)
-
-
-def test_other_format_is_refused(copied):
-    table = json.loads((copied / 'plan.json').read_text())
-    (copied / 'plan.json').write_text(json.dumps({**table, 'format': 0}))
-    with pytest.raises(StoreError, match='holds a sweep of format 0, and this version'):
-        jp.run_sweep(TABLE, copied)
-
-
-def test_one_process_at_a_time(copied, command, tmp_path):
-    spec = tmp_path / 'spec.toml'
-    spec.write_text(tomli_w.dumps(TABLE))
-    with store.locked(copied):
-        code, out, err = command('sweep', spec, '--out', copied)
-        assert (code, out) == (2, '')
-        assert 'in use by another jaxprune process' in err
-        assert status(copied)['running']
-        assert 'running' in command('status', copied)[1]
-    assert not status(copied)['running']
-
-
-def test_out_with_files_of_somebody_else_is_refused(tmp_path, command):
-    """Expectation: one line, and their report is still there; no name is no directory."""
-    spec, theirs = tmp_path / 'spec.toml', tmp_path / 'theirs'
-    spec.write_text(tomli_w.dumps(TABLE))
-    theirs.mkdir()
-    (theirs / 'report.html').write_text('a year of work')
-    for out, says in ((theirs, "there is 'report.html'"), ('', 'needs a name'), (' ', 'a name')):
-        code, stdout, err = command('sweep', spec, '--out', out)
-        assert (code, stdout) == (2, '') and err.count('\n') == 1 and says in err
-    assert [p.name for p in theirs.iterdir()] == ['report.html']
-    assert (theirs / 'report.html').read_text() == 'a year of work'
-
-
-def test_a_directory_of_a_sweep_that_was_killed_early_is_taken(tmp_path):
-    """Expectation: what is written before the plan does not stand in the way."""
-    out = tmp_path / 'out'
-    out.mkdir()
-    for name in ('.lock', 'provenance.json', 'spec.toml', '.plan.json.123.tmp'):
-        (out / name).write_text('')
-    assert store.directory(out) == out
-
-
-def test_status_counts_what_a_checkpoint_holds(copied, command):
-    """Expectation: by hand: a chunk of three runs, saved after 2 of its 6 steps."""
-    chunk = store.chunk_ids(copied)[-1]
-    store.results_path(copied, chunk).unlink()
-    (copied / 'checkpoints' / chunk / '2').mkdir(parents=True)
-    (copied / 'checkpoints' / chunk / '4.orbax-checkpoint-tmp').mkdir()  # never finished
-    steps = store.read_plan(copied)['programs'][0]['steps']
-    out = command('status', copied)[1]
-    assert f'chunk {chunk}, 3 runs: saved after 2 of {steps} steps' in out
-
-
-def test_out_that_is_a_file(tmp_path, command):
-    spec = tmp_path / 'spec.toml'
-    spec.write_text(tomli_w.dumps(TABLE))
-    for out in (spec, spec / 'deeper'):
-        code, stdout, err = command('sweep', spec, '--out', out)
-        assert (code, stdout) == (2, '') and err.count('\n') == 1
-        assert f'{out}: cannot be made a directory' in err
-
-
 # What is written beside the tables
 
 
@@ -507,21 +317,6 @@ def test_plan_and_provenance(finished):
     assert not list(out.rglob('*.tmp'))
 
 
-@pytest.mark.parametrize('name', ['lr[0.1]', 'a*b?', '{x}', 'with space', 'Größe'])
-def test_any_directory_name(finished, tmp_path, name):
-    out = shutil.copytree(finished[0], tmp_path / name)
-    assert_frame_equal(jp.run_sweep(TABLE, out), finished[1], check_exact=True)
-    if name in ('lr[0.1]', 'Größe'):  # one that is a pattern, one that is not ASCII
-        assert report.write(out).exists()
-
-
-def test_default_directory(tmp_path, monkeypatch, finished):
-    monkeypatch.chdir(tmp_path)
-    Path('runs').mkdir()
-    shutil.copytree(finished[0], f'runs/tiny-{spec_hash(make_spec(TABLE))}')
-    assert_frame_equal(jp.run_sweep(TABLE), finished[1], check_exact=True)
-
-
 # The terminal
 
 
@@ -545,14 +340,6 @@ def test_command_line_sweep(finished, tmp_path, command):
     code, stdout, stderr = command('status', out)
     assert code == 0 and stderr == ''
     assert 'tiny: 18/18 runs, not running' in stdout and 'report.html' in stdout
-
-
-def test_report_of_half_a_sweep(copied, command):
-    for chunk in store.chunk_ids(copied)[1:]:
-        store.results_path(copied, chunk).unlink()
-    code, _, _ = command('report', copied)
-    assert code == 0 and (copied / 'report.html').exists()
-    assert '3/18 runs' in command('status', copied)[1]
 
 
 def test_diverged_runs_are_stored_and_reported(tmp_path):
@@ -668,28 +455,6 @@ def test_broken_scores_fail_their_run_and_no_other(tmp_path, capsys):
     assert good['test_accuracy'].is_finite().all()
     assert all('NaN or infinite' in error for error in bad['error'])
     assert bad.select('train_loss', 'test_loss', 'test_accuracy').unpivot()['value'].is_nan().all()
-
-
-def test_engine_settings_may_change_between_sessions(tmp_path):
-    """[engine] is no part of a sweep's identity: finished chunks stay, the rest is cut anew."""
-    table = {
-        'name': 'recut',
-        'model': {'name': 'mlp', 'widths': [8]},
-        'data': {'name': 'mnist_small', 'train_examples': 200, 'test_examples': 100},
-        'train': {'epochs': 1, 'batch_size': 50},
-        'grid': {'method': ['magnitude'], 'compression': [1, 2, 4], 'seed': [0, 1]},
-        'engine': {'chunk': 4, 'batching': 'map'},
-    }
-    out = tmp_path / 'out'
-    whole = jp.run_sweep(table, out)
-    first, second = store.chunk_ids(out)
-    store.results_path(out, second).unlink()
-    written = store.results_path(out, first).stat().st_mtime_ns
-    again = jp.run_sweep({**table, 'engine': {'chunk': 1, 'batching': 'map'}}, out)
-    assert again.sort('run_id').equals(whole.sort('run_id'))
-    assert store.results_path(out, first).stat().st_mtime_ns == written
-    assert len(store.chunk_ids(out)) == 3  # four runs as they were, then one and one
-    assert store.read_layers(out)['run_id'].n_unique() == 6
 
 
 def test_a_sweep_that_looks_at_no_data_needs_none(tmp_path):

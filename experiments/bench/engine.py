@@ -231,14 +231,19 @@ def prepare(settings, name: str, stop: float, notes: list[str]) -> Case:
     flops = float((step.cost_analysis() or {}).get('flops', math.nan))
     strategy = usual(program.convolves, jax.default_backend(), jax.local_device_count())
     if not settings.no_probe:
-        found, began = [], time.monotonic()
-        for tried in possible(spec, program.convolves):
-            if found and time.monotonic() - began > 0.25 * (stop - began):
-                notes.append(f'{name}: {tried} and those after it were not tried, no time')
-                break
-            found += probe(spec, run, [tried])
-            notes.append(f'{name}: {trial_line(found[-1])}')
-        strategy = min(found, key=lambda measured: measured.seconds).strategy
+        began = time.monotonic()
+
+        def in_time():
+            for number, tried in enumerate(possible(spec, program.convolves)):
+                if number and time.monotonic() - began > 0.25 * (stop - began):
+                    notes.append(f'{name}: {tried} and those after it were not tried, no time')
+                    return
+                yield tried
+
+        def note(measured):
+            notes.append(f'{name}: {trial_line(measured)}')
+
+        strategy = probe(spec, run, in_time(), on_trial=note)[0].strategy
     case = Case(name, spec, program, noise(spec), flops, strategy, {})
     if settings.recording or importlib.util.find_spec('torch') is None:
         return case

@@ -1,8 +1,9 @@
 """Which strategy is fastest here: a short timed trial of each on the real shapes.
 
 A trial trains synthetic pictures with a program's own network, optimizer and batch size, a few
-runs per device, for about a second. What was measured is kept on disk, by program, machine and
-versions, so the next sweep of the same kind need not measure again.
+runs per device, for about a second. It takes turns with the fastest trial before it, because a
+machine may run at half its speed a minute later. What was measured is kept on disk, by program,
+machine and versions, so the next sweep of the same kind need not measure again.
 """
 
 import importlib.metadata
@@ -11,7 +12,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,8 @@ class Measured(NamedTuple):
 
     Attributes:
       strategy: what was tried.
-      seconds: per step of one run, infinite if it failed.
+      seconds: per step of one run, infinite if it failed; at the speed that the machine had
+        during the first trial.
       compile_seconds: for tracing and compiling.
       bytes_per_run: memory that a run more takes, data aside.
       error: why it failed, or ''.
@@ -65,7 +67,7 @@ class Measured(NamedTuple):
 def probe(
     spec: SweepSpec,
     run: Run,
-    strategies: Sequence[Strategy],
+    strategies: Iterable[Strategy],
     *,
     run_steps: float = math.inf,
     known: Sequence[Measured] = (),
@@ -82,15 +84,22 @@ def probe(
       on_trial: called after each trial.
     """
     found, began = [], time.perf_counter()
+    fastest: tuple[_Trial, float] | None = None
     for strategy in strategies:
         worked = [m for m in (*known, *found) if not m.error]
         if worked:
-            next_one = statistics.mean(m.compile_seconds for m in worked) + _SECONDS
+            next_one = statistics.mean(m.compile_seconds for m in worked) + 2 * _SECONDS
             spent = time.perf_counter() - began + next_one
             if spent > _SHARE * run_steps * min(m.seconds for m in worked):
                 break
-        found.append(_trial(spec, run, strategy))
-        on_trial(found[-1])
+        trial, measured = _tried(spec, run, strategy, fastest)
+        if measured.error and fastest is not None:  # perhaps there is no room for two
+            fastest = None
+            trial, measured = _tried(spec, run, strategy, None)
+        if trial and (fastest is None or measured.seconds < fastest[1]):
+            fastest = trial, measured.seconds
+        found.append(measured)
+        on_trial(measured)
     return sorted(found, key=lambda measured: measured.seconds)
 
 
@@ -108,14 +117,53 @@ def trial_line(measured: Measured) -> str:
     return f'tried {measured.strategy}: {1e3 * measured.seconds:.3g} ms per run and step'
 
 
-def _trial(spec: SweepSpec, run: Run, strategy: Strategy) -> Measured:
+class _Trial(NamedTuple):
+    """A strategy that is compiled and ready.
+
+    Attributes:
+      call: takes some steps; returns the seconds per step of one run.
+      compile_seconds: see `Measured`.
+      bytes_per_run: see `Measured`.
+    """
+
+    call: Callable[[], float]
+    compile_seconds: float
+    bytes_per_run: float
+
+
+def _tried(
+    spec: SweepSpec, run: Run, strategy: Strategy, fastest: tuple[_Trial, float] | None
+) -> tuple[_Trial | None, Measured]:
+    """A trial of a strategy, in turns with the fastest one so far and its seconds."""
     try:
-        return _measure(spec, run, strategy)
+        trial = _begun(spec, run, strategy)
+        if fastest is None:
+            [times] = _in_turns([trial.call])
+            seconds = statistics.median(times)
+        else:
+            before, times = _in_turns([fastest[0].call, trial.call])
+            ratios = [time / other for time, other in zip(times, before, strict=True)]
+            seconds = fastest[1] * statistics.median(ratios)
+        return trial, Measured(strategy, seconds, trial.compile_seconds, trial.bytes_per_run, '')
     except Exception as error:  # out of memory, or a shape that the way cannot do
-        return Measured(strategy, math.inf, math.nan, math.nan, first_line(error))
+        return None, Measured(strategy, math.inf, math.nan, math.nan, first_line(error))
 
 
-def _measure(spec: SweepSpec, run: Run, strategy: Strategy) -> Measured:
+def _in_turns(calls: Sequence[Callable[[], float]]) -> list[list[float]]:
+    """Calls each in turn until every one had its time: what each call returned, call by call."""
+    began = time.perf_counter()
+    warm = [call() for call in calls]
+    if time.perf_counter() - began > _SECONDS * len(calls):
+        return [[first] for first in warm]  # so slow that warming up makes no difference
+    times: list[list[float]] = [[] for _ in calls]
+    began = time.perf_counter()
+    while len(times[0]) < _CALLS or time.perf_counter() - began < _SECONDS * len(calls):
+        for call, mine in zip(calls, times, strict=True):
+            mine.append(call())
+    return times
+
+
+def _begun(spec: SweepSpec, run: Run, strategy: Strategy) -> _Trial:
     program = make_program(spec, run, strategy.convolution, strategy.batch_devices)
     mesh = mesh_of(strategy, jax.local_devices())
     places = mesh.shape['run']
@@ -132,19 +180,18 @@ def _measure(spec: SweepSpec, run: Run, strategy: Strategy) -> Measured:
     step = training(strategy, program.stages[False].step, mesh, length)
     step = step.lower(clock, start, on_device, *placed, states).compile()
     compiled = time.perf_counter() - before
-    times: list[float] = []
-    while len(times) <= _CALLS or sum(times[1:]) < _SECONDS:
+
+    def call() -> float:
+        nonlocal states
         before = time.perf_counter()
         states, loss = step(clock, start, on_device, *placed, states)
         jax.block_until_ready(loss)
-        times.append(time.perf_counter() - before)
-        if times[0] > _SECONDS:  # so slow that warming up makes no difference
-            break
-    seconds = statistics.median(times[1:] or times) / length / runs
+        return (time.perf_counter() - before) / length / runs
+
     whole = bytes_taken(step.memory_analysis())
     shared = sum(leaf.nbytes for leaf in jax.tree.leaves(on_device))
     per_run = max(whole - shared, 0) / (runs // places) if whole else math.nan
-    return Measured(strategy, seconds, compiled, per_run, '')
+    return _Trial(call, compiled, per_run)
 
 
 def _pictures(spec: SweepSpec, run: Run) -> DeviceData:
