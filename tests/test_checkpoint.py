@@ -3,6 +3,7 @@
 Every expectation is the same chunk run without interruption, compared value for value.
 """
 
+import functools
 import os
 import signal
 import subprocess
@@ -85,9 +86,15 @@ class Interrupt(Exception):
     pass
 
 
-@pytest.fixture(scope='module')
-def parts():
-    return group_of(TABLE, 'before')
+@functools.cache
+def made(label):
+    return group_of(TABLE, label)
+
+
+@functools.cache
+def engine(label, strategy):
+    """Shared by the cases, so that its programs are compiled once."""
+    return engine_of(*made(label), strategy)[0]
 
 
 def interrupted(after):
@@ -102,9 +109,10 @@ def interrupted(after):
     return ignored()._replace(steps=steps)
 
 
-def check_goes_on(spec, group, tmp_path, strategy, first, second, after):
+def check_goes_on(label, tmp_path, strategy, first, second, after):
     """A chunk that is stopped at the end of an epoch and goes on, against one that is not."""
-    engines = {n: engine_of(spec, group, strategy._replace(devices=n))[0] for n in {first, second}}
+    spec, group = made(label)
+    engines = {n: engine(label, strategy._replace(devices=n)) for n in {first, second}}
     program, members, count = group.program, group.runs, len(group.runs)
     expected = run_chunk(spec, program, engines[second], members, count)
     place = tmp_path / 'checkpoints' / 'chunk'
@@ -142,9 +150,9 @@ def check_goes_on(spec, group, tmp_path, strategy, first, second, after):
     ],
 )
 @pytest.mark.parametrize('after', [2, 3, 5])
-def test_a_chunk_goes_on_where_it_stopped(parts, tmp_path, strategy, first, second, after):
+def test_a_chunk_goes_on_where_it_stopped(tmp_path, strategy, first, second, after):
     """Runs on two devices, then on one: padding is no part of a checkpoint."""
-    check_goes_on(*parts, tmp_path, strategy, first, second, after)
+    check_goes_on('before', tmp_path, strategy, first, second, after)
 
 
 @pytest.mark.parametrize(
@@ -153,29 +161,27 @@ def test_a_chunk_goes_on_where_it_stopped(parts, tmp_path, strategy, first, seco
 )
 def test_a_method_goes_on_in_the_middle_of_its_life(tmp_path, label, after):
     """Between its first round and its last: what it carries, and the state to rewind to."""
-    spec, group = group_of(TABLE, label)
-    check_goes_on(spec, group, tmp_path, ONE, 1, 1, after)
+    check_goes_on(label, tmp_path, ONE, 1, 1, after)
 
 
-def test_nothing_is_saved_before_its_time_or_at_zero_minutes(parts, tmp_path):
-    spec, group = parts
-    (engine, program), members = engine_of(spec, group, ONE), group.runs
+def test_nothing_is_saved_before_its_time_or_at_zero_minutes(tmp_path):
+    spec, group = made('before')
+    members, one = group.runs, engine('before', ONE)
     for minutes in (0, 10):
-        run_chunk(
-            spec, program, engine, members, len(members), saved=checkpoint(tmp_path / 'c', minutes)
-        )
+        saved = checkpoint(tmp_path / 'c', minutes)
+        run_chunk(spec, group.program, one, members, len(members), saved=saved)
         assert not (tmp_path / 'c').exists()
 
 
-def test_a_broken_checkpoint_is_an_error_of_one_line(parts, tmp_path):
-    spec, group = parts
-    (engine, program), members = engine_of(spec, group, ONE), group.runs
+def test_a_broken_checkpoint_is_an_error_of_one_line(tmp_path):
+    spec, group = made('before')
+    program, members, one = group.program, group.runs, engine('before', ONE)
     place = tmp_path / 'c'
     with pytest.raises(Interrupt):
         run_chunk(
             spec,
             program,
-            engine,
+            one,
             members,
             len(members),
             shown=interrupted(2 * program.steps * len(members)),
@@ -185,7 +191,7 @@ def test_a_broken_checkpoint_is_an_error_of_one_line(parts, tmp_path):
         if file.is_file():
             file.write_bytes(b'broken')
     with pytest.raises(StoreError, match='delete it') as error:
-        run_chunk(spec, program, engine, members, len(members), saved=checkpoint(place, ALWAYS))
+        run_chunk(spec, program, one, members, len(members), saved=checkpoint(place, ALWAYS))
     assert '\n' not in str(error.value)
 
 

@@ -465,16 +465,17 @@ def test_any_density_is_met_exactly_and_nested(benches, how, allocation, name):
         chex.assert_trees_all_equal_shapes_and_dtypes(begun, done)
         return masks, again, info
 
-    transform = {
-        'plain': lambda f: f,
-        'jit': jax.jit,
-        'vmap': lambda f: (
-            lambda *args: jax.tree.map(
-                lambda leaf: leaf[1],
-                jax.jit(jax.vmap(f))(*jax.tree.map(lambda a: jnp.stack([a, a]), args)),
-            )
-        ),
-    }[how](two_events)
+    def second_of_two(f):
+        both = jax.jit(jax.vmap(f))
+
+        def called(*args):
+            twice = jax.tree.map(lambda a: jnp.stack([a, a]), args)
+            return jax.tree.map(lambda leaf: leaf[1], both(*twice))
+
+        return called
+
+    ways = {'plain': lambda f: f, 'jit': jax.jit, 'vmap': second_of_two}
+    transform = ways[how](two_events)
 
     @settings(max_examples=1 if how == 'plain' else 10, deadline=None, database=None)
     @given(st.floats(0.01, 1.0), st.floats(0.05, 1.0))

@@ -308,7 +308,6 @@ def test_batch_statistics_belong_to_their_run(strategy):
 # --- records along training ---------------------------------------------------------------------
 
 
-@pytest.mark.optimised
 def test_records_along_training(tmp_path):
     """Expectation: rows at step 0 of the network as it was pruned, at every third step of an epoch
     of ten and at its end; the last agrees with the epoch's own evaluation and mean loss; norms as
