@@ -1,7 +1,7 @@
 """Which strategy is fastest here: a short timed trial of each on the real shapes.
 
 A trial trains synthetic pictures with a program's own network, optimizer and batch size, a few
-runs per device, for about a second. It takes turns with the fastest trial before it, because a
+runs per device, for about half a second. It takes turns with the fastest trial before it, because a
 machine may run at half its speed a minute later. What was measured is kept on disk, by program,
 machine and versions, so the next sweep of the same kind need not measure again.
 """
@@ -33,12 +33,17 @@ from jaxprune.sweep.parse import plain
 from jaxprune.sweep.program import make_program
 from jaxprune.sweep.spec import SweepSpec
 from jaxprune.sweep.store import write_json
-from jaxprune.sweep.strategy import BATCHINGS, STEPPINGS, Strategy, candidates, forced
+from jaxprune.sweep.strategy import (
+    BATCHINGS,
+    STEPPINGS,
+    TRIAL_RUNS,
+    Strategy,
+    candidates,
+    forced,
+)
 
-#: Runs per device in a trial: enough to see what batching them brings.
-_RUNS = 4
 #: Seconds of a trial after compiling, and fewest calls.
-_SECONDS, _CALLS = 1.0, 3
+_SECONDS, _CALLS = 0.5, 3
 #: The part of a sweep's time that trying may take.
 _SHARE = 0.1
 #: Steps per call of a trial of 'scan'.
@@ -167,7 +172,7 @@ def _begun(spec: SweepSpec, run: Run, strategy: Strategy) -> _Trial:
     program = make_program(spec, run, strategy.convolution, strategy.batch_devices)
     mesh = mesh_of(strategy, jax.local_devices())
     places = mesh.shape['run']
-    runs = places * (1 if strategy.batching == 'unroll' else _RUNS)
+    runs = places * (1 if strategy.batching == 'unroll' else TRIAL_RUNS)
     length = 1 if strategy.stepping == 'host' else min(_STEPS, program.steps)
     on_device = jax.device_put(_pictures(spec, run), NamedSharding(mesh, P()))
     rows = stacked([run._replace(seed=seed) for seed in range(runs)])

@@ -13,11 +13,8 @@ from jaxprune.sweep.grid import DENSE, digest, event_program
 from jaxprune.sweep.groups import Group, groups_of
 from jaxprune.sweep.load import spec_hash
 from jaxprune.sweep.spec import FORMAT, SweepSpec
+from jaxprune.sweep.strategy import most_runs
 
-#: Most runs of a chunk, by batching: 'map' by memory and patience, 'vmap' the more the better,
-#: 'unroll' gains nothing from more than a few per device at a time.
-_MOST = {'map': 32, 'vmap': 1024}
-_MOST_UNROLLED = 2
 #: The part of a device's memory that the runs of a chunk may take by estimate; the compiler's own
 #: account is looked at before the first step.
 _ESTIMATE_SHARE = 0.5
@@ -119,7 +116,7 @@ def _chunk_size(spec: SweepSpec, group: Group, bytes_per_run: int) -> int:
     most = spec.engine.chunk
     if not most:
         fits = int(_ESTIMATE_SHARE * memory_limit() / bytes_per_run) * places
-        most = min(_MOST.get(group.strategy.batching, _MOST_UNROLLED * places), fits)
+        most = min(most_runs(group.strategy.batching, jax.default_backend()) * places, fits)
         most = max(most // places * places, places)  # more would be padding
     chunks = math.ceil(len(group.runs) / most)
     even = math.ceil(len(group.runs) / chunks)
