@@ -465,7 +465,7 @@ def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch, quick
 
 
 def test_trying_stops_when_it_costs_too_much(quick_trials):
-    """Expectation: of a sweep of one step, a tenth is over after the first trial."""
+    """Expectation: of a sweep of one step, the share is over after the first trial."""
     spec = make_spec(DENSE)
     tried = [Strategy(b, 'scan', 'native', 1) for b in ('map', 'vmap')]
     assert len(probe(spec, runs(spec)[0], tried, run_steps=1)) == 1

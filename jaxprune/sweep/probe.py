@@ -45,7 +45,7 @@ from jaxprune.sweep.strategy import (
 #: Seconds of a trial after compiling, and fewest calls.
 _SECONDS, _CALLS = 0.5, 3
 #: The part of a sweep's time that trying may take.
-_SHARE = 0.1
+_SHARE = 0.05
 #: Steps per call of a trial of 'scan'.
 _STEPS = 4
 
@@ -84,7 +84,7 @@ def probe(
       run: any run of the program.
       strategies: to be tried, see `possible`.
       run_steps: runs times steps to be trained. Another strategy is only tried while all trials
-        will foreseeably take less than a tenth of what they take by what is known so far.
+        will foreseeably take less than a twentieth of what they take by what is known so far.
       known: of earlier trials.
       on_trial: called after each trial.
     """
