@@ -26,6 +26,7 @@ SMALL = {
 }
 
 
+@pytest.mark.script
 def test_the_specifications_plan_what_the_study_says():
     """Expectation: 8 methods x 6 compressions x 3 seeds and 3 dense runs in one program; the two
     files alike but for what they say differs.

@@ -125,6 +125,7 @@ def masks_of(file: dict, prefix: str, shapes) -> dict[str, np.ndarray]:
     return {path: file[f'{prefix}/{path.split("/")[0]}'] != 0 for path in shapes}
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize('name', NETWORKS)
 def test_published_effective_masks(name):
     """Expectation: `effective_masks_synflow` of the authors' code, every bit of every mask.

@@ -47,6 +47,7 @@ def known(compressed: int, allocation: str):
     return table.RANDOM[compressed][table.LAYERWISE.index(allocation)]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     'compressions', [QUICK, pytest.param((10, 30, 300, 3000), marks=pytest.mark.slow)]
 )

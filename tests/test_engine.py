@@ -534,7 +534,9 @@ def test_settings_that_shape_no_chunk_leave_the_plan_alone(tmp_path, monkeypatch
         assert store.chunk_ids(tmp_path) == ids
 
 
-@pytest.mark.parametrize(('batching', 'devices', 'chunk'), [('unroll', 8, 16), ('map', 3, 48), ('vmap', 2, 8)])
+@pytest.mark.parametrize(
+    ('batching', 'devices', 'chunk'), [('unroll', 8, 16), ('map', 3, 48), ('vmap', 2, 8)]
+)
 def test_chunks_fill_the_devices(batching, devices, chunk):
     """Expectation: by hand: per device two unrolled runs, 16 mapped ones at most; no padding."""
     spec = make_spec({**DENSE, 'grid': {**DENSE['grid'], 'seed': list(range(300))}})

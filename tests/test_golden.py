@@ -415,6 +415,7 @@ def their_rounds(
     return {'*': np.array([their_count(d, c.total) for d in densities], np.int32)}
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ('name', 'k', 'rounds', 'over', 'key', 'how'),
     [
@@ -439,6 +440,7 @@ def test_synflow_rounds(name, k, rounds, over, key, how):
     assert_same_masks(masks, layers(c.file, f'mask_{key}'))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize('k', [2, 3])
 def test_synflow_rounds_without_biases(k):
     """Expectation: the file of the same network with all biases zero; its layer sums are equal."""
@@ -453,6 +455,7 @@ def test_synflow_rounds_without_biases(k):
     np.testing.assert_allclose(sums, reference['out/synflow_layer_sums_f64'], rtol=TOLERANCE)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(('name', 'k'), [('lenet300100', 2), ('convbn', 1), slow('resnet20_w4', 2)])
 def test_synflow_rounds_in_float32(name, k):
     """Expectation: the float64 masks, equal counts, at most 0.2 % of the kept weights swapped."""
@@ -499,6 +502,7 @@ def synflow_by_hand(c: Case, counts: np.ndarray) -> dict[str, np.ndarray]:
     return {f'{name}/kernel': mask for name, mask in zip(names, masks, strict=True)}
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ('rounds', 'over', 'key', 'swaps'),
     [(10, 'linear', 'linear10_c1e2_f64', 0), (100, 'exponential', 'iter100_c1e2_f64', 40)],

@@ -100,6 +100,7 @@ def close(found, expected, tolerance=1e-4) -> None:
     assert np.abs(np.asarray(found) - expected).max() <= tolerance * np.abs(expected).max()
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize('name', NETS)
 def test_spectra_before_and_after_pruning_and_orthogonalising(name):
     """Expectation: the authors' singular values at every ratio; ours on masks, theirs on networks

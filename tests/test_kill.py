@@ -18,6 +18,9 @@ from polars.testing import assert_frame_equal
 
 from jaxprune.sweep import store
 
+#: Every test starts processes.
+pytestmark = pytest.mark.script
+
 COMMAND = [sys.executable, '-c', 'import sys; from jaxprune.cli import main; sys.exit(main())']
 TABLE = {
     'name': 'killed',
@@ -148,7 +151,6 @@ def _kill_and_resume(sweep, uninterrupted, out, kills):
     _compare(out, uninterrupted)
 
 
-@pytest.mark.script
 def test_killed_sweep_ends_as_if_it_was_not(sweep, uninterrupted, tmp_path):
     _kill_and_resume(sweep, uninterrupted, tmp_path / 'out', kills=3)
 

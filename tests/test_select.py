@@ -140,6 +140,7 @@ def test_large(ties):
     assert mask[order].all()
 
 
+@pytest.mark.optimised
 def test_many_more_entries_than_float32_counts():
     """Expectation: the first k of 2**24 + 3 equal scores; a float32 sum of ones stops at 2**24."""
     size = 2**24 + 3

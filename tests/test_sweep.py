@@ -388,6 +388,7 @@ def on_terminal():
     return run
 
 
+@pytest.mark.script
 def test_bar_on_a_terminal(copied, tmp_path, on_terminal):
     (tmp_path / 'spec.toml').write_text(tomli_w.dumps(TABLE))
     for chunk in store.chunk_ids(copied)[:2]:
