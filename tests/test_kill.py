@@ -18,9 +18,6 @@ from polars.testing import assert_frame_equal
 
 from jaxprune.sweep import store
 
-#: Every test starts processes.
-pytestmark = pytest.mark.script
-
 COMMAND = [sys.executable, '-c', 'import sys; from jaxprune.cli import main; sys.exit(main())']
 TABLE = {
     'name': 'killed',
@@ -151,6 +148,7 @@ def _kill_and_resume(sweep, uninterrupted, out, kills):
     _compare(out, uninterrupted)
 
 
+@pytest.mark.script
 def test_killed_sweep_ends_as_if_it_was_not(sweep, uninterrupted, tmp_path):
     _kill_and_resume(sweep, uninterrupted, tmp_path / 'out', kills=3)
 
@@ -161,6 +159,7 @@ def test_killed_many_times(sweep, uninterrupted, tmp_path, attempt):
     _kill_and_resume(sweep, uninterrupted, tmp_path / 'out', kills=12)
 
 
+@pytest.mark.script
 def test_second_process_is_refused(sweep, uninterrupted, tmp_path):
     """While one works; when it is killed, the next may go on."""
     out = tmp_path / 'out'
