@@ -70,8 +70,8 @@ def mean_over_batches(fn: Callable[[Batch], PyTree], batches: Batches | None) ->
     separate = split(batches)
     sizes = [batch.x.shape[0] for batch in separate]
     unequal = len(set(sizes)) > 1
-    if len(separate) > 1:
-        fn = jax.jit(fn)  # traced once for all batches of a size
+    if len(separate) > 1 and isinstance(separate[0].x, jax.core.Tracer):
+        fn = jax.jit(fn)  # within a trace: traced once for all batches of a size
     total = None
     for batch, size in zip(separate, sizes, strict=True):
         value = fn(batch)

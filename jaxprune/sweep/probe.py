@@ -98,7 +98,7 @@ def probe(
             if spent > _SHARE * run_steps * min(m.seconds for m in worked):
                 break
         trial, measured = _tried(spec, run, strategy, fastest)
-        if measured.error and fastest is not None:  # perhaps there is no room for two
+        if 'RESOURCE_EXHAUSTED' in measured.error and fastest is not None:  # no room for two
             fastest = None
             trial, measured = _tried(spec, run, strategy, None)
         if trial and (fastest is None or measured.seconds < fastest[1]):
