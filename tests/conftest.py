@@ -117,6 +117,12 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the sweep that a file's fixture `finished` made, to be broken."""
+    return Path(shutil.copytree(finished[0], tmp_path / 'copy'))
+
+
+@pytest.fixture
 def quick_trials(monkeypatch, tmp_path):
     """Trials of strategies take a moment and are remembered in a directory of their own."""
     monkeypatch.setattr('jaxprune.sweep.probe._SECONDS', 0.02)

@@ -1,7 +1,7 @@
 """An engine that trains nothing, for tests of store, resuming and refusals.
 
-Its numbers depend on a run's key, its learning rate and the clock alone, as those of a real engine
-do; its masks keep as many weights as planned. Checkpoints are for real engines.
+Its numbers depend on a run's key, its learning rate, the weights kept and the clock alone, as those
+of a real engine do; its masks keep as many weights as planned. Checkpoints are for real engines.
 """
 
 import contextlib
@@ -23,10 +23,12 @@ class Fake(NamedTuple):
     kept: dict[str, np.ndarray]
 
 
-def drawn(rows, clock):
+def drawn(rows, clock, states):
     """A number in (0, 1) for each run."""
     seeds = np.asarray(jax.random.key_data(rows.keys), np.float64).sum(axis=1)
-    return np.modf(np.sin(seeds + 1e3 * rows.hyper.learning_rate + clock) * 1e4)[0] ** 2
+    kept = sum(place * leaf for place, leaf in enumerate(states.kept.values(), 1))
+    mixed = np.sin(seeds + 1e3 * rows.hyper.learning_rate + np.sqrt(2) * kept + clock)
+    return np.modf(mixed * 1e4)[0] ** 2
 
 
 def shared(total, sizes):
@@ -46,7 +48,7 @@ def make_fake_engine(strategy, program, data, devices, steps_per_call=0):
 
     def advance(start, stop, rows, states, *, hooked=False, on_steps=lambda steps: None):
         on_steps((stop - start) * len(rows.keys))
-        losses = [drawn(rows, clock) for clock in range(start, stop)]
+        losses = [drawn(rows, clock, states) for clock in range(start, stop)]
         return states, np.stack(losses, axis=1).astype(np.float32)
 
     def prune(rows, call, states):
@@ -63,7 +65,7 @@ def make_fake_engine(strategy, program, data, devices, steps_per_call=0):
         return Fake(kept), PruneInfo(info, nothing, something)
 
     def evaluate(clock, rows, states, hooked=False):
-        return drawn(rows, clock + 0.5), drawn(rows, clock + 0.25)
+        return drawn(rows, clock + 0.5, states), drawn(rows, clock + 0.25, states)
 
     def record(clock, rows, states, hooked=False):
         return lambda: Recorded(evaluate(clock, rows, states), {})

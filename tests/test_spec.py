@@ -11,7 +11,6 @@ from changed_table import changed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxprune import cli
 from jaxprune.errors import JaxpruneError, SpecError, shown
 from jaxprune.sweep import load_spec, make_plan, make_spec, to_toml
 from jaxprune.sweep.grid import runs
@@ -288,17 +287,10 @@ def test_arguments_of_a_swept_optimizer():
 
 
 @pytest.fixture
-def command(monkeypatch, tmp_path, capsys):
-    """Runs the command line in an empty directory; returns code, stdout, stderr."""
-    monkeypatch.setattr('jaxprune.sweep.use_all_cores', lambda: None)  # only before JAX wakes up
+def command(command, monkeypatch, tmp_path):
+    """The command line in an empty directory."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        code = cli.main(list(map(str, arguments)))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    return command
 
 
 FILES = {

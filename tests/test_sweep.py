@@ -8,7 +8,6 @@ import os
 import pty
 import re
 import resource
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,12 +60,6 @@ def finished(tmp_path_factory):
     """A finished sweep: its directory, never changed by a test, and what `run_sweep` returned."""
     out = tmp_path_factory.mktemp('sweep') / 'out'
     return out, jp.run_sweep(TABLE, out)
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    """A copy of the finished sweep, to be broken."""
-    return Path(shutil.copytree(finished[0], tmp_path / 'copy'))
 
 
 def ordered(frame):
