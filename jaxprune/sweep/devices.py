@@ -61,3 +61,8 @@ def memory_limit() -> int:
     if 'bytes_limit' in stats:
         return stats['bytes_limit']
     return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // jax.local_device_count()
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Was more memory asked for than there is, by JAX or by Python?"""
+    return isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxprune import data, nn
 from jaxprune.errors import StoreError, first_line
 from jaxprune.sweep.device_data import DeviceData
-from jaxprune.sweep.devices import cache_directory
+from jaxprune.sweep.devices import cache_directory, out_of_memory
 from jaxprune.sweep.engine import stacked
 from jaxprune.sweep.grid import Run, digest, train_settings
 from jaxprune.sweep.layout import bytes_taken, jitted, mesh_of, training
@@ -56,7 +56,7 @@ class Measured(NamedTuple):
     Attributes:
       strategy: what was tried.
       seconds: per step of one run, infinite if it failed; at the speed that the machine had
-        during the first trial.
+        during the first trial of its session.
       compile_seconds: for tracing and compiling.
       bytes_per_run: memory that a run more takes, data aside.
       error: why it failed, or ''.
@@ -97,10 +97,11 @@ def probe(
             spent = time.perf_counter() - began + next_one
             if spent > _SHARE * run_steps * min(m.seconds for m in worked):
                 break
-        trial, measured = _tried(spec, run, strategy, fastest)
-        if 'RESOURCE_EXHAUSTED' in measured.error and fastest is not None:  # no room for two
+        tried = _tried(spec, run, strategy, fastest)
+        if tried is None:
             fastest = None
-            trial, measured = _tried(spec, run, strategy, None)
+            tried = _tried(spec, run, strategy, None)
+        trial, measured = tried
         if trial and (fastest is None or measured.seconds < fastest[1]):
             fastest = trial, measured.seconds
         found.append(measured)
@@ -138,8 +139,11 @@ class _Trial(NamedTuple):
 
 def _tried(
     spec: SweepSpec, run: Run, strategy: Strategy, fastest: tuple[_Trial, float] | None
-) -> tuple[_Trial | None, Measured]:
-    """A trial of a strategy, in turns with the fastest one so far and its seconds."""
+) -> tuple[_Trial | None, Measured] | None:
+    """A trial of a strategy, in turns with the fastest one so far and its seconds.
+
+    None where memory has no room for both; no trial where the strategy failed.
+    """
     try:
         trial = _begun(spec, run, strategy)
         if fastest is None:
@@ -151,6 +155,8 @@ def _tried(
             seconds = fastest[1] * statistics.median(ratios)
         return trial, Measured(strategy, seconds, trial.compile_seconds, trial.bytes_per_run, '')
     except Exception as error:  # out of memory, or a shape that the way cannot do
+        if fastest is not None and out_of_memory(error):
+            return None
         return None, Measured(strategy, math.inf, math.nan, math.nan, first_line(error))
 
 

@@ -17,7 +17,7 @@ from jaxprune.sweep import store
 from jaxprune.sweep.checkpoint import checkpoint
 from jaxprune.sweep.chunk import rows_of, run_chunk
 from jaxprune.sweep.device_data import device_data
-from jaxprune.sweep.devices import memory_limit
+from jaxprune.sweep.devices import memory_limit, out_of_memory
 from jaxprune.sweep.engine import Engine, make_engine
 from jaxprune.sweep.grid import Run, representative, runs
 from jaxprune.sweep.groups import Group, chosen_anew
@@ -230,7 +230,7 @@ def _run_chunks(
             )
             made.timing['compile'] += compiling
         except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             current = None
             undo()
@@ -304,10 +304,6 @@ def _engine(
     if needed > limit:
         raise MemoryError(f'{needed / 1e9:.3g} GB are needed where {limit / 1e9:.3g} GB are left')
     return program, engine
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)
 
 
 def _smaller(planned: dict[str, Any], reason: str) -> dict[str, Any]:
