@@ -190,6 +190,13 @@ def scorer(name: str, score: str):
     return jax.jit(SCORES[score][0](case(name).problem))
 
 
+@functools.cache
+def updater(name: str, method: str):
+    """A method by name, one round; the original's modes are asked for by name. Compiled once."""
+    batch_norm = 'eval' if method in ('snip', 'grasp') else None
+    return jax.jit(jp.get_pruner(case(name).problem, method, batch_norm=batch_norm).update)
+
+
 global_top_k, layerwise_top_k = jax.jit(jp.global_top_k), jax.jit(jp.layerwise_top_k)
 
 
@@ -349,14 +356,14 @@ def test_layerwise_masks(name, score):
     assert_same_masks(masks, layers(c.file, f'mask_{score}_local_c1e1'))
 
 
+@pytest.mark.optimised  # programs that iterated SNIP and GraSP use again
 @pytest.mark.parametrize('method', ['magnitude', 'snip', 'grasp', 'synflow'])
 def test_methods_by_name(method):
-    """Expectation: as above, through the registry; the original's modes are asked for by name."""
+    """Expectation: as above, through the registry."""
     c = case('convbn')
     short = {'magnitude': 'mag'}.get(method, method)
-    batch_norm = 'eval' if method in ('snip', 'grasp') else None
-    pruner = jp.get_pruner(c.problem, method, batch_norm=batch_norm)
-    _, masks, _ = jax.jit(pruner.update)(KEY, (), c.view, their_global_counts(c, 0.1), c.batches())
+    update = updater('convbn', method)
+    _, masks, _ = update(KEY, (), c.view, their_global_counts(c, 0.1), c.batches())
     assert_same_masks(masks, layers(c.file, f'mask_{short}_global_c1e1'))
 
 
@@ -419,11 +426,11 @@ def their_rounds(
 @pytest.mark.parametrize(
     ('name', 'k', 'rounds', 'over', 'key', 'how'),
     [
-        ('lenet300100', 2, 100, 'exponential', 'synflow_iter100_c1e2_f64', 'loop'),
+        slow('lenet300100', 2, 100, 'exponential', 'synflow_iter100_c1e2_f64', 'loop'),
         ('lenet300100', 2, 100, 'exponential', 'synflow_iter100_c1e2_f64', 'scan'),
         ('lenet300100', 3, 100, 'exponential', 'synflow_iter100_c1e3_f64', 'scan'),
         ('lenet300100', 2, 10, 'linear', 'synflow_linear10_c1e2_f64', 'loop'),
-        ('convbn', 1, 100, 'exponential', 'synflow_iter100_c1e1_f64', 'loop'),
+        slow('convbn', 1, 100, 'exponential', 'synflow_iter100_c1e1_f64', 'loop'),
         ('convbn', 1, 100, 'exponential', 'synflow_iter100_c1e1_f64', 'scan'),
         ('convbn', 2, 100, 'exponential', 'synflow_iter100_c1e2_f64', 'scan'),
         ('convbn', 2, 10, 'linear', 'synflow_linear10_c1e2_f64', 'loop'),
@@ -494,8 +501,9 @@ def synflow_by_hand(c: Case, counts: np.ndarray) -> dict[str, np.ndarray]:
             scores.insert(0, flow[:, None] * w * back)
             back = w @ back
         flat = np.concatenate([s.reshape(-1) for s in scores])
-        keep = np.zeros(flat.size, bool)
-        keep[np.argsort(-flat, kind='stable')[:count]] = True
+        least = np.partition(flat, flat.size - count)[flat.size - count]
+        keep = flat > least
+        keep[np.flatnonzero(flat == least)[: count - keep.sum()]] = True  # of ties the first
         pieces = np.split(keep, np.cumsum([w.size for w in weights])[:-1])
         masks = [p.reshape(w.shape) for p, w in zip(pieces, weights, strict=True)]
         weights = [w * m for w, m in zip(weights, masks, strict=True)]
@@ -545,6 +553,7 @@ def authors_scorer(name: str):
     return jax.jit(score)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize('temperature', [200, 1])
 @pytest.mark.parametrize('name', ['lenet300100', 'convbn'])
 def test_grasp_of_its_authors(name, temperature):
@@ -574,6 +583,7 @@ def test_grasp_masks_of_its_authors(name, temperature, ratio):
 # --- iterated SNIP ----------------------------------------------------------------------------
 
 
+@pytest.mark.optimised
 def test_iterated_snip_of_synaptic_flow_is_force():
     """Expectation: `mask_snip_iter10_c1e1` all bits, and how many weights each round revived.
 
@@ -597,6 +607,7 @@ def test_iterated_snip_of_synaptic_flow_is_force():
     assert [int(masks[path].sum()) for path in order] == remaining
 
 
+@pytest.mark.optimised
 def test_iterated_snip_differs_because_ours_never_revives():
     """Expectation: the original loop revives pruned weights; a monotone pruner cannot.
 
@@ -606,22 +617,23 @@ def test_iterated_snip_differs_because_ours_never_revives():
     assert file['out/revived_snip_per_round'].sum() > 0
     counts = their_rounds(c, 0.1, 10, 'exponential')['*']
     assert counts.tolist() == file['out/remaining_snip_after_round'].tolist()
-    update = jax.jit(jp.get_pruner(c.problem, 'snip', batch_norm='eval').update)
-    masks = c.view.masks
-    for count in counts:
-        before = masks
-        _, masks, _ = update(KEY, (), c.masked(masks), {'*': count}, c.batches())
+    masks = jax.device_get(c.view.masks)
+    for count in counts.tolist():
+        before, view = masks, c.masked(masks)
+        masks = jax.device_get(
+            updater('convbn', 'snip')(KEY, (), view, {'*': count}, c.batches())[1]
+        )
         assert count_kept(masks) == count
-        assert all(bool((before[path] | ~masks[path]).all()) for path in masks)
+        assert all((before[path] | ~masks[path]).all() for path in masks)
 
 
+@pytest.mark.optimised
 def test_iterated_grasp():
     """Expectation: `mask_grasp_iter10_c1e1`, all bits. Their derivative goes through the mask, so
     pruned weights have no part in the gradient that Hg is taken along. A threshold of zero prunes
     more than asked for in rounds 2 and 3, so the counts are the file's."""
     c, file = case('convbn'), golden('synflow_convbn_iter_snip_grasp')
-    update = jax.jit(jp.get_pruner(c.problem, 'grasp', batch_norm='eval').update)
-    masks = c.view.masks
+    masks, update = c.view.masks, updater('convbn', 'grasp')
     for count in file['out/remaining_grasp_after_round']:
         _, masks, _ = update(KEY, (), c.masked(masks), {'*': int(count)}, c.batches())
     assert_same_masks(masks, layers(file, 'mask_grasp_iter10_c1e1_f64'))
