@@ -3,6 +3,7 @@
 The laws are those of the README ("Laws"); none of the expectations below is a recorded number.
 """
 
+import functools
 import re
 
 import chex
@@ -17,8 +18,7 @@ from sweeps import pruned
 from jaxprune import data, method, plan, tree
 from jaxprune.problem import view_of
 from jaxprune.rng import run_key
-from jaxprune.sweep import make_spec
-from jaxprune.sweep.chunk import run_chunk
+from jaxprune.sweep import chunk, make_spec
 from jaxprune.sweep.counts import counts_of
 from jaxprune.sweep.device_data import device_data
 from jaxprune.sweep.engine import make_engine, stacked
@@ -127,6 +127,9 @@ def dataset():
     return data.load('mnist_small')
 
 
+#: Of most chunks here, padding included: the same, so that they share programs.
+ROWS = 5
+
 #: By the names that the tests below give them.
 STRATEGIES = {
     'map': Strategy('map', 'scan', 'native', 1),
@@ -151,13 +154,18 @@ class Bench:
 
         self.training = jax.jit(two_steps), jax.jit(jax.vmap(two_steps))
 
+    @functools.cached_property
+    def state(self):
+        """One run before it is pruned or trained."""
+        return jax.jit(self.program.init)(run_key(7), hyper_of(self.runs[0]))
+
     def engine(self, name, devices=1):
         strategy = STRATEGIES[name]._replace(devices=devices)
         return make_engine(strategy, self.program, self.data, jax.local_devices())
 
     def pruned(self, engine, members):
         """Rows and states of runs of one method after all its rounds, with info and counts."""
-        rows = stacked(members)
+        rows = chunk.rows_of(members, ROWS, engine)[0]
         return rows, *pruned(engine, self.program, rows, members)
 
 
@@ -171,24 +179,17 @@ def benches(dataset):
     return {net: Bench(table(model, METHODS), dataset) for net, model in NETS.items()}
 
 
-def all_engines(benches):
-    """One engine per net and strategy, shared: compiled functions are what tests wait for."""
+@pytest.fixture(scope='module')
+def engines(benches):
+    """One engine per net and strategy, shared: compiled functions are what tests wait for.
+
+    Only cases marked `optimised` may compile them, as some laws hold bit for bit.
+    """
     return {
         (net, strategy): benches[net].engine(strategy)
         for net in NETS
         for strategy in ('map', 'vmap', 'host')
     }
-
-
-@pytest.fixture(scope='module')
-def engines(benches):
-    return all_engines(benches)
-
-
-@pytest.fixture(scope='module')
-def optimised_engines(benches):
-    """Of their own for laws that hold bit for bit: only cases marked `optimised` compile them."""
-    return all_engines(benches)
 
 
 def of(bench, name, compression=4.0):
@@ -199,7 +200,7 @@ def rows_of(states, i):
     if isinstance(states, list):  # of an engine: slots of as many rows
         size = len(jax.tree.leaves(states[0])[0])
         states, i = states[i // size], i % size
-    return jax.device_get(jax.tree.map(lambda leaf: leaf[i], states))
+    return jax.tree.map(lambda leaf: leaf[i], jax.device_get(states))
 
 
 def unrolled(body, carried, xs):
@@ -220,6 +221,7 @@ def test_many_runs_equal_single_runs(benches, net, name):
     bench = benches[net]
     members = of(bench, name)[:2]
     events, numbers = bench.program.events(members[0].method), method_numbers(members[0])
+    loop = jax.lax.scan if net == 'dense' else unrolled
 
     def pruned_run(key, hyper, counts):
         state = jax.tree.map(
@@ -227,7 +229,7 @@ def test_many_runs_equal_single_runs(benches, net, name):
             bench.program.init(key, hyper),
         )
         rounds = events(0, bench.data, key, hyper._replace(method=numbers))
-        state, _ = method.run_rounds(rounds, state, counts, loop=unrolled)
+        state, _ = method.run_rounds(rounds, state, counts, loop=loop)
         return state._replace(method_state=())
 
     with jax.enable_x64(True):
@@ -237,9 +239,9 @@ def test_many_runs_equal_single_runs(benches, net, name):
         together = jax.jit(jax.vmap(pruned_run))(keys, hypers, counts)
         together, losses = bench.training[1](keys, hypers, together)
         alone = jax.jit(pruned_run)
-        for i in range(len(members)):
-            key, hyper, few = jax.tree.map(lambda leaf, i=i: leaf[i], (keys, hypers, counts))
-            apart, loss = bench.training[0](key, hyper, alone(key, hyper, few))
+        for i, run in enumerate(members):
+            key, hyper = run_key(run.seed), hyper_of(run)
+            apart, loss = bench.training[0](key, hyper, alone(key, hyper, tables[i]))
             row = rows_of(together, i)
             chex.assert_trees_all_equal(row.masks, apart.masks)
             assert tree.pick(row.params)[next(iter(row.masks))].dtype == np.float64
@@ -247,6 +249,7 @@ def test_many_runs_equal_single_runs(benches, net, name):
             np.testing.assert_allclose(losses[i], loss, rtol=1e-9)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize('name', FEW)
 def test_strategies_agree(benches, engines, name):
     """Law: the numbers do not depend on how runs are batched; float32, so up to rounding."""
@@ -270,19 +273,19 @@ def test_strategies_agree(benches, engines, name):
 
 @pytest.mark.optimised
 @pytest.mark.parametrize('name', SOME)
-def test_chunk_size_position_and_padding_change_nothing(benches, optimised_engines, name):
+def test_chunk_size_position_and_padding_change_nothing(benches, engines, name):
     """Law: a run's rows are the same in any chunk, at any place, with or without padding."""
     bench = benches['dense']
-    engine = optimised_engines['dense', 'map']
+    engine = engines['dense', 'map']
     members = of(bench, name)
     other = of(bench, 'dense', 1.0)
-    together, layers, *_ = run_chunk(bench.spec, bench.program, engine, members, 3)
+    together, layers, *_ = chunk.run_chunk(bench.spec, bench.program, engine, members, ROWS)
     for arrangement, size in (
-        ([members[2], *other, members[0]], 5),
+        ([members[2], *other, members[0]], ROWS),
         ([members[0]], 1),
-        ([members[1]], 3),
+        ([members[1]], ROWS),
     ):
-        results, kept, *_ = run_chunk(bench.spec, bench.program, engine, arrangement, size)
+        results, kept, *_ = chunk.run_chunk(bench.spec, bench.program, engine, arrangement, size)
         for run in arrangement:
             if run in members:
                 mine = {'run_id': run.run_id}
@@ -293,12 +296,12 @@ def test_chunk_size_position_and_padding_change_nothing(benches, optimised_engin
 
 @pytest.mark.optimised
 @pytest.mark.parametrize('strategy', ['map', pytest.param('vmap', marks=pytest.mark.slow)])
-def test_device_count_changes_nothing(benches, optimised_engines, strategy):
+def test_device_count_changes_nothing(benches, engines, strategy):
     """Law: two devices give the rows that one gives; an odd run is padded and dropped."""
     bench = benches['dense']
     members = [*of(bench, 'snip'), *of(bench, 'dense', 1.0)[:2]]
-    one, *_ = run_chunk(bench.spec, bench.program, optimised_engines['dense', strategy], members, 5)
-    two, *_ = run_chunk(bench.spec, bench.program, bench.engine(strategy, 2), members, 5)
+    one, *_ = chunk.run_chunk(bench.spec, bench.program, engines['dense', strategy], members, ROWS)
+    two, *_ = chunk.run_chunk(bench.spec, bench.program, bench.engine(strategy, 2), members, ROWS)
     if strategy == 'map':
         assert one.equals(two)
     else:  # a batched product over 3 runs may sum in another order than one over 5
@@ -306,6 +309,7 @@ def test_device_count_changes_nothing(benches, optimised_engines, strategy):
         np.testing.assert_allclose(one['train_loss'], two['train_loss'], rtol=1e-4)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(('net', 'name'), [*map(on_dense, METHODS), *map(on_conv, METHODS)])
 def test_exact_counts_and_zeros_after_every_segment(benches, engines, net, name):
     """Laws: counts are exact; pruned weights and their moments are zero after every segment.
@@ -353,14 +357,14 @@ def assert_zero_where_pruned(problem, state):
 
 @pytest.mark.optimised
 @pytest.mark.parametrize('name', SOME)
-def test_density_one_is_the_dense_control(benches, optimised_engines, name):
+def test_density_one_is_the_dense_control(benches, engines, name):
     """Law: pruning to density 1 leaves every later number as it is without pruning, bit for bit."""
     bench = benches['dense']
-    engine = optimised_engines['dense', 'map']
+    engine = engines['dense', 'map']
     control = of(bench, 'dense', 1.0)
     all_kept = [r._replace(method=of(bench, name)[0].method) for r in control]
-    a, *_ = run_chunk(bench.spec, bench.program, engine, control, 3)
-    b, *_ = run_chunk(bench.spec, bench.program, engine, all_kept, 3)
+    a, *_ = chunk.run_chunk(bench.spec, bench.program, engine, control, ROWS)
+    b, *_ = chunk.run_chunk(bench.spec, bench.program, engine, all_kept, ROWS)
     numbers = ['step', 'density', 'train_loss', 'test_loss', 'test_accuracy', 'seed']
     assert a.select(numbers).equals(b.select(numbers))
     assert set(b['density']) == {1.0} and DENSE.label == 'dense'
@@ -380,7 +384,7 @@ def test_two_traces_at_most(dataset, strategy, methods):
     engine = bench.engine(strategy)
     for first in range(0, len(bench.runs), 24):
         members = bench.runs[first : first + 24]
-        run_chunk(bench.spec, bench.program, engine, members, 24)
+        chunk.run_chunk(bench.spec, bench.program, engine, members, 24)
     traces = engine.traces()
     steps = [count for name, count in traces.items() if name.startswith('steps')]
     assert steps == [1]
@@ -450,9 +454,7 @@ def test_any_density_is_met_exactly_and_nested(benches, how, allocation, name):
     bench = benches['dense']
     problem = bench.program.problem
     pruner = method.get_pruner(problem, name, allocation=allocation)
-    key = run_key(7)
-    state = jax.jit(bench.program.init)(key, hyper_of(bench.runs[0]))
-    view = view_of(problem, state)
+    key, view = run_key(7), view_of(problem, bench.state)
     batches = noise_batches(1)
 
     def two_events(key, first, second):
@@ -507,31 +509,32 @@ def test_any_density_is_met_exactly_and_nested(benches, how, allocation, name):
 def test_what_stands_under_the_mask_changes_no_score(benches, net, name):
     """Law: a kept weight scores the same whether pruned weights stand at zero or do not exist.
 
-    The second network multiplies its weights by the masks itself, with noise under them.
+    The second time the network multiplies its weights by the masks itself, with noise under them.
     """
     bench = benches[net]
     problem, entry = bench.program.problem, method.METHODS[name]
-    view = view_of(problem, bench.program.init(run_key(7), hyper_of(bench.runs[0])))
+    view = jax.device_get(view_of(problem, bench.state))
     draw = np.random.default_rng(1)
-    masks = {p: jnp.asarray(draw.random(w.shape) < 0.6) for p, w in view.weights.items()}
-
-    def apply(params, model_state, x, *, train, key):
-        return problem.apply(tree.apply_masks(params, masks), model_state, x, train=train, key=key)
+    masks = {p: draw.random(w.shape) < 0.6 for p, w in view.weights.items()}
+    nowhere = {p: np.ones_like(mask) for p, mask in masks.items()}
 
     def under(masks, noise):
-        weights = {p: jnp.where(masks[p], w, 0.0) for p, w in view.weights.items()}
-        noisy = {p: jnp.where(masks[p], w, noise) for p, w in view.weights.items()}
+        weights = {p: np.where(masks[p], w, np.float32(0)) for p, w in view.weights.items()}
+        noisy = {p: np.where(masks[p], w, np.float32(noise)) for p, w in view.weights.items()}
         params = tree.put(view.params, noisy)
         return view._replace(weights=weights, masks=masks, initial=noisy, params=params)
 
+    @jax.jit
+    def scored(inside, view, batches):
+        def apply(params, *args, **kwargs):
+            return problem.apply(tree.apply_masks(params, inside), *args, **kwargs)
+
+        score = entry.score(problem._replace(apply=apply), entry.batch_norm == 'train')
+        return score(run_key(3), view, batches)
+
     batches = noise_batches(2)
-
-    def scored(problem, view):
-        score = entry.score(problem, entry.batch_norm == 'train')
-        return jax.jit(score)(run_key(3), view, batches)
-
-    found = scored(problem, under(masks, 0.0))
-    wanted = scored(problem._replace(apply=apply), under(masks, 7.0))
+    found = scored(nowhere, under(masks, 0.0), batches)
+    wanted = scored(masks, under(masks, 7.0), batches)
     for path, mask in masks.items():
         one, other = (np.asarray(scores[path])[np.asarray(mask)] for scores in (found, wanted))
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
@@ -542,6 +545,7 @@ def noise_batches(count):
     return Batch(jnp.asarray(x), jnp.asarray(np.tile(np.arange(20) % 10, (count, 1)), jnp.int32))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize('name', SOME)
 def test_a_mask_depends_on_the_seed_alone(benches, engines, name):
     """Same seed, same mask; another seed, another one. (SynFlow and magnitude see the weights.)"""
