@@ -18,7 +18,14 @@ from jaxprune.problem import (
 from jaxprune.prune_model import prune
 from jaxprune.score import grasp, magnitude, random, snip, synflow
 from jaxprune.select import count_kept, global_top_k, layerwise_top_k, top_k_mask
-from jaxprune.structure import connectivity, effective_compression, effective_mask, fold_constants
+from jaxprune.structure import (
+    compact,
+    connectivity,
+    effective_compression,
+    effective_mask,
+    fold_constants,
+    groups,
+)
 from jaxprune.tree import apply_masks, kernels, pick, put, rules, shapes
 from jaxprune.types import Batch, Problem, Pruner, View
 
@@ -65,6 +72,9 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     'effective_mask',
     'effective_compression',
     'fold_constants',
+    # what must be removed together, and a network without it
+    'groups',
+    'compact',
     # trees and problems
     'pick',
     'put',

@@ -55,6 +55,19 @@ class ScanRule(Protocol):
         """
 
 
+class CallRule(Protocol):
+    def __call__(
+        self, equation: JaxprEqn, values: list[Any], inside: Callable[[list[Any]], list[Any]], /
+    ) -> Sequence[Any] | None:
+        """Computes one value per output of a call; None has it entered.
+
+        Args:
+          equation: the call: of a compiled function, one with derivatives of its own, and so on.
+          values: one value per input.
+          inside: the outputs of what is called under the caller's rules.
+        """
+
+
 class ConstantRule(Protocol):
     def __call__(self, array: Any, atom: Literal | Var, /) -> Any:
         """Makes a value of an array that the jaxpr holds itself.
@@ -79,12 +92,14 @@ class Traced(NamedTuple):
       paths: path of every parameter leaf, in argument order.
       inputs: how many arguments follow them, the leaves of the inputs.
       constants: how many arguments come last.
+      outputs: the shapes of what the function returns.
     """
 
     jaxpr: ClosedJaxpr
     paths: list[str]
     inputs: int
     constants: int
+    outputs: PyTree
 
 
 def trace(forward: Callable[..., PyTree], params: PyTree, x: PyTree, *constants: PyTree) -> Traced:
@@ -106,9 +121,10 @@ def trace(forward: Callable[..., PyTree], params: PyTree, x: PyTree, *constants:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
     shapes = jax.tree.map(shape, (params, x, *constants))
-    jaxpr = jax.make_jaxpr(forward)(*shapes)
+    jaxpr, outputs = jax.make_jaxpr(forward, return_shape=True)(*shapes)
     names = [path for path, _ in paths(params)]
-    return Traced(jaxpr, names, len(jax.tree.leaves(x)), len(jax.tree.leaves(constants)))
+    counts = (len(jax.tree.leaves(tree)) for tree in (x, constants))
+    return Traced(jaxpr, names, *counts, outputs)
 
 
 def interpret(
@@ -117,6 +133,7 @@ def interpret(
     rule: EquationRule,
     constant: ConstantRule,
     scan: ScanRule | None = None,
+    call: CallRule | None = None,
 ) -> list[Any]:
     """The outputs of a jaxpr under a caller's rules.
 
@@ -128,6 +145,7 @@ def interpret(
       scan: what a `lax.scan` does to values. Without it, and where it returns None, the scan is
         unrolled: `rule` meets the operations of every step, a slice and a squeeze that take out
         its row, and a broadcast and a concatenate that stack the rows of the result.
+      call: what a call does to values. Without it, and where it returns None, calls are entered.
 
     Returns:
       One value per output.
@@ -135,7 +153,7 @@ def interpret(
     Raises:
       PruneError: a rule raised `Unknown`; the message has the operation and its place.
     """
-    return _enter(_Rules(rule, constant, scan), (), jaxpr, list(args))
+    return _enter(_Rules(rule, constant, scan, call), (), jaxpr, list(args))
 
 
 def bind(equation: JaxprEqn, *arrays: Any) -> list[Any]:
@@ -158,6 +176,7 @@ class _Rules(NamedTuple):
     rule: EquationRule
     constant: ConstantRule
     scan: ScanRule | None
+    call: CallRule | None
 
 
 #: The equations of the calls that lead to a place, outermost first.
@@ -187,7 +206,9 @@ def _step(rules: _Rules, outer: _Outer, equation: JaxprEqn, values: list[Any]) -
     name = equation.primitive.name
     if name in _CALLS:
         called = next(equation.params[key] for key in _CALLED if key in equation.params)
-        return _enter(rules, (*outer, equation), called, values)
+        inside = functools.partial(_enter, rules, (*outer, equation), called)
+        found = None if rules.call is None else rules.call(equation, values, inside)
+        return inside(values) if found is None else found
     try:
         if name != 'scan':
             return rules.rule(equation, values)

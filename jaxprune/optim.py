@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune.errors import JaxpruneError, PruneError, check_choice
-from jaxprune.tree import mask_tree
+from jaxprune.tree import check_masks, map_moments, mask_tree
 from jaxprune.types import Hyper, Masks, PyTree
 
 
@@ -74,11 +74,8 @@ def mask_opt_state(
 ) -> PyTree:
     """The optimizer state with all moments of pruned weights set to zero.
 
-    A moment of a weight lies at the weight's path in the state and has its shape, perhaps with
-    axes before it (L-BFGS remembers several). `optax.flatten` keeps one vector of all weights.
-    This holds under `optax.chain`, `optax.masked`, `optax.partition` and other wrappers. Leaves of
-    another shape belong to no single weight (novograd's scalars, adafactor's rows and columns)
-    and stay as they are.
+    `tree.map_moments` says where moments are found. Leaves of another shape belong to no single
+    weight (novograd's scalars, adafactor's rows and columns) and stay as they are.
 
     Args:
       tx: the optimizer, as it is or wrapped by `sparse`.
@@ -91,24 +88,14 @@ def mask_opt_state(
     """
     if jax.tree.structure(jax.eval_shape(tx.init, params)) != jax.tree.structure(opt_state):
         raise PruneError('opt_state is not a state of this optimizer for these params')
-    keep = jax.tree.map(
-        lambda leaf, mask: jnp.broadcast_to(mask, leaf.shape), params, mask_tree(params, masks)
-    )
-    by_path = dict(jax.tree_util.tree_leaves_with_path(keep))
-    depths = sorted({len(path) for path in by_path}, reverse=True)
-    weights = sum(mask.size for mask in by_path.values())
+    check_masks(params, masks)
 
-    def masked(path, leaf):
-        shape = jnp.shape(leaf)
-        ends = (path[len(path) - depth :] for depth in depths if depth <= len(path))
-        mask = next((by_path[end] for end in ends if end in by_path), None)
-        if mask is None and shape == (weights,):
-            mask = jnp.concatenate([m.ravel() for m in by_path.values()])
-        if mask is None or shape[len(shape) - mask.ndim :] != mask.shape:
+    def masked(path: str, leaf: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if path not in masks or jnp.shape(leaf)[jnp.ndim(leaf) - len(shape) :] != shape:
             return leaf
-        return jnp.where(mask, leaf, jnp.zeros_like(leaf))
+        return jnp.where(masks[path], leaf, jnp.zeros_like(leaf))
 
-    return jax.tree_util.tree_map_with_path(masked, opt_state)
+    return map_moments(masked, opt_state, params)
 
 
 def _where(keep: PyTree, values: PyTree) -> PyTree:

@@ -4,8 +4,10 @@ A path is the tree's keys joined by '/': `block1/conv/kernel`, `0/w`. Works on a
 arrays: nested dicts (flax, haiku), lists and tuples, registered dataclasses (equinox).
 """
 
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +124,43 @@ def mask_tree(params: PyTree, masks: Masks) -> PyTree:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: masks.get(_join(path), jnp.ones((), bool)), params
     )
+
+
+def map_moments(
+    change: Callable[[str, Any, tuple[int, ...]], Any], opt_state: PyTree, params: PyTree
+) -> PyTree:
+    """An optimizer's state with what belongs to single parameters changed.
+
+    A moment lies at the path of its parameter in the state and has its shape, perhaps with axes
+    before it (L-BFGS remembers several). `optax.flatten` keeps one vector of all weights. This
+    holds under `optax.chain`, `optax.masked`, `optax.partition` and other wrappers.
+
+    Args:
+      change: `(path, leaf, shape of the parameter) -> leaf`, for every leaf at a parameter's path;
+        the leaf may have another shape (novograd's scalars, adafactor's rows and columns).
+      opt_state: the state; it is not changed.
+      params: all parameters.
+    """
+    by_keys = dict(jax.tree_util.tree_leaves_with_path(params))
+    named = {
+        keys: (_join(keys), tuple(jnp.shape(leaf)), jnp.size(leaf))
+        for keys, leaf in by_keys.items()
+    }
+    depths = sorted({len(keys) for keys in named}, reverse=True)
+    ends = list(itertools.accumulate(size for *_, size in named.values()))
+
+    def changed(keys: tuple, leaf: Any) -> Any:
+        tails = (keys[len(keys) - depth :] for depth in depths if depth <= len(keys))
+        tail = next((tail for tail in tails if tail in named), None)
+        if tail is not None:
+            return change(named[tail][0], leaf, named[tail][1])
+        if jnp.shape(leaf) != (ends[-1],):
+            return leaf
+        pieces = zip(named.values(), jnp.split(leaf, ends[:-1]), strict=True)
+        made = [change(path, piece.reshape(shape), shape) for (path, shape, _), piece in pieces]
+        return jnp.concatenate([piece.ravel() for piece in made])
+
+    return jax.tree_util.tree_map_with_path(changed, opt_state)
 
 
 def ones(weights: Weights) -> Masks:

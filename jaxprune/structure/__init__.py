@@ -1,5 +1,6 @@
 """What a traced network is made of: paths through its kept weights, and what they leave out."""
 
+from jaxprune.structure.compact import Compact, compact
 from jaxprune.structure.connectivity import Connect, connectivity
 from jaxprune.structure.effective_masks import (
     compression,
@@ -13,6 +14,7 @@ from jaxprune.structure.effective_masks import (
 )
 from jaxprune.structure.fold import Folded, fold_constants
 from jaxprune.structure.forward_order import forward_order
+from jaxprune.structure.groups import KINDS, Coupled, Family, Member, groups
 from jaxprune.structure.target import (
     TARGETS,
     Chain,
@@ -25,13 +27,19 @@ from jaxprune.structure.target import (
 )
 
 __all__ = [
+    'KINDS',
     'TARGETS',
     'Chain',
+    'Compact',
     'Connect',
+    'Coupled',
+    'Family',
     'Folded',
+    'Member',
     'Ranking',
     'active_wanted',
     'chain',
+    'compact',
     'compression',
     'connectivity',
     'connectivity_of',
@@ -43,6 +51,7 @@ __all__ = [
     'forward_of',
     'forward_order',
     'forward_shapes',
+    'groups',
     'prune_to_active',
     'rounds_before',
     'shapes_in_order',

@@ -40,3 +40,13 @@ OF_STATISTICS = SAME | _names('abs log sqrt rsqrt square integer_pow')
 ARITHMETIC = _names('add sub mul div max min pow add_any')
 #: Functions that leave a very negative number very negative.
 KEEPS_LOW = SAME | _names('floor ceil round real')
+#: Functions of one argument that are zero at zero.
+ODD = SAME | _names(
+    'neg sign floor ceil round sqrt cbrt square tanh sin tan asin atan sinh asinh atanh erf '
+    'erf_inv expm1 log1p abs real imag'
+)
+#: Numbers that nothing else makes: positions, random bits and keys.
+MADE = _names(
+    'iota random_bits rng_uniform rng_bit_generator random_seed random_wrap random_unwrap '
+    'random_split random_fold_in random_clone random_gamma threefry2x32'
+)

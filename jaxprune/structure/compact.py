@@ -1,0 +1,277 @@
+"""A network without its removed groups: smaller arrays and a function that takes them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import tree
+from jaxprune.errors import PruneError, check_choice
+from jaxprune.structure.coupling import walk
+from jaxprune.structure.groups import Coupled, Family, Member, groups
+from jaxprune.structure.labelled import Source
+from jaxprune.structure.resized import Left, resized
+from jaxprune.structure.same_program import same_program
+from jaxprune.structure.units import Axis
+from jaxprune.types import Masks, PyTree
+
+#: What happens to a group that masks cut in part, or that may not go.
+PARTIAL = ('refuse', 'keep')
+
+
+class Compact(NamedTuple):
+    """A network without what its masks prune.
+
+    Attributes:
+      apply: `(params, x) -> outputs`, with `model_state` between them if there is one.
+      params: the parameters that are left, in a tree of the same structure.
+      model_state: the statistics that are left; None if there are none.
+      opt_state: the optimizer's state that is left; None if none was given.
+      kept: path -> axis -> the original indices that are left, for parameters that lost some.
+      removed: family -> how many of its groups are gone.
+    """
+
+    apply: Callable[..., PyTree]
+    params: PyTree
+    model_state: PyTree
+    opt_state: PyTree
+    kept: dict[str, dict[int, np.ndarray]]
+    removed: dict[str, int]
+
+
+def compact(
+    apply: Callable[..., PyTree],
+    params: PyTree,
+    masks: Masks,
+    x: PyTree,
+    *,
+    model_state: PyTree = None,
+    opt_state: PyTree = None,
+    normalisation: str = 'refuse',
+    partial: str = 'refuse',
+    unknown: str = 'refuse',
+) -> Compact:
+    """Makes a pruned network really smaller: the groups that its masks prune are cut out.
+
+        small = jp.compact(apply, params, pruned.masks, x)
+        small.apply(small.params, x)
+
+    The outputs are those of the masked network; that nothing removed is still heard is proved on
+    the traced program, for these parameters, before anything is cut. The function is `apply`
+    itself where it reads its sizes from the parameters. Else it is the traced program at smaller
+    sizes: it can be jitted, differentiated and called with other batches. Constants of the
+    original width, as the scale of a softmax, stay as they are.
+
+    Args:
+      apply: `(params, x) -> outputs`, or `(params, model_state, x)` if there is a state.
+      params: all parameters; what the masks prune may be zero already.
+      masks: path -> bool array, True = keep. A group goes if its masks prune all slices that make
+        it, or all that read it; see `groups`.
+      x: inputs, arrays or shapes; other batches are traced again when they come.
+      model_state: batch statistics and the like.
+      opt_state: of an optax optimizer of these parameters.
+      normalisation: see `groups`.
+      partial: what happens to a group that the masks cut in part or that may not go: 'refuse'
+        raises, 'keep' leaves it in, with its zeros.
+      unknown: see `groups`.
+
+    Raises:
+      PruneError: masks that do not fit, that cut a group in part, that remove all of a layer, or
+        whose groups still act in the masked network; an operation that is not known.
+    """
+    check_choice('partial', partial, PARTIAL)
+    if 0 in (size for leaf in jax.tree.leaves(x) for size in jnp.shape(leaf)):
+        raise PruneError('compact needs an input with at least one example')
+    states = () if model_state is None else (model_state,)
+    masked = tree.apply_masks(params, masks)
+    options = {'normalisation': normalisation, 'unknown': unknown}
+
+    def planned(x: PyTree) -> tuple[Coupled, dict[str, list[int]]]:
+        read = groups(apply, params, x, model_state, **options)
+        return read, removed_groups(read, masked, masks, partial)
+
+    read, gone = planned(x)
+    left = _left(read, gone)
+    axes = read.coupling.parameter_axes
+    small = _cut_tree(masked, axes, left)
+    small_states = [_cut_tree(state, read.coupling.state_axes, left) for state in states]
+    kept = {
+        path: at
+        for path, own in axes.items()
+        if (at := {i: k for i, axis in enumerate(own) if (k := left.of(axis)) is not None})
+    }
+    if opt_state is not None:
+        opt_state = _cut_optimizer(opt_state, params, kept)
+    smaller = _function(apply, params, states, planned)
+    shapes = jax.eval_shape(lambda *a: a, small, *small_states, x)
+    if same_program(apply, smaller, *shapes):
+        smaller = apply
+    return Compact(
+        smaller,
+        small,
+        small_states[0] if small_states else None,
+        opt_state,
+        kept,
+        {name: len(numbers) for name, numbers in gone.items()},
+    )
+
+
+def _left(read: Coupled, gone: Mapping[str, Sequence[int]]) -> Left:
+    units = [f.units[n] for f in read.families for n in gone.get(f.name, ())]
+    return Left(read.coupling, units)
+
+
+def _cut_tree(leaves: PyTree, axes: Mapping[str, list[Axis]], left: Left) -> PyTree:
+    cut = [jnp.asarray(left.cut(leaf, axes[path])) for path, leaf in tree.paths(leaves)]
+    return jax.tree.unflatten(jax.tree.structure(leaves), cut)
+
+
+def _function(
+    apply: Callable[..., PyTree], params: PyTree, states: Sequence[PyTree], planned: Callable
+) -> Callable[..., PyTree]:
+    """The smaller function; it traces the original for every new shape of its inputs."""
+    original = jax.eval_shape(lambda *a: a, params, *states)
+    plans: dict[Any, Callable] = {}
+
+    def smaller(params: PyTree, *rest: PyTree) -> PyTree:
+        *states, x = rest
+        shapes = jax.eval_shape(lambda x: x, x)
+        key = jax.tree.structure(shapes), tuple((s.shape, s.dtype) for s in jax.tree.leaves(shapes))
+        if key not in plans:
+            outputs = jax.tree.structure(jax.eval_shape(apply, *original, shapes))
+            read, gone = planned(shapes)
+            run = resized(read.coupling, _left(read, gone))
+            plans[key] = lambda *leaves: jax.tree.unflatten(outputs, run(*leaves))
+        return plans[key](*jax.tree.leaves((params, x, *states)))
+
+    return smaller
+
+
+# --- what is removed ----------------------------------------------------------------------------
+
+
+def removed_groups(
+    read: Coupled, masked: PyTree, masks: Masks, partial: str = 'refuse'
+) -> dict[str, list[int]]:
+    """Family -> the groups that masks prune.
+
+    Args:
+      read: the groups of the network.
+      masked: its parameters under the masks.
+      masks, partial: see `compact`.
+
+    Raises:
+      PruneError: see `compact`.
+    """
+    leaves = dict(tree.paths(masked))
+    gone = {}
+    for family in read.families:
+        numbers = _pruned(family, leaves, masks, partial)
+        if not numbers:
+            continue
+        if family.reason:
+            if partial == 'keep':
+                continue
+            raise PruneError(
+                f"masks prune group {numbers[0]} of '{family.name}', which has to stay: "
+                f"{family.reason}; partial='keep' leaves it in"
+            )
+        if len(numbers) == family.size:
+            raise PruneError(
+                f"masks prune all {family.size} groups of '{family.name}': no path is left"
+            )
+        gone[family.name] = numbers
+    _check_silent(read, leaves, gone)
+    return gone
+
+
+def _pruned(family: Family, leaves: Mapping[str, Any], masks: Masks, partial: str) -> list[int]:
+    """The groups of a family that masks prune: all that makes them, or all that reads them."""
+    makers = [m for m in family.members if m.role == 'out']
+    readers = [m for m in family.members if m.role == 'in']
+    if not makers or not any(m.path in masks for m in (*makers, *readers)):
+        return []
+    made = np.array([_dead(m, masks[m.path]) for m in makers if m.path in masks])
+    others = np.array([_dead(m, leaves[m.path] != 0) for m in makers if m.path not in masks])
+    unread = np.array([m.path in masks and _dead(m, masks[m.path]) for m in readers])
+    silent = made.all(0) & others.all(0) if len(made) else np.zeros(family.size, bool)
+    whole = silent | (unread.all(0) if len(unread) else False)
+    cut = made.any(0) & ~whole if len(made) else np.zeros(family.size, bool)
+    if cut.any() and partial == 'refuse' and not family.reason:
+        number = int(np.flatnonzero(cut)[0])
+        masked = [m for m in makers if m.path in masks]
+        loses = next(m for m, dead in zip(masked, made, strict=True) if dead[number])
+        keeps = [m for m, dead in zip(masked, made, strict=True) if not dead[number]]
+        keeps += [m for m in makers if m.path not in masks]
+        raise PruneError(
+            f"masks cut group {number} of '{family.name}' in part: '{loses.path}' loses it, "
+            f"'{keeps[0].path}' keeps it; partial='keep' leaves it in"
+        )
+    return np.flatnonzero(whole).tolist()
+
+
+def _dead(member: Member, alive: Any) -> np.ndarray:
+    """Of each group, is nothing of its slice alive?"""
+    alive = np.moveaxis(np.asarray(alive), member.axis, 0)
+    lines = alive.reshape(len(alive), -1).any(1)
+    return np.array([not lines[at].any() for at in member.indices])
+
+
+def _check_silent(
+    read: Coupled, leaves: Mapping[str, Any], gone: Mapping[str, Sequence[int]]
+) -> None:
+    """Raises where the masked network still hears a removed group."""
+    if not gone:
+        return
+    left = _left(read, gone)
+    known: dict[Source, bool] = {}
+    axes = read.coupling.parameter_axes
+
+    def silent(source: Source) -> bool:
+        if source not in known:
+            path, i = source
+            at = left.of(axes[path][i])
+            lost = () if at is None else np.setdiff1d(np.arange(axes[path][i].size), at)
+            known[source] = not np.any(np.take(np.asarray(leaves[path]), lost, axis=i))
+        return known[source]
+
+    def goes(axis: Axis) -> bool:
+        return left.of(axis) is not None
+
+    def heard(axis: Axis, where: str) -> None:
+        units = read.coupling.units.parts_of(axis.units)
+        family, number = next(
+            (f, n) for f in read.families for n in gone.get(f.name, ()) if f.units[n] in units
+        )
+        raise PruneError(
+            f"group {number} of '{family.name}' still acts in the masked network: {where}; "
+            'mask what reads it too, and its biases'
+        )
+
+    walk(read.coupling, silent, goes, heard)
+
+
+# --- optimizer ----------------------------------------------------------------------------------
+
+
+def _cut_optimizer(
+    opt_state: PyTree, params: PyTree, kept: Mapping[str, Mapping[int, np.ndarray]]
+) -> PyTree:
+    """An optimizer's state without the moments of what is removed."""
+
+    def cut(path: str, leaf: Any, shape: tuple[int, ...]) -> Any:
+        first = jnp.ndim(leaf) - len(shape)
+        if jnp.shape(leaf)[first:] != shape:
+            if path in kept and jnp.size(leaf) > 1:
+                raise PruneError(
+                    f"the optimizer's state of '{path}' has shape {jnp.shape(leaf)}: which part of "
+                    'it belongs to which weight is not known'
+                )
+            return leaf
+        for axis, at in kept.get(path, {}).items():
+            leaf = jnp.take(leaf, at, axis=first + axis)
+        return leaf
+
+    return tree.map_moments(cut, opt_state, params)
