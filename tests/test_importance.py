@@ -5,6 +5,7 @@
 largest of a layer.
 """
 
+import contextlib
 import functools
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from test_scores import Bare, Normed, loss_gradient, setting
 
 import jaxprune as jp
 from jaxprune import score, tree
+from jaxprune.score.derivatives import derivatives
 from jaxprune.score.group_sums import grouped, spread
 from jaxprune.score.importance import MEASURES, importance
 
@@ -107,28 +109,69 @@ SECOND = {
 }
 
 
+SINGLE = {'biased_loss_tracked': {'by': 'weight'}}
+
+
+@contextlib.contextmanager
+def derivatives_once(problem, view, batches, temperature):
+    """All measures use the same derivatives: each is traced and computed once."""
+    options = {'train': False, 'temperature': temperature}
+
+    @functools.cache
+    def gradient():
+        at = derivatives(problem, KEY, view, batches, **options)
+        return at._replace(product=functools.cache(lambda: at.product(at.gradient)))
+
+    def once(*args, **asked):
+        assert args == (problem, KEY, view, batches) and asked == options
+        return gradient()._replace(product=lambda vector: gradient().product())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(importance.__globals__, 'derivatives', once)
+        yield
+
+
 @functools.cache
 def compiled(names: tuple[str, ...]):
     """Measures of the study in one program; the temperature is traced, so it serves them all."""
-    problem = study()[1]
+    problem, points = study()[1], {**FIRST, **SECOND, **SINGLE}
 
     def measure(temperature, view, batches):
-        return {
-            name: importance(
-                problem, by='unit', **{**{**FIRST, **SECOND}[name], 'temperature': temperature}
-            )(KEY, view, batches)
-            for name in names
-        }
+        options = {n: {'by': 'unit', **points[n], 'temperature': temperature} for n in names}
+        with derivatives_once(problem, view, batches, temperature):
+            return {
+                n: importance(problem, **asked)(KEY, view, batches) for n, asked in options.items()
+            }
 
     return jax.jit(measure)
 
 
+@functools.cache
+def first(temperature):
+    """Measures of order zero and one at a temperature."""
+    _, _, view, batches, _ = study()
+    return jax.device_get(compiled((*FIRST, *SINGLE))(temperature, view, batches))
+
+
+@functools.cache
+def of_the_weights():
+    """Taylor's squares and magnitudes, of kernels and of what belongs to batch norm."""
+    _, problem, view, batches, _ = study(jp.rules((r'bn_\d+/', True)))
+
+    def both(view, batches):
+        squares = score.taylor(problem, train=False, power=2)(KEY, view, batches)
+        return squares, score.magnitude()(KEY, view, None)
+
+    return jax.device_get(jax.jit(both)(view, batches))
+
+
+@pytest.mark.optimised
 @pytest.mark.parametrize('temperature', [1, 5])
 def test_orders_zero_and_one_are_those_of_the_authors(temperature):
     """Expectation: their code's numbers; their magnitude is the norm, ours its square."""
-    file, _, view, batches, _ = study()
-    for name, scores in compiled(tuple(FIRST))(temperature, view, batches).items():
-        found = filters(scores)
+    file = study()[0]
+    for name in FIRST:
+        found = filters(first(temperature)[name])
         if name == 'mag_based':
             assert_is({conv: np.sqrt(v) for conv, v in found.items()}, file, f'{name}_f64')
         elif f'out/{name}_T{temperature}_f64/conv_0' in file:
@@ -152,32 +195,22 @@ def test_further_measures_of_the_authors():
     `fisher` sums squared batch gradients, Taylor's power 2; `l1` sums magnitudes;
     `biased_loss_tracked`, for a first batch, is |w g| weight by weight.
     """
-    file, problem, view, batches, _ = study()
-    squares = jax.jit(score.taylor(problem, train=False, power=2))(KEY, view, batches)
-    sizes = jax.jit(score.magnitude())(KEY, view, None)
-    for name, scores in (('fisher_T1', squares), ('l1', sizes)):
-        units = jax.jit(grouped, static_argnums=1)(scores, 'unit')
-        assert_is({c: np.asarray(units[f'{c}/kernel']) for c in CONVS}, file, f'{name}_f64')
-    single = jax.jit(importance(problem))(KEY, view, batches)
-    assert_is(
-        {c: np.asarray(single[f'{c}/kernel']) for c in CONVS}, file, 'biased_loss_tracked_T1_f64'
-    )
+    file = study()[0]
+    for name, scores in zip(('fisher_T1', 'l1'), of_the_weights(), strict=True):
+        units = grouped({c: scores[f'{c}/kernel'] for c in CONVS}, 'unit')
+        assert_is(units, file, f'{name}_f64')
+    single = first(1)['biased_loss_tracked']
+    assert_is({c: single[f'{c}/kernel'] for c in CONVS}, file, 'biased_loss_tracked_T1_f64')
 
 
 def test_measures_of_batch_norm_of_the_authors():
     """Expectation: `bn` is |γ|, `nvidia` is γ² E[g_γ²] + β² E[g_β²] over batches."""
-    rule = jp.rules((r'bn_\d+/', True), ('kernel', False))
-    file, problem, view, batches, _ = study(rule)
-    squares = jax.jit(score.taylor(problem, train=False, power=2))(KEY, view, batches)
-    squares = jax.device_get(squares)
-    both = {
-        c: squares[f'{c.replace("conv", "bn")}/scale'] + squares[f'{c.replace("conv", "bn")}/bias']
-        for c in CONVS
-    }
-    assert_is({c: np.asarray(v) for c, v in both.items()}, file, 'nvidia_T1_f64')
-    sizes = jax.jit(score.magnitude())(KEY, view, None)
-    scales = {c: np.asarray(sizes[f'{c.replace("conv", "bn")}/scale']) for c in CONVS}
-    assert_is(scales, file, 'bn_f64')
+    file = study()[0]
+    squares, sizes = of_the_weights()
+    norms = {c: c.replace('conv', 'bn') for c in CONVS}
+    both = {c: squares[f'{bn}/scale'] + squares[f'{bn}/bias'] for c, bn in norms.items()}
+    assert_is(both, file, 'nvidia_T1_f64')
+    assert_is({c: sizes[f'{bn}/scale'] for c, bn in norms.items()}, file, 'bn_f64')
 
 
 def test_points_of_the_family_are_scores_of_their_own():
