@@ -56,7 +56,7 @@ def nested(file: dict, prefix: str, dtype) -> dict:
             place = result
             for part in inner:
                 place = place.setdefault(part, {})
-            place[last] = jnp.asarray(value, dtype)
+            place[last] = jnp.asarray(np.asarray(value, dtype))  # no program for each shape
     return result
 
 
@@ -139,7 +139,7 @@ class Case:
         self.params = nested(self.file, 'params', dtype)
         stats = nested(self.file, 'batch_stats', dtype)
         self.model_state = {'batch_stats': stats} if stats else {}
-        self.x = jnp.asarray(self.file['inputs/x'], dtype)
+        self.x = jnp.asarray(np.asarray(self.file['inputs/x'], dtype))
         self.y = jnp.asarray(self.file['inputs/y'])
         self.problem = jp.problem_from_flax(MODULES[name], self.x.shape[1:])
         self.view = jp.view(self.problem, self.params, self.model_state)
