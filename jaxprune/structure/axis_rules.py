@@ -6,6 +6,7 @@ Products and indexing are in `axis_products`.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -67,12 +68,17 @@ def _computed(equation: JaxprEqn, values: Sequence[Labelled]) -> list[np.ndarray
     if any(v.number is None for v in values):
         return None
     outs = [var.aval for var in equation.outvars]
-    if any(math.prod(aval.shape) > _LARGEST for aval in outs):
+    if not all(_small(aval.shape) for aval in outs):
         return None
     if any(aval.shape and aval.dtype.kind not in 'iub' for aval in outs):
         return None  # numbers with a fraction index nothing
     with jax.ensure_compile_time_eval():
         return [np.asarray(o) for o in bind(equation, *(v.number for v in values))]
+
+
+def _small(shape: Sequence[Any]) -> bool:
+    """Has an array few numbers? Unknown where `jax.export` leaves a size open."""
+    return all(isinstance(n, int) for n in shape) and math.prod(shape) <= _LARGEST
 
 
 def _given(values: Sequence[Labelled]) -> bool:

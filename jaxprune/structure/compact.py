@@ -195,7 +195,8 @@ def _pruned(family: Family, leaves: Mapping[str, Any], masks: Masks, partial: st
         return []
     made = np.array([_dead(m, masks[m.path]) for m in makers if m.path in masks])
     others = np.array([_dead(m, leaves[m.path] != 0) for m in makers if m.path not in masks])
-    unread = np.array([m.path in masks and _dead(m, masks[m.path]) for m in readers])
+    heard = np.zeros(family.size, bool)  # what has no mask reads all groups
+    unread = np.array([_dead(m, masks[m.path]) if m.path in masks else heard for m in readers])
     silent = made.all(0) & others.all(0) if len(made) else np.zeros(family.size, bool)
     whole = silent | (unread.all(0) if len(unread) else False)
     cut = made.any(0) & ~whole if len(made) else np.zeros(family.size, bool)
