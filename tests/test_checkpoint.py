@@ -13,14 +13,15 @@ import time
 import pytest
 import tomli_w
 from polars.testing import assert_frame_equal
-from sweeps import engine_of, group_of
+from sweeps import engine_of
 
 from jaxprune.errors import StoreError
-from jaxprune.sweep import store
+from jaxprune.sweep import make_spec, store
 from jaxprune.sweep.checkpoint import checkpoint
 from jaxprune.sweep.chunk import run_chunk
 from jaxprune.sweep.progress import ignored
 from jaxprune.sweep.strategy import Strategy
+from jaxprune.sweep.sweep_plan import checked_groups
 
 TABLE = {
     'name': 'saved',
@@ -87,8 +88,15 @@ class Interrupt(Exception):
 
 
 @functools.cache
+def groups():
+    spec = make_spec(TABLE)
+    return spec, checked_groups(spec)
+
+
 def made(label):
-    return group_of(TABLE, label)
+    """`(spec, group)` of a method by its label."""
+    spec, found = groups()
+    return spec, next(g for g in found if any(r.method.label == label for r in g.runs))
 
 
 @functools.cache
