@@ -4,17 +4,20 @@ Expectations: the same life driven step by step through the functions of one run
 another run that must agree bit for bit.
 """
 
+import functools
+
 import jax
 import numpy as np
 import polars as pl
 import pytest
+from fake_engine import nothing_trained
 from polars.testing import assert_frame_equal
 from sweeps import engine_of, group_of
 
 import jaxprune as jp
 from jaxprune import data, flow, tree
 from jaxprune.errors import StoreError
-from jaxprune.sweep import store
+from jaxprune.sweep import make_spec, store
 from jaxprune.sweep.chunk import event_call, rows_of, run_chunk
 from jaxprune.sweep.device_data import device_data, examples_of
 from jaxprune.sweep.program import hyper_of, make_program, method_numbers
@@ -30,6 +33,13 @@ TABLE = {
     'grid': {'compression': [4], 'seed': [0, 1]},
 }
 EPOCH = 10
+
+
+def chunk_of(table):
+    """The chunk of all runs of a specification with one group."""
+    spec, group = group_of(table)
+    engine, program = engine_of(spec, group, ONE)
+    return run_chunk(spec, program, engine, group.runs, len(group.runs))
 
 
 def spied(*entries, record=None, train=None):
@@ -137,7 +147,7 @@ def test_taking_back_the_rate_keeps_the_weights():
 def test_a_life_is_what_its_parts_make(entry):
     """Expectation: the life written out for one run, step by step, rounds where the keys say."""
     _, program, runs, seen = spied(entry)
-    spec, run = group_of({**TABLE, 'grid': {**TABLE['grid'], 'method': [entry]}})[0], runs[1]
+    spec, run = make_spec({**TABLE, 'grid': {**TABLE['grid'], 'method': [entry]}}), runs[1]
     on_device = device_data(spec, data.load('mnist_small'))
     key, hyper = jax.random.key(run.seed), hyper_of(run)
     numbers = hyper._replace(method=method_numbers(run))
@@ -156,19 +166,22 @@ def test_a_life_is_what_its_parts_make(entry):
     clocks = list(range(3 * EPOCH))
     if 'finetune' in entry:  # the phase begins where training ends on the clock
         clocks = [*range(2 * EPOCH), *range(3 * EPOCH, 5 * EPOCH)]
+    begin = jax.jit(lambda state: events(0, on_device, key, numbers).begin(state))
+    epochs = np.arange(5, dtype=np.int32)
+    orders = np.asarray(jax.jit(jax.vmap(program.order, (None, 0)))(key, epochs))
     state = jax.jit(program.init)(key, hyper)
     for taken, clock in enumerate([*clocks, None]):
         if taken in times:
             number = times.index(taken)
             if not number:
-                state = events(0, on_device, key, numbers).begin(state)
+                state = begin(state)
             at = clock if 'finetune' not in entry else taken
             state, _ = once(number, np.int32(at), {'*': np.int32(counts[number])}, state)
             if number + 1 == len(times):
                 state = state._replace(method_state=())
         if clock is not None:
-            order = program.order(key, clock // EPOCH)
-            state, _ = step(np.int32(clock), on_device, key, hyper, order[clock % EPOCH], state)
+            indices = orders[clock // EPOCH, clock % EPOCH]
+            state, _ = step(np.int32(clock), on_device, key, hyper, indices, state)
     found = jax.tree.map(lambda leaf: leaf[1], seen[-1][2])
     for path, mask in found.masks.items():
         np.testing.assert_array_equal(mask, state.masks[path], err_msg=path)
@@ -181,24 +194,24 @@ def test_the_training_batch_is_that_of_the_next_step():
     """Expectation: |w g| by jax.grad on the very batch that step 13 trains on."""
     entry = {'name': 'snip', 'start': 13, 'time_unit': 'steps', 'score_on': 'train_batch'}
     _, program, runs, seen = spied(entry)
-    spec = group_of({**TABLE, 'grid': {**TABLE['grid'], 'method': [entry]}})[0]
+    spec = make_spec({**TABLE, 'grid': {**TABLE['grid'], 'method': [entry]}})
     on_device = device_data(spec, data.load('mnist_small'))
     trained, pruned = (
         jax.tree.map(lambda leaf: leaf[0], states)
         for states in (after(seen, 'advance', 1), after(seen, 'prune'))
     )
     assert [a for kind, a, _ in seen if kind == 'advance'][:2] == [(0, 10), (10, 13)]
-    indices = program.order(jax.random.key(runs[0].seed), 1)[3]
+    indices = np.asarray(jax.jit(program.order)(jax.random.key(runs[0].seed), 1))[3]
     facts = data.facts('mnist_small')
-    x = on_device.train.images[indices] / 255.0
+    x = np.asarray(on_device.train.images)[indices] / np.float32(255)
     x = (x - np.asarray(facts.mean, np.float32)) / np.asarray(facts.std, np.float32)
-    y = on_device.train.labels[indices]
+    y = np.asarray(on_device.train.labels)[indices]
 
     def loss(params):
         logits = program.problem.apply(params, {}, x, train=False, key=None)[0]
         return program.problem.loss(logits, y).mean()
 
-    grads = tree.pick(jax.grad(loss)(trained.params))
+    grads = tree.pick(jax.jit(jax.grad(loss))(trained.params))
     weights = tree.pick(trained.params)
     scores = np.concatenate([np.abs(weights[p] * grads[p]).ravel() for p in sorted(weights)])
     kept = np.concatenate([pruned.masks[p].ravel() for p in sorted(weights)])
@@ -246,20 +259,20 @@ def test_pruning_after_training_is_evaluated_after_the_round(tmp_path):
     assert pruned['train_loss'].to_list() == dense['train_loss'].to_list()
 
 
-def test_recording_rounds_changes_no_number(tmp_path):
+def test_recording_rounds_changes_no_number():
     """Expectation: the same results; at a step with a round, a row from before and one from after,
     the first of which is the control's."""
     entries = [{'name': 'magnitude', 'start': 1, 'every': 1, 'rounds': 2}]
     table = {**TABLE, 'grid': {**TABLE['grid'], 'method': entries}}
-    plain = jp.run_sweep(table, tmp_path / 'plain')
+    plain = chunk_of(table).results
     record = {'every': 10, 'evaluate': True, 'flow': ['weight_norm'], 'rounds': True}
-    watched = jp.run_sweep({**table, 'record': record}, tmp_path / 'watched')
-    assert_frame_equal(plain, watched, check_exact=True)
-    curves = store.read_curves(tmp_path / 'watched').filter(run_id=plain['run_id'][0])
+    watched = chunk_of({**table, 'record': record})
+    assert_frame_equal(plain, watched.results, check_exact=True)
+    curves = watched.curves.filter(run_id=plain['run_id'][0])
     assert curves.select('step', 'rounds').rows() == [
         *((0, 0), (10, 0), (10, 1), (20, 1), (20, 2), (30, 2))
     ]
-    norms = store.read_flow(tmp_path / 'watched').filter(run_id=plain['run_id'][0], step=10)
+    norms = watched.flow.filter(run_id=plain['run_id'][0], step=10)
     by_rounds = norms.group_by('rounds').agg((pl.col('value') ** 2).sum()).sort('rounds')
     assert by_rounds['value'][0] > by_rounds['value'][1] > 0
 
@@ -278,6 +291,7 @@ def test_a_phase_after_pruning_shares_its_program_over_rates():
     assert first['test_loss'][2] != second['test_loss'][2]
 
 
+@nothing_trained()
 def test_directories_of_earlier_formats_are_refused_with_the_reason(tmp_path):
     grid = {**TABLE['grid'], 'method': ['magnitude'], 'seed': [0]}
     table = {**TABLE, 'train': {'epochs': 1, 'batch_size': 24}, 'grid': grid}
@@ -310,13 +324,16 @@ def test_numbers_of_a_method_are_traced():
     masks = engine.pack(states).masks
     on_device = device_data(spec, data.load('mnist_small'))
     counts = {'*': np.int32(jp.keep_counts(program.shapes, 0.25)['*'])}
-    for i, run in enumerate(group.runs):
-        key = jax.random.key(run.seed)
-        state = program.init(key, hyper_of(run))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def masks_of(temperature, key):
+        state = program.init(key, hyper_of(group.runs[0]))
         view = jp.view(program.problem, state.params)
-        pruner = jp.get_pruner(program.problem, 'grasp', **run.method.options)
-        batches = examples(spec, on_device, key)
-        _, alone, _ = jax.jit(pruner.update)(key, (), view, counts, batches)
+        pruner = jp.get_pruner(program.problem, 'grasp', temperature=temperature)
+        return pruner.update(key, (), view, counts, examples(spec, on_device, key))[1]
+
+    for i, run in enumerate(group.runs):
+        alone = masks_of(run.method.options['temperature'], jax.random.key(run.seed))
         for path, mask in alone.items():
             agree = (np.asarray(mask) == masks[path][i]).mean()
             assert agree > 0.999, path
@@ -330,6 +347,7 @@ def examples(spec, on_device, key):
     return examples_of(spec.prune, facts.classes, fetch).drawn(on_device, key, 0)
 
 
+@nothing_trained()
 def test_each_program_is_made_once(tmp_path, monkeypatch):
     """Expectation: planning, checking and running a sweep of two programs make two."""
     entries = ['magnitude', {'name': 'magnitude', 'start': 1, 'label': 'later'}]
@@ -347,18 +365,18 @@ def test_each_program_is_made_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('start', [1.5, 3])
-def test_recording_along_training_changes_no_result(tmp_path, start):
+def test_recording_along_training_changes_no_result(start):
     """Expectation: the same results with and without; every recorded row of the test set has its
     values, and rows are filed in the order of their steps. Also where the last round comes after
     the last step, or in the middle of an epoch."""
     grid = {'method': [{'name': 'magnitude', 'start': start}], 'compression': [50], 'seed': [0]}
     table = {**TABLE, 'grid': grid}
-    plain = jp.run_sweep(table, tmp_path / 'plain')
-    for name, rounds in (('along', False), ('rounds', True)):
+    plain = chunk_of(table).results
+    for rounds in (False, True):
         record = {'every': 3, 'evaluate': True, 'rounds': rounds}
-        watched = jp.run_sweep({**table, 'record': record}, tmp_path / name)
-        assert_frame_equal(plain, watched, check_exact=True)
-        curves = store.read_curves(tmp_path / name)
+        watched = chunk_of({**table, 'record': record})
+        assert_frame_equal(plain, watched.results, check_exact=True)
+        curves = watched.curves
         assert curves['test_loss'].null_count() == curves['test_accuracy'].null_count() == 0
         moments = curves.select('step', 'rounds').rows()
         assert moments == sorted(moments)
@@ -388,14 +406,13 @@ def test_train_loss_is_the_mean_over_steps():
     np.testing.assert_allclose(chunk.results['train_loss'][0], mean, rtol=1e-6)
 
 
-def test_curves_of_a_control_do_not_depend_on_its_company(tmp_path):
+def test_curves_of_a_control_do_not_depend_on_its_company():
     """Expectation: the same rows of the dense run, alone or beside a method."""
     record = {'every': 10, 'evaluate': True, 'rounds': True}
     found = []
     for compressions in ([1], [1, 4]):
         grid = {'method': ['magnitude'], 'compression': compressions, 'seed': [0]}
-        out = tmp_path / str(len(compressions))
-        frame = jp.run_sweep({**TABLE, 'grid': grid, 'record': record}, out)
-        dense = frame.filter(method='dense')['run_id'][0]
-        found.append(store.read_curves(out).filter(run_id=dense))
+        chunk = chunk_of({**TABLE, 'grid': grid, 'record': record})
+        dense = chunk.results.filter(method='dense')['run_id'][0]
+        found.append(chunk.curves.filter(run_id=dense))
     assert_frame_equal(*found, check_exact=True)
