@@ -51,12 +51,12 @@ class Left:
         return tuple(map(self.size, value.axes))
 
     def untouched(self, values: Sequence[Labelled]) -> bool:
-        """Do these arrays keep all their indices?"""
-        return all(self.of(axis) is None for value in values for axis in value.axes)
+        """Do these arrays keep all their indices, and all that they were just summed over?"""
+        return all(self.of(a) is None for value in values for a in (*value.axes, *value.summed))
 
     def cut(self, array: Any, axes: Sequence[Axis]) -> Any:
         """An array of the original size without what is removed; numbers are cut by NumPy."""
-        known = jax.core.is_concrete(array) and not jax.dtypes.issubdtype(
+        known = not isinstance(array, jax.core.Tracer) and not jax.dtypes.issubdtype(
             jnp.result_type(array), jax.dtypes.extended
         )
         for i, axis in enumerate(axes):
