@@ -24,6 +24,7 @@ from typing import NamedTuple
 import polars as pl
 
 from jaxprune.errors import StoreError, quoted
+from jaxprune.files import write_whole
 from jaxprune.sweep.timing import PHASES
 
 RESULTS = {
@@ -114,28 +115,9 @@ class Chunk(NamedTuple):
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file so that a reader, or a crash at any moment, sees all of it or nothing."""
     try:
-        _write_bytes(path, content)
+        write_whole(path, content)
     except OSError as error:
         raise StoreError(f'{path}: cannot be written ({error})') from error
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two writers apart; readers glob on the final suffix and never see it.
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(temporary, 'wb') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the rename itself must survive a power cut
-    finally:
-        os.close(directory)
 
 
 def remove_leftovers(out: Path) -> None:
