@@ -19,11 +19,13 @@ import jaxprune as jp
 from jaxprune import flow, nn, tree
 from jaxprune.errors import JaxpruneError, SpecError, StoreError
 from jaxprune.sweep import make_plan, make_spec, store, sweep_plan
+from jaxprune.sweep.chunk import rows_of
 from jaxprune.sweep.chunk_tables import Moment, curves_rows, flow_rows
 from jaxprune.sweep.devices import keep_compiled
+from jaxprune.sweep.engine import make_engine
 from jaxprune.sweep.grid import runs
 from jaxprune.sweep.observe import Recorded
-from jaxprune.sweep.probe import Measured, probe, remember, remembered
+from jaxprune.sweep.probe import Measured, _Trial, probe, remember, remembered
 from jaxprune.sweep.program import hyper_of, make_program
 from jaxprune.sweep.progress import ignored
 from jaxprune.sweep.strategy import Strategy
@@ -95,7 +97,7 @@ def test_four_devices_train_what_one_trains(tmp_path):
 SMALL = {
     'mlp': {'widths': [8]},
     'small_vgg': {'widths': [2]},
-    'vit': {'patch': 14, 'dim': 8, 'depth': 2, 'heads': 2},
+    'vit': {'patch': 14, 'dim': 8, 'depth': 1, 'heads': 2},
     'transformer': {'dim': 8, 'depth': 1, 'heads': 2},
 }
 DEEP = (
@@ -267,36 +269,36 @@ def test_what_the_compiler_says_is_too_large_is_not_started(tmp_path, monkeypatc
     assert store.read_plan(tmp_path)['programs'][0]['chunk'] == 4
 
 
-def test_donated_states_are_used_up():
-    """Expectation: the engine hands on what it was given, and reads none of it again."""
-    for strategy in (ONE, Strategy('unroll', 'host', 'native', 1)):
-        table = {**CONV, 'record': {'every': 4, 'evaluate': True, 'flow': ['weight_norm']}}
-        engine, _, rows = parts(table, strategy)
-        states = engine.init(rows)
-        given = jax.tree.leaves(states)
-        trained, _ = engine.advance(0, 10, rows, states)
-        assert all(leaf.is_deleted() for leaf in given)
-        with pytest.raises(RuntimeError, match='deleted'):
-            np.asarray(given[0])
-        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(trained))
-        jax.device_get(trained)
-
-
 # --- runs keep to themselves --------------------------------------------------------------------
+
+
+def trained(engine, rows):
+    """The states after an epoch; the engine hands on what it is given, and reads none again."""
+    states = engine.init(rows)
+    given = jax.tree.leaves(states)
+    states, _ = engine.advance(0, 10, rows, states)
+    assert all(leaf.is_deleted() for leaf in given)
+    with pytest.raises(RuntimeError, match='deleted'):
+        np.asarray(given[0])
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(states))
+    return engine.pack(states)
 
 
 @pytest.mark.parametrize('strategy', [ONE, Strategy('unroll', 'host', 'native', 2)], ids=str)
 def test_batch_statistics_belong_to_their_run(strategy):
     """Expectation: each run's running averages are those it has when it is trained alone, and no
-    two runs of different seeds have the same.
+    two runs of different seeds have the same; donated states are used up.
     """
-    table = {**CONV, 'grid': {'method': ['magnitude'], 'compression': [4], 'seed': [0, 1]}}
+    grid = {'method': ['magnitude'], 'compression': [4], 'seed': [0, 1]}
+    # An epoch is two calls, so that states are donated by the engine too.
+    table = {**CONV, 'grid': grid, 'record': {'every': 5, 'evaluate': True}}
     engine, _, rows = parts(table, strategy)
-    together = engine.pack(engine.advance(0, 10, rows, engine.init(rows))[0])
-    alone, *_ = parts(table, strategy._replace(devices=1))
+    together = trained(engine, rows)
+    alone = engine
+    if strategy.devices > 1:
+        alone, *_ = parts(table, strategy._replace(devices=1))
     for i in range(2):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], rows)
-        single = alone.pack(alone.advance(0, 10, one, alone.init(one))[0])
+        single = trained(alone, jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], rows))
         for (path, a), (_, b) in zip(
             tree.paths(together.model_state), tree.paths(single.model_state), strict=True
         ):
@@ -308,12 +310,19 @@ def test_batch_statistics_belong_to_their_run(strategy):
 # --- records along training ---------------------------------------------------------------------
 
 
-def test_records_along_training(tmp_path):
+def test_records_along_training(tmp_path, monkeypatch):
     """Expectation: rows at step 0 of the network as it was pruned, at every third step of an epoch
     of ten and at its end; the last agrees with the epoch's own evaluation and mean loss; norms as
     numpy has them; and training itself is the same, bit for bit, with and without.
     """
     watched = {'every': 3, 'evaluate': True, 'flow': ['weight_norm', 'gradient_norm']}
+    made = []
+
+    def kept_engine(*args, **kwargs):
+        made.append(make_engine(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr('jaxprune.sweep.run.make_engine', kept_engine)
     results = jp.run_sweep({**DENSE, 'record': watched}, tmp_path / 'watched')
     plain = jp.run_sweep(DENSE, tmp_path / 'plain')
     assert_frame_equal(results, plain, check_exact=True)
@@ -340,7 +349,8 @@ def test_records_along_training(tmp_path):
     assert store.read_curves(tmp_path / 'plain').is_empty()
     assert not (tmp_path / 'plain' / 'curves').exists()
     # The norms of a run, from its state.
-    engine, _, rows = parts({**DENSE, 'record': watched}, Strategy('map', 'scan', 'native', 1))
+    engine, members = made[0], runs(make_spec(DENSE))
+    rows, _ = rows_of(members, len(members), engine)
     begun = tree.pick(engine.pack(engine.init(rows)).params)
     dense = next(run_id for run_id, rounds in pruned.items() if not rounds)
     at_start = flows.filter(
@@ -427,12 +437,20 @@ def test_a_sweep_stores_where_its_time_went(tmp_path):
     assert all(seconds > 0 for seconds in timing.values()) and sum(timing.values()) < whole
 
 
+@pytest.fixture
+def instant_trials(monkeypatch, quick_trials):
+    """Trials in which nothing is compiled: every strategy takes the same time."""
+    trial = _Trial(lambda: 0.2, 0.1, 1.0)
+    monkeypatch.setattr('jaxprune.sweep.probe._begun', lambda spec, run, strategy: trial)
+
+
 def trials(spec, on_trial):
     """The trials of a sweep before it begins."""
     groups = checked_groups(spec)
     return measure(spec, groups, make_plan(spec, groups=groups), on_trial)
 
 
+@nothing_trained()
 def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch, quick_trials):
     """Expectation: with the threshold at nothing any sweep is long: all ways are tried, reported,
     remembered, the plan takes one of them, the next plan knows it; not if [engine] says never, nor
@@ -464,7 +482,7 @@ def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch, quick
     assert other['chosen'] == 'forced' and other['strategy']['stepping'] == 'host'
 
 
-def test_trying_stops_when_it_costs_too_much(quick_trials):
+def test_trying_stops_when_it_costs_too_much(instant_trials):
     """Expectation: of a sweep of one step, the share is over after the first trial."""
     spec = make_spec(DENSE)
     tried = [Strategy(b, 'scan', 'native', 1) for b in ('map', 'vmap')]
@@ -481,15 +499,15 @@ def test_compiled_programs_are_kept_unless_someone_said_where(tmp_path, monkeypa
     before = jax.config.jax_compilation_cache_dir
     keep_compiled()
     assert jax.config.jax_compilation_cache_dir == before
-    command = (
-        'import jax; from jaxprune.sweep import keep_compiled; keep_compiled(); '
-        'print(jax.config.jax_compilation_cache_dir)'
-    )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith('JAX_')}
-    out = subprocess.run(
-        [sys.executable, '-c', command], env=environment, capture_output=True, text=True, check=True
-    )
-    assert out.stdout.startswith(str(tmp_path / 'compiled'))
+    names = ('jax_compilation_cache_dir', 'jax_persistent_cache_min_compile_time_secs')
+    settings = {name: getattr(jax.config, name) for name in names}
+    jax.config.update('jax_compilation_cache_dir', None)  # as in a new process
+    try:
+        keep_compiled()
+        assert jax.config.jax_compilation_cache_dir.startswith(str(tmp_path / 'compiled'))
+    finally:
+        for name, value in settings.items():
+            jax.config.update(name, value)
 
 
 # --- going on elsewhere, or with other settings ---------------------------------------------------
@@ -534,15 +552,13 @@ def test_settings_that_shape_no_chunk_leave_the_plan_alone(tmp_path, monkeypatch
         assert store.chunk_ids(tmp_path) == ids
 
 
-@pytest.mark.parametrize(
-    ('batching', 'devices', 'chunk'), [('unroll', 8, 16), ('map', 3, 48), ('vmap', 2, 8)]
-)
-def test_chunks_fill_the_devices(batching, devices, chunk):
+def test_chunks_fill_the_devices():
     """Expectation: by hand: per device two unrolled runs, 16 mapped ones at most; no padding."""
     spec = make_spec({**DENSE, 'grid': {**DENSE['grid'], 'seed': list(range(300))}})
-    strategy = Strategy(batching, 'scan', 'native', devices)
-    group = checked_groups(spec)[0]._replace(strategy=strategy)
-    assert sweep_plan._chunk_size(spec, group, 1000) == chunk
+    group = checked_groups(spec)[0]
+    for batching, devices, chunk in (('unroll', 8, 16), ('map', 3, 48), ('vmap', 2, 8)):
+        strategy = Strategy(batching, 'scan', 'native', devices)
+        assert sweep_plan._chunk_size(spec, group._replace(strategy=strategy), 1000) == chunk
 
 
 def test_quantities_without_data_need_none(tmp_path):
@@ -596,7 +612,7 @@ def test_files_in_the_way_are_errors_of_one_line(tmp_path):
         assert store.is_locked(out)
 
 
-def test_what_is_remembered_adds_up(monkeypatch, quick_trials):
+def test_what_is_remembered_adds_up(monkeypatch, quick_trials, instant_trials):
     """Expectation: trials under a forced [engine] do not stand for the others; rows that no version
     wrote are no rows; two devices may share a run although one alone was fastest.
     """
