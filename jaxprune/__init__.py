@@ -30,11 +30,14 @@ from jaxprune.tree import apply_masks, kernels, pick, put, rules, shapes
 from jaxprune.types import Batch, Problem, Pruner, View
 
 if TYPE_CHECKING:
+    from jaxprune.export import load_compact, save_compact
     from jaxprune.optim import mask_opt_state, sparse
     from jaxprune.sweep import load_spec, make_spec, run_sweep, use_all_cores
 
-#: Loaded on first use: they need optax, flax or polars, which a mask alone does not.
+#: Loaded on first use: they need what a mask alone does not, such as optax, flax or polars.
 _LAZY = {
+    'load_compact': 'jaxprune.export',
+    'save_compact': 'jaxprune.export',
     'mask_opt_state': 'jaxprune.optim',
     'sparse': 'jaxprune.optim',
     'load_spec': 'jaxprune.sweep',
@@ -75,6 +78,8 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     # what must be removed together, and a network without it
     'groups',
     'compact',
+    'save_compact',
+    'load_compact',
     # trees and problems
     'pick',
     'put',
