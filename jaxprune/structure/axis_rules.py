@@ -65,7 +65,7 @@ def axis_rule(reading: Reading) -> EquationRule:
 
 def _computed(equation: JaxprEqn, values: Sequence[Labelled]) -> list[np.ndarray] | None:
     """The results of an operation on known numbers: indices that a function computes."""
-    if any(v.number is None for v in values):
+    if any(v.number is None for v in values) or equation.primitive.name == 'dim_as_value':
         return None
     outs = [var.aval for var in equation.outvars]
     if not all(_small(aval.shape) for aval in outs):

@@ -45,8 +45,8 @@ ODD = SAME | _names(
     'neg sign floor ceil round sqrt cbrt square tanh sin tan asin atan sinh asinh atanh erf '
     'erf_inv expm1 log1p abs real imag'
 )
-#: Numbers that nothing else makes: positions, random bits and keys.
+#: Numbers that nothing else makes: positions, sizes that `jax.export` leaves open, random bits.
 MADE = _names(
-    'iota random_bits rng_uniform rng_bit_generator random_seed random_wrap random_unwrap '
-    'random_split random_fold_in random_clone random_gamma threefry2x32'
+    'iota dim_as_value random_bits rng_uniform rng_bit_generator random_seed random_wrap '
+    'random_unwrap random_split random_fold_in random_clone random_gamma threefry2x32'
 )

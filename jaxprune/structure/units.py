@@ -6,6 +6,7 @@ index. Sizes are never compared, so axes that happen to be equally long stay apa
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -266,7 +267,7 @@ def merged(table: Units, axes: Sequence[Axis]) -> Axis:
     if len(axes) == 1:
         return axes[0]
     shape = [a.size for a in axes]
-    size = int(np.prod(shape))
+    size = math.prod(shape)  # of no number while `jax.export` leaves one open
     if all(a.fixed for a in axes):
         return fixed(size, axes[0].fixed)
     moving = [i for i, a in enumerate(axes) if not a.fixed]
