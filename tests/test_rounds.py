@@ -78,6 +78,12 @@ def pruned(kind, key, view, counts, loop=jax.lax.scan):
     return jp.prune_rounds(pruner, key, view, counts, BATCHES, active=active, loop=loop)
 
 
+@functools.cache
+def single(kind):
+    """All rounds in one program, of key, view and counts."""
+    return jax.jit(functools.partial(pruned, kind))
+
+
 def assert_same(one, other, **tolerance):
     """Masks and counts bit for bit; weights too, unless a tolerance is given."""
     for path in SHAPES:
@@ -99,19 +105,19 @@ def test_vmap_over_seeds_and_counts_equals_single_calls(kind):
         return pruned(kind, jax.random.fold_in(KEY, seed), view_of(seed), counts)
 
     many = jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(jnp.asarray(seeds), stacked)
-    alone = jax.jit(one)
     for i, seed in enumerate(seeds):
         for j, plan in enumerate(plans):
             row = jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], many)
             repaired = {'atol': 1e-5} if 'repaired' in kind else {}
-            assert_same(row, alone(seed, plan), **repaired)
+            alone = single(kind)(jax.random.fold_in(KEY, seed), view_of(seed), plan)
+            assert_same(row, alone, **repaired)
 
 
 @pytest.mark.parametrize('kind', CASES)
 def test_scan_equals_host_loop(kind):
     """Expectation: the same rounds, called from the host one by one."""
     counts = plan_of(kind, 0.3)
-    scanned = jax.jit(functools.partial(pruned, kind))(KEY, view_of(0), counts)
+    scanned = single(kind)(KEY, view_of(0), counts)
     called = pruned(kind, KEY, view_of(0), counts, host_loop)
     assert_same(scanned, called, **({'atol': 1e-5} if 'repaired' in kind else {}))
     view, infos = jax.device_get(scanned)
@@ -125,8 +131,7 @@ def test_scan_equals_host_loop(kind):
 def test_round_i_draws_from_its_own_key():
     """Expectation: by hand, the best of `random()` with `fold_in(key, i)` among what is left."""
     counts = plan_of('with random numbers', 0.3)['*']
-    run = jax.jit(functools.partial(pruned, 'with random numbers'))
-    view, infos = jax.device_get(run(KEY, view_of(0), {'*': counts}))
+    view, infos = jax.device_get(single('with random numbers')(KEY, view_of(0), {'*': counts}))
     masks, score = view_of(0).masks, jax.jit(jp.random())
     for i, count in enumerate(counts):
         scores = jax.device_get(score(jax.random.fold_in(KEY, i), view_of(0), None))
