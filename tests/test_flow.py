@@ -146,19 +146,26 @@ def test_norm_derivatives_are_those_of_a_flow(decay):
     """Expectation: `d‖Θ_p‖²/dt`, `d²‖Θ_p‖²/dt²` and `d(Θ_pᵀ g_p)/dt` are finite differences of a
     flow under the mask, for units, layers and the network."""
     problem, view, batches = network(jnp.tanh)
-    for by in ('unit', 'layer', 'network'):
+    groups = ('unit', 'layer', 'network')
 
-        def norms(params, by=by):
-            found = flow.norm_dynamics(problem, by=by, second=False)
-            return ravel_pytree(found(KEY, at(view, params), batches).squared)[0]
+    def dynamics(view, **options):
+        return [flow.norm_dynamics(problem, by=by, **options)(KEY, view, batches) for by in groups]
 
-        measure = jax.jit(flow.norm_dynamics(problem, by=by, weight_decay=decay))
-        found = measure(KEY, view, batches)
-        first, second = along_the_flow(problem, view, batches, norms, decay)
-        assert_near(ravel_pytree(found.first)[0], first)
-        assert_near(ravel_pytree(found.second)[0], second)
+    def norms(params):
+        found = dynamics(at(view, params), second=False)
+        return ravel_pytree([each.squared for each in found])[0]
+
+    measured = jax.jit(functools.partial(dynamics, weight_decay=decay))(view)
+    first, second = along_the_flow(problem, view, batches, norms, decay)
+    stop = 0
+    for found in jax.device_get(measured):
+        flat = ravel_pytree(found.first)[0]
+        start, stop = stop, stop + flat.size
+        assert_near(flat, first[start:stop])
+        assert_near(ravel_pytree(found.second)[0], second[start:stop])
         # Θᵀg is -1/2 of the first derivative, so its drift is -1/2 of the second.
-        assert_near(ravel_pytree(flow.saliency_drift(found))[0], -second / 2)
+        assert_near(ravel_pytree(flow.saliency_drift(found))[0], -second[start:stop] / 2)
+    assert stop == first.size
 
 
 def test_loss_gradient_and_distance_along_a_flow():
@@ -170,22 +177,21 @@ def test_loss_gradient_and_distance_along_a_flow():
     curvature = jax.jit(flow.gradient_curvature(problem))(KEY, view, batches)['*']
     square = jax.jit(flow.norm_dynamics(problem, by='network', second=False))
 
-    first, second = along_the_flow(problem, view, batches, loss_of(problem, view, batches))
+    loss = loss_of(problem, view, batches)
+
+    def along(params):
+        here = at(view, params)
+        gradient = square(KEY, here, batches).gradient['*']
+        far = flow.distance_from_initial(problem)(KEY, here, None)
+        return ravel_pytree([loss(params), gradient, ravel_pytree(far)[0] ** 2])[0]
+
+    first, second = along_the_flow(problem, view, batches, along)
     decay = square(KEY, view, batches).gradient['*']
-    assert_near(-decay, first)
-    assert_near(2 * curvature, second)
-
-    def gradient(params):
-        return square(KEY, at(view, params), batches).gradient['*']
-
-    assert_near(-2 * curvature, along_the_flow(problem, view, batches, gradient)[0])
-
-    def distances(params):
-        far = flow.distance_from_initial(problem)(KEY, at(view, params), None)
-        return ravel_pytree(far)[0] ** 2
-
+    assert_near(-decay, first[0])
+    assert_near(2 * curvature, second[0])
+    assert_near(-2 * curvature, first[1])
     rates = jax.jit(flow.distance_rate(problem))(KEY, view, batches)
-    assert_near(ravel_pytree(rates)[0], along_the_flow(problem, view, batches, distances)[0])
+    assert_near(ravel_pytree(rates)[0], first[2:])
 
 
 def test_movement_is_half_the_change_of_the_square():
