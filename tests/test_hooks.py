@@ -349,10 +349,15 @@ def by_hand(program, key, hyper, data, share):
     return params, masks
 
 
+@functools.cache
+def made():
+    return group_of(TABLE)
+
+
 def test_tpp_in_a_sweep_is_the_published_algorithm():
     """Expectation: the algorithm written out above, weights after all four epochs; and that two
     strengths share one program."""
-    spec, group = group_of(TABLE)
+    spec, group = made()
     engine, program = engine_of(spec, group, Strategy('map', 'scan', 'native', 1))
     assert len(group.runs) == 2
     states = []
@@ -435,7 +440,7 @@ def test_batch_norms_of_pruned_filters_are_pulled_too():
 
 def test_many_hooked_runs_equal_single_runs():
     """Law: N vmapped runs of a method with a hook = the same runs one by one (float64)."""
-    spec, group = group_of(TABLE)
+    spec, group = made()
     program = group.program
     on_device = device_data(spec, data.load('mnist_small'))
     events = program.events(group.runs[0].method)
