@@ -1,5 +1,7 @@
 """Pruning to an effective compression: against the published code, and in sweeps."""
 
+import functools
+import json
 import math
 
 import flax.linen as nn
@@ -43,6 +45,35 @@ def vgg16(p, x):
     return x.reshape(x.shape[0], -1) @ p['tensor_dense2']['kernel']
 
 
+@functools.cache
+def synflow_of(name, forward):
+    """File, shapes, and 100 rounds as programs of counts: `direct`, and `effective` of counts and
+    the fewest active weights."""
+    file = golden(name)
+    params = {
+        layer: {'kernel': jnp.asarray(np.asarray(file[f'params/{layer}/kernel'], np.float64))}
+        for layer in map(str, file['meta/layer_order'])
+    }
+    problem = jp.problem_from_functions(lambda key: params, forward)
+    shapes = tree.shapes(tree.pick(params))
+    x = jnp.zeros((1, 1, *map(int, file['meta/input_shape'])), jnp.float64)
+    connect = structure.connectivity(forward, params, x[0])
+    pruner = get_pruner(problem, 'synflow', shapes=shapes, connect=connect)
+    view, batches = jp.view(problem, params), Batch(x, jnp.zeros((1, 1), jnp.int32))
+
+    def masks_after(rounds_of, counts, active):
+        key = jax.random.key(0)
+        return jp.prune_rounds(rounds_of, key, view, counts, batches, active=active)[0].masks
+
+    direct = pruner._replace(final_masks=None)
+    return (
+        file,
+        shapes,
+        jax.jit(lambda counts: masks_after(direct, counts, 0)),
+        jax.jit(lambda counts, active: masks_after(pruner, counts, active)),
+    )
+
+
 @pytest.mark.parametrize(
     ('name', 'forward', 'sparsity'),
     [
@@ -55,39 +86,19 @@ def vgg16(p, x):
 )
 def test_published_synflow_direct_and_effective(name, forward, sparsity):
     """Expectation: `Pruner('synflow')` of the study, 100 rounds: all bits of both masks."""
-    file, s = golden(name), float(sparsity)
-    layers = [str(layer) for layer in file['meta/layer_order']]
+    s = float(sparsity)
     with jax.enable_x64(True):
-        params = {
-            layer: {'kernel': jnp.asarray(file[f'params/{layer}/kernel'], jnp.float64)}
-            for layer in layers
-        }
-        problem = jp.problem_from_functions(lambda key: params, forward)
-        shapes = tree.shapes(tree.pick(params))
+        file, shapes, direct, effective = synflow_of(name, forward)
         size = sum(math.prod(shape) for shape in shapes.values())
-        shape = tuple(int(n) for n in file['meta/input_shape'])
-        x = jnp.zeros((1, 1, *shape), jnp.float64)
-        connect = structure.connectivity(forward, params, x[0])
-        pruner = get_pruner(problem, 'synflow', shapes=shapes, connect=connect)
         removed = [int(size - size * (1 - s) ** (t / 100)) for t in range(1, 101)]
-        view = jp.view(problem, params)
-
-        batches = Batch(x, jnp.zeros((1, 1), jnp.int32))
         counts = {'*': np.array([size - r for r in removed], np.int32)}
-
-        def masks_after(rounds_of, active):
-            key = jax.random.key(0)
-            return jp.prune_rounds(rounds_of, key, view, counts, batches, active=active)[0].masks
-
-        direct = pruner._replace(final_masks=None)
-        masks = jax.jit(lambda: masks_after(direct, 0))()
+        masks = direct(counts)
         wanted = masks_of(file, f'out/synflow_direct/s{sparsity}', shapes)
         for path in shapes:
             np.testing.assert_array_equal(masks[path], wanted[path])
-        if f'out/synflow_effective/s{sparsity}/{layers[0]}' not in file:
+        if f'out/synflow_effective/s{sparsity}/{next(iter(shapes)).split("/")[0]}' not in file:
             return
-        active = structure.active_wanted(size, 1 / (1 - s))
-        found = jax.jit(lambda active: masks_after(pruner, active))(jnp.int32(active))
+        found = effective(counts, np.int32(structure.active_wanted(size, 1 / (1 - s))))
         wanted = masks_of(file, f'out/synflow_effective/s{sparsity}', shapes)
         for path in shapes:
             np.testing.assert_array_equal(found[path], wanted[path])
@@ -166,7 +177,7 @@ def test_lamp_allocation_is_that_of_lamp():
         f'l{i}': {'kernel': jnp.asarray(rng.normal(size=shape) * scale, jnp.float32)}
         for i, (shape, scale) in enumerate([((30, 20), 1.0), ((20, 10), 9.0), ((10, 4), 0.1)])
     }
-    for density in (0.5, 0.1, 0.02):
+    for density in (0.5, 0.02):
         lamp = jp.prune(weights, 'lamp', density)
         random = jp.prune(weights, 'random', density, allocation='lamp')
         magnitude = jp.prune(weights, 'magnitude', density, allocation='lamp')
@@ -199,9 +210,9 @@ def test_strategies_give_the_same_masks(swept, tmp_path):
         assert difference.sum() <= 0.002 * layers['kept'].sum()
 
 
-def test_one_program_for_all_targets_of_a_method():
+def test_one_program_for_all_targets_of_a_method(swept):
     """Expectation: compressions and seeds share an event program; allocations and bounds do not."""
-    plan = make_plan(make_spec(TABLE))
+    plan = json.loads((swept[2] / 'plan.json').read_text())
     assert len(plan['programs']) == 1
     events = plan['programs'][0]['events']
     assert len(events) == len(set(events)) == 4
