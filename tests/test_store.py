@@ -10,13 +10,16 @@ import polars as pl
 import pytest
 import tomli_w
 from fake_engine import nothing_trained
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from polars.testing import assert_frame_equal
 
 import jaxprune as jp
 from jaxprune import report
 from jaxprune.errors import StoreError
+from jaxprune.report import style
 from jaxprune.sweep import make_spec, status, store
-from jaxprune.sweep.load import spec_hash
+from jaxprune.sweep.load import spec_hash, to_toml
+from jaxprune.sweep.sweep_plan import checked_groups
 
 TABLE = {
     'name': 'stored',
@@ -39,8 +42,25 @@ changed = functools.partial(changed_table.changed, TABLE)
 
 @pytest.fixture(scope='module', autouse=True)
 def fake():
-    with nothing_trained():
+    """Nothing is trained, and what is planned is traced once for each specification."""
+    known = {}
+
+    def checked_once(spec, *args):
+        text = to_toml(spec)
+        if text not in known:
+            known[text] = checked_groups(spec, *args)
+        return known[text]
+
+    with nothing_trained(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr('jaxprune.sweep.run.checked_groups', checked_once)
         yield
+
+
+@pytest.fixture
+def words_only(monkeypatch):
+    """Reports without layout and pixels."""
+    monkeypatch.setattr(style, 'png', lambda drawing: b'\x89PNG')
+    monkeypatch.setattr(ConstrainedLayoutEngine, 'execute', lambda engine, drawing: None)
 
 
 @pytest.fixture(scope='module')
@@ -233,7 +253,7 @@ def test_out_that_is_a_file(tmp_path, command):
 
 
 @pytest.mark.parametrize('name', ['lr[0.1]', 'a*b?', '{x}', 'with space', 'Größe'])
-def test_any_directory_name(finished, tmp_path, name):
+def test_any_directory_name(finished, tmp_path, name, words_only):
     out = shutil.copytree(finished[0], tmp_path / name)
     assert_frame_equal(jp.run_sweep(TABLE, out), finished[1], check_exact=True)
     if name in ('lr[0.1]', 'Größe'):  # one that is a pattern, one that is not ASCII
@@ -247,7 +267,7 @@ def test_default_directory(tmp_path, monkeypatch, finished):
     assert_frame_equal(jp.run_sweep(TABLE), finished[1], check_exact=True)
 
 
-def test_report_of_half_a_sweep(copied, command):
+def test_report_of_half_a_sweep(copied, command, words_only):
     for chunk in store.chunk_ids(copied)[1:]:
         store.results_path(copied, chunk).unlink()
     code, _, _ = command('report', copied)
