@@ -21,6 +21,7 @@ from jaxprune.select import count_kept, global_top_k, layerwise_top_k, top_k_mas
 from jaxprune.structure import (
     compact,
     connectivity,
+    cost,
     effective_compression,
     effective_mask,
     fold_constants,
@@ -78,6 +79,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     # what must be removed together, and a network without it
     'groups',
     'compact',
+    'cost',
     'save_compact',
     'load_compact',
     # trees and problems

@@ -2,6 +2,7 @@
 
 from jaxprune.structure.compact import Compact, compact
 from jaxprune.structure.connectivity import Connect, connectivity
+from jaxprune.structure.cost import Cost, cost, cost_of_kept
 from jaxprune.structure.effective_masks import (
     compression,
     connectivity_of,
@@ -15,6 +16,7 @@ from jaxprune.structure.effective_masks import (
 from jaxprune.structure.fold import Folded, fold_constants
 from jaxprune.structure.forward_order import forward_order
 from jaxprune.structure.groups import KINDS, Coupled, Family, Member, groups
+from jaxprune.structure.latency import latency, latency_ratio
 from jaxprune.structure.target import (
     TARGETS,
     Chain,
@@ -32,6 +34,7 @@ __all__ = [
     'Chain',
     'Compact',
     'Connect',
+    'Cost',
     'Coupled',
     'Family',
     'Folded',
@@ -43,6 +46,8 @@ __all__ = [
     'compression',
     'connectivity',
     'connectivity_of',
+    'cost',
+    'cost_of_kept',
     'dead_units',
     'effective_compression',
     'effective_mask',
@@ -52,6 +57,8 @@ __all__ = [
     'forward_order',
     'forward_shapes',
     'groups',
+    'latency',
+    'latency_ratio',
     'prune_to_active',
     'rounds_before',
     'shapes_in_order',
