@@ -74,6 +74,7 @@ def synflow_of(name, forward):
     )
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize(
     ('name', 'forward', 'sparsity'),
     [
