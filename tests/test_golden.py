@@ -142,7 +142,8 @@ class Case:
         self.x = jnp.asarray(np.asarray(self.file['inputs/x'], dtype))
         self.y = jnp.asarray(self.file['inputs/y'])
         self.problem = jp.problem_from_flax(MODULES[name], self.x.shape[1:])
-        self.view = jp.view(self.problem, self.params, self.model_state)
+        self.made = jax.jit(functools.partial(jp.view, self.problem))
+        self.view = self.made(self.params, self.model_state)
         self.shapes = jp.shapes(self.view.weights)
         self.total = sum(math.prod(shape) for shape in self.shapes.values())
 
@@ -151,7 +152,7 @@ class Case:
         return jp.Batch(*(a.reshape(count, -1, *a.shape[1:]) for a in (self.x, self.y)))
 
     def masked(self, masks) -> jp.View:
-        return jp.view(self.problem, self.params, self.model_state, masks)
+        return self.made(self.params, self.model_state, masks)
 
 
 @functools.cache
