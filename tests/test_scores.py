@@ -92,19 +92,27 @@ def _setting(module, batches, dtype, size=8, shape=(6, 6, 2)):
     return problem, view(), jp.Batch(x, y)
 
 
-def loss_gradient(problem, view, batches, *, train: bool, temperature: float = 1.0):
-    """The gradient of the loss over one batch, written out anew."""
+@functools.cache
+def _loss_gradient(problem, train):
+    """`(weights, temperature, view, batches) -> gradients`; one program for all of them."""
 
-    def loss(weights, temperature):
+    def loss(weights, temperature, view, batches):
         logits, _ = problem.apply(
             jp.put(view.params, weights), view.model_state, batches.x[0], train=train, key=None
         )
         labels = jax.nn.one_hot(batches.y[0], 3)
         return -(jax.nn.log_softmax(logits / temperature) * labels).sum(-1).mean()
 
-    return jax.device_get(jax.jit(jax.grad(loss))(view.weights, temperature))
+    return jax.jit(jax.grad(loss))
 
 
+def loss_gradient(problem, view, batches, *, train: bool, temperature: float = 1.0):
+    """The gradient of the loss over one batch, written out anew."""
+    gradient = _loss_gradient(problem, train)
+    return jax.device_get(gradient(view.weights, temperature, view, batches))
+
+
+@functools.cache
 def grasp_at(problem, train: bool):
     """`(temperature, view, batches) -> scores`; traced, so one program serves both."""
     return jax.jit(
@@ -238,9 +246,7 @@ def test_batches_are_averaged(name):
 def test_grasp_is_a_derivative_of_the_gradient_norm():
     """Expectation: `w * Hg` is w times the gradient of `|g|^2 / 2` by central differences."""
     problem, view, batches = setting(Bare())
-    scores = jax.device_get(
-        jax.jit(jp.grasp(problem, train=False, temperature=1.0))(KEY, view, batches)
-    )
+    scores = jax.device_get(grasp_at(problem, False)(1.0, view, batches))
     draw = np.random.default_rng(4)
     direction = {p: draw.standard_normal(w.shape) for p, w in view.weights.items()}
 
@@ -282,7 +288,23 @@ def test_scores_without_data_say_so():
         jp.synflow(problem)(KEY, view, None)
 
 
-@pytest.mark.parametrize('method', [name for name, m in jp.METHODS.items() if not m.hooked])
+#: The same code as `importance` with other options: slow tests.
+POINTS = (
+    'loss_preservation',
+    'biased_loss_preservation',
+    'gradient_norm_increase',
+    'gradient_norm_preservation',
+)
+
+
+@pytest.mark.parametrize(
+    'method',
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in POINTS))
+        for name, entry in jp.METHODS.items()
+        if not entry.hooked
+    ],
+)
 def test_scoring_leaves_running_statistics_alone(method):
     """Expectation: an event returns masks only, and the view's statistics are what they were;
     so a second event with the same view is the same. In train mode they are not even read."""
@@ -444,7 +466,7 @@ def test_pruned_weights_get_no_updates_even_where_they_are_not_zero():
     params = jax.tree.map(lambda p: p + 1.0, params)
     for inner in (optax.adamw(0.1, weight_decay=0.5), optax.noisy_sgd(0.1, key=0)):
         tx = sparse(inner)
-        updates, _ = tx.update(params, tx.init(params), params, masks=masks)
+        updates = jax.jit(lambda p: tx.update(p, tx.init(p), p, masks=masks)[0])(params)  # noqa: B023
         for path, update in jp.pick(updates).items():
             np.testing.assert_array_equal(np.asarray(update) != 0, masks[path])
 
