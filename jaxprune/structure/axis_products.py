@@ -28,6 +28,9 @@ def _meet(
     for value, k, partner in ((one, i, other), (other, j, one)):
         if value.given and not partner.given:
             note_role(reading, value.sources[k], 'in')
+    if one.given and other.given:  # a kernel of low rank: one factor makes what the other reads
+        note_role(reading, one.sources[i], 'out' if other.sources[j] else 'in')
+        note_role(reading, other.sources[j], 'in')
     axis = unite(reading.units, one.axes[i], other.axes[j], reason)
     if not (one.zero[i] or other.zero[j]) and reading.goes(axis):
         reading.heard(axis, f'summed over, not being zero, by {reason}')
@@ -94,7 +97,8 @@ def _conv(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> list[
         inside = x._replace(axes=(of_x[1],), zero=channels[1:2], sources=channels[2:])
         _meet(reading, equation, inside, 0, kernel, rhs[1])
     # A group of the kernel is silent where its outputs are zero, or all that it reads is.
-    made[out[1]] = (outputs[0], outputs[1] or (channels[1] and of_y[1].size == 1), made[out[1]][2])
+    quiet = outputs[1] or (channels[1] and not reading.goes(of_y[1]))
+    made[out[1]] = (outputs[0], quiet, made[out[1]][2])
     return [made_of(made, x.given and kernel.given)]
 
 
@@ -154,10 +158,17 @@ def _gather(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> lis
     others = [i for i in range(len(shape)) if i not in numbers.offset_dims]
     for i, j in zip(others, range(len(indices.axes) - 1), strict=True):
         made[i] = (indices.axes[j], False, NONE)
+    for i, j in zip(
+        numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+    ):
+        axis = unite(reading.units, value.axes[i], indices.axes[j], reason)
+        made[others[j]] = (axis, value.zero[i], NONE)
     where = picked_by(equation, indices)
     offsets = iter(numbers.offset_dims)
     for i, axis in enumerate(value.axes):
         if i in gone:
+            if i in batching:
+                continue
             if where is not None and numbers.start_index_map == (i,):
                 at = np.clip(where, 0, axis.size - 1)
                 made[others[0]] = (picked(reading.units, axis, at), *part(value, i)[1:])

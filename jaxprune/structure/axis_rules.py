@@ -70,6 +70,8 @@ def _computed(equation: JaxprEqn, values: Sequence[Labelled]) -> list[np.ndarray
     outs = [var.aval for var in equation.outvars]
     if not all(_small(aval.shape) for aval in outs):
         return None
+    if any(jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended) for aval in outs):
+        return None
     if any(aval.shape and aval.dtype.kind not in 'iub' for aval in outs):
         return None  # numbers with a fraction index nothing
     with jax.ensure_compile_time_eval():
@@ -91,12 +93,17 @@ def _given(values: Sequence[Labelled]) -> bool:
 def _stays_zero(equation: JaxprEqn, values: Sequence[Labelled], zeros: Sequence[bool]) -> bool:
     """Is the result zero where these operands are, whatever the others are?"""
     name = equation.primitive.name
-    numbers = [None if v.number is None or v.number.ndim else float(v.number) for v in values]
+    numbers = [
+        float(v.number)
+        if v.number is not None and np.isrealobj(v.number) and not v.number.ndim
+        else None
+        for v in values
+    ]
     if name in ('mul', 'and'):
         return any(zeros)
     if name == 'div':
         return zeros[0]
-    if name in ('add', 'sub', 'add_any', 'or', 'xor'):
+    if name in ('add', 'sub', 'add_any', 'or', 'xor', 'complex'):
         return all(zeros)
     if name in ('max', 'min'):
         sign = 1 if name == 'max' else -1
@@ -113,7 +120,7 @@ def _stays_zero(equation: JaxprEqn, values: Sequence[Labelled], zeros: Sequence[
         return zeros[1] and low is not None and high is not None and low <= 0 <= high
     if name == 'integer_pow':
         return zeros[0] and equation.params['y'] > 0
-    return name in ODD and zeros[0]
+    return name in ODD | {'conj'} and zeros[0]
 
 
 def _all_zero(value: Labelled) -> bool:
@@ -129,6 +136,9 @@ def _elementwise(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -
     for i, size in enumerate(shape):
         # An axis of length 1 is repeated along the others.
         axes = [v.axes[i] for v in whole if v.axes[i].size == size]
+        for value in whole:
+            if value.axes[i].size != size:
+                fix(reading.units, value.axes[i], f'repeated by {reason}')
         axis = functools.reduce(lambda a, b: unite(reading.units, a, b, reason), axes)
         zeros = [len(v.axes) == len(shape) and v.axes[i].size == size and v.zero[i] for v in values]
         zeros = [z or _all_zero(v) for z, v in zip(zeros, values, strict=True)]
@@ -150,6 +160,8 @@ def _broadcast(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> 
     for i, dim in enumerate(equation.params['broadcast_dimensions']):
         if value.axes[i].size == shape[dim]:
             made[dim] = part(value, i)
+        else:
+            fix(reading.units, value.axes[i], f'repeated by {place(equation)}')
     return [made_of(made, value.given)._replace(summed=value.summed)]
 
 
@@ -211,6 +223,33 @@ def _concatenate(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -
     return [made_of(made, _given(values))]
 
 
+def _stack(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> list[Labelled]:
+    dim, reason, made = equation.params['axis'], place(equation), []
+    for i in range(len(values[0].axes)):
+        axes = [v.axes[i] for v in values]
+        axis = functools.reduce(lambda a, b: unite(reading.units, a, b, reason), axes)
+        sources = frozenset().union(*(v.sources[i] for v in values))
+        made.append((axis, all(v.zero[i] for v in values), sources))
+    made.insert(dim, (Axis(len(values)), False, NONE))
+    return [made_of(made, _given(values))]
+
+
+def _unstack(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> list[Labelled]:
+    [value], dim = values, equation.params['axis']
+    fix(reading.units, value.axes[dim], f'taken apart by {place(equation)}')
+    rest = [p for i, p in enumerate(parts(value)) if i != dim]
+    return [made_of(rest, value.given) for _ in equation.outvars]
+
+
+def _tile(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> list[Labelled]:
+    made = parts(values[0])
+    for i, times in enumerate(equation.params['reps']):
+        axis, *rest = made[i]
+        if times != 1:
+            made[i] = (picked(reading.units, axis, np.tile(np.arange(axis.size), times)), *rest)
+    return [made_of(made, values[0].given)]
+
+
 def _joined(reading: Reading, axes: Sequence[Axis]) -> Axis:
     """Axes one after the other."""
     axes = [found(a) for a in axes]
@@ -244,9 +283,14 @@ def _pad(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> list[L
 
 def _reshape(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> list[Labelled]:
     [value], shape = values, equation.outvars[0].aval.shape
+    if (order := equation.params.get('dimensions')) is not None:  # transposed first
+        value = made_of([part(value, i) for i in order], value.given)
     before = [a.size for a in value.axes]
-    if equation.params.get('dimensions') is not None or 0 in before:
-        raise Unknown('a reshape of this kind')
+    if 0 in before:  # it has no entries
+        return [opened(shape, value.given, True)]
+    for axis in value.axes:
+        if axis.size == 1:  # it may be lost
+            fix(reading.units, axis, f'a single index, taken by {place(equation)}')
     made: list[Part] = [(Axis(1), False, NONE)] * len(shape)
     for old, new in blocks(before, shape):
         if len(old) == len(new) == 1:
@@ -306,21 +350,28 @@ def _reduce(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> lis
 def _cumulative(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> list[Labelled]:
     [value] = values
     fix(reading.units, value.axes[equation.params['axis']], f'summed along by {place(equation)}')
+    if equation.primitive.name == 'cumlogsumexp':  # of zeros is not zero
+        value = value._replace(zero=(False,) * len(value.axes))
     return [value._replace(number=None, summed=())]
 
 
 def _sort(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> list[Labelled]:
     """Sorts and the like: the last axis, or that of `dimension`, is put in another order."""
-    dim = equation.params.get('dimension', equation.params.get('axis', -1))
-    for value in values:
-        fix(reading.units, value.axes[dim], f'sorted by {place(equation)}')
-    made = [(axis, False, NONE) for axis in values[0].axes]
     reason = f'sorted by {place(equation)}'
+    dim = equation.params.get('dimension', equation.params.get('axis', -1)) % len(values[0].axes)
+    for value in values:
+        fix(reading.units, value.axes[dim], reason)
+        for one, other in zip(value.axes, values[0].axes, strict=True):
+            unite(reading.units, one, other, reason)
     out = []
-    for var in equation.outvars:
-        axes = list(made)
-        axes[dim] = (fixed(var.aval.shape[dim], reason), False, NONE)
-        out.append(made_of(axes, _given(values)))
+    for i, var in enumerate(equation.outvars):
+        # The places of the best are numbers of their own; else rows are put in another order.
+        made = [
+            (axis, zero and i < len(values), NONE)
+            for axis, zero, _ in parts(values[i % len(values)])
+        ]
+        made[dim] = (fixed(var.aval.shape[dim], reason), False, NONE)
+        out.append(made_of(made, _given(values)))
     return out
 
 
@@ -349,7 +400,7 @@ def _source(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> lis
 
 
 HANDLERS: list[tuple[frozenset[str], Handler]] = [
-    (UNARY | NARY | {'select_n'}, _elementwise),
+    (UNARY | NARY | {'select_n', 'complex', 'conj'}, _elementwise),
     (frozenset({'broadcast_in_dim'}), _broadcast),
     (frozenset({'transpose'}), _transpose),
     (frozenset({'squeeze'}), _squeeze),
@@ -357,6 +408,9 @@ HANDLERS: list[tuple[frozenset[str], Handler]] = [
     (frozenset({'slice'}), _slice),
     (frozenset({'split'}), _split),
     (frozenset({'concatenate'}), _concatenate),
+    (frozenset({'stack'}), _stack),
+    (frozenset({'unstack'}), _unstack),
+    (frozenset({'tile'}), _tile),
     (frozenset({'pad'}), _pad),
     (frozenset({'reshape'}), _reshape),
     (REDUCTIONS, _reduce),

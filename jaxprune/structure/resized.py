@@ -218,6 +218,9 @@ def smaller(equation: JaxprEqn, arrays: list[Any], visit: Visit, left: Left) -> 
         params['shape'] = out[0]
     elif name == 'reshape':
         params['new_sizes'] = out[0]
+    elif name == 'stack':
+        at = left.of(visit.results[0].axes[params['axis']])
+        arrays = arrays if at is None else [arrays[i] for i in at]
     elif name == 'split':
         params['sizes'] = tuple(shape[params['axis']] for shape in out)
     elif name == 'pad':
