@@ -199,8 +199,10 @@ def test_a_machine_that_slows_down_misleads_no_trial(monkeypatch):
     assert found['unroll'].seconds == 6.0 and not found['unroll'].error
 
 
-def test_plan_probes_on_request(tmp_path, quick_trials, capsys):
+def test_plan_probes_on_request(tmp_path, quick_trials, monkeypatch, capsys):
     """Expectation: a table of all candidates, then the plan with one of them."""
+    trial = _Trial(lambda: 0.2, 0.1, 1.0)  # nothing is compiled
+    monkeypatch.setattr('jaxprune.sweep.probe._begun', lambda spec, run, strategy: trial)
     file = tmp_path / 'spec.toml'
     file.write_text(tomli_w.dumps(DENSE))
     assert main(['plan', str(file), '--probe']) == 0
