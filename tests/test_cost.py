@@ -6,6 +6,7 @@ without parameters, on CIFAR. Counts of the other networks are those that prunin
 
 import functools
 import itertools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -408,6 +409,44 @@ def test_many_selections_of_one_network():
 
 def up(number):
     return -(-number // 128) * 128
+
+
+# --- in the report of jp.prune ------------------------------------------------------------------
+
+
+def test_the_report_of_prune_has_the_cost():
+    """Expectation: by hand, for one example; hidden units without weights go, if they are silent.
+
+    Weights of the last three of five units are smallest. A bias that is not zero still acts.
+    """
+    first, last = np.ones((6, 5), np.float32), np.ones((5, 4), np.float32)
+    first[:, 2:], last[2:] = 0.01, 0.02
+    params = {'first': {'kernel': first, 'bias': np.zeros(5, np.float32)}, 'last': {'kernel': last}}
+
+    def apply(p, x):
+        return jax.nn.relu(x @ p['first']['kernel'] + p['first']['bias']) @ p['last']['kernel']
+
+    def report(params, model=apply, density=20 / 50):
+        x = np.ones((3, 6), np.float32)
+        return jp.prune(params, 'magnitude', density, model=model, data=x).report
+
+    found = report(params)
+    assert found.dense_cost == jp.cost(apply, params, array(1, 6))
+    assert (found.dense_cost.macs, found.dense_cost.params) == (50, 55)
+    assert (found.compact_cost.macs, found.compact_cost.params) == (20, 22)
+    assert pickle.loads(pickle.dumps(found)) == found
+    line = 'one example: 50 MACs, 55 parameters; with pruned groups cut out 20 and 22'
+    assert line in str(found).splitlines()
+    whole = report(params, density=1.0)
+    assert whole.compact_cost == whole.dense_cost == found.dense_cost
+    params['first']['bias'] = np.ones(5, np.float32)
+    params['last']['kernel'] = np.ones((5, 4), np.float32)
+    acting = report(params, density=32 / 50)  # what reads the units is kept
+    assert acting.compact_cost is None and acting.dense_cost == found.dense_cost and not acting.note
+    assert 'cannot be cut out' in str(acting)
+    unread = report(params, lambda p, x: jnp.fft.fft(apply(p, x)).real)
+    assert unread.dense_cost is None and "operation 'fft'" in unread.note
+    assert report(params, None).dense_cost is None
 
 
 # --- seconds ------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from jaxprune.method import (
 )
 from jaxprune.plan import Plan, density_of, plan_rounds
 from jaxprune.prune_model import check_arguments as check
+from jaxprune.prune_model.costs import with_costs
 from jaxprune.prune_model.summary import Report, report_of
 from jaxprune.score.loss import one_input, split
 from jaxprune.structure import Connect
@@ -192,6 +193,9 @@ def _pruned(given: _Given, choices: Choices, extent: _Extent, options: Mapping[s
     kept = tree.put(given.params, jax.jit(tree.apply_masks)(leaves, found.masks))
     if choices.repair:
         kept = tree.put(kept, found.weights)
+    if given.model is not None and batches is not None:
+        like = one_input(batches, 'what the model costs')
+        report = with_costs(report, net, kept, view.model_state, found.masks, like)
     return Pruned(kept, found.masks, report)
 
 

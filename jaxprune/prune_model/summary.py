@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 
 from jaxprune import tree
-from jaxprune.structure import Connect
+from jaxprune.structure import Connect, Cost
 from jaxprune.types import Masks, PyTree
 
 
@@ -39,6 +39,10 @@ class Report(NamedTuple):
       effective_compression: weights before / weights on a path from input to output; None if
         unknown, infinite if the network is cut in two.
       note: what else there is to know, such as why paths were not followed; or ''.
+      dense_cost: what the model costs for one example, pruned or not; None if unknown.
+      compact_cost: what it costs when the groups that are pruned as a whole are cut out, see
+        `jp.compact`; None if they cannot be: one still acts, say by its bias, no path is left, or
+        the model cannot be read, see `note`.
     """
 
     method: str
@@ -49,6 +53,8 @@ class Report(NamedTuple):
     compression: float
     effective_compression: float | None
     note: str
+    dense_cost: Cost | None = None
+    compact_cost: Cost | None = None
 
     def __str__(self) -> str:
         width = max(len(leaf.path) for leaf in self.leaves)
@@ -64,6 +70,8 @@ class Report(NamedTuple):
             f'{self.method}: density {self.density:.6g}, compression {self.compression:.6g}'
             + ('' if effective is None else f', effective {effective:.6g}')
         )
+        if self.dense_cost is not None:
+            lines.append(_cost_line(self.dense_cost, self.compact_cost))
         if self.collapsed:
             lines.append(f'collapsed, no weight left: {", ".join(self.collapsed)}')
         if self.untouched:
@@ -97,6 +105,13 @@ def report_of(
         effective_compression=None if working is None else _ratio(size, working),
         note=note,
     )
+
+
+def _cost_line(dense: Cost, smaller: Cost | None) -> str:
+    line = f'one example: {dense.macs:,} MACs, {dense.params:,} parameters'
+    if smaller is None:
+        return f'{line}; pruned groups cannot be cut out as they are'
+    return f'{line}; with pruned groups cut out {smaller.macs:,} and {smaller.params:,}'
 
 
 def _ratio(before: int, after: int) -> float:

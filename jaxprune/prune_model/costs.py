@@ -1,0 +1,58 @@
+"""What a model costs before and after `jp.prune`, for its report."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxprune import structure
+from jaxprune.errors import PruneError
+from jaxprune.prune_model import check_arguments as check
+from jaxprune.prune_model.summary import Report
+from jaxprune.structure.compact import removed_groups
+from jaxprune.types import Masks, Problem, PyTree
+
+
+def with_costs(
+    report: Report,
+    net: Problem,
+    masked: PyTree,
+    model_state: PyTree,
+    masks: Masks,
+    like: jax.ShapeDtypeStruct,
+) -> Report:
+    """The report with the cost of one example; if the model cannot be read a note says why.
+
+    Args:
+      masked: the parameters under the masks.
+      like: one example, without the batch axis.
+    """
+    forward = structure.forward_of(net)
+    x = jax.ShapeDtypeStruct((1, *like.shape), like.dtype)
+
+    def apply(params: PyTree, model_state: PyTree, x: PyTree) -> PyTree:
+        return forward(params, x, model_state)
+
+    args = apply, masked, x, model_state
+    try:
+        read = check.tried('the model on one input', structure.groups, *args)
+        without = structure.cost_of_kept(read)
+    except PruneError as error:
+        known = str(error) in report.note  # why paths were not followed
+        note = '' if known else f'cost without pruned groups not known: {error}'
+        return report._replace(
+            dense_cost=_known(check.tried, 'the model on one input', structure.cost, *args),
+            note='; '.join(filter(None, [report.note, note])),
+        )
+    removed = _known(removed_groups, read, masked, masks, 'keep')
+    return report._replace(
+        dense_cost=without({}), compact_cost=None if removed is None else without(removed)
+    )
+
+
+def _known(function: Callable, *args: Any) -> Any:
+    """The result of a function; None where it cannot be."""
+    try:
+        return function(*args)
+    except PruneError:
+        return None
