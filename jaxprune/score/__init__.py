@@ -4,6 +4,12 @@ from jaxprune.score.fisher import fisher
 from jaxprune.score.force import force
 from jaxprune.score.gradient_norm import gradient_norm
 from jaxprune.score.grasp import grasp
+from jaxprune.score.group_importance import (
+    GROUP_MEASURES,
+    group_decay,
+    group_importance,
+    group_values,
+)
 from jaxprune.score.importance import MEASURES, importance
 from jaxprune.score.lamp import lamp
 from jaxprune.score.layers import Layer, forward_layers
@@ -18,6 +24,7 @@ from jaxprune.score.synflow import synflow
 from jaxprune.score.taylor import taylor
 
 __all__ = [
+    'GROUP_MEASURES',
     'MEASURES',
     'Layer',
     'fisher',
@@ -25,6 +32,9 @@ __all__ = [
     'forward_layers',
     'gradient_norm',
     'grasp',
+    'group_decay',
+    'group_importance',
+    'group_values',
     'importance',
     'lamp',
     'lookahead',
