@@ -33,12 +33,14 @@ from jaxprune.types import Batch, Problem, Pruner, View
 if TYPE_CHECKING:
     from jaxprune.export import load_compact, save_compact
     from jaxprune.optim import mask_opt_state, sparse
+    from jaxprune.report.groups_figure import draw_groups
     from jaxprune.sweep import load_spec, make_spec, run_sweep, use_all_cores
 
 #: Loaded on first use: they need what a mask alone does not, such as optax, flax or polars.
 _LAZY = {
     'load_compact': 'jaxprune.export',
     'save_compact': 'jaxprune.export',
+    'draw_groups': 'jaxprune.report.groups_figure',
     'mask_opt_state': 'jaxprune.optim',
     'sparse': 'jaxprune.optim',
     'load_spec': 'jaxprune.sweep',
@@ -78,6 +80,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     'fold_constants',
     # what must be removed together, and a network without it
     'groups',
+    'draw_groups',
     'compact',
     'cost',
     'save_compact',

@@ -8,6 +8,7 @@ effective  accuracy against effective compression; effective against direct comp
 heatmap    density of every layer
 recorded   quantities recorded along training
 page       everything together as HTML
+groups_figure  coupled groups of a network, `jp.draw_groups`
 terminal   the summary as a table
 markdown   tables and verdicts for the scripts of studies
 """
