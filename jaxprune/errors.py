@@ -22,7 +22,7 @@ class DataError(JaxpruneError):
 
 
 class StoreError(JaxpruneError):
-    """A result directory that lacks what is read."""
+    """A result directory or a file that lacks what is read, is broken, or cannot be written."""
 
 
 class PruneError(JaxpruneError):
