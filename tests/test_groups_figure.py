@@ -127,7 +127,12 @@ def test_long_names_are_shortened_and_stay_apart():
     words = check_no_overlap(groups_figure.draw_groups(two(*ends)))
     assert any('layers are below' in word for word in words)
     ends = [f'{number}/{"module/" * 20}{"x" * 40}' for number in (1, 2)]
-    words = check_no_overlap(groups_figure.draw_groups(two(*ends)))
+    drawing = groups_figure.draw_groups(two(*ends))
+    words = check_no_overlap(drawing)
+    [axes] = drawing.axes
+    box = min((p.get_window_extent() for p in axes.patches), key=lambda extent: extent.x0)
+    inside = [t.get_window_extent() for t in axes.texts if '…' in t.get_text()]
+    assert all(box.x0 + 5 < t.x0 and t.x1 < box.x1 - 5 for t in inside)
     short = [word for word in words if '…' in word]
     assert len(short) == 2 and max(map(len, short)) == 32
     assert shortened('encoder/attention/query', 12) == 'enc…on/query'

@@ -196,7 +196,8 @@ def _places(layers: Sequence[str], names: dict[str, str], rails: Sequence[_Rail]
             ports[layer, role, number] = y + height / 2 + (i - (len(here) - 1) / 2) * _PORT
         y += height + 4
     widest = max(style.text_width(name, _SIZE) for name in names.values())
-    right = _MARGIN + widest + 2 * _PAD
+    # Letters on whole pixels may be a little wider than measured.
+    right = _MARGIN + 1.06 * widest + 2 * _PAD
     ends = []
     for number, rail in enumerate(rails):
         used = [ports[layer, role, number] for layer, role in rail.ports]
