@@ -338,8 +338,10 @@ def _reduce(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> lis
                     reading.units, value.axes[i], f'normalised or reduced over by {place(equation)}'
                 )
     [value, *_] = values
+    silent = sums or equation.primitive.name == 'reduce_prod'
+    silent = silent and all(value.axes[i].size != 0 for i in gone)
     rest = [
-        (axis, zero and sums, sources)
+        (axis, zero and silent, sources)
         for i, (axis, zero, sources) in enumerate(parts(value))
         if i not in gone
     ]
