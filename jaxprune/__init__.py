@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxprune.errors import JaxpruneError, PruneError
-from jaxprune.method import METHODS, get_pruner, prune_rounds, pruner
+from jaxprune.method import METHODS, competing, get_pruner, prune_rounds, pruner
 from jaxprune.plan import keep_counts, plan_rounds
 from jaxprune.problem import (
     cross_entropy,
@@ -69,6 +69,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     'top_k_mask',
     'pruner',
     'get_pruner',
+    'competing',
     'METHODS',
     'plan_rounds',
     'prune_rounds',

@@ -1,4 +1,4 @@
-"""Masks with a structure inside a kernel: n of every m weights, whole blocks, whole units.
+"""Masks with a structure inside a kernel: n of every m weights, whole blocks.
 
 Patterns that hardware can use: 2:4 on sparse tensor cores, tiles such as 8x128 or 128x128 on matrix
 units. A mask alone speeds nothing up. All selections use `top_k_mask` and follow its rules: ties go
@@ -11,7 +11,7 @@ static; numbers of blocks to keep may be traced.
 
 import math
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -19,15 +19,8 @@ import jax.numpy as jnp
 
 from jaxprune.allocation import Shape, check_density
 from jaxprune.errors import PruneError, check_choice, nearest, quoted, shown
-from jaxprune.select import (
-    as_floats,
-    global_top_k,
-    layerwise_top_k,
-    top_k_mask,
-    within_bounds,
-)
-from jaxprune.tree import check_same_paths
-from jaxprune.types import GLOBAL, Counts, Masks, Scores
+from jaxprune.select import as_floats, global_top_k, layerwise_top_k, top_k_mask
+from jaxprune.types import GLOBAL, Counts, Groups, Masks, Scores, Weights
 
 TIES = ('lowest', 'highest')
 REDUCTIONS = ('sum', 'mean', 'max')
@@ -181,53 +174,6 @@ def block_top_k(
     }
 
 
-def unit_top_k(
-    scores: Scores,
-    counts: Counts,
-    *,
-    ranked: Collection[str],
-    fewest: Counts | None = None,
-    axis: int = -1,
-) -> Masks:
-    """Keeps or removes whole units, all weights that compute one output: neurons, filters.
-
-    A unit's score is the largest of its entries; give all of them the unit's own, see
-    `score.group_sums`. Entries at -inf, weights pruned before, do not count and are not kept with
-    their unit; a unit of nothing else, or with a NaN, is never kept.
-
-    Args:
-      scores: path -> float scores.
-      counts: how many units to keep, path -> k, or `{'*': k}` for one ranking over all layers. May
-        be traced.
-      ranked: paths of the layers whose units compete. All others keep what is above -inf.
-      fewest: path -> units that a layer keeps at least in one ranking over all layers.
-      axis: of the outputs: the last one in flax and haiku, the first in torch and equinox.
-
-    Raises:
-      PruneError: counts, bounds or ranked layers with other paths; scores that are no floats.
-    """
-    unknown = sorted(set(ranked) - set(scores))
-    if unknown:
-        raise PruneError(f'no scores of {quoted(unknown[0])}: {nearest(unknown[0], scores)}')
-    scores = {path: as_floats(leaf) for path, leaf in sorted(scores.items())}
-    values = {p: jnp.moveaxis(scores[p], axis, 0) for p in scores if p in set(ranked)}
-    values = {p: leaf.reshape(leaf.shape[0], -1).max(1) for p, leaf in values.items()}
-    everywhere = set(counts) == {GLOBAL}
-    if not everywhere:
-        check_same_paths('counts of units', counts, values)
-    select = global_top_k if everywhere else layerwise_top_k
-    chosen = select(within_bounds(values, fewest, None), counts)
-
-    def mask(path: str, leaf: jax.Array) -> jax.Array:
-        alive = leaf > -jnp.inf
-        if path not in chosen:
-            return alive
-        along = chosen[path].reshape(-1, *[1] * (leaf.ndim - 1))
-        return alive & jnp.moveaxis(along, 0, axis)
-
-    return {path: mask(path, leaf) for path, leaf in scores.items()}
-
-
 def n_blocks(
     shape: Shape,
     block: tuple[int, int],
@@ -268,6 +214,80 @@ def block_counts(
     if not sum(counts.values()):
         raise PruneError(f'density {density:.3g} keeps none of {sum(blocks.values())} blocks')
     return counts
+
+
+# --- as what competes ---------------------------------------------------------------------------
+
+
+def single_weights(shapes: Mapping[str, Shape]) -> Groups:
+    """Every weight competes for itself."""
+
+    def same(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return leaves
+
+    return Groups('weight', dict(shapes), same, same, same)
+
+
+def n_of_m_groups(
+    shapes: Mapping[str, Shape], n: int, m: int, axis: Mapping[str, int] | None = None
+) -> Groups:
+    """Weights compete, but of every m along the input axis only the n best: N:M at any density.
+
+    Args:
+      shapes: path -> shape of every prunable leaf.
+      n, m: see `n_of_m`.
+      axis: path -> axis along which a dot product sums; by default the last but one, the inputs in
+        flax and haiku.
+    """
+    axes = dict.fromkeys(shapes, -2) if axis is None else dict(axis)
+    most = {}
+    for path, shape in shapes.items():
+        length = shape[_contraction_axis(f"'{path}'", shape, axes[path])]
+        full, rest = divmod(length, m)
+        most[path] = math.prod(shape) // max(length, 1) * (full * n + min(n, rest))
+
+    def eligible(scores: Scores) -> Scores:
+        best = n_of_m(scores, n=n, m=m, axis=axes)
+        return {path: jnp.where(best[path], leaf, -jnp.inf) for path, leaf in scores.items()}
+
+    return single_weights(shapes)._replace(kind=f'{n}:{m}', eligible=eligible, most=most)
+
+
+def block_groups(
+    shapes: Mapping[str, Shape],
+    block: tuple[int, int],
+    axes: Mapping[str, tuple[int, int]] | None = None,
+) -> Groups:
+    """Whole blocks of each kernel compete, by the sums of their scores; see `block_top_k`.
+
+    Args:
+      shapes: path -> shape of every prunable leaf.
+      block: sides of a block along the inputs and the outputs of a kernel.
+      axes: path -> these two axes; by default the last two, as in flax and haiku.
+    """
+    axes = dict.fromkeys(shapes, (-2, -1)) if axes is None else axes
+    tiles = {
+        path: _tiling(f"'{path}'", shape, block, axes[path], False)
+        for path, shape in shapes.items()
+    }
+
+    def gather(values: Weights) -> Scores:
+        return {
+            path: _padded(leaf, tiles[path].tile, 0)
+            .reshape([side for pair in zip(*tiles[path], strict=True) for side in pair])
+            .sum(tuple(range(1, 2 * leaf.ndim, 2)))
+            for path, leaf in values.items()
+        }
+
+    def alive(masks: Masks) -> Masks:
+        counted = gather({path: mask.astype(jnp.int32) for path, mask in masks.items()})
+        return {path: count > 0 for path, count in counted.items()}
+
+    def spread(chosen: Masks) -> Masks:
+        return {path: _spread(leaf, tiles[path], shapes[path]) for path, leaf in chosen.items()}
+
+    grids = {path: tiling.grid for path, tiling in tiles.items()}
+    return Groups(f'{block[0]}x{block[1]}', grids, gather, alive, spread)
 
 
 class _Tiling(NamedTuple):
@@ -315,10 +335,10 @@ def _spread(chosen: jax.Array, tiling: _Tiling, shape: Shape) -> jax.Array:
     return chosen[tuple(slice(size) for size in shape)]
 
 
-def _padded(leaf: jax.Array, multiples) -> jax.Array:
-    """Filled up with -inf, which is never kept, to multiples of the given sides."""
+def _padded(leaf: jax.Array, multiples: Iterable[int], filler: float = -jnp.inf) -> jax.Array:
+    """Filled up to multiples of the given sides, with -inf, which is never kept, or a number."""
     widths = [(0, -size % side) for size, side in zip(leaf.shape, multiples, strict=True)]
-    return jnp.pad(leaf, widths, constant_values=-jnp.inf)
+    return jnp.pad(leaf, widths, constant_values=filler)
 
 
 def _axis(name: str, shape: Shape, axis: int) -> int:

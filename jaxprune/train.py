@@ -250,7 +250,8 @@ def run_events(
     def finish(state: RunState, active: ArrayLike) -> tuple[RunState, dict[str, jax.Array]]:
         view = hooked_view(problem, state, pruner.hook, clock)
         view = finished(pruner, state.method_state, view, active)
-        return restarted(_stored(optimizer, hyper, state, view)), count_kept(view.masks)
+        kept = {} if pruner.final_masks is None else count_kept(view.masks)
+        return restarted(_stored(optimizer, hyper, state, view)), kept
 
     def restarted(state: RunState) -> RunState:
         if not restart:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from jax.typing import ArrayLike
 
 Key = jax.Array
@@ -142,8 +143,8 @@ class PruneInfo(NamedTuple):
     """What happened in one pruning event.
 
     Attributes:
-      kept: path -> how many weights the new mask keeps, int32.
-      nonfinite: how many scores of weights still in play were NaN or infinite, int32.
+      kept: layer -> how many weights, or groups of another kind, are kept, int32.
+      nonfinite: how many scores of what is still in play were NaN or infinite, int32.
       nonzero: how many of them were not zero, int32; without any there is nothing to rank by.
     """
 
@@ -152,9 +153,54 @@ class PruneInfo(NamedTuple):
     nonzero: jax.Array
 
 
+class Own(NamedTuple):
+    """What belongs to a layer's groups along one axis of a parameter.
+
+    Attributes:
+      axis: of the parameter.
+      name: the layer, a key of `Groups.shapes`.
+      group: for each index of the axis the number of its group, or the number of groups where the
+        index belongs to none.
+      makes: it makes the groups; else it follows them, as a bias does.
+    """
+
+    axis: int
+    name: str
+    group: np.ndarray
+    makes: bool
+
+
+class Groups(NamedTuple):
+    """What competes: single weights, n of every m, blocks, units, heads.
+
+    Methods, selections, allocations and floors see names, shapes and one score per group. None of
+    them learns which kind it is.
+
+    Attributes:
+      kind: what it is, as a specification names it: 'weight', '2:4', '8x128', 'unit', ...
+      shapes: layer -> shape of its groups; `(n,)` for n units. In forward order, if it is known.
+      gather: values of all prunable weights -> their sums over each group.
+      alive: masks -> is anything of a group kept?
+      spread: groups kept, bool -> masks of all prunable leaves, with everything that goes along.
+      eligible: scores of groups -> the same, -inf where a rule keeps the group out; None if no
+        such rule is there.
+      most: layer -> how many groups the rule lets in at most; None if there is no rule.
+      own: path -> what makes or follows units, biases and norms as well; {} for other kinds.
+    """
+
+    kind: str
+    shapes: dict[str, tuple[int, ...]]
+    gather: Callable[[Weights], Scores]
+    alive: Callable[[Masks], Masks]
+    spread: Callable[[Masks], Masks]
+    eligible: Callable[[Scores], Scores] | None = None
+    most: dict[str, int] | None = None
+    own: dict[str, Own] = {}  # noqa: RUF012 (nobody changes it)
+
+
 class ScoreFn(Protocol):
     def __call__(self, key: Key, view: View, batches: Batches | None) -> Scores:
-        """Scores every prunable weight, high = keep."""
+        """Scores every prunable weight, or every group that competes, high = keep."""
 
 
 SelectFn = Callable[[Scores, Counts], Masks]

@@ -22,7 +22,6 @@ import numpy as np
 
 import jaxprune as jp
 from jaxprune import data, flow, nn
-from jaxprune.method import alike, unit_select, unit_shapes
 
 digits = data.load('mnist_small')
 images = lambda split: (split.images.astype('float32') / 255 - 0.13) / 0.31
@@ -75,23 +74,22 @@ def trained(seed):
 
 # %%
 params = trained(0)
-units = unit_shapes(jp.shapes(jp.pick(params)))
-connect = jp.connectivity(
-    lambda p, x: problem.apply(p, {}, x, train=False, key=None)[0],
-    params,
-    jnp.zeros((1, 28, 28, 1)),
+forward = lambda p, x: problem.apply(p, {}, x, train=False, key=None)[0]
+units = jp.competing(
+    'unit',
+    jp.shapes(jp.pick(params)),
+    lambda: jp.groups(forward, params, jnp.zeros((1, 28, 28, 1))),
 )
-select = unit_select(connect, list(units))
+pruner = jp.get_pruner(problem, 'magnitude', groups=units, allocation='uniform')
 
 
 @jax.jit
 def pruned(params, counts):
-    view = jp.view(problem, params)
-    return select(alike(jp.magnitude())(jax.random.key(0), view, None), counts)
+    return pruner.update(jax.random.key(0), (), jp.view(problem, params), counts, None)[1]
 
 
 def counts_at(ratio):
-    return {path: jnp.int32(round(n * (1 - ratio))) for path, (n,) in units.items()}
+    return {path: jnp.int32(round(n * (1 - ratio))) for path, (n,) in units.shapes.items()}
 
 
 @jax.jit

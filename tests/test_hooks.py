@@ -10,11 +10,11 @@ from sweeps import engine_of, group_of
 
 import jaxprune as jp
 from jaxprune import data, flow, nn, optim, tree
-from jaxprune.method import get_pruner, run_rounds, unit_shapes
+from jaxprune.method import competing, get_pruner, run_rounds
 from jaxprune.optim import sparse
 from jaxprune.rng import stream
 from jaxprune.select import layerwise_top_k
-from jaxprune.structure import connectivity_of, forward_shapes
+from jaxprune.structure import forward_shapes, groups_of
 from jaxprune.sweep.chunk import run_chunk
 from jaxprune.sweep.device_data import device_data
 from jaxprune.sweep.engine import stacked
@@ -386,22 +386,26 @@ def test_tpp_in_a_sweep_is_the_published_algorithm():
     assert steps == {'steps 10': 1, 'steps 10 hooked': 1}
 
 
+def units_of(net):
+    shapes = forward_shapes(net, (28, 28, 1))
+    return competing('unit', shapes, lambda: groups_of(net, (28, 28, 1)))
+
+
 def test_tpp_on_its_own_adds_the_gradients_of_its_reference():
     """Expectation: `flow.tpp_gradients` at the strength of `flow.tpp_strength`, for kernels and
     their biases, and nothing for other parameters."""
-    shapes, connect = forward_shapes(NET, (28, 28, 1)), connectivity_of(NET, (28, 28, 1))
+    groups = units_of(NET)
     options = {'weight': 10.0, 'interval': 2, 'increment': 0.1, 'ceiling': 1.0}
-    pruner = get_pruner(
-        NET, 'tpp', granularity='unit', allocation='uniform', shapes=shapes, connect=connect,
-        **options,
-    )  # fmt: skip
+    pruner = get_pruner(NET, 'tpp', groups=groups, allocation='uniform', **options)
     params = jax.device_get(jax.jit(NET.init)(KEY)[0])
     view = jp.view(NET, params)
     counts = {'dense_0/kernel': np.int32(9), 'dense_1/kernel': np.int32(4)}
     state, update = jax.jit(pruner.init)(KEY, view), jax.jit(pruner.update)
     state, masks, _ = update(KEY, state, view, counts, None)
     assert all(bool(mask.all()) for mask in masks.values()), 'nothing is pruned yet'
-    pruned = {path: np.asarray(p) for path, p in state.pruned.items()}
+    pruned = {
+        path: ~np.append(state.kept[own.name], True)[own.group] for path, own in groups.own.items()
+    }
     assert set(pruned) == {f'dense_{i}/{leaf}' for i in (0, 1) for leaf in ('kernel', 'bias')}
     for i, gone in ((0, 3), (1, 4)):
         size = np.abs(params[f'dense_{i}']['kernel']).mean(0)
@@ -420,7 +424,7 @@ def test_tpp_on_its_own_adds_the_gradients_of_its_reference():
             expected = 0.5 + added.get(path, np.zeros(leaf.shape))
             np.testing.assert_allclose(leaf, expected, rtol=1e-5, err_msg=path)
     state, masks, _ = update(KEY, state, view, counts, None)
-    for path, (count,) in unit_shapes(shapes).items():
+    for path, (count,) in groups.shapes.items():
         kept = np.asarray(masks[path]).any(0)
         np.testing.assert_array_equal(kept, ~pruned[path])
         assert kept.size == count
@@ -429,12 +433,7 @@ def test_tpp_on_its_own_adds_the_gradients_of_its_reference():
 def test_batch_norms_of_pruned_filters_are_pulled_too():
     """Expectation: scale and bias of `bn_i` go with the filters of `conv_i`."""
     net = jp.problem_from_flax(nn.build('small_vgg', 10, widths=[4, 6]), (28, 28, 1))
-    shapes, connect = forward_shapes(net, (28, 28, 1)), connectivity_of(net, (28, 28, 1))
-    pruner = get_pruner(
-        net, 'tpp', granularity='unit', allocation='uniform', shapes=shapes, connect=connect
-    )
-    state = jax.eval_shape(lambda: pruner.init(KEY, jp.view(net, net.init(KEY)[0])))
-    norms = {path for path in state.pruned if path.startswith('bn')}
+    norms = {path for path in units_of(net).own if path.startswith('bn')}
     assert norms == {f'bn_{i}/{leaf}' for i in range(4) for leaf in ('scale', 'bias')}
 
 

@@ -447,7 +447,7 @@ def nan(p, x):
             'ntk_sap draws Gaussian inputs',
         ),
         # Methods that change training.
-        ({'method_name': 'tpp'}, "granularity: 'tpp' prunes units"),
+        ({'method_name': 'tpp'}, "granularity: 'tpp' prunes coupled groups"),
         ({'method_name': 'tpp', 'granularity': 'unit'}, "'tpp' acts between its first round and"),
     ],
 )

@@ -36,7 +36,9 @@ def apply(params, x):
 
 
 PROBLEM = jp.problem_from_functions(init, apply)
-CONNECT = connectivity(apply, jax.eval_shape(init, KEY), np.ones((1, 6), np.float32))
+EXAMPLE = jax.eval_shape(init, KEY), np.ones((1, 6), np.float32)
+CONNECT = connectivity(apply, *EXAMPLE)
+UNITS = jp.competing('unit', SHAPES, lambda: jp.groups(apply, *EXAMPLE))
 
 
 @jax.jit
@@ -56,9 +58,7 @@ CASES = {
         30,
     ),
     'units, repaired': (
-        jp.get_pruner(
-            PROBLEM, 'taylor', granularity='unit', shapes=SHAPES, connect=CONNECT, repair='orthp'
-        ),
+        jp.get_pruner(PROBLEM, 'taylor', groups=UNITS, repair='orthp'),
         2,
         0,
     ),
@@ -66,7 +66,7 @@ CASES = {
 
 
 def plan_of(kind, density):
-    shapes = {'a': (12,), 'b': (9,)} if kind.startswith('units') else SHAPES
+    shapes = UNITS.shapes if kind.startswith('units') else SHAPES
     return jp.plan_rounds(shapes, density, rounds=CASES[kind][1]).counts
 
 
@@ -123,9 +123,11 @@ def test_scan_equals_host_loop(kind):
     view, infos = jax.device_get(scanned)
     for path, mask in view.masks.items():
         assert not view.weights[path][~mask].any()
+    what = UNITS.alive(view.masks) if kind.startswith('units') else view.masks
+    for path, kept in what.items():
         assert infos.kept[path].shape == (len(next(iter(counts.values()))),)
         # The info of the last round is that of the final masks.
-        assert infos.kept[path][-1] == mask.sum()
+        assert infos.kept[path][-1] == kept.sum()
 
 
 def test_round_i_draws_from_its_own_key():

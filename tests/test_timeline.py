@@ -158,8 +158,8 @@ def spec_of(*entries, **train):
         ({'stat': 1}, "stat: unknown key or option of 'magnitude', did you mean 'start'"),
         ({'over': 'linear'}, 'over: is no key any more: write density_schedule'),
         ({'score_on': 'train_batch'}, "score_on: 'magnitude' uses no data"),
-        ({'repair': 'orthp'}, "repair: 'orthp' goes with granularity 'unit'"),
-        ({'name': 'tpp', 'end': 2}, "granularity: 'tpp' prunes units"),
+        ({'repair': 'orthp'}, "repair: 'orthp' goes with granularity unit"),
+        ({'name': 'tpp', 'end': 2}, "granularity: 'tpp' prunes coupled groups"),
         (
             {'name': 'tpp', 'granularity': 'unit'},
             "name: 'tpp' acts between its first round and its last",

@@ -16,72 +16,89 @@ from published import golden
 from test_importance import CONVS, FIRST, SECOND, compiled, study
 
 import jaxprune as jp
-from jaxprune import method, nn, pattern, structure
+from jaxprune import method, nn, structure, tree
 from jaxprune.errors import SpecError
 from jaxprune.schedule import schedule
 from jaxprune.sweep import make_spec
 from jaxprune.sweep.store import read_flow, read_layers
+from jaxprune.types import View
 
 # --- selection --------------------------------------------------------------------------------
 
 
-def test_units_by_hand():
-    """Expectation: by hand; entries that are pruned neither count nor return."""
-
-    def top(scores, counts, **options):
-        choose = jax.jit(functools.partial(pattern.unit_top_k, **options))
-        return jax.device_get(choose(scores, counts))
-
-    scores = {
-        'a': np.array([[1.0, 5.0, 3.0], [1.0, 5.0, -np.inf]], np.float32),
-        'b': np.broadcast_to(np.array([4.0, 2.0], np.float32), (2, 2, 1, 2)),
-        'c': np.array([[0.5, -np.inf]], np.float32),
-    }
-    found = top(scores, {'*': 3}, ranked=['a', 'b'])
-    np.testing.assert_array_equal(found['a'], [[False, True, True], [False, True, False]])
-    assert found['b'][..., 0].all() and not found['b'][..., 1].any()
-    np.testing.assert_array_equal(found['c'], [[True, False]])  # not ranked: as it was
-    layers = top(scores, {'a': 1, 'b': 1}, ranked=['a', 'b'])
-    np.testing.assert_array_equal(layers['a'], [[False, True, False], [False, True, False]])
-    floor = top(scores, {'*': 2}, ranked=['a', 'b'], fewest={'a': 0, 'b': 2})
-    assert floor['b'].all() and not floor['a'].any()
-    rows = top({'w': np.array([[1.0, 1], [2, 2]])}, {'w': 1}, ranked=['w'], axis=0)
-    np.testing.assert_array_equal(rows['w'], [[False, False], [True, True]])
-    broken = top({'w': np.array([[np.nan, 1.0]])}, {'w': 2}, ranked=['w'])
-    np.testing.assert_array_equal(broken['w'], [[False, True]])
-    one = top(scores, {'*': 1}, ranked=['a', 'b'])
-    assert one['a'].sum() == 2 and not one['b'].any()
-    with pytest.raises(jp.PruneError, match="no scores of 'd'"):
-        pattern.unit_top_k(scores, {'*': 1}, ranked=['d'])
-    with pytest.raises(jp.PruneError, match='counts of units lack b'):
-        pattern.unit_top_k(scores, {'a': 1}, ranked=['a', 'b'])
-
-
-def shapes_of(name: str, shape=(32, 32, 3), **options):
+def units_of(name='mlp', shape=(28, 28, 1), kind='unit', keep='', **options):
     net = jp.problem_from_flax(nn.build(name, 10, **options), shape)
-    return structure.forward_shapes(net, shape)
+    shapes = structure.forward_shapes(net, shape)
+    read = functools.cache(lambda: structure.groups_of(net, shape))
+    return method.competing(kind, shapes, read, keep)
+
+
+def test_units_by_hand():
+    """Expectation: by hand; entries that are pruned neither count nor return, a NaN never stays."""
+    sizes = {'a': (2, 3), 'b': (3, 2), 'c': (2, 1)}
+    params = {path: np.ones(shape, np.float32) for path, shape in sizes.items()}
+
+    def chained(p, x):
+        return jax.nn.relu(jax.nn.relu(x @ p['a']) @ p['b']) @ p['c']
+
+    groups = method.competing('unit', sizes, lambda: jp.groups(chained, params, np.ones((1, 2))))
+    assert groups.shapes == {'a': (3,), 'b': (2,)}
+    scores = {
+        'a': np.array([[1.0, 5, 3], [1, 5, 9]], np.float32),
+        'b': np.array([[2.0, 1], [0, 2], [2, 2]], np.float32),
+        'c': np.array([[np.nan], [7]], np.float32),  # no unit is made here
+    }
+    masks = {path: np.ones(shape, bool) for path, shape in sizes.items()}
+    masks['a'][1, 2] = False
+
+    @functools.partial(jax.jit, static_argnames=('by_layer', 'floor'))
+    def top(scores, counts, by_layer=False, floor=()):
+        select = jp.layerwise_top_k if by_layer else jp.global_top_k
+        fewest = dict(floor) or None
+        made = jp.pruner(lambda *_: scores, select, groups=groups, fewest=fewest)
+        view = View({p: jnp.ones(s) for p, s in sizes.items()}, {}, {}, masks)
+        _, found, info = made.update(jax.random.key(0), (), view, counts, None)
+        return found, info.kept
+
+    found, kept = jax.device_get(top(scores, {'*': 3}))  # sums: a 2, 10, 3; b 4, 5
+    assert kept == {'a': 1, 'b': 2}
+    np.testing.assert_array_equal(found['a'], [[False, True, False]] * 2)
+    np.testing.assert_array_equal(found['b'], [[False] * 2, [True] * 2, [False] * 2])
+    assert found['c'].all()
+    found, kept = jax.device_get(top(scores, {'a': 2, 'b': 1}, by_layer=True))
+    np.testing.assert_array_equal(found['a'], [[False, True, True], [False, True, False]])
+    np.testing.assert_array_equal(found['b'], [[False, False], [False, True], [False, True]])
+    np.testing.assert_array_equal(found['c'], [[False], [True]])
+    found, kept = jax.device_get(top(scores, {'*': 3}, floor=(('a', 2), ('b', 0))))
+    assert kept == {'a': 2, 'b': 1}
+    broken = {**scores, 'a': np.array([[np.nan, 5, 3], [1, 5, 9]], np.float32)}
+    found, kept = jax.device_get(top(broken, {'*': 5}))
+    assert kept == {'a': 2, 'b': 2} and not found['a'][:, 0].any()
 
 
 def test_layers_whose_units_compete():
-    """Expectation: all but the classifier and depthwise convolutions; what is named stays."""
-    assert method.unit_shapes(shapes_of('lenet5', (28, 28, 1))) == {
+    """Expectation: all that may go, once for each set that goes together; what is named stays."""
+    assert units_of('lenet5').shapes == {
         'conv_0/kernel': (6,),
         'conv_1/kernel': (16,),
         'dense_0/kernel': (120,),
         'dense_1/kernel': (84,),
     }
-    mobile = method.unit_shapes(shapes_of('mobilenet', width=0.25))
+    mobile = units_of('mobilenet', (32, 32, 3), width=0.25).shapes
     assert len(mobile) == 14 and not any('depth' in path for path in mobile)
-    residual = shapes_of('resnet20')
-    assert len(method.unit_shapes(residual)) == 21
-    inner = method.unit_shapes(residual, keep_all_units='stem|_b_|_skip')
+    residual = functools.partial(units_of, 'resnet20', (32, 32, 3))
+    # Nine blocks, and three stages whose sums go together.
+    assert len(residual().shapes) == 12
+    inner = residual(keep='stem|_b_|_skip').shapes
     assert len(inner) == 9 and all('_a_conv' in path for path in inner)
     with pytest.raises(jp.PruneError, match="'stm' matches no layer; there are: stem_conv"):
-        method.unit_shapes(residual, keep_all_units='stm')
+        residual(keep='stm')
     with pytest.raises(jp.PruneError, match='is no regular expression'):
-        method.unit_shapes(residual, keep_all_units='(')
-    with pytest.raises(jp.PruneError, match='there is no layer whose units could be pruned'):
-        method.unit_shapes({'a': (3, 4)})
+        residual(keep='(')
+    with pytest.raises(jp.PruneError, match=r"no unit that could be pruned .*the network's output"):
+        units_of(widths=[])
+    heads = units_of('vit', kind='group', patch=14, dim=8, depth=1, heads=2)
+    assert list(heads.shapes.values()) == [(2,), (16,)]
 
 
 def test_rounds_of_the_study():
@@ -97,20 +114,10 @@ def test_rounds_of_the_study():
 
 def test_floors_of_units():
     """Expectation: the study keeps int(0.05 n) + 1 filters of a layer at least."""
-    units = {'a': (64,), 'b': (10,), 'c': (1,)}
-    assert method.unit_floor(units, 0, 0.05) == {'a': 4, 'b': 1, 'c': 1}
-    assert method.unit_floor(units, 2, 0.05) == {'a': 4, 'b': 2, 'c': 1}
-    assert method.unit_floor(units, 0, 0.0) == {'a': 0, 'b': 0, 'c': 0}
-
-
-@functools.cache
-def connected():
-    _, problem, view, *_ = study()
-    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float64)
-    forward = structure.forward_of(problem)
-    connect = structure.connectivity(forward, view.params, x, view.model_state)
-    ranking = {name: (view.weights[f'{name}/kernel'].shape[-1],) for name in CONVS}
-    return jax.jit(connect), {f'{name}/kernel': shape for name, shape in ranking.items()}
+    groups = units_of()._replace(shapes={'a': (64,), 'b': (10,), 'c': (1,)})
+    assert method.limits(groups, 0, 0.05)[0] == {'a': 4, 'b': 1, 'c': 1}
+    assert method.limits(groups, 2, 0.05)[0] == {'a': 4, 'b': 2, 'c': 1}
+    assert method.limits(groups) == (0, 1.0)
 
 
 @pytest.mark.parametrize('family', [FIRST, pytest.param(SECOND, marks=pytest.mark.slow)])
@@ -119,13 +126,21 @@ def test_filters_kept_are_those_of_the_authors(family):
     their network cut smaller, from masks of the whole one."""
     with jax.enable_x64(True):
         file, problem, view, batches, classes = study()
-        connect, units = connected()
-        total = sum(n for (n,) in units.values())
-        select = jax.jit(lambda scores, n: pattern.unit_top_k(scores, {'*': n}, ranked=units))
+        groups = method.competing(
+            'unit', tree.shapes(view.weights), lambda: structure.groups_of(problem, (32, 32, 3))
+        )
+        assert set(groups.shapes) == {f'{conv}/kernel' for conv in CONVS}
+        total = sum(n for (n,) in groups.shapes.values())
+
+        @jax.jit
+        def select(scores, n):  # all weights of a filter have its score
+            filters = {path: scores[path][0, 0, 0] for path in groups.shapes}
+            kept = jp.global_top_k(filters, {'*': n})
+            return kept, groups.spread(kept)
 
         @jax.jit
         def logits_of(masks, x):
-            cut = jp.view(problem, view.params, view.model_state, connect(masks))
+            cut = jp.view(problem, view.params, view.model_state, masks)
             params = jp.put(cut.params, cut.weights)
             return problem.apply(params, cut.model_state, x, train=False, key=None)[0]
 
@@ -146,10 +161,10 @@ def test_filters_kept_are_those_of_the_authors(family):
                 measures = compiled(tuple(SECOND if second else FIRST))
                 made[measure] = measures(temperature, view, classes if second else batches)[name]
             gone = int(float(fraction) * total)
-            masks = select(made[measure], total - gone)
+            kept, masks = select(made[measure], total - gone)
             for conv in CONVS:
-                kept = np.flatnonzero(np.asarray(masks[f'{conv}/kernel']).any((0, 1, 2)))
-                np.testing.assert_array_equal(kept, file[f'out/kept/{case}/{conv}'], case)
+                left = np.flatnonzero(kept[f'{conv}/kernel'])
+                np.testing.assert_array_equal(left, file[f'out/kept/{case}/{conv}'], case)
             compared['masks'] += 1
             expected = file.get(f'out/logits_sliced_f64/{case}')
             if expected is not None:
@@ -286,13 +301,13 @@ def test_uniform_units_and_a_broken_run(tmp_path):
         ),
         ({'granularity': 'unit', 'allocation': 'erk'}, "allocation: 'erk' does not go with"),
         ({'granularity': 'unit', 'target': 'effective'}, "target: 'effective' does not go with"),
-        ({'granularity': 'unit', 'cap': 0.5}, 'cap: 0.5 does not go with'),
-        ({'floor_share': 0.1}, "floor_share: is a share of units, with granularity 'unit'"),
         ({'granularity': 'unit', 'floor_share': 1.0}, 'floor_share: expected a share below 1'),
-        ({'granularity': 'filter'}, "granularity: 'filter' is unknown, valid: unit, weight"),
+        ({'granularity': 'filter'}, "granularity: unknown granularity 'filter': valid: group"),
+        ({'granularity': '4:2'}, "granularity: granularity '4:2': expected n:m with 1 <= n <= m"),
+        ({'granularity': '2:4', 'repair': 'orthp'}, "repair: 'orthp' goes with granularity unit"),
         (
             {'keep_all_units': 'dense'},
-            "keep_all_units: names layers that keep all units, with granularity 'unit'",
+            'keep_all_units: names layers that keep all units, with granularity unit',
         ),
         ({'start': 5}, 'start: round 1 happens after epoch 5, but training is over after 4'),
         ({'start': 2, 'every': 3, 'rounds': 2}, 'every: round 2 happens after epoch 5'),
@@ -306,22 +321,14 @@ def test_units_that_cannot_be(entry, said):
         make_spec({**TABLE, 'grid': grid})
 
 
-def test_methods_that_bring_weights_back_have_no_units():
-    grid = {'method': [{'name': 'force', 'granularity': 'unit'}], 'compression': [2], 'seed': [0]}
-    with pytest.raises(SpecError, match=r"name: 'force' does not go with granularity 'unit'"):
-        make_spec({**TABLE, 'grid': grid})
+def test_a_pruner_of_units_refuses_what_does_not_fit():
     problem = jp.problem_from_flax(nn.build('mlp', 10), (28, 28, 1))
-    for options, said in (
-        ({'granularity': 'units'}, "unknown granularity 'units': did you mean 'unit'"),
-        ({'keep_all_units': 'a'}, "with granularity 'unit'"),
-        ({'granularity': 'unit'}, 'units need shapes'),
-        (
-            {'granularity': 'unit', 'allocation': 'lamp'},
-            "'lamp' does not go with",
-        ),
-    ):
-        with pytest.raises(jp.PruneError, match=said):
-            jp.get_pruner(problem, 'magnitude', **options)
+    with pytest.raises(jp.PruneError, match="'lamp' does not go with granularity 'unit'"):
+        jp.get_pruner(problem, 'magnitude', groups=units_of(), allocation='lamp')
+    with pytest.raises(jp.PruneError, match="granularity 'unit' needs the network"):
+        method.competing('unit', {'a': (3, 4)})
+    with pytest.raises(jp.PruneError, match="unknown granularity 'units': did you mean 'unit'"):
+        method.competing('units', {'a': (3, 4)})
 
 
 def test_units_of_someones_own_model():
@@ -353,7 +360,7 @@ def test_units_of_someones_own_model():
         ({'granularity': 'filter'}, "unknown granularity 'filter'"),
         ({'granularity': 'unit'}, "granularity 'unit' needs model= and data="),
         ({'granularity': 'unit', 'target': 'effective'}, 'a density of units is meant'),
-        ({'keep_all_units': 'w'}, "with granularity 'unit'"),
+        ({'keep_all_units': 'w'}, 'with granularity unit'),
     ):
         with pytest.raises(jp.PruneError, match=said):
             jp.prune(params, 'magnitude', 0.5, **options)

@@ -22,9 +22,9 @@ import polars as pl
 
 from jaxprune import data, flow, problem, tree
 from jaxprune.errors import JaxpruneError
-from jaxprune.method import unit_floor, unit_select, unit_shapes
-from jaxprune.score.group_sums import grouped
+from jaxprune.method import limits
 from jaxprune.score.importance import MEASURES, importance
+from jaxprune.select import global_top_k, within_bounds
 from jaxprune.sweep import SweepSpec, load_spec, store, use_all_cores
 from jaxprune.sweep.advance import Rows
 from jaxprune.sweep.chunk import rows_of
@@ -34,7 +34,7 @@ from jaxprune.sweep.engine import Engine, make_engine
 from jaxprune.sweep.grid import Run, runs
 from jaxprune.sweep.program import Program, make_program
 from jaxprune.sweep.strategy import Strategy
-from jaxprune.types import GLOBAL, Batch, RunState
+from jaxprune.types import GLOBAL, Batch, Groups, Masks, RunState, Scores
 
 #: Name in the tables -> point of the family; those of the sweeps.
 POINTS = {
@@ -73,7 +73,7 @@ class Setting(NamedTuple):
       engine: trains and evaluates them.
       rows: their keys and hyperparameters.
       batches: data of the importances: the first examples of each class.
-      units: path -> `(units,)` of the layers whose units compete.
+      groups: the units that compete.
       keep: how many of them the sweep's ratio keeps.
     """
 
@@ -83,7 +83,7 @@ class Setting(NamedTuple):
     engine: Engine
     rows: Rows
     batches: Batch
-    units: dict[str, tuple[int, ...]]
+    groups: Groups
     keep: int
 
 
@@ -152,10 +152,10 @@ def prepare(directory: Path, data_dir: str | None) -> Setting:
     program = make_program(spec, members[0], strategy.convolution, strategy.batch_devices)
     engine = make_engine(strategy, program, on_device, jax.local_devices())
     rows, _ = rows_of(members, len(members), engine)
-    units = unit_shapes(program.shapes, spec.grid.method[0].keep_all_units)
-    keep = round(sum(n for (n,) in units.values()) / ratios[0])
+    groups = program.competing(spec.grid.method[0])
+    keep = round(sum(n for (n,) in groups.shapes.values()) / ratios[0])
     one = jax.tree.map(lambda leaf: leaf[None], batch)
-    return Setting(spec, members, program, engine, rows, one, units, keep)
+    return Setting(spec, members, program, engine, rows, one, groups, keep)
 
 
 def trained_with(plan: dict[str, Any], run_id: str) -> Strategy:
@@ -168,9 +168,12 @@ def trained_with(plan: dict[str, Any], run_id: str) -> Strategy:
 
 def make_measure(setting: Setting):
     """`(epoch, states, initial states) -> table -> rows`, the functions of a network compiled."""
-    net, units = setting.program.problem, setting.units
-    fewest = unit_floor(units, 1, setting.spec.grid.method[0].floor_share)
-    select = unit_select(setting.program.connect, list(units), fewest)
+    net, groups = setting.program.problem, setting.groups
+    floor, _ = limits(groups, 1, setting.spec.grid.method[0].floor_share)
+
+    def select(scores: Scores) -> Masks:
+        chosen = global_top_k(within_bounds(scores, floor, None), {GLOBAL: setting.keep})
+        return groups.spread(chosen)
 
     @jax.jit
     def ask(state: RunState, initial: RunState, batches: Batch):
@@ -182,18 +185,12 @@ def make_measure(setting: Setting):
             return importance(net, **options)(jax.random.key(0), view, batches)
 
         weights = {name: scored(**options) for name, options in QUANTITIES.items()}
-        filters = {
-            name: grouped({path: values[path] for path in units}, 'unit')
-            for name, values in weights.items()
-        }
+        filters = {name: groups.gather(values) for name, values in weights.items()}
         agreements = {}
         for both, pair in PAIRS.items():
             agreements[pair, 'weight'] = flow.agreement(*(weights[name] for name in both))
             agreements[pair, 'filter'] = flow.agreement(*(filters[name] for name in both))
-        masks = {
-            name: select(scored(**options, by='unit'), {GLOBAL: setting.keep})
-            for name, options in POINTS.items()
-        }
+        masks = {name: select(scored(**options, by=groups)) for name, options in POINTS.items()}
         return agreements, filters, masks
 
     def measure_epoch(
@@ -216,8 +213,8 @@ def make_measure(setting: Setting):
                         for path, value in by_path.items()
                     ]  # fmt: skip
             for name, by_path in masks.items():
-                for depth, path in enumerate(units):
-                    kept = by_path[path].reshape(-1, by_path[path].shape[-1]).any(0)
+                kept_units = setting.groups.alive(by_path)
+                for depth, (path, kept) in enumerate(kept_units.items()):
                     tables['removed'].append(
                         {**here, 'measure': name, 'path': path, 'depth': depth,
                          'units': kept.size, 'removed': int((~kept).sum())}
@@ -226,7 +223,7 @@ def make_measure(setting: Setting):
                 tables['filters'] += [
                     {**here, 'path': path, **{name: float(filters[name][path][i])
                                               for name in QUANTITIES}}
-                    for path, (size,) in units.items()
+                    for path, (size,) in setting.groups.shapes.items()
                     for i in range(size)
                 ]  # fmt: skip
         dense = tested(epoch, states)

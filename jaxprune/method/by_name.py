@@ -7,14 +7,14 @@ from jaxprune import arguments, score
 from jaxprune.allocation import SHARED, Shape, bounds
 from jaxprune.errors import PruneError, nearest
 from jaxprune.method.choices import Choices, check_choices
+from jaxprune.method.granularity import limits
 from jaxprune.method.methods import Method, method
 from jaxprune.method.options import OPTIONS
 from jaxprune.method.pruner import FinalMasksFn, pruner
 from jaxprune.method.repair import repair_of
-from jaxprune.method.unit_pruning import alike, unit_select, unit_shapes
 from jaxprune.select import global_top_k, layerwise_top_k
 from jaxprune.structure import Connect, chain, prune_to_active
-from jaxprune.types import Problem, Pruner, ScoreFn
+from jaxprune.types import Groups, Problem, Pruner
 
 
 def get_pruner(
@@ -27,8 +27,7 @@ def get_pruner(
     floor: int | Mapping[str, int] = 0,
     cap: float | Mapping[str, float] = 1.0,
     connect: Connect | None = None,
-    granularity: str = 'weight',
-    keep_all_units: str = '',
+    groups: Groups | None = None,
     repair: str = '',
     repair_gain: str = 'linear',
     score_on: str = 'balanced',
@@ -48,12 +47,10 @@ def get_pruner(
         bounds; a ranking over all leaves is held to them here.
       cap: largest density of a leaf, in the same way.
       connect: see `structure.connectivity`; with it the pruner's `final_masks` prunes to a number
-        of active weights, along the chain of the allocation; where units are pruned, it finds what
-        reads them.
-      granularity: 'weight', or 'unit' for whole neurons and filters, ranked by the sum of their
-        weights' scores (those of the gradient-flow study by their own rule); counts and floor are
-        units then, and `shapes` and `connect` are needed.
-      keep_all_units: regular expression of layers that keep all units, see `unit_shapes`.
+        of active weights, along the chain of the allocation.
+      groups: what competes, see `competing`; None for single weights. Other groups are ranked by
+        the sum of their weights' scores, those of the gradient-flow study by their own rule;
+        counts, floor and cap are then those of groups.
       repair: what happens to kept weights after the last round, one of `REPAIRS`; '' for nothing.
       repair_gain: the activation whose gain repaired kernels have.
       score_on: 'balanced' or 'train_batch', what an event hands to scores that need data.
@@ -68,8 +65,7 @@ def get_pruner(
     choices = Choices(
         name,
         allocation,
-        granularity=granularity,
-        keep_all_units=keep_all_units,
+        granularity='weight' if groups is None else groups.kind,
         cap=cap,
         batch_norm=batch_norm,
         score_on=score_on,
@@ -79,8 +75,9 @@ def get_pruner(
     )
     check_choices(entry, choices)
     train = (batch_norm or entry.batch_norm) == 'train'
-    request = _Request(problem, entry, choices, shapes, connect, floor, train, own)
-    made = _of_units(request) if granularity == 'unit' else _of_weights(request)
+    request = _Request(problem, entry, choices, shapes, connect, groups, floor, train, own)
+    of_weights = groups is None or groups.kind == 'weight'
+    made = _of_weights(request) if of_weights else _of_groups(request)
     for option, value in own.items():  # what the score itself has not refused
         if wrong := arguments.outside(value, OPTIONS[option]):
             raise PruneError(f"option '{option}' of '{name}': {wrong}")
@@ -98,6 +95,7 @@ class _Request(NamedTuple):
     choices: Choices
     shapes: Mapping[str, Shape] | None
     connect: Connect | None
+    groups: Groups | None
     floor: int | Mapping[str, int]
     train: bool
     options: Mapping[str, Any]
@@ -118,7 +116,7 @@ def _own_options(entry: Method, name: str, given: Mapping[str, Any]) -> dict[str
 
 def _of_weights(request: _Request) -> Pruner:
     """A pruner of single weights."""
-    problem, entry, choices, shapes, connect, floor, train, options = request
+    problem, entry, choices, shapes, connect, _, floor, train, options = request
     cap, allocation = choices.cap, choices.allocation
     if shapes is None and (floor or cap != 1.0 or connect is not None):
         raise PruneError('floor, cap and connect need shapes: path -> shape of every prunable leaf')
@@ -145,24 +143,22 @@ def _of_weights(request: _Request) -> Pruner:
     )
 
 
-def _of_units(request: _Request) -> Pruner:
-    """A pruner of whole units."""
-    problem, entry, choices, shapes, connect, floor, train, options = request
-    if shapes is None or connect is None:
-        raise PruneError('units need shapes, path -> shape in forward order, and connect')
-    units = unit_shapes(shapes, choices.keep_all_units)
-    fewest, _ = bounds(units, floor)
-    fewest = fewest if any(fewest.values()) and choices.allocation == 'global' else None
-    select = unit_select(connect, list(units), fewest)
+def _of_groups(request: _Request) -> Pruner:
+    """A pruner of anything else than single weights."""
+    problem, entry, choices, _, _, groups, floor, train, options = request
+    floor, cap = limits(groups, floor, cap=choices.cap)
+    shared = choices.allocation in SHARED
+    fewest, most = bounds(groups.shapes, floor, cap) if shared else ({}, {})
     if entry.make is not None:
-        return entry.make(problem, units, select, **options)
-    return pruner(_unit_score(problem, entry, train, options), select, needs=entry.needs)
-
-
-def _unit_score(
-    problem: Problem, entry: Method, train: bool, options: Mapping[str, Any]
-) -> ScoreFn:
-    """One score for all weights of a unit: the method's own rule, or the sum over the unit."""
-    if entry.grouped:
-        return entry.score(problem, train, **options, by='unit')
-    return alike(entry.score(problem, train, **options))
+        return entry.make(problem, groups, fewest if any(fewest.values()) else None, **options)
+    by_group = {'by': groups} if entry.grouped else {}
+    return pruner(
+        entry.score(problem, train, **options, **by_group),
+        global_top_k if shared else layerwise_top_k,
+        monotone=entry.monotone,
+        needs=entry.needs,
+        fewest=fewest if any(fewest.values()) else None,
+        most=most if shared and choices.cap != 1.0 else None,
+        groups=groups,
+        by_group=entry.grouped,
+    )

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 from jaxprune.allocation import ALLOCATIONS
 from jaxprune.errors import PruneError, nearest, quoted
 from jaxprune.flow.orthogonal import GAINS
+from jaxprune.method.granularity import COUPLED, GROUP_ALLOCATIONS, check_granularity, plural
 from jaxprune.method.methods import Method
 from jaxprune.method.repair import REPAIRS
-from jaxprune.method.unit_pruning import GRANULARITIES, UNIT_ALLOCATIONS
 from jaxprune.structure import TARGETS
 
 #: What scores that need data may use.
@@ -49,7 +49,6 @@ def broken_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
     for key, valid in (
         ('allocation', ALLOCATIONS),
         ('target', TARGETS),
-        ('granularity', GRANULARITIES),
         ('score_on', SCORED_ON),
         ('repair', ('', *REPAIRS)),
         ('repair_gain', GAINS),
@@ -58,7 +57,11 @@ def broken_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
         value = getattr(choices, key)
         if not isinstance(value, str | None) or value not in valid:
             yield key, f'unknown {key} {quoted(value)}: {nearest(value, filter(None, valid))}'
-    yield from (_unit_rules if choices.granularity == 'unit' else _weight_rules)(entry, choices)
+    try:
+        check_granularity(choices.granularity)
+    except PruneError as error:
+        yield 'granularity', str(error)
+    yield from _group_rules(entry, choices)
     reads_data = 'data' in entry.needs
     if choices.batch_norm and not reads_data and not (entry.needs and entry.batch_norm == 'train'):
         yield 'batch_norm', f"'{choices.name}' uses no data: there is no mode to choose"
@@ -71,51 +74,33 @@ def broken_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
         yield 'name', f"'{choices.name}' acts between its first round and its last, during training"
 
 
-def _unit_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
-    without = "does not go with granularity 'unit'"
-    if choices.allocation not in UNIT_ALLOCATIONS:
-        yield (
-            'allocation',
-            (
-                f"'{choices.allocation}' {without}: units are shared out by "
-                f'{", ".join(UNIT_ALLOCATIONS)}'
-            ),
-        )
-    if choices.target != 'direct':
-        yield 'target', f"'{choices.target}' {without}: a density of units is meant"
-    if choices.cap != 1:
-        yield 'cap', f'{choices.cap!r} {without}: layers of units have a floor, but no cap'
-    if not entry.monotone:
-        yield (
-            'name',
-            (
-                f"'{choices.name}' {without}: it brings weights back, "
-                'and readers of units do not return'
-            ),
-        )
+def _group_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
+    """What goes with the granularity, and what does not."""
+    granularity = choices.granularity
+    without = f"does not go with granularity '{granularity}'"
+    coupled = ', '.join(COUPLED)
+    if granularity != 'weight':
+        if choices.allocation not in GROUP_ALLOCATIONS:
+            shared = f'{plural(granularity)} are shared out by {", ".join(GROUP_ALLOCATIONS)}'
+            yield 'allocation', f"'{choices.allocation}' {without}: {shared}"
+        if choices.target != 'direct':
+            counted = f'a density of {plural(granularity)} is meant'
+            yield 'target', f"'{choices.target}' {without}: {counted}"
     if not 0 <= choices.floor_share < 1:
         yield 'floor_share', f'expected a share below 1, not {choices.floor_share}'
+    if granularity not in COUPLED:
+        if choices.keep_all_units:
+            yield 'keep_all_units', f'names layers that keep all units, with granularity {coupled}'
+        if choices.repair:
+            needs = f'with granularity {coupled}: it needs whole rows and columns of kernels'
+            yield 'repair', f"'{choices.repair}' goes {needs}"
+        if entry.hooked:
+            yield 'granularity', f"'{choices.name}' prunes coupled groups: expected {coupled}"
     try:
         re.compile(choices.keep_all_units)
     except re.error as error:
-        yield 'keep_all_units', f"'{choices.keep_all_units}' is no regular expression: {error}"
-
-
-def _weight_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
-    with_units = "with granularity 'unit'"
-    if choices.keep_all_units:
-        yield 'keep_all_units', f'names layers that keep all units, {with_units}'
-    if choices.floor_share:
-        yield 'floor_share', f'is a share of units, {with_units}'
-    if choices.repair:
-        yield (
-            'repair',
-            f"'{choices.repair}' goes {with_units}: it needs whole rows and columns of kernels",
-        )
-    if entry.hooked:
-        yield 'granularity', f"'{choices.name}' prunes units: expected 'unit'"
+        pattern = choices.keep_all_units
+        yield 'keep_all_units', f"'{pattern}' is no regular expression: {error}"
     if choices.allocation == 'lamp' and not entry.monotone:
-        yield (
-            'allocation',
-            (f"'lamp' goes by the weights left, and '{choices.name}' brings weights back"),
-        )
+        brings = f"'{choices.name}' brings weights back"
+        yield 'allocation', f"'lamp' goes by the weights left, and {brings}"

@@ -30,8 +30,8 @@ class Method(NamedTuple):
       options: further options of the method with their published values. Numbers are traced, so
         runs that differ in them share a program; whole numbers and words are not.
       example: the inside of a table of `grid.method` with what the method cannot do without.
-      make: builds the whole pruner, for methods that change training: `(problem, ranked units,
-        selection of units, **options) -> pruner`. Such a method prunes units, and acts between its
+      make: builds the whole pruner, for methods that change training: `(problem, groups, fewest of
+        each layer, **options) -> pruner`. Such a method prunes coupled groups, and acts between its
         first round and its last.
     """
 

@@ -15,11 +15,13 @@ from jaxprune.types import (
     NEEDS,
     Batches,
     Counts,
+    Groups,
     Key,
     Masks,
     PruneInfo,
     Pruner,
     ScoreFn,
+    Scores,
     SelectFn,
     View,
     Weights,
@@ -54,6 +56,8 @@ def pruner(
     fewest: Counts | None = None,
     most: Counts | None = None,
     final_masks: FinalMasksFn | None = None,
+    groups: Groups | None = None,
+    by_group: bool = False,
 ) -> Pruner:
     """Scores the weights, keeps the best.
 
@@ -68,6 +72,9 @@ def pruner(
       most: path -> how many at most.
       final_masks: chooses the masks after the last round from the order of pruning: weights of an
         earlier round rank behind those of a later one, whatever their scores.
+      groups: what competes, by the sum of its weights' scores; None for single weights. Counts
+        and bounds are those of its layers.
+      by_group: the score gives one number per group itself.
 
     Returns:
       A `Pruner`; `update` may be called once (one-shot) or once per round with falling counts
@@ -97,8 +104,8 @@ def pruner(
         if remembers:
             view = view._replace(initial=state.initial)
         scores = score(key, view, batches)
-        check_same_paths('scores', scores, view.weights)
-        in_play = view.masks if monotone else state.masks
+        in_force = view.masks if monotone else state.masks
+        scores, in_play = _of_groups(groups, by_group, scores, in_force)
         nonfinite = sum(
             (~jnp.isfinite(leaf) & in_play[path]).sum(dtype=jnp.int32)
             for path, leaf in scores.items()
@@ -107,8 +114,13 @@ def pruner(
             ((leaf != 0) & in_play[path]).sum(dtype=jnp.int32) for path, leaf in scores.items()
         )
         scores = {path: jnp.where(in_play[path], leaf, -jnp.inf) for path, leaf in scores.items()}
+        if groups is not None and groups.eligible is not None:
+            scores = groups.eligible(scores)
         scores = within_bounds(scores, fewest, most)
         masks = select(scores, counts)
+        kept = count_kept(masks)
+        if groups is not None:
+            masks = {path: m & in_force[path] for path, m in groups.spread(masks).items()}
         if remembers:
             state = state._replace(round=state.round + 1)
         if final_masks is not None:
@@ -119,7 +131,7 @@ def pruner(
                 for p, s in before.scores.items()
             }
             state = state._replace(ranking=Ranking(last, latest))
-        return state, masks, PruneInfo(count_kept(masks), nonfinite, nonzero)
+        return state, masks, PruneInfo(kept, nonfinite, nonzero)
 
     def regrown_values(state: Memory, view: View) -> Weights:
         # Only what returns: a weight that was kept all along may have been trained since.
@@ -138,3 +150,17 @@ def pruner(
         regrown_values if remembers else None,
         masks_at_the_end if final_masks is not None else None,
     )
+
+
+def _of_groups(
+    groups: Groups | None, by_group: bool, scores: Scores, masks: Masks
+) -> tuple[Scores, Masks]:
+    """The scores of what competes, and what of it is still there."""
+    if groups is None:
+        check_same_paths('scores', scores, masks)
+        return scores, masks
+    if not by_group:
+        check_same_paths('scores', scores, masks)
+        scores = groups.gather({p: jnp.where(masks[p], s, 0) for p, s in scores.items()})
+    check_same_paths('scores of groups', scores, groups.shapes)
+    return scores, groups.alive(masks)

@@ -85,7 +85,7 @@ def run_rounds(
             path: jnp.concatenate([infos.kept[path][:-1], jnp.asarray(count)[None]])
             for path, count in kept.items()
         }
-        infos = infos._replace(kept=last)
+        infos = infos._replace(kept={**infos.kept, **last})
     return carried, infos
 
 
@@ -154,7 +154,8 @@ def prune_rounds(
 
     def finish(carried: OnView, active: ArrayLike) -> tuple[OnView, dict[str, jax.Array]]:
         view = finished(pruner, *carried, active)
-        return carried._replace(view=view), count_kept(view.masks)
+        kept = {} if pruner.final_masks is None else count_kept(view.masks)
+        return carried._replace(view=view), kept
 
     rounds = Rounds(begin, once, finish if has_finish(pruner) else None)
     carried, infos = run_rounds(rounds, OnView((), view), counts, active=active, loop=loop)

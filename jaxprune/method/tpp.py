@@ -4,7 +4,6 @@ Filters to be pruned are chosen first. Then training goes on with a growing pena
 them from the filters that stay, and pulls them to zero. At the end they are removed.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -14,12 +13,12 @@ from jax.typing import ArrayLike
 from jaxprune import tree
 from jaxprune.arguments import least, positive
 from jaxprune.flow.orthogonal import tpp_gradients, tpp_strength
-from jaxprune.method.unit_pruning import alike
-from jaxprune.score.magnitude import magnitude
-from jaxprune.select import count_kept
+from jaxprune.select import count_kept, global_top_k, layerwise_top_k, within_bounds
 from jaxprune.types import (
+    GLOBAL,
     Batches,
     Counts,
+    Groups,
     Hyper,
     Key,
     Masks,
@@ -27,7 +26,6 @@ from jaxprune.types import (
     PruneInfo,
     Pruner,
     PyTree,
-    SelectFn,
     StepHook,
     View,
 )
@@ -37,22 +35,20 @@ class Chosen(NamedTuple):
     """What TPP carries from its first round to its last.
 
     Attributes:
-      masks: those of its last round.
-      pruned: path -> bool `(units,)` of everything that belongs to the units to be pruned.
+      kept: layer -> bool `(groups,)`, what its last round keeps.
       steps: training steps since the first round, int32.
       round: rounds so far, int32.
     """
 
-    masks: Masks
-    pruned: dict[str, jax.Array]
+    kept: Masks
     steps: jax.Array
     round: jax.Array
 
 
 def tpp(
     problem: Problem,
-    units: Mapping[str, tuple[int, ...]],
-    select: SelectFn,
+    groups: Groups,
+    fewest: Counts | None,
     *,
     weight: ArrayLike = 1000.0,
     interval: int = 10,
@@ -62,15 +58,15 @@ def tpp(
     """Chooses units by the mean of |w| in its first round, removes them in its last.
 
     In between the gradient of the loss gets `flow.tpp_gradients` at `λ = flow.tpp_strength(t)`, t
-    the steps since the first round. What belongs to a unit: its filter, a bias in the same module,
-    and scale and bias of the batch norm that is called like a convolution (`conv_3` and `bn_3`).
+    the steps since the first round. What belongs to a unit is what the coupled groups say: its
+    filter, its bias, scale and bias of its norm.
 
     The authors zero one layer every 100 iterations at the end; here all go in the last round.
 
     Args:
       problem: the network.
-      units: path -> `(units,)` of the layers that are pruned.
-      select: `(scores, counts of units) -> masks` of whole units and what reads them.
+      groups: what is pruned: whole units, or other coupled groups.
+      fewest: layer -> groups that it keeps at least, in one ranking over all layers.
       weight: of the decorrelation against the pull to zero.
       interval: steps after which the penalty grows.
       increment: by how much.
@@ -83,31 +79,29 @@ def tpp(
     least(1, interval=interval)
     for name, value in (('weight', weight), ('increment', increment), ('ceiling', ceiling)):
         positive(f'{name} of tpp', value)
-    score = alike(magnitude())
 
     def init(key: Key, view: View) -> Chosen:
-        del key
+        del key, view
         zero = jnp.zeros((), jnp.int32)
-        members = belonging(view.params, units)
-        sizes = dict(tree.paths(view.params))
-        pruned = {path: jnp.zeros(sizes[path].shape[-1], bool) for path in members}
-        return Chosen(view.masks, pruned, zero, zero)
+        return Chosen({n: jnp.ones(shape, bool) for n, shape in groups.shapes.items()}, zero, zero)
 
     def update(
         key: Key, state: Chosen, view: View, counts: Counts, batches: Batches | None
     ) -> tuple[Chosen, Masks, PruneInfo]:
-        scores = score(key, view, batches)
-        first = state.round == 0
-        found = select(scores, counts)
-        masks = {path: jnp.where(first, found[path], m) for path, m in state.masks.items()}
-        gone = {path: ~masks[path].reshape(-1, masks[path].shape[-1]).any(0) for path in units}
-        pruned = {path: gone[unit] for path, unit in belonging(view.params, units).items()}
-        in_force = {path: m & (masks[path] | first) for path, m in view.masks.items()}
-        values = [jnp.where(view.masks[path], leaf, 0) for path, leaf in scores.items()]
+        del key, batches
+        scores = groups.gather({path: jnp.abs(w) for path, w in view.weights.items()})
+        alive, first = groups.alive(view.masks), state.round == 0
+        ranked = {name: jnp.where(alive[name], leaf, -jnp.inf) for name, leaf in scores.items()}
+        select = global_top_k if set(counts) == {GLOBAL} else layerwise_top_k
+        found = select(within_bounds(ranked, fewest, None), counts)
+        kept = {name: jnp.where(first, found[name], m) for name, m in state.kept.items()}
+        whole = groups.spread(kept)
+        in_force = {path: m & (whole[path] | first) for path, m in view.masks.items()}
+        values = [jnp.where(alive[name], leaf, 0) for name, leaf in scores.items()]
         nonfinite = sum((~jnp.isfinite(leaf)).sum(dtype=jnp.int32) for leaf in values)
         nonzero = sum((leaf != 0).sum(dtype=jnp.int32) for leaf in values)
-        state = Chosen(masks, pruned, state.steps, state.round + 1)
-        return state, in_force, PruneInfo(count_kept(in_force), nonfinite, nonzero)
+        state = Chosen(kept, state.steps, state.round + 1)
+        return state, in_force, PruneInfo(count_kept(kept), nonfinite, nonzero)
 
     def gradient(
         state: Chosen,
@@ -120,25 +114,27 @@ def tpp(
         del masks, clock, hyper
         strength = tpp_strength(state.steps, every=interval, increment=increment, ceiling=ceiling)
         leaves = dict(tree.paths(params))
-        members = {path: leaves[path] for path in state.pruned}
-        added = tpp_gradients(members, state.pruned, strength, weight=weight)
+        last, pruned = {}, {}
+        for path, own in groups.own.items():
+            last[path] = jnp.moveaxis(leaves[path], own.axis, -1)
+            pruned[path] = ~jnp.append(state.kept[own.name], True)[own.group]
+        makers = [path for path, own in groups.own.items() if own.makes or leaves[path].ndim == 1]
+        added = tpp_gradients(
+            {path: last[path] for path in makers},
+            {path: pruned[path] for path in makers},
+            strength,
+            weight=weight,
+        )
+        added |= {  # what follows units as a depthwise kernel does is only pulled to zero
+            path: strength * jnp.where(pruned[path], leaf, 0)
+            for path, leaf in last.items()
+            if path not in added
+        }
         loss = dict(tree.paths(grads))
-        grads = tree.put(grads, {path: loss[path] + push for path, push in added.items()})
+        grads = tree.put(
+            grads,
+            {p: loss[p] + jnp.moveaxis(push, -1, groups.own[p].axis) for p, push in added.items()},
+        )
         return state._replace(steps=state.steps + 1), grads
 
     return Pruner(init, update, frozenset(), hook=StepHook(gradient=gradient))
-
-
-def belonging(params: PyTree, units: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Path -> path of the kernel whose units it belongs to: kernels, biases, batch norms."""
-    leaves = dict(tree.paths(params))
-    found = {}
-    for path, (count,) in units.items():
-        module, _, kernel = path.rpartition('/')
-        normed = module.replace('conv', 'bn')
-        near = [path, f'{module}/bias'] if kernel == 'kernel' else [path]
-        near += [f'{normed}/scale', f'{normed}/bias'] if normed != module else []
-        for member in near:
-            if member in leaves and (member == path or leaves[member].shape == (count,)):
-                found[member] = path
-    return found

@@ -14,14 +14,17 @@ from jaxprune import structure, tree
 from jaxprune.allocation import ORDERED
 from jaxprune.errors import PruneError
 from jaxprune.method import (
+    COUPLED,
     Choices,
     Method,
     check_choices,
+    competing,
     get_pruner,
     host_loop,
+    limits,
     method,
+    plural,
     prune_rounds,
-    unit_shapes,
 )
 from jaxprune.plan import Plan, density_of, plan_rounds
 from jaxprune.prune_model import check_arguments as check
@@ -29,7 +32,7 @@ from jaxprune.prune_model.costs import with_costs
 from jaxprune.prune_model.summary import Report, report_of
 from jaxprune.score.loss import one_input, split
 from jaxprune.structure import Connect
-from jaxprune.types import Batches, Key, LossFn, Masks, Problem, Pruner, PyTree, Rule, View
+from jaxprune.types import Batches, Groups, Key, LossFn, Masks, Problem, Pruner, PyTree, Rule, View
 
 
 class Pruned(NamedTuple):
@@ -99,12 +102,16 @@ def prune(
       prunable: which leaves may be pruned; by default the `Problem`'s rule, or `kernels`.
       masks: masks already in force; what they prune never returns.
       key: for methods that draw random numbers; by default that of seed 0.
-      allocation, keep_all_units, batch_norm, repair, repair_gain: see `get_pruner`.
+      allocation, batch_norm, repair, repair_gain: see `get_pruner`.
       target: 'direct', or 'effective': the density is that of weights on a path from input to
         output, see `structure.prune_to_active`.
-      granularity: 'weight', or 'unit': whole neurons and filters, with all that reads them; density
-        and floor then count units. Outputs are on the last axis of a kernel, as in flax and haiku.
-      floor: fewest weights (or units) of a layer, one number or path -> number.
+      granularity: 'weight'; 'unit' (neurons and filters), 'head', 'head_dim' or 'group' (units and
+        heads), each with all that goes along, read off the traced model; '2:4' and the like, n of
+        every m along the inputs; '8x128' and the like, blocks of inputs x outputs. Density, floor
+        and cap count these. Without a model the last two axes of a kernel are its inputs and
+        outputs, as in flax and haiku.
+      keep_all_units: regular expression of layers that keep all units.
+      floor: fewest weights (or units, ...) of a layer, one number or path -> number.
       cap: largest density of a layer, one number or path -> number.
       rounds: pruning rounds; None for the published number.
       density_schedule: schedule of densities over the rounds; None for the published one.
@@ -152,12 +159,12 @@ class _Extent(NamedTuple):
 
 def _pruned(given: _Given, choices: Choices, extent: _Extent, options: Mapping[str, Any]) -> Pruned:
     """The pruned model of a request whose options are known ones."""
-    entry, by_unit = method(choices.name), choices.granularity == 'unit'
+    entry = method(choices.name)
     net, view, batches, density = _checked(entry, given, choices, extent)
-    follows = choices.target == 'effective' or by_unit  # paths through the network
-    must = follows or choices.allocation in ORDERED
+    must = choices.target == 'effective' or choices.allocation in ORDERED
     connect, shapes, note = _paths(net, view, batches, given.model is not None, must, choices)
-    plan = _planned(entry, choices, extent, shapes, density)
+    groups = _competing(net, view, batches, shapes, choices, given.model is not None)
+    plan = _planned(entry, choices, extent, groups, density)
     pruner = get_pruner(
         net,
         choices.name,
@@ -166,18 +173,17 @@ def _pruned(given: _Given, choices: Choices, extent: _Extent, options: Mapping[s
         shapes=shapes,
         floor=extent.floor,
         cap=extent.cap,
-        connect=connect if follows else None,
-        granularity=choices.granularity,
-        keep_all_units=choices.keep_all_units,
+        connect=connect if choices.target == 'effective' else None,
+        groups=groups,
         repair=choices.repair,
         repair_gain=choices.repair_gain,
         **options,
     )
     size = sum(math.prod(shape) for shape in shapes.values())
     wanted = structure.active_wanted(size, 1 / density)
-    found = _in_rounds(pruner, choices.name, given.key, view, plan, batches, wanted)
-    if pruner.final_masks is None and not by_unit:
-        check.kept(found.masks, plan)
+    found, kept = _in_rounds(pruner, choices.name, given.key, view, plan, batches, wanted)
+    if pruner.final_masks is None:
+        check.kept(kept, plan, plural(choices.granularity))
     rounds = len(plan.steps)
     if 'data' in entry.needs and rounds > 1 and len(split(batches)) == 1:
         note = '; '.join(filter(None, [note, f'all {rounds} rounds scored the same batch']))
@@ -233,20 +239,20 @@ def _planned(
     entry: Method,
     choices: Choices,
     extent: _Extent,
-    shapes: Mapping[str, tuple[int, ...]],
+    groups: Groups,
     density: float,
 ) -> Plan:
     """The keep counts of all rounds."""
-    make = structure.rounds_before if choices.target == 'effective' else plan_rounds
-    if choices.granularity == 'unit':
-        make = functools.partial(plan_rounds, what='units')
-        shapes = unit_shapes(shapes, choices.keep_all_units)
+    make = functools.partial(plan_rounds, what=plural(choices.granularity))
+    if choices.target == 'effective':
+        make = structure.rounds_before
+    floor, cap = limits(groups, extent.floor, cap=extent.cap)
     return make(
-        shapes,
+        groups.shapes,
         density,
         allocation=choices.allocation,
-        floor=extent.floor,
-        cap=extent.cap,
+        floor=floor,
+        cap=cap,
         rounds=entry.rounds if extent.rounds is None else extent.rounds,
         density_schedule=entry.density_schedule
         if extent.density_schedule is None
@@ -262,8 +268,8 @@ def _in_rounds(
     plan: Plan,
     batches: Batches | None,
     active: int,
-) -> View:
-    """The view after all rounds; scores that cannot be ranked are an error."""
+) -> tuple[View, dict[str, int]]:
+    """The view after all rounds, and what the last one kept; bad scores are an error."""
     # A loop of calls: inside a compiled loop a convolution is many times slower on the CPU.
     parts = ('init', 'update', 'regrown_values', 'final_masks', 'repaired_values')
     functions = {name: getattr(pruner, name) for name in parts}
@@ -281,19 +287,19 @@ def _in_rounds(
     )
     for number in range(len(plan.steps)):
         check.scores(jax.tree.map(lambda leaf, n=number: leaf[n], infos), name, number)
-    return found
+    return found, {layer: int(count[-1]) for layer, count in infos.kept.items()}
 
 
 def _check_needs(entry: Method, given: _Given, choices: Choices) -> None:
     """Raises PruneError where the model, its data or its initialiser is missing."""
-    by_unit = choices.granularity == 'unit'
-    needed = (entry.needs & {'data', 'shape'}) or by_unit or choices.target == 'effective'
+    coupled = choices.granularity in COUPLED
+    needed = (entry.needs & {'data', 'shape'}) or coupled or choices.target == 'effective'
     if needed and (given.model is None or given.data is None):
         both = (('model=', given.model), ('data=', given.data))
         missing = ' and '.join(name for name, value in both if value is None)
         what = f"method '{choices.name}'"
         if not entry.needs:
-            what = "granularity 'unit'" if by_unit else 'target effective'
+            what = f"granularity '{choices.granularity}'" if coupled else 'target effective'
         raise PruneError(f'{what} needs {missing}')
     has_init = isinstance(given.model, Problem) or given.init is not None
     if 'fresh_init' in entry.needs and not has_init:
@@ -356,3 +362,29 @@ def _paths(
         if must:
             raise
         return None, shapes, f'paths not followed: {error}'
+
+
+def _competing(
+    net: Problem,
+    view: View,
+    batches: Batches | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    choices: Choices,
+    has_model: bool,
+) -> Groups:
+    """What competes; the model is read where it is given."""
+
+    @functools.cache
+    def read() -> structure.Coupled:
+        like = one_input(batches, 'reading what goes together')
+        x = jax.ShapeDtypeStruct((1, *like.shape), like.dtype)
+        forward = structure.forward_of(net)
+
+        def apply(params: PyTree, model_state: PyTree, x: jax.Array) -> jax.Array:
+            return forward(params, x, model_state)
+
+        args = apply, view.params, x, view.model_state
+        return check.tried('the model on one input', structure.groups, *args)
+
+    reads = read if has_model and batches is not None else None
+    return competing(choices.granularity, shapes, reads, choices.keep_all_units)

@@ -13,7 +13,7 @@ from jaxprune.errors import PruneError, first_line, nearest
 from jaxprune.plan import Plan
 from jaxprune.score.loss import split
 from jaxprune.structure import forward_of
-from jaxprune.types import GLOBAL, Batch, Batches, Masks, Problem, PruneInfo, View
+from jaxprune.types import GLOBAL, Batch, Batches, Problem, PruneInfo, View
 
 
 def options(given: Iterable[str], known: Iterable[str], keywords: Iterable[str]) -> None:
@@ -201,14 +201,19 @@ def tried(what: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
         ) from error
 
 
-def kept(masks: Masks, plan: Plan) -> None:
-    """Masks in force may leave fewer weights than a density, or its share of a layer, asks for."""
+def kept(counts: Mapping[str, int], plan: Plan, what: str) -> None:
+    """Masks in force may leave less than a density, or its share of a layer, asks for.
+
+    Args:
+      counts: layer -> how much is kept.
+      what: is counted, for the message.
+    """
     for path, column in plan.counts.items():
         # A count of '*' is one of all leaves together.
-        left = sum(int(m.sum()) for p, m in masks.items() if path in (p, GLOBAL))
+        left = sum(count for p, count in counts.items() if path in (p, GLOBAL))
         if left < column[-1]:
             where = '' if path == GLOBAL else f" of '{path}'"
-            raise PruneError(f'masks leave only {left} weights{where}, {column[-1]} are asked for')
+            raise PruneError(f'masks leave only {left} {what}{where}, {column[-1]} are asked for')
 
 
 def scores(info: PruneInfo, name: str, number: int) -> None:

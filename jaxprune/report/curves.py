@@ -14,7 +14,11 @@ _AXIS = {
     'direct': 'compression (weights before / weights after)',
     'effective': 'effective compression (weights before / active weights after)',
     'units': 'compression of units (neurons and filters before / after)',
-    'mixed': 'target compression (direct, effective or of units)',
+    'heads': 'compression of heads (before / after)',
+    'head dimensions': 'compression of head dimensions (before / after)',
+    'groups': 'compression of groups (units and heads before / after)',
+    'blocks': 'compression of blocks (before / after)',
+    'mixed': 'target compression (of weights, units or other groups)',
 }
 
 MOST_PANELS = 12
@@ -138,7 +142,7 @@ def legend(drawing: Figure, styles: dict, *, dense: bool, flags: tuple = (), mar
 
 
 def aim(summary: pl.DataFrame) -> str:
-    """What the target compressions of a sweep are: 'direct', 'effective', 'units' or 'mixed'."""
+    """What the target compressions of a sweep are: a key of `_AXIS`."""
     aims = summary.filter(pl.col('method') != tables.DENSE)['target'].unique().to_list()
     return aims[0] if len(aims) == 1 else 'mixed' if aims else 'direct'
 

@@ -8,21 +8,23 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.errors import check_choice
-from jaxprune.types import GLOBAL, Weights
+from jaxprune.types import GLOBAL, Groups, Weights
 
 GROUPS = ('weight', 'unit', 'layer', 'network')
 
 
-def grouped(values: Weights, by: str, axis: int = -1) -> dict[str, jax.Array]:
+def grouped(values: Weights, by: str | Groups, axis: int = -1) -> dict[str, jax.Array]:
     """Sums of one value per weight.
 
     Args:
       values: path -> array.
       by: 'weight' sums nothing; 'unit' gives path -> `(units,)`; 'layer' path -> scalar; 'network'
-        one scalar, at the path '*'.
+        one scalar, at the path '*'; what competes gives layer -> sums of its groups.
       axis: of the outputs, for units; a scalar is one unit.
     """
     check_groups(by)
+    if isinstance(by, Groups):
+        return by.gather(values)
     if by == 'weight':
         return dict(values)
     if by == 'unit':
@@ -50,6 +52,7 @@ def spread(groups: dict[str, jax.Array], like: Weights, by: str, axis: int = -1)
     return {path: value(path, leaf) for path, leaf in like.items()}
 
 
-def check_groups(by: str) -> None:
-    """Raises PruneError unless `by` names a kind of group."""
-    check_choice('groups', by, GROUPS)
+def check_groups(by: str | Groups) -> None:
+    """Raises PruneError unless `by` names a kind of group, or is what competes."""
+    if not isinstance(by, Groups):
+        check_choice('groups', by, GROUPS)

@@ -12,7 +12,7 @@ from jaxprune.arguments import positive
 from jaxprune.errors import PruneError, check_choice, shown
 from jaxprune.score.derivatives import derivatives
 from jaxprune.score.group_sums import check_groups, grouped, spread
-from jaxprune.types import Batches, Key, Problem, ScoreFn, Scores, View, Weights
+from jaxprune.types import Batches, Groups, Key, Problem, ScoreFn, Scores, View, Weights
 
 MODES = ('signed', 'abs_of_sum', 'sum_of_abs')
 BIASES = ('none', 'magnitude', 'distance_from_initial')
@@ -35,7 +35,7 @@ def importance(
     bias: str = 'none',
     temperature: float = 1.0,
     train: bool = False,
-    by: str = 'weight',
+    by: str | Groups = 'weight',
     axis: int = -1,
 ) -> ScoreFn:
     """The contribution of weights to a time derivative of their norm under gradient flow.
@@ -63,8 +63,8 @@ def importance(
         |θ - θ(0)|; the view must hold the initial weights).
       temperature: the logits are divided by it; 200 is GraSP's.
       train: batch statistics, or running ones.
-      by: the groups that are removed: 'weight', 'unit' (filter), 'layer' or 'network'; every weight
-        gets the score of its group.
+      by: the groups that are removed: 'weight', 'unit' (filter), 'layer' or 'network', and every
+        weight gets the score of its group; or what competes, and the scores are those of groups.
       axis: of the outputs of a kernel, for units.
 
     Raises:
@@ -96,7 +96,7 @@ def importance(
         sums = grouped(products, by, axis)
         if mode == 'abs_of_sum':
             sums = {path: jnp.abs(leaf) for path, leaf in sums.items()}
-        return spread(sums, view.weights, by, axis)
+        return sums if isinstance(by, Groups) else spread(sums, view.weights, by, axis)
 
     return score
 

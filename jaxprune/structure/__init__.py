@@ -11,6 +11,7 @@ from jaxprune.structure.effective_masks import (
     effective_mask,
     forward_of,
     forward_shapes,
+    groups_of,
     shapes_in_order,
 )
 from jaxprune.structure.fold import Folded, fold_constants
@@ -57,6 +58,7 @@ __all__ = [
     'forward_order',
     'forward_shapes',
     'groups',
+    'groups_of',
     'latency',
     'latency_ratio',
     'prune_to_active',

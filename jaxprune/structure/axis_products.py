@@ -36,12 +36,12 @@ def _meet(
         reading.heard(axis, f'summed over, not being zero, by {reason}')
 
 
-def _free(reading: Reading, value: Labelled, i: int, other: Labelled) -> Part:
+def _free(reading: Reading, value: Labelled, i: int, other: Labelled, role: str = 'out') -> Part:
     """An axis of a factor that the product still has."""
     axis, zero, sources = part(value, i)
     if other.given:
         return axis, zero, sources
-    note_role(reading, sources, 'out')
+    note_role(reading, sources, role)
     return axis, zero, NONE
 
 
@@ -84,7 +84,8 @@ def _conv(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> list[
     sizes = equation.outvars[0].aval.shape
     made: list[Part] = [(fixed(n, f'a side of an image of {reason}'), False, NONE) for n in sizes]
     made[out[0]] = (x.axes[lhs[0]], x.zero[lhs[0]], NONE)
-    made[out[1]] = _free(reading, kernel, rhs[0], x)
+    alone = groups == x.axes[lhs[1]].size == kernel.axes[rhs[0]].size  # depthwise: it makes nothing
+    made[out[1]] = _free(reading, kernel, rhs[0], x, 'along' if alone else 'out')
     if groups == 1:
         _meet(reading, equation, x, lhs[1], kernel, rhs[1])
         return [made_of(made, x.given and kernel.given)]

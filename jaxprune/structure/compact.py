@@ -194,7 +194,9 @@ def _pruned(family: Family, leaves: Mapping[str, Any], masks: Masks, partial: st
     if not makers or not any(m.path in masks for m in (*makers, *readers)):
         return []
     made = np.array([_dead(m, masks[m.path]) for m in makers if m.path in masks])
-    others = np.array([_dead(m, np.asarray(leaves[m.path]) != 0) for m in makers if m.path not in masks])
+    others = np.array(
+        [_dead(m, np.asarray(leaves[m.path]) != 0) for m in makers if m.path not in masks]
+    )
     heard = np.zeros(family.size, bool)  # what has no mask reads all groups
     unread = np.array([_dead(m, masks[m.path]) if m.path in masks else heard for m in readers])
     silent = made.all(0) & others.all(0) if len(made) else np.zeros(family.size, bool)

@@ -14,6 +14,7 @@ from jaxprune import tree
 from jaxprune.select import count_kept
 from jaxprune.structure.connectivity import Connect, connectivity
 from jaxprune.structure.forward_order import forward_order
+from jaxprune.structure.groups import Coupled, groups
 from jaxprune.types import Masks, Problem, PyTree, Rule
 
 
@@ -31,6 +32,18 @@ def _forward(problem: Problem, input_shape: tuple[int, ...], input_dtype: Any):
     params, model_state = jax.eval_shape(problem.init, jax.random.key(0))
     x = jax.ShapeDtypeStruct((1, *input_shape), input_dtype)
     return forward_of(problem), params, x, model_state
+
+
+def groups_of(
+    problem: Problem, input_shape: tuple[int, ...], input_dtype: Any = jnp.float32
+) -> Coupled:
+    """The coupled groups of a problem in evaluation mode; arguments as in `connectivity_of`."""
+    forward, params, x, model_state = _forward(problem, input_shape, input_dtype)
+
+    def apply(params: PyTree, model_state: PyTree, x: PyTree) -> PyTree:
+        return forward(params, x, model_state)
+
+    return groups(apply, params, x, model_state)
 
 
 def connectivity_of(

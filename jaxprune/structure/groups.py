@@ -178,12 +178,13 @@ def _families(read: Coupling) -> tuple[Family, ...]:
     names: dict[str, int] = {}
     made = []
     for members, kind, reason, silent, units in rows:
-        if not any(m.role == 'out' for m in members):
+        makes = any(m.role == 'out' for m in members)
+        if not makes:
             reason = reason or 'no product makes it'
         size = len(members[0].indices)
         if size == 1:
             reason = reason or 'there is only one'
-        name = _name(names, first(members)[1], kind)
+        name = _name(names, first(members)[1], kind if makes else 'read')
         made.append(Family(name, kind, size, members, reason, silent, units))
     return tuple(made)
 

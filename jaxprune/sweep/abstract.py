@@ -7,12 +7,11 @@ import numpy as np
 from jaxprune import data, method
 from jaxprune.allocation import SHARED
 from jaxprune.errors import JaxpruneError, SpecError
-from jaxprune.select import layerwise_top_k
 from jaxprune.sweep.counts import active_of, counts_of
 from jaxprune.sweep.device_data import DeviceData, scores_need_data
 from jaxprune.sweep.grid import DENSE, event_program
 from jaxprune.sweep.groups import Group, library_errors
-from jaxprune.sweep.program import Program, competing, method_numbers
+from jaxprune.sweep.program import Program, method_numbers
 from jaxprune.sweep.spec import SweepSpec
 from jaxprune.types import GLOBAL, RunState
 
@@ -42,7 +41,7 @@ def check_group(spec: SweepSpec, group: Group, source: str) -> None:
 def _check_event(program: Program, run, on_device: DeviceData, state: RunState) -> None:
     """The rounds of a method, and the steps between them if it changes those."""
     whole = run.method.allocation in SHARED
-    counted, _ = competing(program.shapes, run.method)
+    counted = program.competing(run.method).shapes
     counts = dict.fromkeys([GLOBAL] if whole else counted, np.int32(1))
     hyper = program.hyper._replace(method=method_numbers(run))
     indices = jax.ShapeDtypeStruct((run.train.batch_size,), jnp.int32)
@@ -65,8 +64,7 @@ def _check_numbers(program: Program, spec) -> None:
     """Checks the values of options that programs trace."""
     entry = method.method(spec.name)
     if entry.make is not None:
-        units, _ = competing(program.shapes, spec)
-        entry.make(program.problem, units, layerwise_top_k, **spec.options)
+        entry.make(program.problem, program.competing(spec), None, **spec.options)
     else:
         entry.score(program.problem, spec.batch_norm == 'train', **spec.options)
 

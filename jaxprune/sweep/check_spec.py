@@ -343,7 +343,9 @@ def _what_else(spec: MethodSpec) -> str:
     titles = {'global': '', **{k: f' ({v})' for k, v in _ALLOCATION_TITLES.items()}}
     words = titles.get(spec.allocation, f' ({spec.allocation})')
     words += ' to effective' if spec.target == 'effective' else ''
-    words += ' (units)' if spec.granularity == 'unit' else ''
+    if spec.granularity != 'weight':
+        coupled = spec.granularity in method.COUPLED
+        words += f' ({method.plural(spec.granularity) if coupled else spec.granularity})'
     words += f' + {_REPAIR_TITLES[spec.repair]}' if spec.repair else ''
     return words + {'': '', 'weights': ', rewound', 'rate': ', rate rewound'}[spec.rewind]
 

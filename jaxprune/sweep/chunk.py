@@ -419,8 +419,7 @@ def _score_errors(
         wanted = {path: int(leaf[place][-1]) for path, leaf in counts.items()}
         if GLOBAL in wanted:
             got = {GLOBAL: sum(got.values())}
-        # What reads units that go is not counted beforehand.
-        direct = run.method.target == 'direct' and run.method.granularity == 'weight'
+        direct = run.method.target == 'direct'
         if direct and not bad and got != wanted:
             raise PruneError(
                 f'run {run.run_id} ({run.method.label}, compression {run.compression:g}, seed '

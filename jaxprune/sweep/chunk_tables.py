@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
+from jaxprune.method import plural
 from jaxprune.sweep import store
 from jaxprune.sweep.grid import DENSE, Run, split_options
 from jaxprune.sweep.observe import Recorded
 from jaxprune.sweep.parse import plain
 from jaxprune.sweep.program import Program
-from jaxprune.sweep.spec import SweepSpec
+from jaxprune.sweep.spec import MethodSpec, SweepSpec
 from jaxprune.sweep.timeline import recorded_steps, round_steps
 
 
@@ -193,7 +194,7 @@ def identity_columns(
         'method': run.method.name,
         'allocation': run.method.allocation,
         'seed': run.seed,
-        'target': 'units' if run.method.granularity == 'unit' else run.method.target,
+        'target': _target(run.method),
         'target_compression': run.compression,
         'density': left / size,
         'compression': size / left if left else math.inf,
@@ -202,6 +203,12 @@ def identity_columns(
         'weight_decay': run.train.weight_decay,
         **{key: _cell(settings[key]) for key in grid_columns(spec)},
     }
+
+
+def _target(spec: MethodSpec) -> str:
+    """What a compression of the grid counts."""
+    counted = plural(spec.granularity)
+    return spec.target if counted == 'weights' else counted
 
 
 def grid_columns(spec: SweepSpec) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 import functools
 
 from jaxprune import plan, structure
+from jaxprune.method import limits, plural
 from jaxprune.sweep.grid import Run
-from jaxprune.sweep.program import Program, competing
+from jaxprune.sweep.program import Program
 from jaxprune.sweep.timeline import round_steps
 
 
@@ -15,19 +16,20 @@ def counts_of(program: Program, run: Run) -> plan.Plan:
       PruneError: the run would keep nothing, or cannot keep to its bounds.
     """
     spec = run.method
-    make = structure.rounds_before if spec.target == 'effective' else plan.plan_rounds
-    if spec.granularity == 'unit':
-        make = functools.partial(plan.plan_rounds, what='units')
-    shapes, floor = competing(program.shapes, spec)
+    groups = program.competing(spec)
+    make = functools.partial(plan.plan_rounds, what=plural(spec.granularity))
+    if spec.target == 'effective':
+        make = structure.rounds_before
+    floor, cap = limits(groups, spec.floor, spec.floor_share, spec.cap)
     return make(
-        shapes,
+        groups.shapes,
         1 / run.compression,
         allocation=spec.allocation,
         rounds=spec.rounds,
         density_schedule=spec.density_schedule,
         steps=round_steps(spec, program.steps),
         floor=floor,
-        cap=spec.cap,
+        cap=cap,
     )
 
 

@@ -1,5 +1,6 @@
 """The pure functions of one program: everything its runs do, written for one run, not jitted."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
@@ -18,6 +19,7 @@ from jaxprune.sweep.timeline import Timeline, timeline_of
 from jaxprune.types import (
     Batch,
     Batches,
+    Groups,
     Hyper,
     Key,
     Problem,
@@ -67,6 +69,7 @@ class Program(NamedTuple):
       problem: network and loss.
       shapes: path -> shape of each prunable leaf, in forward order.
       connect: masks -> effective masks.
+      competing: what competes under a method.
       steps: training steps per epoch.
       timeline: when things happen.
       init: `(key, hyper) -> state`.
@@ -82,6 +85,7 @@ class Program(NamedTuple):
     problem: Problem
     shapes: dict[str, tuple[int, ...]]
     connect: Connect
+    competing: Callable[[MethodSpec], Groups]
     steps: int
     timeline: Timeline
     init: Callable[[Key, Hyper], RunState]
@@ -111,6 +115,7 @@ class _Parts(NamedTuple):
     trained: Problem
     shapes: dict[str, tuple[int, ...]]
     connect: Connect
+    competing: Callable[[MethodSpec], Groups]
     optimizer: optim.Optimizer
     examples: Examples
     input_shape: tuple[int, ...]
@@ -151,11 +156,13 @@ def make_program(
         augment = jax.random.fold_in(stream(key, 'augment'), clock)
         return jax.tree.map(lambda leaf: leaf[None], fetch(data_.train, augment, indices))
 
+    shapes = structure.forward_shapes(net, facts.shape)
     parts = _Parts(
         net=net,
         trained=problem.problem_from_flax(convolving, facts.shape),
-        shapes=structure.forward_shapes(net, facts.shape),
+        shapes=shapes,
         connect=structure.connectivity_of(net, facts.shape),
+        competing=_competing(net, facts.shape, shapes),
         optimizer=_optimizer(run, epoch, timeline.train_steps),
         examples=examples_of(spec.prune, facts.classes, plain_fetch),
         input_shape=facts.shape,
@@ -168,6 +175,7 @@ def make_program(
         problem=net,
         shapes=parts.shapes,
         connect=parts.connect,
+        competing=parts.competing,
         steps=epoch,
         timeline=timeline,
         init=train.init_run(net, parts.optimizer),
@@ -212,18 +220,17 @@ def _divided(fetch: data.FetchFn) -> data.FetchFn:
 
 def _pruner(parts: _Parts, spec: MethodSpec, hyper: Hyper) -> Pruner:
     """The pruner of a method, its numbers those of a run."""
-    by_path = spec.target == 'effective' or spec.granularity == 'unit'
+    groups = parts.competing(spec)
     return method.get_pruner(
         parts.net,
         spec.name,
         allocation=spec.allocation,
         batch_norm=spec.batch_norm or None,
         shapes=parts.shapes,
-        floor=competing(parts.shapes, spec)[1],
+        floor=method.limits(groups, spec.floor, spec.floor_share)[0],
         cap=spec.cap,
-        connect=parts.connect if by_path else None,
-        granularity=spec.granularity,
-        keep_all_units=spec.keep_all_units,
+        connect=parts.connect if spec.target == 'effective' else None,
+        groups=groups,
         repair=spec.repair,
         repair_gain=spec.repair_gain,
         score_on=spec.score_on,
@@ -335,14 +342,17 @@ def method_facts(program: Program, spec: MethodSpec) -> MethodFacts:
     return MethodFacts(state, finishes[0])
 
 
-def competing(
-    shapes: Mapping[str, tuple[int, ...]], spec: MethodSpec
-) -> tuple[Mapping[str, tuple[int, ...]], int | dict[str, int]]:
-    """What a method counts, and the fewest that a layer keeps: weights, or units of some layers."""
-    if spec.granularity == 'weight':
-        return shapes, spec.floor
-    units = method.unit_shapes(shapes, spec.keep_all_units)
-    return units, method.unit_floor(units, spec.floor, spec.floor_share)
+def _competing(
+    net: Problem, input_shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> Callable[[MethodSpec], Groups]:
+    """What competes under a method; a network is read once, if at all."""
+    read = functools.cache(lambda: structure.groups_of(net, input_shape))
+
+    @functools.cache
+    def made(granularity: str, keep_all_units: str) -> Groups:
+        return method.competing(granularity, shapes, read, keep_all_units)
+
+    return lambda spec: made(spec.granularity, spec.keep_all_units)
 
 
 def hyper_of(run: Run) -> Hyper:

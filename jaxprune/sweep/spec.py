@@ -12,7 +12,7 @@ from typing import Any
 from jaxprune.allocation import ALLOCATIONS
 from jaxprune.arguments import Option
 from jaxprune.flow.orthogonal import GAINS
-from jaxprune.method import GRANULARITIES, REPAIRS, SCORED_ON
+from jaxprune.method import REPAIRS, SCORED_ON
 from jaxprune.nn import CONVOLUTIONS
 from jaxprune.optim import RATE_SCHEDULES
 from jaxprune.plan import MOST_ROUNDS
@@ -162,23 +162,25 @@ class MethodSpec:
         choices=TARGETS,
     )
     granularity: str = _key(
-        "'weight', or 'unit': whole neurons and filters with all that reads them; compression, "
-        'floor and rounds then count units of all layers but the last',
+        "what competes: 'weight'; 'unit' (neurons and filters), 'head', 'head_dim' or 'group' "
+        "(units and heads), each with all that goes along; '2:4' and the like, n of every m "
+        "inputs; '8x128' and the like, blocks of inputs x outputs; compression, floor, cap and "
+        'rounds count these',
         default='weight',
-        choices=GRANULARITIES,
+        example='granularity = "unit"',
     )
     keep_all_units: str = _key(
-        'regular expression of layers that keep all units, besides the last',
+        'regular expression of layers that keep all units, besides those that have to',
         default='',
         example='granularity = "unit", keep_all_units = "dense_0"',
     )
     floor_share: float = _key(
-        'with units: share of its own units that any layer keeps more than',
+        'share of its own weights (or units, ...) that any layer keeps more than',
         default=0.0,
         low=0,
         example='granularity = "unit", floor_share = 0.05',
     )
-    floor: int = _key('fewest weights (or units) that any layer keeps', default=0, low=0)
+    floor: int = _key('fewest weights (or units, ...) that any layer keeps', default=0, low=0)
     cap: float = _key('largest density of any layer', default=1.0, above=0, high=1)
     label: str = _key(
         'how figures and tables call it', default='', example='label = "by magnitude"'

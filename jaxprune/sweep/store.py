@@ -52,8 +52,8 @@ RESULTS = {
 """Columns of a results row. A grid over further train keys adds one column each.
 
 `target` says what `target_compression` is: 'direct' (weights before / weights after), 'effective'
-(weights before / weights that lie on a path from input to output) or 'units' (neurons and filters
-before / after). `effective_compression` is
+(weights before / weights that lie on a path from input to output), or what else is counted before
+and after: 'units', 'heads', 'head dimensions', 'groups', 'blocks'. `effective_compression` is
 infinite where the network is cut in two. `error` is null, or says what went wrong: scores that
 cannot be ranked (losses and accuracy are then NaN), or losses that diverged (the numbers are those
 of the broken network).

@@ -1,0 +1,169 @@
+"""Coupled units and heads as what competes: sums over what makes them, masks of all that goes."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.errors import PruneError, quoted
+from jaxprune.structure.coupling import walk
+from jaxprune.structure.groups import Coupled, Family, Member
+from jaxprune.structure.units import Axis, found
+from jaxprune.types import Groups, Masks, Own, Scores, Weights
+
+Shape = tuple[int, ...]
+
+
+def unit_groups(
+    coupled: Coupled,
+    shapes: Mapping[str, Shape],
+    kinds: Collection[str] = ('unit',),
+    keep_all_units: str = '',
+    name: str = 'unit',
+) -> Groups:
+    """The coupled groups of a network as what competes.
+
+    A group's score is the sum over the prunable weights that make it, its own slices and not those
+    that read it. If it goes, all prunable weights that belong to it go: what makes it, what follows
+    it, and what reads it.
+
+    Args:
+      coupled: the groups of the network.
+      shapes: path -> shape of every prunable leaf.
+      kinds: which groups compete, some of `KINDS`.
+      keep_all_units: a regular expression; layers whose path it matches anywhere keep all units.
+      name: of this choice, as a specification has it.
+
+    Raises:
+      PruneError: nothing may go, with the reasons; an expression that is none or matches nothing.
+    """
+    kept_whole = _matching(coupled.families, keep_all_units)
+    competing, reasons = [], {}
+    heard = _heard(coupled, shapes)
+    for family in coupled.families:
+        makers = [m for m in family.members if m.role == 'out']
+        if family.kind not in kinds or not makers:
+            continue
+        missing = next((m.path for m in makers if m.path not in shapes), None)
+        if family.reason:
+            reasons[family.name] = family.reason
+        elif missing is not None:
+            reasons[family.name] = f"'{missing}' is not prunable"
+        elif heard.intersection(family.units):
+            reasons[family.name] = 'a bias without a mask would still act: make it prunable as well'
+        elif family.name not in kept_whole:
+            competing.append(family)
+    if not competing:
+        why = '; '.join(f"'{path}': {reason}" for path, reason in list(reasons.items())[:3])
+        raise PruneError(f'there is no {name} that could be pruned' + (f' ({why})' if why else ''))
+    lengths = {
+        (path, i): axis.size
+        for path, axes in coupled.coupling.parameter_axes.items()
+        for i, axis in enumerate(axes)
+    }
+    return _groups_of(competing, shapes, lengths, name)
+
+
+def _groups_of(
+    families: Sequence[Family],
+    shapes: Mapping[str, Shape],
+    lengths: Mapping[tuple[str, int], int],
+    name: str,
+) -> Groups:
+    makers = [
+        (family.name, member, _table(member))
+        for family in families
+        for member in family.members
+        if member.role == 'out'
+    ]
+    maps: dict[str, list[tuple[str, int, np.ndarray]]] = {path: [] for path in shapes}
+    own: dict[str, Own] = {}
+    for family in families:
+        for member in family.members:
+            if member.path in shapes:
+                at = _numbers(member, shapes[member.path][member.axis])
+                maps[member.path].append((family.name, member.axis, at))
+            if member.role in ('out', 'along'):
+                at = _numbers(member, lengths[member.path, member.axis])
+                own[member.path] = Own(member.axis, family.name, at, member.role == 'out')
+
+    def gather(values: Weights) -> Scores:
+        sums: Scores = {}
+        for layer, member, table in makers:
+            leaf = values[member.path]
+            others = tuple(i for i in range(leaf.ndim) if i != member.axis)
+            each = leaf.sum(others)[table].sum(1)
+            sums[layer] = sums[layer] + each if layer in sums else each
+        return sums
+
+    def alive(masks: Masks) -> Masks:
+        counted = gather({path: mask.astype(jnp.int32) for path, mask in masks.items()})
+        return {layer: count > 0 for layer, count in counted.items()}
+
+    def spread(chosen: Masks) -> Masks:
+        longer = {layer: jnp.append(kept, True) for layer, kept in chosen.items()}
+        return {path: _mask(shape, maps[path], longer) for path, shape in shapes.items()}
+
+    sizes = {family.name: (family.size,) for family in families}
+    return Groups(name, sizes, gather, alive, spread, own=own)
+
+
+def _mask(
+    shape: Shape, maps: Sequence[tuple[str, int, np.ndarray]], kept: Mapping[str, jax.Array]
+) -> jax.Array:
+    """A leaf's mask: an entry stays if all groups that it belongs to stay."""
+    mask = jnp.ones(shape, bool)
+    for layer, axis, numbers in maps:
+        along = kept[layer][numbers]
+        mask &= along.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    return mask
+
+
+def _table(member: Member) -> np.ndarray:
+    """`(groups, indices of each)`."""
+    return np.stack(member.indices)
+
+
+def _numbers(member: Member, length: int) -> np.ndarray:
+    """For each index of the axis its group; the number of groups where it belongs to none."""
+    numbers = np.full(length, len(member.indices), np.int32)
+    for number, at in enumerate(member.indices):
+        numbers[at] = number
+    return numbers
+
+
+def _heard(coupled: Coupled, shapes: Mapping[str, Shape]) -> set[int]:
+    """Units that would still act if only the prunable leaves were masked."""
+    read, heard = coupled.coupling, set[int]()
+
+    def goes(axis: Axis) -> bool:
+        axis = found(axis)
+        return axis.units is not None and any(
+            not read.units.reason(p) for p in read.units.parts_of(axis.units)
+        )
+
+    def hear(axis: Axis, where: str) -> None:
+        heard.update(read.units.parts_of(found(axis).units))
+
+    walk(read, lambda source: source[0] in shapes, goes, hear)
+    return heard
+
+
+def _matching(families: Sequence[Family], pattern: str) -> set[str]:
+    """The families with a maker whose path a regular expression matches."""
+    if not pattern:
+        return set()
+    try:
+        search = re.compile(pattern).search
+    except re.error as error:
+        raise PruneError(
+            f'keep_all_units: {quoted(pattern)} is no regular expression: {error}'
+        ) from None
+    makers = {f.name: [m.path for m in f.members if m.role == 'out'] for f in families}
+    matched = {name for name, paths in makers.items() if any(map(search, paths))}
+    if not matched:
+        there = ', '.join(dict.fromkeys(path for paths in makers.values() for path in paths))
+        raise PruneError(f'keep_all_units: {quoted(pattern)} matches no layer; there are: {there}')
+    return matched
