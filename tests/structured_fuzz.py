@@ -177,22 +177,44 @@ def arguments(params, state, x):
     return (params, x) if state is None else (params, state, x)
 
 
-def compared(case, rng, kernels_only=False):
-    """The compact network beside the masked one, by random group masks."""
+#: What masks prune: all slices of random groups, those of them in kernels, or slices at random.
+MASKS = ('groups', 'kernels', 'ragged')
+
+
+def ragged_masks(case, families, rng):
+    """Some groups, some of their slices only, and slices that belong to nothing."""
+    masks, gone = random_masks(case, families, rng, share=0.3)
+    for mask in masks.values():
+        if mask.ndim and rng.integers(2):
+            lines = np.moveaxis(mask, int(rng.integers(mask.ndim)), 0)
+            lines[rng.random(len(lines)) < 0.3] = False
+        if rng.integers(4) == 0:
+            mask[rng.random(mask.shape) < 0.3] = True
+    return {path: mask for path, mask in masks.items() if rng.integers(5)}, gone
+
+
+def compared(case, rng, kind='groups'):
+    """The compact network beside the masked one, by random masks of a kind."""
+    partial = 'keep' if kind == 'ragged' else 'refuse'
     try:
         found = jp.groups(case.apply, case.params, case.x, case.state)
-        masks, gone = random_masks(case, found.families, rng, kernels_only=kernels_only)
-        small = jp.compact(case.apply, case.params, masks, case.x, model_state=case.state)
+        if kind == 'ragged':
+            masks, gone = ragged_masks(case, found.families, rng)
+        else:
+            masks, gone = random_masks(case, found.families, rng, kernels_only=kind == 'kernels')
+        small = jp.compact(
+            case.apply, case.params, masks, case.x, model_state=case.state, partial=partial
+        )
     except PruneError as error:
         assert '\n' not in str(error), error
         return Outcome(refused=str(error))
-    assert kernels_only or sum(small.removed.values()) == gone, (small.removed, gone)
+    assert kind != 'groups' or sum(small.removed.values()) == gone, (small.removed, gone)
     masked = tree.apply_masks(case.params, masks)
     want = jax.jit(case.apply)(*arguments(masked, case.state, case.x))
     got = jax.jit(small.apply)(*arguments(small.params, small.model_state, case.x))
     if case.trains:  # the next state is cut as the state is
         out, state = want
-        cut = jp.compact(case.apply, case.params, masks, case.x, model_state=state)
+        cut = jp.compact(case.apply, case.params, masks, case.x, model_state=state, partial=partial)
         want = out, cut.model_state
     return Outcome(sum(small.removed.values()), largest_error(got, want))
 

@@ -69,8 +69,8 @@ def linear_attention(net, rng, s):
     rows = sequence(s)
     heads, width = drawn(rng, (1, 2)), drawn(rng, (2, 3))
     q, k, v = queries_keys_values(net, rng, rows, heads, width)
-    state = jnp.einsum('bthd,bthe->bhde', jax.nn.relu(k), v)
-    y = jnp.einsum('bthd,bhde->bthe', jax.nn.relu(q), state)
+    state = jnp.einsum('bthd,bthe->bhde', jax.nn.gelu(k), v)
+    y = jnp.einsum('bthd,bhde->bthe', jax.nn.gelu(q), state)
     return unsequence(s, dense(net, y.reshape(*rows.shape[:2], -1), s.width, name='out'))
 
 

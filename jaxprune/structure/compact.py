@@ -73,8 +73,9 @@ def compact(
       model_state: batch statistics and the like.
       opt_state: of an optax optimizer of these parameters.
       normalisation: see `groups`.
-      partial: what happens to a group that the masks cut in part or that may not go: 'refuse'
-        raises, 'keep' leaves it in, with its zeros.
+      partial: what happens to a group that the masks cut in part, that may not go or that still
+        acts in the masked network, by a bias say: 'refuse' raises, 'keep' leaves it in, with its
+        zeros. Of a family that is pruned whole it leaves one.
       unknown: see `groups`.
 
     Raises:
@@ -179,11 +180,23 @@ def removed_groups(
                 f"{family.reason}; partial='keep' leaves it in"
             )
         if len(numbers) == family.size:
-            raise PruneError(
-                f"masks prune all {family.size} groups of '{family.name}': no path is left"
-            )
+            if partial == 'refuse':
+                raise PruneError(
+                    f"masks prune all {family.size} groups of '{family.name}': no path is left; "
+                    "partial='keep' leaves one in"
+                )
+            numbers = numbers[1:]
+        if not numbers:
+            continue
         gone[family.name] = numbers
-    _check_silent(read, leaves, gone)
+    while acting := _acting(read, leaves, gone):
+        name, number, where = acting[0]
+        if partial == 'refuse':
+            raise PruneError(
+                f"group {number} of '{name}' still acts in the masked network: {where}; "
+                "mask what reads it too, and its biases, or partial='keep' leaves it in"
+            )
+        gone = _without(read, leaves, gone, acting)
     return gone
 
 
@@ -222,12 +235,38 @@ def _dead(member: Member, alive: Any) -> np.ndarray:
     return np.array([not lines[at].any() for at in member.indices])
 
 
-def _check_silent(
+def _without(
+    read: Coupled,
+    leaves: Mapping[str, Any],
+    gone: Mapping[str, Sequence[int]],
+    acting: Sequence[tuple[str, int, str]],
+) -> dict[str, list[int]]:
+    """The groups to remove without those that act: if it is known which, else without all of them.
+
+    What is heard is an axis: other groups of it may be silent, and are tried again.
+    """
+    families = {f.name: f for f in read.families}
+    makers = {
+        name: [m for m in families[name].members if m.role in ('out', 'along')]
+        for name, *_ in acting
+    }
+    alive = {
+        name: ~np.all([_dead(m, np.asarray(leaves[m.path]) != 0) for m in members], axis=0)
+        for name, members in makers.items()
+    }
+    named = {(name, number) for name, number, _ in acting}
+    kept = {(name, number) for name, number in named if alive[name][number]} or named
+    left = {name: [n for n in at if (name, n) not in kept] for name, at in gone.items()}
+    return {name: at for name, at in left.items() if at}
+
+
+def _acting(
     read: Coupled, leaves: Mapping[str, Any], gone: Mapping[str, Sequence[int]]
-) -> None:
-    """Raises where the masked network still hears a removed group."""
+) -> list[tuple[str, int, str]]:
+    """Removed groups that the masked network may still hear: family, number, where it does."""
     if not gone:
-        return
+        return []
+    acting: dict[tuple[str, int], str] = {}
     left = _left(read, gone)
     known: dict[Source, bool] = {}
     axes = read.coupling.parameter_axes
@@ -245,15 +284,13 @@ def _check_silent(
 
     def heard(axis: Axis, where: str) -> None:
         units = read.coupling.units.parts_of(axis.units)
-        family, number = next(
-            (f, n) for f in read.families for n in gone.get(f.name, ()) if f.units[n] in units
-        )
-        raise PruneError(
-            f"group {number} of '{family.name}' still acts in the masked network: {where}; "
-            'mask what reads it too, and its biases'
-        )
+        for family in read.families:
+            for number in gone.get(family.name, ()):
+                if family.units[number] in units:
+                    acting.setdefault((family.name, number), where)
 
     walk(read.coupling, silent, goes, heard)
+    return [(name, number, where) for (name, number), where in acting.items()]
 
 
 # --- optimizer ----------------------------------------------------------------------------------
