@@ -83,6 +83,10 @@ class Unknown(Exception):
     """Raised by a rule for an operation it does not know; `interpret` adds which and where."""
 
 
+class _Nowhere(PruneError):
+    """An error inside of a loop in library functions: its place is that of what calls the loop."""
+
+
 class Traced(NamedTuple):
     """A forward function as a jaxpr, with names for its arguments.
 
@@ -203,6 +207,16 @@ def _enter(
 
 def _step(rules: _Rules, outer: _Outer, equation: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     """The outputs of one equation."""
+    try:
+        return _outputs(rules, outer, equation, values)
+    except _Nowhere as error:
+        where = _place([equation, *reversed(outer)])
+        if not where:
+            raise
+        raise PruneError(str(error).replace(_UNKNOWN_PLACE, where, 1)) from None
+
+
+def _outputs(rules: _Rules, outer: _Outer, equation: JaxprEqn, values: list[Any]) -> Sequence[Any]:
     name = equation.primitive.name
     if name in _CALLS:
         called = next(equation.params[key] for key in _CALLED if key in equation.params)
@@ -291,10 +305,20 @@ def scan_counts(scan: JaxprEqn) -> tuple[int, int]:
 
 def _placed(error: Unknown, equation: JaxprEqn, outer: _Outer) -> PruneError:
     """The error in one line, with the place in the user's code where the operation came from."""
-    # Inside library functions that are compiled on their own only the call has a place.
     chain = [equation, *reversed(outer)]
-    places = (source_info_util.summarize(e.source_info) for e in chain)
-    where = next((place for place in places if place), 'an unknown place')
+    where = _place(chain)
     scope = '/'.join(filter(None, (str(e.source_info.name_stack) for e in reversed(chain))))
     inside = f' in {scope}' if scope else ''
-    return PruneError(f"operation '{equation.primitive.name}' at {where}{inside}: {error}")
+    kind = PruneError if where else _Nowhere
+    where = where or _UNKNOWN_PLACE
+    return kind(f"operation '{equation.primitive.name}' at {where}{inside}: {error}")
+
+
+_UNKNOWN_PLACE = 'an unknown place'
+
+
+def _place(chain: Sequence[JaxprEqn]) -> str:
+    """Where the innermost of these equations stands in the user's code, of those that do."""
+    # Inside library functions that are compiled on their own only the call has a place.
+    places = (source_info_util.summarize(e.source_info) for e in chain)
+    return next((place for place in places if place), '')

@@ -165,6 +165,19 @@ def cut(masks, family, number):
             np.moveaxis(masks[m.path], m.axis, 0)[m.indices[number]] = False
 
 
+def used(apply, params, x):
+    """The parameters that a function reads, without the others."""
+
+    class Noting(dict):
+        def __getitem__(self, key):
+            read.add(key)
+            return super().__getitem__(key)
+
+    read = set()
+    jax.eval_shape(lambda x: apply(Noting(params), x), x)
+    return {k: a for k, a in params.items() if k in read}
+
+
 class Outcome(NamedTuple):
     """What became of a case: groups removed, the largest relative error, or why it was refused."""
 

@@ -17,6 +17,12 @@ from jaxprune.structure.labelled import (
 )
 from jaxprune.structure.units import Axis, divided, fix, fixed, picked, unite
 
+#: They write, or add and so on, into places of an array.
+SCATTERS = frozenset(
+    {'scatter', 'scatter-add', 'scatter-sub', 'scatter-mul', 'scatter-min', 'scatter-max'}
+    | {'scatter_add', 'scatter_sub', 'scatter_mul', 'scatter_min', 'scatter_max'}
+)
+
 # --- products -----------------------------------------------------------------------------------
 
 
@@ -187,6 +193,43 @@ def _gather(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> lis
     return [made_of(made, given)]
 
 
+def _scatter(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> list[Labelled]:
+    """What is written may only lose indices of the axes that it covers whole."""
+    value, indices, update = values
+    numbers, reason = equation.params['dimension_numbers'], place(equation)
+    batching = dict(
+        zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True)
+    )
+    window = iter(numbers.update_window_dims)
+    others = [i for i in range(len(update.axes)) if i not in numbers.update_window_dims]
+    given, made = all(v.given for v in values), []
+    for j, i in enumerate(others):
+        if j not in batching.values():
+            fix(reading.units, update.axes[i], f'written by {reason}')
+            fix(reading.units, indices.axes[j], f'written by {reason}')
+    for i, (axis, zero, sources) in enumerate(parts(value)):
+        if i in batching:
+            at = others[batching[i]]
+            unite(reading.units, indices.axes[batching[i]], axis, reason)
+        elif i in numbers.inserted_window_dims:
+            fix(reading.units, axis, f'written into by {reason}')
+            at = None
+        else:
+            at = next(window)
+        if at is not None and update.axes[at].size == axis.size:
+            axis, zero = (
+                unite(reading.units, axis, update.axes[at], reason),
+                zero and update.zero[at],
+            )
+            if not given:
+                note_role(reading, sources | update.sources[at], 'along')
+        elif at is not None:
+            fix(reading.units, axis, f'written into by {reason}')
+            fix(reading.units, update.axes[at], f'written by {reason}')
+        made.append((axis, zero, NONE))
+    return [made_of(made, given)]
+
+
 def picked_by(equation: JaxprEqn, indices: Labelled) -> np.ndarray | None:
     """The places that a gather takes along one axis, if they are known and stand in one row."""
     numbers = equation.params['dimension_numbers']
@@ -203,4 +246,5 @@ HANDLERS = [
     (frozenset({'dynamic_slice'}), _dynamic_slice),
     (frozenset({'dynamic_update_slice'}), _dynamic_update),
     (frozenset({'gather'}), _gather),
+    (SCATTERS, _scatter),
 ]
