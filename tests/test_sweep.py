@@ -76,6 +76,7 @@ def test_columns_and_rows(finished):
     assert results.columns == [
         *('run_id', 'model', 'dataset', 'label', 'method', 'allocation', 'seed'),
         *('target', 'target_compression', 'density', 'compression', 'effective_compression'),
+        *('params_compact', 'flops_compact', 'speedup_theoretical', 'latency_ratio'),
         *('learning_rate', 'weight_decay'),
         *('step', 'epoch', 'train_loss', 'test_loss', 'test_accuracy', 'error'),
     ]
@@ -85,7 +86,7 @@ def test_columns_and_rows(finished):
     assert results['run_id'].n_unique() == pruned + dense
     assert not results.select('run_id', 'epoch').is_duplicated().any()
     assert results['error'].is_null().all()
-    assert not any(results.drop('error').null_count().row(0))
+    assert not any(results.drop('error', 'latency_ratio').null_count().row(0))
     assert set(results['epoch']) == {1, 2}
     assert (results['step'] == results['epoch'] * 6).all()
     for column in ('train_loss', 'test_loss'):

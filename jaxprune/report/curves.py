@@ -18,7 +18,7 @@ _AXIS = {
     'head dimensions': 'compression of head dimensions (before / after)',
     'groups': 'compression of groups (units and heads before / after)',
     'blocks': 'compression of blocks (before / after)',
-    'mixed': 'target compression (of weights, units or other groups)',
+    'mixed': 'target compression (direct, effective, or of units and other groups)',
 }
 
 MOST_PANELS = 12

@@ -28,6 +28,7 @@ from jaxprune.structure.target import (
     prune_to_active,
     rounds_before,
 )
+from jaxprune.structure.unit_groups import silent_when_unread
 
 __all__ = [
     'KINDS',
@@ -64,4 +65,5 @@ __all__ = [
     'prune_to_active',
     'rounds_before',
     'shapes_in_order',
+    'silent_when_unread',
 ]

@@ -86,7 +86,7 @@ def compact(
     if 0 in (size for leaf in jax.tree.leaves(x) for size in jnp.shape(leaf)):
         raise PruneError('compact needs an input with at least one example')
     states = () if model_state is None else (model_state,)
-    masked = tree.apply_masks(params, masks)
+    masked = _masked(params, masks)
     options = {'normalisation': normalisation, 'unknown': unknown}
 
     def planned(x: PyTree) -> tuple[Coupled, dict[str, list[int]]]:
@@ -117,6 +117,19 @@ def compact(
         kept,
         {name: len(numbers) for name, numbers in gone.items()},
     )
+
+
+def _masked(params: PyTree, masks: Masks) -> PyTree:
+    """`tree.apply_masks` by NumPy: nothing is compiled for each shape."""
+    tree.check_masks(params, masks)
+    on_host = {path: np.asarray(mask) for path, mask in masks.items()}
+    leaves = [
+        np.where(on_host[path], np.asarray(leaf), np.zeros((), leaf.dtype))
+        if path in masks
+        else leaf
+        for path, leaf in tree.paths(params)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
 def _left(read: Coupled, gone: Mapping[str, Sequence[int]]) -> Left:

@@ -1,7 +1,7 @@
 """Coupled units and heads as what competes: sums over what makes them, masks of all that goes."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune.errors import PruneError, quoted
 from jaxprune.structure.coupling import walk
 from jaxprune.structure.groups import Coupled, Family, Member
+from jaxprune.structure.labelled import Source
 from jaxprune.structure.units import Axis, found
 from jaxprune.types import Groups, Masks, Own, Scores, Weights
 
@@ -41,7 +42,7 @@ def unit_groups(
     """
     kept_whole = _matching(coupled.families, keep_all_units)
     competing, reasons = [], {}
-    heard = _heard(coupled, shapes)
+    heard = _heard(coupled, lambda source: source[0] in shapes)
     for family in coupled.families:
         makers = [m for m in family.members if m.role == 'out']
         if family.kind not in kinds or not makers:
@@ -134,8 +135,31 @@ def _numbers(member: Member, length: int) -> np.ndarray:
     return numbers
 
 
-def _heard(coupled: Coupled, shapes: Mapping[str, Shape]) -> set[int]:
-    """Units that would still act if only the prunable leaves were masked."""
+def silent_when_unread(coupled: Coupled, shapes: Mapping[str, Shape]) -> set[str]:
+    """The families whose groups can be cut out as soon as nothing of what reads them is kept.
+
+    Args:
+      coupled: the groups of the network.
+      shapes: path -> shape of every prunable leaf; all that reads such a group is among them.
+    """
+    readers = {(p, i) for (p, i), roles in coupled.coupling.roles.items() if 'in' in roles}
+    heard = _heard(coupled, lambda source: source in readers)
+    return {
+        family.name
+        for family in coupled.families
+        if not family.reason
+        and not heard.intersection(family.units)
+        and any(m.role == 'in' for m in family.members)
+        and all(m.path in shapes for m in family.members if m.role == 'in')
+    }
+
+
+def _heard(coupled: Coupled, silent: Callable[[Source], bool]) -> set[int]:
+    """Units that still act where only some parameters are masked.
+
+    Args:
+      silent: is a parameter zero along an axis where its units go?
+    """
     read, heard = coupled.coupling, set[int]()
 
     def goes(axis: Axis) -> bool:
@@ -147,7 +171,7 @@ def _heard(coupled: Coupled, shapes: Mapping[str, Shape]) -> set[int]:
     def hear(axis: Axis, where: str) -> None:
         heard.update(read.units.parts_of(found(axis).units))
 
-    walk(read, lambda source: source[0] in shapes, goes, hear)
+    walk(read, silent, goes, hear)
     return heard
 
 

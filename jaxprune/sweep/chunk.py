@@ -12,6 +12,7 @@ from jaxprune.sweep import store, timeline
 from jaxprune.sweep.advance import Rows
 from jaxprune.sweep.checkpoint import Checkpoint, Saved, nowhere
 from jaxprune.sweep.chunk_tables import (
+    Counted,
     Moment,
     curves_rows,
     curves_rows_after_rounds,
@@ -20,6 +21,7 @@ from jaxprune.sweep.chunk_tables import (
     layers_table,
     results_rows,
 )
+from jaxprune.sweep.compact_costs import latency_ratio, unknown
 from jaxprune.sweep.compiled_events import EventCall
 from jaxprune.sweep.counts import active_of, counts_of
 from jaxprune.sweep.engine import Engine, stacked
@@ -48,7 +50,7 @@ class Walk(NamedTuple):
       states: of the engine, padding included.
       anchor: host arrays of the state to rewind to, or None.
       errors: what is wrong with each row's scores, None if nothing.
-      counted: of each run, weights kept and active by path.
+      counted: what is left of the network of each run.
       epoch_start: the step at which the epoch began.
       losses: training losses since then, arrays `(rows, steps)`.
       moments: what was recorded since then, still on the devices.
@@ -63,7 +65,7 @@ class Walk(NamedTuple):
     states: Any
     anchor: PyTree | None
     errors: list[str | None]
-    counted: list[list[dict[str, int]]]
+    counted: list[Counted]
     epoch_start: int
     losses: list[np.ndarray]
     moments: list[Callable[[], Moment]]
@@ -145,13 +147,13 @@ def _begun(context: Context, saved: Checkpoint) -> Walk:
         if before is None:
             states = engine.init(context.rows)
             errors: list[str | None] = [None] * len(context.padded)
-            counted = [] if _prunes_first(program) else _counted(engine, states, count)
+            counted = [] if _prunes_first(program) else _counted(context, states)
             return Walk(0, states, None, errors, counted, 0, [], [], None, [], [], [], [])
         repeat = np.arange(len(context.padded)).clip(max=count - 1)
         states, anchor = jax.tree.map(lambda leaf: leaf[repeat], (before.states, before.anchor))
         states = engine.unpack(states)
         context.shown.resume(before.step * count)
-        counted = _counted(engine, states, count)
+        counted = _counted(context, states)
     return Walk(
         step=before.step,
         states=states,
@@ -259,7 +261,26 @@ def _evaluated(context: Context, walk: Walk, clock: int, hooked: bool) -> Walk:
         _mean_loss(walk.means),
         test,
     )
+    if walk.step == context.program.timeline.steps:
+        records = _with_latencies(context, walk, records)
     return walk._replace(means=[], records=[*walk.records, *records])
+
+
+def _with_latencies(
+    context: Context, walk: Walk, records: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The last rows of runs, timed on their compact networks where [record] asks for it."""
+    seeds, program = context.spec.record.latency_seeds, context.program
+    asked = [i for i, r in enumerate(context.members) if r.seed in seeds and r.method != DENSE]
+    if not asked:
+        return records
+    with context.watch.phase('evaluate'):
+        states = context.engine.pack(walk.states)
+        for i in asked:
+            state = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), states)
+            ratio = latency_ratio(program.problem, program.input_shape, state)
+            records[i] = {**records[i], 'latency_ratio': ratio}
+    return records
 
 
 def _mean_loss(means: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
@@ -333,11 +354,16 @@ def _abstract_states(
     )
 
 
-def _counted(engine: Engine, states: Any, count: int) -> list[list[dict[str, int]]]:
-    """Weights kept and active of each run, path -> number."""
-    both = engine.counts(states)
+def _counted(context: Context, states: Any) -> list[Counted]:
+    """What is left of the network of each run."""
+    kept, active, gone = context.engine.counts(states)
+    columns = context.program.compact().columns if gone else unknown().columns
     return [
-        [{path: int(k[i]) for path, k in counts.items()} for counts in both] for i in range(count)
+        Counted(
+            *({path: int(k[i]) for path, k in counts.items()} for counts in (kept, active)),
+            columns({name: np.asarray(lost)[i] for name, lost in gone.items()}),
+        )
+        for i in range(len(context.members))
     ]
 
 
@@ -356,7 +382,7 @@ def _after_event(context: Context, walk: Walk, event: timeline.Event) -> Walk:
         if event.rewind == 'weights':
             hooked = True in program.stages and not event.finish
             states = engine.rewind(context.rows, states, walk.anchor, hooked)
-        counted = _counted(engine, states, len(context.members))
+        counted = _counted(context, states)
     return walk._replace(states=states, errors=errors, counted=counted, latest=None)
 
 

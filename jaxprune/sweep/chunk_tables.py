@@ -31,11 +31,25 @@ class Moment(NamedTuple):
     recorded: Recorded
 
 
+class Counted(NamedTuple):
+    """What is left of a run's network.
+
+    Attributes:
+      kept: path -> weights that the mask keeps.
+      active: path -> those of them on a path from input to output.
+      compact: columns of what it costs without the groups that the mask prunes.
+    """
+
+    kept: Mapping[str, int]
+    active: Mapping[str, int]
+    compact: Mapping[str, Any]
+
+
 def results_rows(
     spec: SweepSpec,
     program: Program,
     members: Sequence[Run],
-    counted: Sequence[Sequence[Mapping[str, int]]],
+    counted: Sequence[Counted],
     errors: Sequence[str | None],
     step: int,
     train_loss: np.ndarray,
@@ -44,14 +58,14 @@ def results_rows(
     """Rows of `store.RESULTS` of an evaluation.
 
     Args:
-      counted: of each run, weights kept and active by path.
+      counted: what is left of the network of each run.
       train_loss: `(runs,)`, the mean since the evaluation before.
       test: test losses and accuracies, each `(runs,)`.
     """
     test_loss, accuracy = test
     return [
         {
-            **identity_columns(spec, program, run, *counted[i]),
+            **identity_columns(spec, program, run, counted[i]),
             'step': step,
             'epoch': -(-step // program.steps),
             # A mask from broken scores means nothing, and neither does its accuracy.
@@ -178,12 +192,11 @@ def identity_columns(
     spec: SweepSpec,
     program: Program,
     run: Run,
-    kept: Mapping[str, int],
-    active: Mapping[str, int],
+    counted: Counted,
 ) -> dict[str, Any]:
     """The columns of a results row that say which run it is."""
     size = program.size
-    left, working = sum(kept.values()), sum(active.values())
+    left, working = sum(counted.kept.values()), sum(counted.active.values())
     numbers, flags = split_options(run.train)
     settings = {**plain(run.train), **numbers, **flags}
     return {
@@ -199,6 +212,8 @@ def identity_columns(
         'density': left / size,
         'compression': size / left if left else math.inf,
         'effective_compression': size / working if working else math.inf,
+        **counted.compact,
+        'latency_ratio': None,
         'learning_rate': run.train.learning_rate,
         'weight_decay': run.train.weight_decay,
         **{key: _cell(settings[key]) for key in grid_columns(spec)},
@@ -226,11 +241,11 @@ def _cell(value: Any) -> Any:
 
 
 def layers_table(
-    program: Program, members: Sequence[Run], counted: Sequence[Sequence[Mapping[str, int]]]
+    program: Program, members: Sequence[Run], counted: Sequence[Counted]
 ) -> pl.DataFrame:
     rows = [
-        (run.run_id, path, math.prod(shape), kept[path], active[path])
-        for run, (kept, active) in zip(members, counted, strict=True)
+        (run.run_id, path, math.prod(shape), left.kept[path], left.active[path])
+        for run, left in zip(members, counted, strict=True)
         for path, shape in program.shapes.items()
     ]
     return pl.DataFrame(rows, schema=store.LAYERS, orient='row')

@@ -45,8 +45,9 @@ class Engine(NamedTuple):
         optimizer states of a packed anchor, under today's masks.
       evaluate: `(clock, rows, states, hooked=False) -> (test losses (runs,), accuracies (runs,))`.
       record: `(clock, rows, states, hooked=False) -> () -> Recorded`, see `observe`.
-      counts: `states -> (kept, active)`, each path -> weights (runs,): those the mask keeps, and
-        those of them on a path from input to output.
+      counts: `states -> (kept, active, gone)`: path -> weights (runs,) that the mask keeps, and
+        those of them on a path from input to output; family of groups -> bool (runs, groups), see
+        `CompactCosts`.
       pack: `states -> ` host arrays with a leading run axis, for a checkpoint.
       unpack: the way back.
       bytes_needed: `rows -> ` what a training call takes of one device, data included, as the

@@ -83,7 +83,11 @@ def make_observers(
             axes = (None, None, 0, 0, 0)
             flows[hooked] = jitted(stage.flow, axes, strategy.batching, mesh)
     counting = jitted(
-        lambda masks: (count_kept(masks), count_kept(program.connect(masks))),
+        lambda masks: (
+            count_kept(masks),
+            count_kept(program.connect(masks)),
+            program.compact().gone(masks),
+        ),
         (0,),
         event_batching,
         mesh,

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxprune import data, flow, method, nn, optim, problem, structure, train, tree
 from jaxprune.rng import stream
 from jaxprune.structure import Connect
+from jaxprune.sweep.compact_costs import CompactCosts, compact_costs
 from jaxprune.sweep.device_data import DeviceData, Examples, examples_of
 from jaxprune.sweep.grid import DENSE, Run, has_lasting_state, method_options, split_options
 from jaxprune.sweep.spec import FinetuneSpec, MethodSpec, RecordSpec, SweepSpec, TrainSpec
@@ -67,9 +68,11 @@ class Program(NamedTuple):
 
     Attributes:
       problem: network and loss.
+      input_shape: of one example.
       shapes: path -> shape of each prunable leaf, in forward order.
       connect: masks -> effective masks.
       competing: what competes under a method.
+      compact: what networks cost without the groups that masks prune.
       steps: training steps per epoch.
       timeline: when things happen.
       init: `(key, hyper) -> state`.
@@ -83,9 +86,11 @@ class Program(NamedTuple):
     """
 
     problem: Problem
+    input_shape: tuple[int, ...]
     shapes: dict[str, tuple[int, ...]]
     connect: Connect
     competing: Callable[[MethodSpec], Groups]
+    compact: Callable[[], CompactCosts]
     steps: int
     timeline: Timeline
     init: Callable[[Key, Hyper], RunState]
@@ -173,9 +178,11 @@ def make_program(
     )
     return Program(
         problem=net,
+        input_shape=facts.shape,
         shapes=parts.shapes,
         connect=parts.connect,
         competing=parts.competing,
+        compact=functools.cache(lambda: compact_costs(net, facts.shape, shapes)),
         steps=epoch,
         timeline=timeline,
         init=train.init_run(net, parts.optimizer),

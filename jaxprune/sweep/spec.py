@@ -326,6 +326,12 @@ class RecordSpec:
         default=(),
         example='every = 20\nflow = ["weight_norm"]',
     )
+    latency_seeds: tuple[int, ...] = _key(
+        'seeds whose pruned networks are cut out at the end and timed against the dense network, '
+        '64 examples at a time: the column latency_ratio',
+        default=(),
+        example='latency_seeds = [0]',
+    )
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,10 @@ RESULTS = {
     'density': pl.Float64,
     'compression': pl.Float64,
     'effective_compression': pl.Float64,
+    'params_compact': pl.Int64,
+    'flops_compact': pl.Int64,
+    'speedup_theoretical': pl.Float64,
+    'latency_ratio': pl.Float64,
     'learning_rate': pl.Float64,
     'weight_decay': pl.Float64,
     'step': pl.Int64,
@@ -54,9 +58,12 @@ RESULTS = {
 `target` says what `target_compression` is: 'direct' (weights before / weights after), 'effective'
 (weights before / weights that lie on a path from input to output), or what else is counted before
 and after: 'units', 'heads', 'head dimensions', 'groups', 'blocks'. `effective_compression` is
-infinite where the network is cut in two. `error` is null, or says what went wrong: scores that
-cannot be ranked (losses and accuracy are then NaN), or losses that diverged (the numbers are those
-of the broken network).
+infinite where the network is cut in two. `params_compact` and `flops_compact` (of one example) are
+those of the network without the groups that its masks prune, `speedup_theoretical` the operations
+of the dense network over these; `latency_ratio`, at a run's end, is the measured time of the dense
+network over that of the compact one, for the seeds of `record.latency_seeds`. They are null where
+they are not known. `error` is null, or says what went wrong: scores that cannot be ranked (losses
+and accuracy are then NaN), or losses that diverged (the numbers are those of the broken network).
 """
 
 LAYERS = {
@@ -254,6 +261,10 @@ def _read(out: Path | str, where, schema: dict, *, everywhere: bool = True) -> p
     return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
 
 
+#: Columns that earlier versions did not write.
+_LATER = ('params_compact', 'flops_compact', 'speedup_theoretical', 'latency_ratio')
+
+
 def _read_frame(path: Path, schema: dict) -> pl.DataFrame:
     again = 'and give the same `jaxprune sweep` command again'
     # What says that a chunk is finished must go too, or nothing would be made anew.
@@ -264,9 +275,11 @@ def _read_frame(path: Path, schema: dict) -> pl.DataFrame:
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = ' '.join(str(error).split())[:200]
         raise StoreError(f'{path}: cannot be read ({reason}); {broken}') from None
+    later = {name: pl.lit(None, schema[name]) for name in _LATER if name in schema}
+    frame = frame.with_columns(**{n: v for n, v in later.items() if n not in frame.columns})
     if not schema.keys() <= set(frame.columns):
         raise StoreError(f'{path}: not what jaxprune wrote; {broken}')
-    return frame
+    return frame.select(*schema, pl.exclude(*schema))
 
 
 def read_results(out: Path) -> pl.DataFrame:

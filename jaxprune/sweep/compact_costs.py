@@ -1,0 +1,112 @@
+"""What a run's network would cost without the groups that its masks prune.
+
+Which groups are gone is found with the masks, on the device; the rest is arithmetic of sizes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import structure
+from jaxprune.errors import PruneError
+from jaxprune.structure import Cost, Family
+from jaxprune.types import Masks, Problem, RunState
+
+
+class CompactCosts(NamedTuple):
+    """How a program counts compact networks.
+
+    Attributes:
+      gone: masks -> family of groups -> bool `(groups,)`: it can be cut out, since nothing of what
+        reads it is kept; for `jit` and `vmap`.
+      columns: what `gone` gave for a run -> its columns of a results row.
+    """
+
+    gone: Callable[[Masks], dict[str, jax.Array]]
+    columns: Callable[[Mapping[str, np.ndarray]], dict[str, Any]]
+
+
+def unknown() -> CompactCosts:
+    """For a network that cannot be read: no groups, and columns without numbers."""
+    nothing = dict.fromkeys(('params_compact', 'flops_compact', 'speedup_theoretical'))
+    return CompactCosts(lambda masks: {}, lambda gone: nothing)
+
+
+def compact_costs(
+    net: Problem, input_shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> CompactCosts:
+    """Prepares the costs of compact networks, for one example.
+
+    Args:
+      net: the network.
+      input_shape: of one example.
+      shapes: path -> shape of every prunable leaf.
+    """
+    try:
+        coupled = structure.groups_of(net, input_shape)
+        cost = structure.cost_of_kept(coupled)
+    except PruneError:
+        return unknown()
+    silent = structure.silent_when_unread(coupled, shapes)
+    families = [family for family in coupled.families if family.name in silent]
+    dense = cost({})
+
+    def gone(masks: Masks) -> dict[str, jax.Array]:
+        return {family.name: _unread(family, masks) for family in families}
+
+    def columns(found: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        if not found:
+            return unknown().columns(found)
+        small: Cost = cost({name: np.flatnonzero(lost) for name, lost in found.items()})
+        return {
+            'params_compact': small.params,
+            'flops_compact': small.flops,
+            'speedup_theoretical': dense.flops / small.flops if small.flops else float('inf'),
+        }
+
+    return CompactCosts(gone, columns)
+
+
+def _unread(family: Family, masks: Masks) -> jax.Array:
+    """Of each group, is nothing kept of the slices that read it?"""
+    lost = jnp.ones(family.size, bool)
+    for member in family.members:
+        if member.role != 'in':
+            continue
+        mask = masks[member.path]
+        lines = mask.any(tuple(i for i in range(mask.ndim) if i != member.axis))
+        lost &= ~lines[np.stack(member.indices)].any(1)
+    return lost
+
+
+#: Examples in a batch that a latency is measured on.
+_BATCH = 64
+
+
+def latency_ratio(net: Problem, input_shape: tuple[int, ...], state: RunState) -> float | None:
+    """How many times longer the dense network takes than its compact one, on this machine.
+
+    Args:
+      net: the network.
+      input_shape: of one example.
+      state: of a run, host arrays.
+
+    Returns:
+      The median of calls in turns on 64 examples; None where the network cannot be compacted.
+    """
+
+    def apply(params: Any, model_state: Any, x: jax.Array) -> jax.Array:
+        return net.apply(params, model_state, x, train=False, key=None)[0]
+
+    x = np.random.default_rng(0).normal(size=(_BATCH, *input_shape)).astype(np.float32)
+    try:
+        small = structure.compact(
+            apply, state.params, state.masks, x, model_state=state.model_state, partial='keep'
+        )
+    except PruneError:
+        return None
+    dense = apply, state.params, state.model_state
+    return structure.latency_ratio(dense, (small.apply, small.params, small.model_state), x)
