@@ -8,6 +8,7 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -409,3 +410,30 @@ def test_what_is_cut_in_part_may_stay():
     small = jp.compact(added, params, crossed(), X, partial='keep')
     assert not small.removed
     assert_close(small.params, masked_by(params, crossed()), 0)
+
+
+def test_multiples_of_units_stay():
+    """Expectation: 12 units, 7 pruned: 8 stay for multiples of 8, the first pruned ones among them;
+    all stay where no multiple is left; outputs do not change."""
+    draw = np.random.default_rng(1)
+    sizes = {'a': (5, 12), 'b': (12, 3)}
+    params = {path: draw.normal(size=shape).astype('float32') for path, shape in sizes.items()}
+    masks = {path: np.ones(shape, bool) for path, shape in sizes.items()}
+    gone = [1, 2, 4, 5, 7, 9, 10]
+    masks['a'][:, gone] = masks['b'][gone] = False
+
+    def apply(p, x):
+        return jnp.tanh(x @ p['a']) @ p['b']
+
+    x = draw.normal(size=(2, 5)).astype('float32')
+    for multiple, stay in ((1, 5), (2, 6), (8, 8), ({'unit': 6}, 6), (16, 12), ({'head': 4}, 5)):
+        small = jp.compact(apply, params, masks, x, multiple=multiple)
+        assert small.params['a'].shape == (5, stay)
+        if multiple == 8:
+            assert small.kept['a'][1].tolist() == [0, 1, 2, 3, 4, 6, 8, 11]
+        np.testing.assert_allclose(
+            small.apply(small.params, x), apply(jp.apply_masks(params, masks), x), rtol=1e-5
+        )
+    for wrong, said in ((0, 'multiple must be at least 1'), ({'units': 8}, "did you mean 'unit'")):
+        with pytest.raises(jp.PruneError, match=said):
+            jp.compact(apply, params, masks, x, multiple=wrong)

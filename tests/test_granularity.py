@@ -42,7 +42,7 @@ def test_n_of_every_m():
 
 
 def test_inputs_lie_where_the_products_say():
-    """Expectation: a model whose kernels are stored (outputs, inputs) has the same masks, turned."""
+    """Expectation: kernels that are stored (outputs, inputs) have the same masks, turned."""
     turned = {path: leaf.T for path, leaf in PARAMS.items()}
 
     def apply(params, x):

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import tree
+from jaxprune import arguments, tree
 from jaxprune.errors import PruneError, check_choice
 from jaxprune.structure.coupling import walk
-from jaxprune.structure.groups import Coupled, Family, Member, groups
+from jaxprune.structure.groups import KINDS, Coupled, Family, Member, groups
 from jaxprune.structure.labelled import Source
 from jaxprune.structure.resized import Left, resized
 from jaxprune.structure.same_program import same_program
@@ -52,6 +52,7 @@ def compact(
     normalisation: str = 'refuse',
     partial: str = 'refuse',
     unknown: str = 'refuse',
+    multiple: int | Mapping[str, int] = 1,
 ) -> Compact:
     """Makes a pruned network really smaller: the groups that its masks prune are cut out.
 
@@ -77,6 +78,9 @@ def compact(
         acts in the masked network, by a bias say: 'refuse' raises, 'keep' leaves it in, with its
         zeros. Of a family that is pruned whole it leaves one.
       unknown: see `groups`.
+      multiple: a layer is left with a multiple of so many units, as matrix units like them (8 or
+        128): pruned ones stay in with their zeros, the first ones, until it is met or nothing goes.
+        A mapping gives a number for each of `KINDS`: `{'unit': 8, 'head': 2}`.
 
     Raises:
       PruneError: masks that do not fit, that cut a group in part, that remove all of a layer, or
@@ -88,10 +92,11 @@ def compact(
     states = () if model_state is None else (model_state,)
     masked = _masked(params, masks)
     options = {'normalisation': normalisation, 'unknown': unknown}
+    multiples = _multiples(multiple)
 
     def planned(x: PyTree) -> tuple[Coupled, dict[str, list[int]]]:
         read = groups(apply, params, x, model_state, **options)
-        return read, removed_groups(read, masked, masks, partial)
+        return read, removed_groups(read, masked, masks, partial, multiples)
 
     read, gone = planned(x)
     left = _left(read, gone)
@@ -117,6 +122,15 @@ def compact(
         kept,
         {name: len(numbers) for name, numbers in gone.items()},
     )
+
+
+def _multiples(multiple: int | Mapping[str, int]) -> dict[str, int]:
+    """Kind of groups -> what the number left is a multiple of."""
+    found = dict(multiple) if isinstance(multiple, Mapping) else {'unit': multiple}
+    for kind, number in found.items():
+        check_choice('kind of groups', kind, KINDS)
+        arguments.least(1, multiple=number)
+    return found
 
 
 def _masked(params: PyTree, masks: Masks) -> PyTree:
@@ -167,7 +181,11 @@ def _function(
 
 
 def removed_groups(
-    read: Coupled, masked: PyTree, masks: Masks, partial: str = 'refuse'
+    read: Coupled,
+    masked: PyTree,
+    masks: Masks,
+    partial: str = 'refuse',
+    multiples: Mapping[str, int] | None = None,
 ) -> dict[str, list[int]]:
     """Family -> the groups that masks prune.
 
@@ -175,6 +193,7 @@ def removed_groups(
       read: the groups of the network.
       masked: its parameters under the masks.
       masks, partial: see `compact`.
+      multiples: kind of groups -> see `multiple` of `compact`.
 
     Raises:
       PruneError: see `compact`.
@@ -199,6 +218,8 @@ def removed_groups(
                     "partial='keep' leaves one in"
                 )
             numbers = numbers[1:]
+        wanted = (multiples or {}).get(family.kind, 1)
+        numbers = numbers[-(family.size - len(numbers)) % wanted :]
         if not numbers:
             continue
         gone[family.name] = numbers
