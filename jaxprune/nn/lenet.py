@@ -8,6 +8,7 @@ from jaxprune.errors import JaxpruneError, lookup
 from jaxprune.nn.blocks import activation, pooled
 from jaxprune.nn.conv import ConvFn, native
 from jaxprune.nn.initial import kaiming_normal
+from jaxprune.nn.widths import LayerWidths, Widths
 
 POOLS = {'average': lambda x: nn.avg_pool(x, (2, 2), (2, 2)), 'max': pooled}
 
@@ -23,6 +24,7 @@ class LeNet5(nn.Module):
       pool: 'average', or 'max' as the isometry study has it.
       kernel_init: how kernels are drawn, see `nn.initial`.
       conv: how to convolve, see `nn.conv`.
+      layer_widths: units of layers that have not the usual number, see `nn.widths`.
     """
 
     classes: int
@@ -30,15 +32,17 @@ class LeNet5(nn.Module):
     pool: str = 'average'
     kernel_init: Initializer = kaiming_normal
     conv: ConvFn = native
+    layer_widths: LayerWidths = ()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         del train
         pool = lookup('pool', self.pool, POOLS, JaxpruneError)
         act = activation(self.activation)
+        width = Widths(self.layer_widths)
         for i, maps in enumerate((6, 16)):
             x = nn.Conv(
-                maps,
+                width(f'conv_{i}', maps),
                 (5, 5),
                 padding='VALID',
                 kernel_init=self.kernel_init,
@@ -47,6 +51,8 @@ class LeNet5(nn.Module):
             )(x)
             x = pool(act(x))
         x = x.reshape(x.shape[0], -1)
-        for i, width in enumerate((120, 84)):
-            x = act(nn.Dense(width, kernel_init=self.kernel_init, name=f'dense_{i}')(x))
+        for i, usual in enumerate((120, 84)):
+            units = width(f'dense_{i}', usual)
+            x = act(nn.Dense(units, kernel_init=self.kernel_init, name=f'dense_{i}')(x))
+        width.check()
         return nn.Dense(self.classes, kernel_init=self.kernel_init, name='dense_2')(x)

@@ -10,6 +10,7 @@ from jax.nn.initializers import Initializer
 from jaxprune.nn.blocks import classified, conv_bn, scaled
 from jaxprune.nn.conv import ConvFn, native
 from jaxprune.nn.initial import kaiming_normal
+from jaxprune.nn.widths import LayerWidths, Widths
 
 #: (maps, stride) of the separable blocks after a stem of 32 maps and stride 1.
 BLOCKS = (
@@ -37,6 +38,8 @@ class MobileNet(nn.Module):
       dtype: of the computation; parameters and statistics stay float32.
       kernel_init: how kernels are drawn, see `nn.initial`.
       conv: how to convolve, see `nn.conv`.
+      layer_widths: units of layers that have not the usual number, see `nn.widths`; depthwise
+        convolutions follow their input.
     """
 
     classes: int
@@ -44,15 +47,20 @@ class MobileNet(nn.Module):
     dtype: Any = jnp.float32
     kernel_init: Initializer = kaiming_normal
     conv: ConvFn = native
+    layer_widths: LayerWidths = ()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         def layer(x, maps, name, **shape):
             return nn.relu(conv_bn(self, x, maps, name, train=train, **shape))
 
-        x = layer(x, scaled(32, self.width), 'stem', side=3)
+        width = Widths(self.layer_widths)
+        last = 'stem_conv'
+        x = layer(x, width(last, scaled(32, self.width)), 'stem', side=3)
         for i, (wide, stride) in enumerate(BLOCKS):
-            maps = x.shape[-1]
+            maps = width.following(f'block{i}_depth_conv', last, x.shape[-1])
             x = layer(x, maps, f'block{i}_depth', side=3, stride=stride, groups=maps)
-            x = layer(x, scaled(wide, self.width), f'block{i}_point', side=1)
+            last = f'block{i}_point_conv'
+            x = layer(x, width(last, scaled(wide, self.width)), f'block{i}_point', side=1)
+        width.check()
         return classified(x, self.classes, self.dtype, self.kernel_init)

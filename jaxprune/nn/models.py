@@ -16,6 +16,7 @@ from jaxprune.nn.options import DTYPES
 from jaxprune.nn.resnet import ResNet, cifar_blocks
 from jaxprune.nn.transformer import Transformer, ViT
 from jaxprune.nn.vgg import VGG, SmallVGG
+from jaxprune.nn.widths import pairs
 
 
 class Model(NamedTuple):
@@ -129,8 +130,16 @@ def model(name: str) -> Model:
     return lookup('model', name, MODELS, JaxpruneError)
 
 
-def build(name: str, classes: int, **options: Any) -> nn.Module:
-    """The flax module of a registered model."""
+def build(
+    name: str, classes: int, *, layer_widths: Mapping[str, int] | None = None, **options: Any
+) -> nn.Module:
+    """The flax module of a registered model.
+
+    Args:
+      layer_widths: layer -> units, where not the usual number, see `nn.widths`; every model takes
+        them. The layers are looked up when the module is called.
+      options: the model's own.
+    """
     entry = model(name)
     for option in options:
         if option not in entry.options:
@@ -144,7 +153,7 @@ def build(name: str, classes: int, **options: Any) -> nn.Module:
     if 'dtype' in options:
         check_choice('dtype', options['dtype'], DTYPES, JaxpruneError)
         options['dtype'] = jnp.dtype(options['dtype'])
-    return entry.build(classes, **options)
+    return entry.build(classes, layer_widths=pairs(layer_widths or {}), **options)
 
 
 def convolves(module: nn.Module) -> bool:

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
-from jaxprune.errors import JaxpruneError, shown
+from jaxprune.errors import JaxpruneError, quoted, shown
 from jaxprune.nn.blocks import classified, conv_bn, scaled
 from jaxprune.nn.conv import ConvFn, native
 from jaxprune.nn.initial import kaiming_normal
+from jaxprune.nn.widths import LayerWidths, Widths, agree
 
 SHORTCUTS = ('projection', 'pad')
 
@@ -33,6 +34,8 @@ class ResNet(nn.Module):
       dtype: of the computation; parameters and statistics stay float32.
       kernel_init: how kernels are drawn, see `nn.initial`.
       conv: how to convolve, see `nn.conv`.
+      layer_widths: units of layers that have not the usual number, see `nn.widths`; what is added
+        up has as many.
     """
 
     blocks: Sequence[int]
@@ -43,6 +46,7 @@ class ResNet(nn.Module):
     dtype: Any = jnp.float32
     kernel_init: Initializer = kaiming_normal
     conv: ConvFn = native
+    layer_widths: LayerWidths = ()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -52,23 +56,40 @@ class ResNet(nn.Module):
             )
 
         layer = functools.partial(conv_bn, self, train=train)
-        x = nn.relu(layer(x, scaled(self.maps[0], self.width), 'stem'))
+        width = Widths(self.layer_widths)
+        last, before = 'stem_conv', scaled(self.maps[0], self.width)
+        x = nn.relu(layer(x, width(last, before), 'stem'))
         for stage, (count, wide) in enumerate(zip(self.blocks, self.maps, strict=True)):
             maps = scaled(wide, self.width)
             for block in range(count):
                 stride = 2 if stage and not block else 1
                 name = f'stage{stage}_block{block}'
-                y = nn.relu(layer(x, maps, f'{name}_a', stride=stride))
-                y = layer(y, maps, f'{name}_b')
-                if x.shape != y.shape:
+                y = nn.relu(layer(x, width(f'{name}_a_conv', maps), f'{name}_a', stride=stride))
+                y = layer(y, width(f'{name}_b_conv', maps), f'{name}_b')
+                # Other widths change no shortcut: a block has one where it usually has.
+                if (*x.shape[:3], before) != (*y.shape[:3], maps):
                     if self.shortcut == 'projection':
-                        x = layer(x, maps, f'{name}_skip', side=1, stride=stride)
+                        last = f'{name}_skip_conv'
+                        x = layer(x, width(last, maps), f'{name}_skip', side=1, stride=stride)
                     else:
-                        more = maps - x.shape[-1]
-                        x = x[:, ::stride, ::stride]
-                        x = jnp.pad(x, ((0, 0),) * 3 + ((more // 2, more - more // 2),))
+                        x = _padded(x[:, ::stride, ::stride], y, f'{name}_b_conv')
+                        last = f'{name}_b_conv'
+                agree(last, x.shape[-1], f'{name}_b_conv', y.shape[-1])
                 x = nn.relu(x + y)
+                last, before = f'{name}_b_conv', maps
+        width.check()
         return classified(x, self.classes, self.dtype, self.kernel_init)
+
+
+def _padded(x: jax.Array, y: jax.Array, name: str) -> jax.Array:
+    """As many maps as `y` has: zeros before and after those that there are."""
+    more = y.shape[-1] - x.shape[-1]
+    if more < 0:
+        raise JaxpruneError(
+            f'model.layer_widths: {quoted(name)} has {y.shape[-1]} units, fewer than the '
+            f'{x.shape[-1]} that its shortcut pads'
+        )
+    return jnp.pad(x, ((0, 0),) * 3 + ((more // 2, more - more // 2),))
 
 
 def cifar_blocks(depth: int) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.errors import JaxpruneError
+from jaxprune.nn.widths import LayerWidths, Widths
 
 glorot = nn.initializers.xavier_uniform()
 positions = nn.initializers.normal(0.02)
@@ -15,10 +16,12 @@ positions = nn.initializers.normal(0.02)
 class Encoder(nn.Module):
     """Blocks of attention and a two-layer GELU network, each after a layer norm, with residuals.
 
-    `(batch, tokens, dim)` in and out; every token attends to every token.
+    `(batch, tokens, dim)` in and out; every token attends to every token. A call may bring widths
+    of layers, see `nn.widths`: the heads of `attention_0`, of the size `dim / heads` that they
+    usually have; the units of `up_0`. All else is as long as a token.
 
     Attributes:
-      dim: size of a token.
+      dim: usual size of a token.
       depth: blocks.
       heads: attention heads; they divide `dim`.
       hidden: units between the two dense layers.
@@ -32,20 +35,28 @@ class Encoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, width: Widths | None = None) -> jax.Array:
+        width = Widths(()) if width is None else width
         if self.dim % self.heads:
             raise JaxpruneError(
                 f'model.heads: {self.heads} heads do not divide a token of {self.dim} numbers'
             )
         for i in range(self.depth):
             y = nn.LayerNorm(dtype=self.dtype, name=f'norm{i}_attention')(x)
+            heads = width(f'{self.name}/attention_{i}', self.heads)
             x = x + nn.MultiHeadDotProductAttention(
-                self.heads, dtype=self.dtype, kernel_init=glorot, name=f'attention_{i}'
+                heads,
+                qkv_features=heads * (self.dim // self.heads),
+                dtype=self.dtype,
+                kernel_init=glorot,
+                name=f'attention_{i}',
             )(y)
             y = nn.LayerNorm(dtype=self.dtype, name=f'norm{i}_dense')(x)
-            y = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=glorot, name=f'up_{i}')(y)
+            hidden = width(f'{self.name}/up_{i}', self.hidden)
+            y = nn.Dense(hidden, dtype=self.dtype, kernel_init=glorot, name=f'up_{i}')(y)
             y = nn.gelu(y)
-            x = x + nn.Dense(self.dim, dtype=self.dtype, kernel_init=glorot, name=f'down_{i}')(y)
+            size = width.following(f'{self.name}/down_{i}', 'embed', x.shape[-1])
+            x = x + nn.Dense(size, dtype=self.dtype, kernel_init=glorot, name=f'down_{i}')(y)
         return nn.LayerNorm(dtype=self.dtype, name='norm')(x)
 
 
@@ -57,6 +68,8 @@ class ViT(nn.Module):
       patch: side of the square patches that become tokens.
       dim, depth, heads: see `Encoder`; hidden units are `2 dim`.
       dtype: of the computation; parameters stay float32.
+      layer_widths: units of layers and heads of attentions that have not the usual number, see
+        `nn.widths`; a token is as long as 'embed' is wide.
     """
 
     classes: int
@@ -65,6 +78,7 @@ class ViT(nn.Module):
     depth: int = 6
     heads: int = 4
     dtype: Any = jnp.float32
+    layer_widths: LayerWidths = ()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -91,6 +105,8 @@ class Transformer(nn.Module):
       vocabulary: how many different tokens there are; for sequences of integers.
       dim, depth, heads: see `Encoder`; hidden units are `2 dim`.
       dtype: of the computation; parameters stay float32.
+      layer_widths: units of layers and heads of attentions that have not the usual number, see
+        `nn.widths`; a token is as long as 'embed' is wide.
     """
 
     classes: int
@@ -99,6 +115,7 @@ class Transformer(nn.Module):
     depth: int = 2
     heads: int = 4
     dtype: Any = jnp.float32
+    layer_widths: LayerWidths = ()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -111,8 +128,12 @@ class Transformer(nn.Module):
 
 def _classified(net: ViT | Transformer, x: jax.Array, length: int) -> jax.Array:
     """Embeds tokens, encodes them, and classifies their mean."""
-    x = nn.Dense(net.dim, dtype=net.dtype, kernel_init=glorot, name='embed')(x)
-    x = x + net.param('positions', positions, (length, net.dim)).astype(x.dtype)
-    x = Encoder(net.dim, net.depth, net.heads, 2 * net.dim, net.dtype, name='encoder')(x)
+    width = Widths(net.layer_widths)
+    size = width('embed', net.dim)
+    x = nn.Dense(size, dtype=net.dtype, kernel_init=glorot, name='embed')(x)
+    x = x + net.param('positions', positions, (length, size)).astype(x.dtype)
+    encoder = Encoder(net.dim, net.depth, net.heads, 2 * net.dim, net.dtype, name='encoder')
+    x = encoder(x, width)
+    width.check()
     head = nn.Dense(net.classes, dtype=net.dtype, kernel_init=glorot, name='dense_0')
     return head(x.mean(axis=1)).astype(jnp.float32)

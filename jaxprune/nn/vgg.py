@@ -12,6 +12,7 @@ from jaxprune.errors import JaxpruneError, shown
 from jaxprune.nn.blocks import classified, convolved, normed, pooled, scaled
 from jaxprune.nn.conv import ConvFn, native
 from jaxprune.nn.initial import kaiming_normal
+from jaxprune.nn.widths import LayerWidths, Widths
 
 #: Maps of the 3x3 convolutions of each stage; a max pool follows every stage.
 STAGES: dict[int, tuple[tuple[int, ...], ...]] = {
@@ -37,6 +38,7 @@ class VGG(nn.Module):
       dtype: of the computation; parameters and statistics stay float32.
       kernel_init: how kernels are drawn, see `nn.initial`.
       conv: how to convolve, see `nn.conv`.
+      layer_widths: units of layers that have not the usual number, see `nn.widths`.
     """
 
     depth: int
@@ -46,6 +48,7 @@ class VGG(nn.Module):
     dtype: Any = jnp.float32
     kernel_init: Initializer = kaiming_normal
     conv: ConvFn = native
+    layer_widths: LayerWidths = ()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -53,12 +56,13 @@ class VGG(nn.Module):
             raise JaxpruneError(f'VGG has {", ".join(map(str, STAGES))} layers, not {self.depth}')
         if self.order not in ORDERS:
             raise JaxpruneError(f'order must be {" or ".join(ORDERS)}, not {shown(self.order)}')
+        width = Widths(self.layer_widths)
         layer = 0
         for stage in STAGES[self.depth]:
             for maps in stage:
                 x = convolved(
                     x,
-                    scaled(maps, self.width),
+                    width(f'conv_{layer}', scaled(maps, self.width)),
                     f'conv_{layer}',
                     self.conv,
                     dtype=self.dtype,
@@ -71,6 +75,7 @@ class VGG(nn.Module):
                 x = nn.relu(norm(x)) if self.order == 'conv_bn_relu' else norm(nn.relu(x))
                 layer += 1
             x = pooled(x)
+        width.check()
         return classified(x, self.classes, self.dtype, self.kernel_init)
 
 
@@ -84,6 +89,7 @@ class SmallVGG(nn.Module):
       classes: number of logits.
       kernel_init: how kernels are drawn, see `nn.initial`.
       conv: how to convolve, see `nn.conv`.
+      layer_widths: units of layers that have not the usual number, see `nn.widths`.
 
     Raises:
       JaxpruneError: when called on images too small for so many halvings.
@@ -93,6 +99,7 @@ class SmallVGG(nn.Module):
     classes: int
     kernel_init: Initializer = kaiming_normal
     conv: ConvFn = native
+    layer_widths: LayerWidths = ()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -101,12 +108,16 @@ class SmallVGG(nn.Module):
             raise JaxpruneError(
                 f'model: {len(self.widths)} stages need images of {least} x {least}, not {side}'
             )
+        width = Widths(self.layer_widths)
         layer = 0
-        for width in self.widths:
+        for usual in self.widths:
             for _ in range(2):
-                x = convolved(x, width, f'conv_{layer}', self.conv, kernel_init=self.kernel_init)
+                name = f'conv_{layer}'
+                maps = width(name, usual)
+                x = convolved(x, maps, name, self.conv, kernel_init=self.kernel_init)
                 x = nn.relu(normed(x, f'bn_{layer}', train=train))
                 layer += 1
             x = pooled(x)
+        width.check()
         x = x.reshape(x.shape[0], -1)
         return nn.Dense(self.classes, kernel_init=self.kernel_init, name='dense_0')(x)
