@@ -36,17 +36,16 @@ def unknown() -> CompactCosts:
 
 
 def compact_costs(
-    net: Problem, input_shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[], structure.Coupled], shapes: Mapping[str, tuple[int, ...]]
 ) -> CompactCosts:
     """Prepares the costs of compact networks, for one example.
 
     Args:
-      net: the network.
-      input_shape: of one example.
+      read: reads the coupled groups of the network.
       shapes: path -> shape of every prunable leaf.
     """
     try:
-        coupled = structure.groups_of(net, input_shape)
+        coupled = read()
         cost = structure.cost_of_kept(coupled)
     except PruneError:
         return unknown()

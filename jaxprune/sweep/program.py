@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
+import flax
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
@@ -15,6 +16,7 @@ from jaxprune.structure import Connect
 from jaxprune.sweep.compact_costs import CompactCosts, compact_costs
 from jaxprune.sweep.device_data import DeviceData, Examples, examples_of
 from jaxprune.sweep.grid import DENSE, Run, has_lasting_state, method_options, split_options
+from jaxprune.sweep.initial_params import starting_from
 from jaxprune.sweep.spec import FinetuneSpec, MethodSpec, RecordSpec, SweepSpec, TrainSpec
 from jaxprune.sweep.timeline import Timeline, timeline_of
 from jaxprune.types import (
@@ -130,6 +132,13 @@ class _Parts(NamedTuple):
     initial: Callable[[Key], Weights]
 
 
+def network(spec: SweepSpec) -> flax.linen.Module:
+    """The network that a sweep trains."""
+    model = spec.model
+    classes = data.facts(spec.data.name).classes
+    return nn.build(model.name, classes, layer_widths=model.layer_widths, **model.options)
+
+
 def make_program(
     spec: SweepSpec, run: Run, convolution: str = 'native', batch_devices: int = 1
 ) -> Program:
@@ -144,8 +153,8 @@ def make_program(
     facts = data.facts(spec.data.name)
     examples = spec.data.train_examples or facts.train_size
     epoch = examples // run.train.batch_size
-    module = nn.build(spec.model.name, facts.classes, **spec.model.options)
-    net = problem.problem_from_flax(module, facts.shape)
+    module = network(spec)
+    net = starting_from(problem.problem_from_flax(module, facts.shape), spec.model)
     convolving = nn.convolving(module, nn.convolution(convolution))
     fetch = data.fetcher(facts.mean, facts.std, spec.data.augment)
     plain_fetch = data.fetcher(facts.mean, facts.std, ())
@@ -162,12 +171,13 @@ def make_program(
         return jax.tree.map(lambda leaf: leaf[None], fetch(data_.train, augment, indices))
 
     shapes = structure.forward_shapes(net, facts.shape)
+    read = functools.cache(lambda: structure.groups_of(net, facts.shape))
     parts = _Parts(
         net=net,
         trained=problem.problem_from_flax(convolving, facts.shape),
         shapes=shapes,
         connect=structure.connectivity_of(net, facts.shape),
-        competing=_competing(net, facts.shape, shapes),
+        competing=_competing(read, shapes),
         optimizer=_optimizer(run, epoch, timeline.train_steps),
         examples=examples_of(spec.prune, facts.classes, plain_fetch),
         input_shape=facts.shape,
@@ -182,7 +192,7 @@ def make_program(
         shapes=parts.shapes,
         connect=parts.connect,
         competing=parts.competing,
-        compact=functools.cache(lambda: compact_costs(net, facts.shape, shapes)),
+        compact=functools.cache(lambda: compact_costs(read, shapes)),
         steps=epoch,
         timeline=timeline,
         init=train.init_run(net, parts.optimizer),
@@ -350,10 +360,9 @@ def method_facts(program: Program, spec: MethodSpec) -> MethodFacts:
 
 
 def _competing(
-    net: Problem, input_shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[], structure.Coupled], shapes: Mapping[str, tuple[int, ...]]
 ) -> Callable[[MethodSpec], Groups]:
-    """What competes under a method; a network is read once, if at all."""
-    read = functools.cache(lambda: structure.groups_of(net, input_shape))
+    """What competes under a method; the network is read if that needs it."""
 
     @functools.cache
     def made(granularity: str, keep_all_units: str) -> Groups:
