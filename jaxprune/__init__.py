@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from jaxprune.export import load_compact, save_compact
     from jaxprune.optim import mask_opt_state, sparse
     from jaxprune.report.groups_figure import draw_groups
-    from jaxprune.sweep import load_spec, make_spec, run_sweep, use_all_cores
+    from jaxprune.sweep import compact_spec, load_spec, make_spec, run_sweep, use_all_cores
 
 #: Loaded on first use: they need what a mask alone does not, such as optax, flax or polars.
 _LAZY = {
@@ -43,6 +43,7 @@ _LAZY = {
     'draw_groups': 'jaxprune.report.groups_figure',
     'mask_opt_state': 'jaxprune.optim',
     'sparse': 'jaxprune.optim',
+    'compact_spec': 'jaxprune.sweep',
     'load_spec': 'jaxprune.sweep',
     'make_spec': 'jaxprune.sweep',
     'run_sweep': 'jaxprune.sweep',
@@ -86,6 +87,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     'cost',
     'save_compact',
     'load_compact',
+    'compact_spec',
     # trees and problems
     'pick',
     'put',

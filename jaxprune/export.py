@@ -115,6 +115,16 @@ def save_compact(
     return Saved(Path(file), len(content), batch, tuple(program.platforms), tuple(notes))
 
 
+def load_arrays(file: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of a file that `save_compact` wrote: `params/PATH` and `model_state/PATH`.
+
+    Raises:
+      StoreError: see `load_compact`.
+    """
+    tensors, _ = _read(Path(file))
+    return {name: array for name, array in tensors.items() if name != _PROGRAM}
+
+
 def load_compact(file: str | os.PathLike) -> Compact:
     """Reads a compact network that `save_compact` wrote.
 

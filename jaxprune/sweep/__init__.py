@@ -1,5 +1,6 @@
 """Sweeps: specification -> plan -> run -> store."""
 
+from jaxprune.sweep.compact_spec import compact_spec
 from jaxprune.sweep.devices import keep_compiled, use_all_cores
 from jaxprune.sweep.load import load_spec, make_spec, to_toml
 from jaxprune.sweep.run import default_out, run_sweep
@@ -9,6 +10,7 @@ from jaxprune.sweep.sweep_plan import make_plan
 
 __all__ = [
     'SweepSpec',
+    'compact_spec',
     'default_out',
     'keep_compiled',
     'load_spec',

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jaxprune import method
 from jaxprune.allocation import SHARED
 from jaxprune.sweep.check_spec import variants
+from jaxprune.sweep.initial_params import same_content
 from jaxprune.sweep.parse import plain
 from jaxprune.sweep.spec import FORMAT, WHEN, MethodSpec, SweepSpec, TrainSpec
 
@@ -53,7 +54,7 @@ def _run(
 ) -> Run:
     identity = {
         'format': FORMAT,
-        'model': plain(spec.model),
+        'model': plain(same_content(spec.model)),
         'data': plain(spec.data),
         'prune': plain(spec.prune),
         'train': plain(train),

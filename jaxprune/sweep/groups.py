@@ -8,6 +8,7 @@ import jax
 
 from jaxprune.errors import JaxpruneError, SpecError, first_line
 from jaxprune.sweep.grid import Run, digest, program_settings, representative, runs
+from jaxprune.sweep.initial_params import same_content
 from jaxprune.sweep.parse import plain
 from jaxprune.sweep.probe import Measured, remembered
 from jaxprune.sweep.program import Program, make_program
@@ -44,7 +45,7 @@ def groups_of(spec: SweepSpec, source: str = 'spec') -> list[Group]:
       SpecError: a model or an optimizer refuses its arguments.
     """
     by_key: dict[str, list[Run]] = {}
-    network = [plain(spec.model), plain(spec.data)]
+    network = [plain(same_content(spec.model)), plain(spec.data)]
     for run in runs(spec):
         by_key.setdefault(digest([*network, program_settings(run)]), []).append(run)
     made = []

@@ -1,5 +1,6 @@
 """A TOML file or a table -> a checked `SweepSpec`, and back to TOML."""
 
+import dataclasses
 import hashlib
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ import tomli_w
 
 from jaxprune.errors import SpecError, first_line, quoted, shown
 from jaxprune.sweep.check_spec import check
+from jaxprune.sweep.initial_params import located, same_content
 from jaxprune.sweep.parse import plain, section
 from jaxprune.sweep.spec import SweepSpec
 
@@ -34,17 +36,19 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
         raise SpecError(f'{path}: not valid TOML: {error}') from None
     for override in overrides:
         _override(table, override)
-    return make_spec(table, source=str(path))
+    return make_spec(table, str(path), Path(path).parent)
 
 
-def make_spec(table: Mapping[str, Any], source: str = 'spec') -> SweepSpec:
+def make_spec(table: Mapping[str, Any], source: str = 'spec', folder: str | Path = '') -> SweepSpec:
     """A specification from nested dicts with the keys of the TOML file.
 
     Args:
       table: what the file would hold.
       source: what error messages call it.
+      folder: where relative paths begin; by default the working directory.
     """
     spec = section(SweepSpec, _with_every_method(table, source), source, '')
+    spec = dataclasses.replace(spec, model=located(spec.model, Path(folder), source))
     return check(spec, source)
 
 
@@ -76,7 +80,11 @@ def to_toml(spec: SweepSpec) -> str:
 
 
 def identity(spec: SweepSpec) -> dict[str, Any]:
-    """What makes two sweeps the same one: all but [engine], which a continuation may change."""
+    """What makes two sweeps the same one: all but [engine], which a continuation may change.
+
+    Of a file of parameters the content counts.
+    """
+    spec = dataclasses.replace(spec, model=same_content(spec.model))
     return {key: value for key, value in resolved(spec).items() if key != 'engine'}
 
 

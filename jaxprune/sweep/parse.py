@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxprune.arguments import Option, outside
-from jaxprune.errors import SpecError, nearest, shown
+from jaxprune.errors import SpecError, nearest, quoted, shown
 from jaxprune.sweep.spec import MethodSpec
 
 _WORDS = {str: 'a string', int: 'a whole number', float: 'a number', bool: 'true or false'}
@@ -53,7 +53,7 @@ def _wanted(hint: Any, f: dataclasses.Field, at: str) -> str:
     examples = [
         part.metadata['example']
         for part in dataclasses.fields(hint)
-        if part.metadata.get('example') and (is_required(part) or not part.default)
+        if part.metadata.get('example') and (is_required(part) or part.default == ())
     ]
     return f'{what}: a section [{at}] with {", ".join(examples)}'
 
@@ -69,6 +69,13 @@ def _value(hint: Any, f: dataclasses.Field, value: Any, source: str, at: str) ->
         if not isinstance(value, (list, tuple)):
             raise SpecError(f'{source}: {at}: expected a list, not {shown(value)}')
         return tuple(_value(item, f, v, source, f'{at}[{i}]') for i, v in enumerate(value))
+    if origin is not None and typing.get_args(hint)[1] is int:
+        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+            raise SpecError(f'{source}: {at}: expected a table of numbers, not {shown(value)}')
+        return {
+            k: _scalar(int, f.metadata['option'], v, source, f'{at}.{quoted(k)[1:-1]}')
+            for k, v in sorted(value.items())
+        }
     if origin is not None:  # grid.train: key -> list of values, checked with [train]
         if not isinstance(value, Mapping):
             raise SpecError(f'{source}: {at}: expected a table of lists, not {shown(value)}')
@@ -102,7 +109,11 @@ def limits(hint: type) -> str:
 def plain(value: Any) -> Any:
     """A specification, or a part of one, as nested dicts and lists; options beside the keys."""
     if dataclasses.is_dataclass(value):
-        table = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        table = {
+            f.name: plain(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if getattr(value, f.name) or not f.metadata.get('later')
+        }
         options = table.pop('options', {})
         return {**table, **options}
     if isinstance(value, Mapping):

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
-import flax
+import flax.linen
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P

@@ -27,14 +27,19 @@ REWINDS = ('weights', 'rate')
 FORMAT = 4
 
 
-def _key(doc: str, *, default=dataclasses.MISSING, example: str = '', **limits):
+def _key(doc: str, *, default=dataclasses.MISSING, example: str = '', later=False, **limits):
     """A field with its explanation, the values it takes (see `Option`) and an example.
 
     Args:
+      default: what it is without; a table is made anew for each specification.
       example: TOML lines of the section with this key and what it needs beside it; of a method the
         inside of its table. Without it the default is the example.
+      later: sweeps were identified before this key was: it is not written out while it has its
+        default.
     """
-    return field(default=default, metadata={'option': Option(doc, **limits), 'example': example})
+    made = {'default_factory': dict} if default == {} else {'default': default}
+    metadata = {'option': Option(doc, **limits), 'example': example, 'later': later}
+    return field(**made, metadata=metadata)
 
 
 #: Keys of a method that say when its rounds happen.
@@ -56,6 +61,27 @@ class ModelSpec:
     """[model]: open for the model's own options (`widths` of an mlp)."""
 
     name: str = _key('the name of a model', example='name = "lenet300100"')
+    layer_widths: Mapping[str, int] = _key(
+        "units of single layers, of attention its heads; a compact network's are filled in by "
+        '`jp.compact_spec`',
+        default={},
+        example='name = "lenet300100"\nlayer_widths = { dense_0 = 40, dense_1 = 12 }',
+        later=True,
+        low=1,
+    )
+    params: str = _key(
+        'a file of `jp.save_compact` from whose parameters and batch statistics all runs start; '
+        'beside the specification if its path is relative',
+        default='',
+        example='params = "small.safetensors"',
+        later=True,
+    )
+    params_sha256: str = _key(
+        'of the file in params, which identifies the runs; filled in',
+        default='',
+        example=f'params = "small.safetensors"\nparams_sha256 = "{"0" * 64}"',
+        later=True,
+    )
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
