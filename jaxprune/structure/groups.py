@@ -152,9 +152,16 @@ def _families(read: Coupling) -> tuple[Family, ...]:
     """The groups of all parameters, those that are alike together, in forward order."""
     slices = _slices(read)
     kinds = _kinds(read)
+    steps: dict[int, tuple[int, ...]] = {}  # axes that were united share their indices
+
+    def offsets(where: np.ndarray) -> tuple[int, ...]:
+        if id(where) not in steps:
+            steps[id(where)] = tuple((where - where[0]).tolist())
+        return steps[id(where)]
+
     alike: dict[tuple, list[int]] = {}
     for unit, at in slices.items():
-        pattern = tuple((*key, tuple((where - where[0]).tolist())) for key, where in at.items())
+        pattern = tuple((*key, offsets(where)) for key, where in at.items())
         silent = unit not in read.units.loud
         key = (pattern, read.units.reason(unit), silent, kinds.get(unit, 'unit'))
         alike.setdefault(key, []).append(unit)
@@ -228,11 +235,14 @@ def _slices(read: Coupling) -> dict[int, dict[tuple[str, int, str], np.ndarray]]
         for i, axis in enumerate(axes)
     ]
     made: dict[int, dict[tuple[str, int, str], np.ndarray]] = {}
+    known: dict[Axis, dict[int, np.ndarray]] = {}
     for path, i, axis, role in rows:
         axis = found(axis)
         if axis.units is None:
             continue
-        for unit, at in by_unit(read.units, axis.units).items():
+        if axis not in known:
+            known[axis] = by_unit(read.units, axis.units)
+        for unit, at in known[axis].items():
             made.setdefault(unit, {})[path, i, role] = at
     return made
 
@@ -242,11 +252,15 @@ def by_unit(table: Units, units: np.ndarray) -> dict[int, np.ndarray]:
     roots = table.roots(units)
     order = np.argsort(roots, kind='stable')
     distinct, starts = np.unique(roots[order], return_index=True)
+    alone = len(distinct) == len(order)  # each index a unit: splitting would take longer
+    each = order[:, None] if alone else np.split(order, starts[1:])
     made: dict[int, list[np.ndarray]] = {}
-    for unit, at in zip(distinct.tolist(), np.split(order, starts[1:]), strict=True):
+    for unit, at in zip(distinct.tolist(), each, strict=True):
         for part in table.parts(unit):
             made.setdefault(part, []).append(at)
-    return {unit: np.sort(np.concatenate(at)) for unit, at in made.items()}
+    return {
+        unit: np.sort(np.concatenate(at)) if len(at) > 1 else at[0] for unit, at in made.items()
+    }
 
 
 def _kinds(read: Coupling) -> dict[int, str]:
