@@ -8,6 +8,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune import method, nn, pattern
+from jaxprune.report import tables
 from jaxprune.sweep.store import read_layers
 
 DRAW = np.random.default_rng(0)
@@ -147,3 +148,7 @@ def test_a_sweep_of_granularities(tmp_path):
     assert units['flops_compact'].to_list() == [flops[1]] * 2
     assert (last['latency_ratio'].is_null() == (last['seed'] == 0)).all()
     assert (last['latency_ratio'].drop_nulls() > 0).all()
+    summary = tables.summary(frame, read_layers(tmp_path / 'runs')).filter(
+        pl.col('target') == 'units'
+    )
+    np.testing.assert_allclose(summary['speedup'], flops[0] / flops[1], rtol=1e-12)

@@ -22,6 +22,7 @@ _SETTINGS = ('model', 'dataset', 'learning_rate', 'weight_decay')
 _DENSE_ROW = pl.col('method') == DENSE
 _EFFECTIVE = pl.col('effective_compression')
 _COMPUTED = _EFFECTIVE.filter(_EFFECTIVE.is_not_nan())
+_SPEEDUP = pl.col('speedup_theoretical')
 _CONNECTED = _COMPUTED.filter(_COMPUTED.is_finite())
 
 
@@ -123,6 +124,8 @@ def summary(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
         target_compression
         compression             achieved, geometric mean over runs
         effective_compression   geometric mean over runs where it is finite, null if none
+        speedup                 operations of the dense network over those without the groups that
+                                are pruned whole, geometric mean over connected runs
         disconnected            runs where it is infinite: no path from input to output is left;
                                 null if it was computed for no run
         seeds                   finished runs
@@ -162,6 +165,7 @@ def summary(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
         .agg(
             _geometric(pl.col('compression')),
             _geometric(_CONNECTED),
+            speedup=_geometric(_SPEEDUP.filter(_EFFECTIVE.is_finite())),
             disconnected=pl.when(_COMPUTED.len() > 0).then(_COMPUTED.is_infinite().sum()),
             seeds=pl.len(),
             accuracy=pl.col('test_accuracy').filter(pl.col('test_accuracy').is_finite()),
@@ -181,6 +185,7 @@ def summary(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
         'target_compression',
         'compression',
         'effective_compression',
+        'speedup',
         'disconnected',
         'seeds',
         'accuracy',
