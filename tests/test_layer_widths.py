@@ -70,9 +70,9 @@ def before(name, dtype=np.float32):
 
 
 @functools.cache
-def families(name):
+def families(name, normalisation):
     _, apply, params, state, x = before(name)
-    return jp.groups(apply, params, x, state).families
+    return jp.groups(apply, params, x, state, normalisation=normalisation).families
 
 
 def computing_in(dtype, module):
@@ -83,24 +83,25 @@ def as_floats(arrays, dtype):
     return jax.tree.map(lambda a: np.asarray(a, dtype), arrays)
 
 
-def cut(name, dtype, kinds=('unit', 'head')):
+def cut(name, dtype, kinds=('unit', 'head'), normalisation='refuse'):
     """The table, the compact network and inputs; half of the groups of each family are removed."""
     table, apply, params, state, x = before(name, dtype)
     rng = np.random.default_rng(1)
     masks = {path: np.ones(leaf.shape, bool) for path, leaf in tree.paths(params)}
-    for family in families(name):
+    for family in families(name, normalisation):
         count = 0 if family.reason or family.kind not in kinds else family.size // 2
         for n in rng.choice(family.size, count, replace=False):
             for m in family.members:
                 if m.path in masks and m.role != 'in':
                     np.moveaxis(masks[m.path], m.axis, 0)[m.indices[n]] = False
-    return table, jp.compact(apply, params, masks, x, model_state=state), x
+    options = {'model_state': state, 'normalisation': normalisation}
+    return table, jp.compact(apply, params, masks, x, **options), x
 
 
-def agrees(name, dtype, tolerance):
+def agrees(name, dtype, tolerance, normalisation='refuse'):
     """Builds the model of a compact network and compares its outputs with the same parameters."""
     with jax.enable_x64(dtype == np.float64):
-        table, small, x = cut(name, dtype)
+        table, small, x = cut(name, dtype, normalisation=normalisation)
         assert small.removed
         spec = make_spec(jp.compact_spec(table, small))
         module = computing_in(dtype, network(spec))
@@ -124,9 +125,10 @@ def slow(names):
 
 @pytest.mark.parametrize('name', slow(nn.MODELS))
 def test_models(name):
-    """Random groups of every model, heads among them."""
+    """Random groups of every model: heads, and numbers of the tokens of transformers."""
     agrees(name, np.float64, 1e-10)
-    agrees(name, np.float32, 1e-5)
+    has_heads = 'heads' in nn.model(name).options
+    agrees(name, np.float32, 1e-5, 'sliced' if has_heads else 'refuse')
 
 
 def test_widths_of_residual_and_depthwise_layers():
