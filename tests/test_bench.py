@@ -57,6 +57,27 @@ def test_the_cost_of_recording_is_measured(tmp_path):
     assert len(rows) == 6 and all(float(row[4]) > -100 for row in rows)
 
 
+@pytest.mark.script
+def test_the_structure_benchmark_runs_and_compact_equals_masked(tmp_path):
+    """Expectation: the script's own check that compact networks equal masked ones; a row for each
+    part, and below 5 s for the groups of ResNet-56. Peers take part where they are installed, and
+    what they cannot do does not fail the script.
+    """
+    out = tmp_path / 'structure.md'
+    nets = ('ResNet-56', 'ResNet-20', 'shared layer', 'pixel shuffle')
+    command = [sys.executable, BENCH / 'structure.py', '--quick', '--nets', *nets, '--out', out]
+    done = subprocess.run(command, env=QUICK, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = out.read_text()
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines()]
+    traced = [row for row in rows if row and row[0] == 'ResNet-56']
+    assert len(traced) == 4 and len({row[3] for row in traced}) == 1
+    assert 'above the target of 5 s: none' in text
+    assert any(row and row[0] == 'ResNet-20' and row[-1] == 'equal' for row in rows)
+    if 'not installed' not in text:
+        assert any(row and row[:4] == ['shared layer', '19', 'equal', 'equal'] for row in rows)
+
+
 def test_a_failure_is_told_and_the_rest_goes_on():
     """Expectation: by the definition of the four ways an item can end."""
     spec = importlib.util.spec_from_file_location('scoring', SCORING)
