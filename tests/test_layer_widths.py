@@ -39,7 +39,7 @@ SMALL = {
     'lenet300100': {},
     'lenet5': {},
 }
-QUICK = ('mlp', 'small_vgg', 'vit', 'lenet5')
+QUICK = ('mlp', 'small_vgg', 'vit')
 
 
 def table_of(name, **options):
