@@ -10,12 +10,13 @@ import numpy as np
 from jaxprune import arguments, tree
 from jaxprune.errors import PruneError, check_choice
 from jaxprune.structure.coupling import walk
+from jaxprune.structure.function import function_of
 from jaxprune.structure.groups import KINDS, Coupled, Family, Member, groups
 from jaxprune.structure.labelled import Source
 from jaxprune.structure.resized import Left, resized
 from jaxprune.structure.same_program import same_program
 from jaxprune.structure.units import Axis
-from jaxprune.types import Masks, PyTree
+from jaxprune.types import Masks, Problem, PyTree
 
 #: What happens to a group that masks cut in part, or that may not go.
 PARTIAL = ('refuse', 'keep')
@@ -42,7 +43,7 @@ class Compact(NamedTuple):
 
 
 def compact(
-    apply: Callable[..., PyTree],
+    apply: Problem | Callable[..., PyTree],
     params: PyTree,
     masks: Masks,
     x: PyTree,
@@ -66,7 +67,8 @@ def compact(
     original width, as the scale of a softmax, stay as they are.
 
     Args:
-      apply: `(params, x) -> outputs`, or `(params, model_state, x)` if there is a state.
+      apply: `(params, x) -> outputs`, or `(params, model_state, x)` if there is a state; or a
+        `Problem`: its network in evaluation mode, which takes a state, `{}` if there is none.
       params: all parameters; what the masks prune may be zero already.
       masks: path -> bool array, True = keep. A group goes if its masks prune all slices that make
         it, or all that read it; see `groups`.
@@ -89,6 +91,7 @@ def compact(
     check_choice('partial', partial, PARTIAL)
     if 0 in (size for leaf in jax.tree.leaves(x) for size in jnp.shape(leaf)):
         raise PruneError('compact needs an input with at least one example')
+    apply, model_state = function_of(apply, model_state)
     states = () if model_state is None else (model_state,)
     masked = _masked(params, masks)
     options = {'normalisation': normalisation, 'unknown': unknown}
@@ -199,6 +202,8 @@ def removed_groups(
       PruneError: see `compact`.
     """
     leaves = dict(tree.paths(masked))
+    if partial == 'refuse':
+        _check_paths(read, leaves, masks)
     gone = {}
     for family in read.families:
         numbers = _pruned(family, leaves, masks, partial)
@@ -211,13 +216,7 @@ def removed_groups(
                 f"masks prune group {numbers[0]} of '{family.name}', which has to stay: "
                 f"{family.reason}; partial='keep' leaves it in"
             )
-        if len(numbers) == family.size:
-            if partial == 'refuse':
-                raise PruneError(
-                    f"masks prune all {family.size} groups of '{family.name}': no path is left; "
-                    "partial='keep' leaves one in"
-                )
-            numbers = numbers[1:]
+        numbers = numbers[len(numbers) == family.size :]  # one stays, with its zeros
         wanted = (multiples or {}).get(family.kind, 1)
         numbers = numbers[-(family.size - len(numbers)) % wanted :]
         if not numbers:
@@ -232,6 +231,21 @@ def removed_groups(
             )
         gone = _without(read, leaves, gone, acting)
     return gone
+
+
+def _check_paths(read: Coupled, leaves: Mapping[str, Any], masks: Masks) -> None:
+    """Raises where a whole layer is pruned: what it leaves of the next ones looks cut in part."""
+    whole = [
+        family
+        for family in read.families
+        if not family.reason and len(_pruned(family, leaves, masks, 'keep')) == family.size
+    ]
+    if whole:
+        names = ', '.join(f"'{family.name}'" for family in whole[:4])
+        raise PruneError(
+            f'masks prune all groups of {names}{", ..." * (len(whole) > 4)}: no path is left; '
+            "a floor keeps some when pruning, partial='keep' leaves one in"
+        )
 
 
 def _pruned(family: Family, leaves: Mapping[str, Any], masks: Masks, partial: str) -> list[int]:

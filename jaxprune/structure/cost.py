@@ -12,9 +12,10 @@ from jaxprune.errors import PruneError
 from jaxprune.jaxpr import trace
 from jaxprune.structure.cost_terms import Fixed, Product, Size, Tally, counted
 from jaxprune.structure.coupling import Coupling
+from jaxprune.structure.function import function_of
 from jaxprune.structure.groups import Coupled, by_unit
 from jaxprune.structure.units import Axis, found
-from jaxprune.types import PyTree
+from jaxprune.types import Problem, PyTree
 
 
 class Cost(NamedTuple):
@@ -50,7 +51,7 @@ class Cost(NamedTuple):
 
 
 def cost(
-    apply: Callable[..., PyTree],
+    apply: Problem | Callable[..., PyTree],
     params: PyTree,
     x: PyTree,
     model_state: PyTree = None,
@@ -87,7 +88,8 @@ def cost(
 
     Args:
       apply: `(params, x) -> outputs`, or `(params, model_state, x)` if there is a state. Any
-        function of arrays; one with gradients is counted with them.
+        function of arrays; one with gradients is counted with them. Or a `Problem`: its network in
+        evaluation mode.
       params: parameters, arrays or shapes. In `by_path`, a factor made of several counts for the
         one with most axes.
       x: inputs, arrays or shapes.
@@ -99,6 +101,7 @@ def cost(
         not known, with its place.
     """
     _check_tile(tile)
+    apply, model_state = function_of(apply, model_state)
     states = () if model_state is None else (model_state,)
 
     def forward(params: PyTree, x: PyTree, *states: PyTree) -> PyTree:

@@ -16,8 +16,9 @@ import numpy as np
 
 from jaxprune.errors import check_choice
 from jaxprune.structure.coupling import UNKNOWN, Coupling, coupling, walk
+from jaxprune.structure.function import function_of
 from jaxprune.structure.units import Axis, Units, found, units_of
-from jaxprune.types import PyTree
+from jaxprune.types import Problem, PyTree
 
 #: What can be removed: 'unit', a neuron or a filter; 'head', of attention; 'head_dim', a dimension
 #: of all heads together.
@@ -85,7 +86,7 @@ class Coupled(NamedTuple):
 
 
 def groups(
-    apply: Callable[..., PyTree],
+    apply: Problem | Callable[..., PyTree],
     params: PyTree,
     x: PyTree,
     model_state: PyTree = None,
@@ -99,7 +100,8 @@ def groups(
 
     Args:
       apply: `(params, x) -> outputs`, or `(params, model_state, x)` if there is a state. Any
-        function of arrays; evaluation or training mode.
+        function of arrays; evaluation or training mode. Or a `Problem`: its network in evaluation
+        mode.
       params: parameters, arrays or shapes.
       x: inputs, arrays or shapes.
       model_state: batch statistics and the like.
@@ -111,6 +113,7 @@ def groups(
     Raises:
       PruneError: an operation that is not known, with its place.
     """
+    apply, model_state = function_of(apply, model_state)
     states = () if model_state is None else (model_state,)
 
     def forward(params: PyTree, x: PyTree, *states: PyTree) -> PyTree:
