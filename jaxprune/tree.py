@@ -6,13 +6,13 @@ arrays: nested dicts (flax, haiku), lists and tuples, registered dataclasses (eq
 
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune.errors import PruneError, nearest, quoted
+from jaxprune.errors import PruneError, nearest, quoted, shown
 from jaxprune.types import Masks, PyTree, Rule, Weights
 
 #: Names under which the common libraries keep the weights of a linear or convolution layer.
@@ -136,8 +136,9 @@ def map_moments(
     holds under `optax.chain`, `optax.masked`, `optax.partition` and other wrappers.
 
     Args:
-      change: `(path, leaf, shape of the parameter) -> leaf`, for every leaf at a parameter's path;
-        the leaf may have another shape (novograd's scalars, adafactor's rows and columns).
+      change: `(path, leaf, shape of the parameter) -> leaf`, for every leaf at a parameter's path
+        or below it; the leaf may have another shape (novograd's scalars, adafactor's rows and
+        columns, sm3's list of one vector per axis).
       opt_state: the state; it is not changed.
       params: all parameters.
     """
@@ -150,10 +151,11 @@ def map_moments(
     ends = list(itertools.accumulate(size for *_, size in named.values()))
 
     def changed(keys: tuple, leaf: Any) -> Any:
-        tails = (keys[len(keys) - depth :] for depth in depths if depth <= len(keys))
-        tail = next((tail for tail in tails if tail in named), None)
-        if tail is not None:
-            return change(named[tail][0], leaf, named[tail][1])
+        ends_here = range(len(keys), 0, -1)
+        parts = (keys[end - depth : end] for end in ends_here for depth in depths if depth <= end)
+        part = next((part for part in parts if part in named), None)
+        if part is not None:
+            return change(named[part][0], leaf, named[part][1])
         if jnp.shape(leaf) != (ends[-1],):
             return leaf
         pieces = zip(named.values(), jnp.split(leaf, ends[:-1]), strict=True)
@@ -187,6 +189,11 @@ def check_fits(params: PyTree, flat: Weights) -> None:
 
 def check_masks(params: PyTree, masks: Masks) -> None:
     """`check_fits`, and every mask is boolean: a soft mask would silently count as all True."""
+    if not isinstance(masks, Mapping):
+        raise PruneError(f'masks must be a dict, path -> bool array, not {shown(masks)}')
+    for path, mask in masks.items():
+        if not hasattr(mask, 'dtype') or not hasattr(mask, 'shape'):
+            raise PruneError(f'the mask of {quoted(path)} must be a bool array, not {shown(mask)}')
     check_fits(params, masks)
     for path, mask in masks.items():
         if mask.dtype != bool:

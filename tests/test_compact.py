@@ -389,7 +389,7 @@ def added(params, x):
         ({'x': np.ones((0, 4))}, 'an input with at least one example'),
         ({'partial': 'drop'}, "unknown partial 'drop'"),
         ({'normalisation': 'slice'}, "unknown normalisation 'slice': did you mean 'sliced'"),
-        ({'unknown': 'ignore'}, "unknown unknown 'ignore'"),
+        ({'unknown': 'ignore'}, "unknown value of unknown= 'ignore'"),
         (
             {'apply': added, 'masks': crossed(), 'params': {**weights(), 'd': np.ones((4, 8))}},
             "masks cut group 2 of 'a/kernel' in part: 'a/kernel' loses it, 'd' keeps it",
@@ -461,3 +461,89 @@ def test_a_problem_is_its_network_in_evaluation_mode():
     dead = {**masks, 'conv_1/kernel': np.zeros(masks['conv_1/kernel'].shape, bool)}
     with pytest.raises(jp.PruneError, match="groups of 'conv_0/kernel', 'conv_1/kernel': no path"):
         jp.compact(net, params, dead, x, model_state=state)
+
+
+def chained(p, x):
+    return jnp.tanh(x @ p['a'].reshape(-1, 8)) @ p['b']  # 8 is written down: apply cannot be reused
+
+
+def halved():
+    draw = np.random.default_rng(2)
+    params = {
+        'a': draw.normal(size=(5, 8)).astype('float32'),
+        'b': draw.normal(size=(8, 3)).astype('float32'),
+    }
+    masks = {path: np.ones(leaf.shape, bool) for path, leaf in params.items()}
+    masks['a'][:, :4] = masks['b'][:4] = False
+    return params, masks, draw.normal(size=(4, 5)).astype('float32')
+
+
+def test_a_compact_network_needs_nothing_of_the_dense_one():
+    """Expectation: it works after the dense parameters are deleted and the masks are changed, on
+    other batches and in half precision; what is not its own is refused in one line."""
+    params, masks, x = halved()
+    dense = jax.tree.map(jnp.asarray, params)
+    small = jp.compact(chained, dense, masks, x)
+    assert small.apply is not chained and small.params['a'].shape == (5, 4)
+    wanted = chained(jp.apply_masks(params, masks), x)
+    jax.tree.map(lambda leaf: leaf.delete(), dense)
+    masks['a'][:], masks['b'][:] = True, True
+    run = jax.jit(small.apply)
+    for rows in (2, 4):
+        np.testing.assert_allclose(run(small.params, x[:rows]), wanted[:rows], rtol=1e-5)
+    halves = jax.tree.map(lambda leaf: leaf.astype('bfloat16'), small.params)
+    assert run(halves, x.astype('bfloat16')).dtype == 'bfloat16'
+    for wrong, said in ((params, r"'a' of the smaller network has shape \(5, 4\), not \(5, 8\)"),
+                        ({'a': params['a']}, 'takes params')):  # fmt: skip
+        with pytest.raises(jp.PruneError, match=said):
+            small.apply(wrong, x)
+
+
+def test_places_outside_are_not_clipped():
+    """Expectation: `take` with mode 'fill' puts a number of its own where an index lies outside, so
+    its axis stays; with all indices inside it is followed."""
+    params, masks, x = halved()
+
+    def taking(at):
+        return lambda p, x: (
+            jnp.take(jnp.tanh(x @ p['a']), np.array(at), axis=1, mode='fill', fill_value=2.0)
+            @ p['b']
+        )
+
+    with pytest.raises(jp.PruneError, match="has to stay: indexed by 'gather'"):
+        jp.compact(taking([9, 1, 2, 3, 4, 5, 6, 7]), params, masks, x)
+    inside = taking([2, 1, 0, 3, 7, 6, 5, 4])
+    small = jp.compact(inside, params, masks, x)
+    np.testing.assert_allclose(
+        jax.jit(small.apply)(small.params, x), inside(jp.apply_masks(params, masks), x), rtol=1e-5
+    )
+
+
+def test_states_without_a_place_for_each_weight_are_refused():
+    """Expectation: sm3 keeps one vector per axis, adafactor rows and columns."""
+    params, masks, x = halved()
+    state = optax.sm3(0.1).init(params)
+    with pytest.raises(jp.PruneError, match="the optimizer's state of 'a' has shape"):
+        jp.compact(chained, params, masks, x, opt_state=state)
+
+
+@pytest.mark.parametrize('mean', ['divided', 'times', 'times from the left'])
+def test_a_mean_over_what_is_left(mean):
+    """Expectation: with `normalisation='sliced'` the count is that of the narrower module."""
+    params, masks, x = halved()
+
+    def centred(p, x):
+        y = x @ p['a']
+        total, n = y.sum(-1, keepdims=True), y.shape[-1]
+        means = {
+            'divided': total / n,
+            'times': total * (1 / n),
+            'times from the left': (1 / n) * total,
+        }
+        return (y - means[mean]) @ p['b']
+
+    small = jp.compact(centred, params, masks, x, normalisation='sliced')
+    narrow = {'a': params['a'][:, 4:], 'b': params['b'][4:]}
+    np.testing.assert_allclose(
+        jax.jit(small.apply)(small.params, x), centred(narrow, x), rtol=1e-4, atol=1e-5
+    )

@@ -7,6 +7,7 @@ from jaxprune.method.granularity import (
     GRANULARITIES,
     check_granularity,
     competing,
+    counted_as,
     limits,
     plural,
 )
@@ -31,6 +32,7 @@ __all__ = [
     'check_choices',
     'check_granularity',
     'competing',
+    'counted_as',
     'get_pruner',
     'host_loop',
     'limits',

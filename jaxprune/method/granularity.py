@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxprune.allocation import Shape
-from jaxprune.errors import PruneError, nearest, quoted
+from jaxprune.errors import PruneError, nearest, quoted, shown
 from jaxprune.pattern import block_groups, n_of_m_groups, single_weights
 from jaxprune.structure.groups import Coupled
 from jaxprune.structure.unit_groups import unit_groups
@@ -34,6 +34,12 @@ def plural(granularity: str) -> str:
     return _PLURALS.get(granularity, 'weights')
 
 
+def counted_as(granularity: str) -> str:
+    """`plural`, with the rule where one holds a density down."""
+    pattern = _numbers(granularity) and ':' in granularity
+    return f'weights (granularity {granularity})' if pattern else plural(granularity)
+
+
 def check_granularity(granularity: str) -> None:
     """Raises PruneError unless it is a name, n:m with n <= m, or a block such as 8x128."""
     if granularity in ('weight', *COUPLED):
@@ -42,7 +48,7 @@ def check_granularity(granularity: str) -> None:
     if numbers is None:
         valid = nearest(granularity, ('weight', *COUPLED))
         raise PruneError(
-            f'unknown granularity {quoted(granularity)}: {valid}, n:m as 2:4, blocks as 8x128'
+            f'unknown granularity {shown(granularity)}: {valid}, n:m as 2:4, blocks as 8x128'
         )
     first, second = numbers
     if ':' in granularity and not 1 <= first <= second:
@@ -53,7 +59,7 @@ def check_granularity(granularity: str) -> None:
 
 def _numbers(granularity: object) -> tuple[int, int] | None:
     text = granularity if isinstance(granularity, str) else ''
-    found = re.fullmatch(r'(\d{1,9})[:x](\d{1,9})', text)
+    found = re.fullmatch(r'([0-9]{1,9})[:x]([0-9]{1,9})', text)
     return None if found is None else (int(found[1]), int(found[2]))
 
 

@@ -19,6 +19,7 @@ from jaxprune.method import (
     Method,
     check_choices,
     competing,
+    counted_as,
     get_pruner,
     host_loop,
     limits,
@@ -243,7 +244,7 @@ def _planned(
     density: float,
 ) -> Plan:
     """The keep counts of all rounds."""
-    make = functools.partial(plan_rounds, what=plural(choices.granularity))
+    make = functools.partial(plan_rounds, what=counted_as(choices.granularity))
     if choices.target == 'effective':
         make = structure.rounds_before
     floor, cap = limits(groups, extent.floor, cap=extent.cap)

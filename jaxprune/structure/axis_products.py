@@ -2,6 +2,7 @@
 
 import numpy as np
 from jax.extend.core import JaxprEqn
+from jax.lax import GatherScatterMode
 
 from jaxprune.jaxpr import Unknown
 from jaxprune.structure.labelled import (
@@ -56,10 +57,10 @@ def _dot(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> list[L
     (contract_l, contract_r), (batch_l, batch_r) = equation.params['dimension_numbers']
     given = left.given and right.given
     if not (left.given or right.given):
-        reading.kinds.extend((left.axes[i], 'head') for i in batch_l)
+        heads = tuple(left.axes[i] for i in batch_l)
         for value, batch in ((left, batch_l), (right, batch_r)):
-            rest = (axis for i, axis in enumerate(value.axes) if i not in batch)
-            reading.kinds.extend((axis, 'head_dim') for axis in rest)
+            rest = tuple(axis for i, axis in enumerate(value.axes) if i not in batch)
+            reading.products.append((heads, rest))
     for i, j in zip(contract_l, contract_r, strict=True):
         _meet(reading, equation, left, i, right, j)
     made: list[Part] = []
@@ -219,7 +220,7 @@ def _scatter(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> li
         if at is not None and update.axes[at].size == axis.size:
             axis, zero = (
                 unite(reading.units, axis, update.axes[at], reason),
-                zero and update.zero[at],
+                _written_zero(equation.primitive.name, zero, update.zero[at]),
             )
             if not given:
                 note_role(reading, sources | update.sources[at], 'along')
@@ -230,14 +231,24 @@ def _scatter(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> li
     return [made_of(made, given)]
 
 
+def _written_zero(name: str, before: bool, written: bool) -> bool:
+    """Is an array still zero where it is written into, or multiplied?"""
+    return before or written if name in ('scatter_mul', 'scatter-mul') else before and written
+
+
 def picked_by(equation: JaxprEqn, indices: Labelled) -> np.ndarray | None:
     """The places that a gather takes along one axis, if they are known and stand in one row."""
     numbers = equation.params['dimension_numbers']
     one_axis = len(numbers.collapsed_slice_dims) == 1 and len(numbers.start_index_map) == 1
     if indices.number is None or numbers.operand_batching_dims or len(indices.axes) != 2:
         return None
-    same = numbers.start_index_map == numbers.collapsed_slice_dims
-    return indices.number.ravel() if one_axis and same else None
+    if not one_axis or numbers.start_index_map != numbers.collapsed_slice_dims:
+        return None
+    where, size = indices.number.ravel(), equation.invars[0].aval.shape[numbers.start_index_map[0]]
+    filled = equation.params['mode'] == GatherScatterMode.FILL_OR_DROP
+    if filled and ((where < 0) | (where >= size)).any():
+        return None  # places outside get a number of their own
+    return where
 
 
 HANDLERS = [

@@ -101,7 +101,7 @@ def _stays_zero(equation: JaxprEqn, values: Sequence[Labelled], zeros: Sequence[
     ]
     if name in ('mul', 'and'):
         return any(zeros)
-    if name == 'div':
+    if name in ('div', 'rem'):
         return zeros[0]
     if name in ('add', 'sub', 'add_any', 'or', 'xor', 'complex'):
         return all(zeros)
@@ -216,7 +216,7 @@ def _concatenate(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -
         sources = frozenset().union(*(v.sources[i] for v in values))
         axes = [v.axes[i] for v in values]
         if i == dim:
-            axis, sources = _joined(reading, axes), NONE if len(values) > 1 else sources
+            axis = _joined(reading, axes)
         else:
             axis = functools.reduce(lambda a, b: unite(reading.units, a, b, reason), axes)
         made.append((axis, zero, sources))
@@ -380,7 +380,9 @@ def _sort(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> list[
 def _windows(reading: Reading, equation: JaxprEqn, values: list[Labelled]) -> list[Labelled]:
     params, value = equation.params, values[0]
     size, reason = params['window_dimensions'], f'pooled by {place(equation)}'
-    keeps = equation.primitive.name in WINDOWS - {'reduce_window'}
+    # A window that holds nothing but padding is infinite, not zero.
+    inside = all(max(pads) < n or n == 1 for pads, n in zip(params['padding'], size, strict=True))
+    keeps = equation.primitive.name in WINDOWS - {'reduce_window'} and inside
     made = []
     for i, n in enumerate(equation.outvars[0].aval.shape):
         axis, zero, sources = part(value, i)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import arguments, tree
-from jaxprune.errors import PruneError, check_choice
+from jaxprune.errors import PruneError, check_choice, quoted, shown
 from jaxprune.structure.coupling import walk
 from jaxprune.structure.function import function_of
 from jaxprune.structure.groups import KINDS, Coupled, Family, Member, groups
@@ -60,8 +60,8 @@ def compact(
         small = jp.compact(apply, params, pruned.masks, x)
         small.apply(small.params, x)
 
-    The outputs are those of the masked network; that nothing removed is still heard is proved on
-    the traced program, for these parameters, before anything is cut. The function is `apply`
+    The outputs are those of the masked network, for finite parameters; that nothing removed is
+    still heard is proved on the traced program before anything is cut. The function is `apply`
     itself where it reads its sizes from the parameters. Else it is the traced program at smaller
     sizes: it can be jitted, differentiated and called with other batches. Constants of the
     original width, as the scale of a softmax, stay as they are.
@@ -76,19 +76,21 @@ def compact(
       model_state: batch statistics and the like.
       opt_state: of an optax optimizer of these parameters.
       normalisation: see `groups`.
-      partial: what happens to a group that the masks cut in part, that may not go or that still
-        acts in the masked network, by a bias say: 'refuse' raises, 'keep' leaves it in, with its
-        zeros. Of a family that is pruned whole it leaves one.
+      partial: 'refuse' raises where masks do not prune whole groups: a group that one of the
+        layers that make it loses and another keeps, all of a layer, a group that has to stay, or
+        one that still acts. 'keep' leaves such groups in, with their zeros; of a layer that is
+        pruned whole it leaves one. What masks prune below a group is no concern of either.
       unknown: see `groups`.
-      multiple: a layer is left with a multiple of so many units, as matrix units like them (8 or
-        128): pruned ones stay in with their zeros, the first ones, until it is met or nothing goes.
-        A mapping gives a number for each of `KINDS`: `{'unit': 8, 'head': 2}`.
+      multiple: the number of units left in a layer is a multiple of this, 8 or 128 say, which
+        matrix hardware needs to be fast. The first pruned units stay in for it, with their zeros.
+        A mapping has a number for each of `KINDS`: `{'unit': 8, 'head': 2}`.
 
     Raises:
       PruneError: masks that do not fit, that cut a group in part, that remove all of a layer, or
         whose groups still act in the masked network; an operation that is not known.
     """
     check_choice('partial', partial, PARTIAL)
+    _check_numbers(apply, params, model_state)
     if 0 in (size for leaf in jax.tree.leaves(x) for size in jnp.shape(leaf)):
         raise PruneError('compact needs an input with at least one example')
     apply, model_state = function_of(apply, model_state)
@@ -97,11 +99,8 @@ def compact(
     options = {'normalisation': normalisation, 'unknown': unknown}
     multiples = _multiples(multiple)
 
-    def planned(x: PyTree) -> tuple[Coupled, dict[str, list[int]]]:
-        read = groups(apply, params, x, model_state, **options)
-        return read, removed_groups(read, masked, masks, partial, multiples)
-
-    read, gone = planned(x)
+    read = groups(apply, params, x, model_state, **options)
+    gone = removed_groups(read, masked, masks, partial, multiples)
     left = _left(read, gone)
     axes = read.coupling.parameter_axes
     small = _cut_tree(masked, axes, left)
@@ -113,8 +112,10 @@ def compact(
     }
     if opt_state is not None:
         opt_state = _cut_optimizer(opt_state, params, kept)
-    smaller = _function(apply, params, states, planned)
+    original = jax.eval_shape(lambda *a: a, params, *states)
     shapes = jax.eval_shape(lambda *a: a, small, *small_states, x)
+    sizes = {family.name: family.size for family in read.families if family.name in gone}
+    smaller = _function(apply, original, shapes[:-1], _Plan(options, gone, sizes))
     if same_program(apply, smaller, *shapes):
         smaller = apply
     return Compact(
@@ -125,6 +126,18 @@ def compact(
         kept,
         {name: len(numbers) for name, numbers in gone.items()},
     )
+
+
+def _check_numbers(apply: Any, params: PyTree, model_state: PyTree) -> None:
+    """Raises where there is no network, or no numbers to look at."""
+    if not callable(apply) and not isinstance(apply, Problem):
+        raise PruneError(f'apply must be a function (params, x) -> outputs, not {shown(apply)}')
+    for path, leaf in tree.paths((params, model_state)):
+        name = quoted(path.partition('/')[2])
+        if isinstance(leaf, jax.core.Tracer):
+            raise PruneError(f'compact looks at numbers: call it outside of jit ({name} is traced)')
+        if isinstance(leaf, jax.ShapeDtypeStruct) or not hasattr(leaf, 'dtype'):
+            raise PruneError(f'compact needs the numbers of {name}, an array and not {shown(leaf)}')
 
 
 def _multiples(multiple: int | Mapping[str, int]) -> dict[str, int]:
@@ -159,25 +172,76 @@ def _cut_tree(leaves: PyTree, axes: Mapping[str, list[Axis]], left: Left) -> PyT
     return jax.tree.unflatten(jax.tree.structure(leaves), cut)
 
 
+class _Plan(NamedTuple):
+    """What is cut out, for programs of other inputs.
+
+    Attributes:
+      options: of `groups`.
+      gone: family -> the groups that are gone.
+      sizes: family -> how many groups it had.
+    """
+
+    options: Mapping[str, str]
+    gone: Mapping[str, Sequence[int]]
+    sizes: Mapping[str, int]
+
+
 def _function(
-    apply: Callable[..., PyTree], params: PyTree, states: Sequence[PyTree], planned: Callable
+    apply: Callable[..., PyTree], original: PyTree, smaller: PyTree, plan: _Plan
 ) -> Callable[..., PyTree]:
-    """The smaller function; it traces the original for every new shape of its inputs."""
-    original = jax.eval_shape(lambda *a: a, params, *states)
-    plans: dict[Any, Callable] = {}
+    """The smaller function; it traces the original for every new shape and type of its arguments.
 
-    def smaller(params: PyTree, *rest: PyTree) -> PyTree:
+    Args:
+      apply: the original.
+      original: shapes of its parameters and states.
+      smaller: shapes of what is left of them.
+      plan: what is cut out.
+    """
+    programs: dict[Any, Callable] = {}
+
+    def run(params: PyTree, *rest: PyTree) -> PyTree:
+        given = jax.eval_shape(lambda *a: a, params, *rest)
+        _check_given(given[:-1], smaller)
+        key = jax.tree.structure(given), tuple((s.shape, s.dtype) for s in jax.tree.leaves(given))
+        if key not in programs:
+            programs[key] = _program(apply, original, given, plan)
         *states, x = rest
-        shapes = jax.eval_shape(lambda x: x, x)
-        key = jax.tree.structure(shapes), tuple((s.shape, s.dtype) for s in jax.tree.leaves(shapes))
-        if key not in plans:
-            outputs = jax.tree.structure(jax.eval_shape(apply, *original, shapes))
-            read, gone = planned(shapes)
-            run = resized(read.coupling, _left(read, gone))
-            plans[key] = lambda *leaves: jax.tree.unflatten(outputs, run(*leaves))
-        return plans[key](*jax.tree.leaves((params, x, *states)))
+        return programs[key](*jax.tree.leaves((params, x, *states)))
 
-    return smaller
+    return run
+
+
+def _program(
+    apply: Callable[..., PyTree], original: PyTree, given: PyTree, plan: _Plan
+) -> Callable[..., PyTree]:
+    """The program of some inputs at smaller sizes."""
+    types = [leaf.dtype for leaf in jax.tree.leaves(given[:-1])]
+    leaves = [
+        jax.ShapeDtypeStruct(leaf.shape, dtype)
+        for leaf, dtype in zip(jax.tree.leaves(original), types, strict=True)
+    ]
+    params, *states = jax.tree.unflatten(jax.tree.structure(original), leaves)
+    x, state = given[-1], states[0] if states else None
+    read = groups(apply, params, x, state, **plan.options)
+    found = {family.name: family.size for family in read.families if family.name in plan.gone}
+    if found != plan.sizes:
+        raise PruneError('these inputs keep other groups together: compact with such inputs')
+    outputs = jax.tree.structure(read.coupling.traced.outputs)
+    run = resized(read.coupling, _left(read, plan.gone))
+    return lambda *leaves: jax.tree.unflatten(outputs, run(*leaves))
+
+
+def _check_given(given: PyTree, smaller: PyTree) -> None:
+    """Raises where arguments are not what is left of the parameters and states."""
+    if jax.tree.structure(given) != jax.tree.structure(smaller):
+        raise PruneError('the smaller network takes params (and model_state) as compact made them')
+    wanted = dict(tree.paths(smaller))
+    for path, leaf in tree.paths(given):
+        if leaf.shape != wanted[path].shape:
+            name = path.partition('/')[2]
+            raise PruneError(
+                f"'{name}' of the smaller network has shape {wanted[path].shape}, not {leaf.shape}"
+            )
 
 
 # --- what is removed ----------------------------------------------------------------------------
@@ -351,7 +415,7 @@ def _cut_optimizer(
 
     def cut(path: str, leaf: Any, shape: tuple[int, ...]) -> Any:
         first = jnp.ndim(leaf) - len(shape)
-        if jnp.shape(leaf)[first:] != shape:
+        if first < 0 or jnp.shape(leaf)[first:] != shape:
             if path in kept and jnp.size(leaf) > 1:
                 raise PruneError(
                     f"the optimizer's state of '{path}' has shape {jnp.shape(leaf)}: which part of "

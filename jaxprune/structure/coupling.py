@@ -4,7 +4,7 @@ Several walks read one function. The first unites axes. The others look where ma
 zero, each under another assumption. All carry a `Labelled` for every array.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from jaxprune.structure.labelled import (
     opened,
     place,
 )
-from jaxprune.structure.units import Axis, Units, fix, fixed, found, unite
+from jaxprune.structure.units import Axis, Units, fix, fixed, unite
 from jaxprune.tree import paths
 from jaxprune.types import PyTree
 
@@ -57,7 +57,7 @@ class Coupling(NamedTuple):
       state_paths: the paths of its states.
       units: which indices go together.
       axes: those of each argument: parameters, inputs, states.
-      roles, kinds: see `Reading`.
+      roles, products: see `Reading`.
       sliced: see `Reading`.
       visits: what was found at each operation and constant, in the order of the function.
       unknown: see `coupling`.
@@ -68,7 +68,7 @@ class Coupling(NamedTuple):
     units: Units
     axes: list[list[Axis]]
     roles: dict[Source, set[str]]
-    kinds: list[tuple[Axis, str]]
+    products: list[tuple[tuple[Axis, ...], tuple[Axis, ...]]]
     sliced: bool
     visits: list[Visit]
     unknown: str
@@ -131,7 +131,8 @@ def walk(
     Returns:
       What was found at each operation.
     """
-    reading = Reading(read.units, read.roles, read.kinds, goes, heard, read.sliced)
+    products = [] if read.visits else read.products  # the first walk finds them all
+    reading = Reading(read.units, read.roles, products, goes, heard, read.sliced)
     arguments = []
     first, last = len(read.traced.paths), len(read.axes) - len(read.state_paths)
     for i, own in enumerate(read.axes):
@@ -367,10 +368,3 @@ def _either(reading: Reading, one: Labelled, other: Labelled) -> Labelled:
     zero = tuple(a and b for a, b in zip(one.zero, other.zero, strict=True))
     sources = tuple(a if a == b else NONE for a, b in zip(one.sources, other.sources, strict=True))
     return Labelled(tuple(axes), zero, sources, one.given and other.given)
-
-
-def units_in(read: Coupling, axis: Axis) -> Iterator[int]:
-    """The units without parts of an axis; none if it is open or fixed."""
-    axis = found(axis)
-    if axis.units is not None:
-        yield from read.units.parts_of(axis.units)

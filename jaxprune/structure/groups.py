@@ -9,7 +9,7 @@ The idea of dependency graphs for pruning is that of DepGraph (Fang et al., 2023
 and of zero-invariant groups that of OTO (Chen et al., 2021, arXiv:2107.07467).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -106,7 +106,9 @@ def groups(
       x: inputs, arrays or shapes.
       model_state: batch statistics and the like.
       normalisation: 'refuse' keeps every unit that a norm runs over, since without it the others
-        would change. 'sliced' lets it go, and the norm runs over what is left.
+        would change. 'sliced' lets it go, and the norm runs over what is left: a mean is a sum that
+        is divided by the number of units, or multiplied by one over it. Another way to write a
+        mean keeps the old count.
       unknown: what an operation does that is not known: 'refuse' raises, 'freeze' keeps all units
         that it touches.
 
@@ -120,7 +122,7 @@ def groups(
         return apply(params, *states, x)
 
     check_choice('normalisation', normalisation, NORMALISATIONS)
-    check_choice('unknown', unknown, UNKNOWN)
+    check_choice('value of unknown=', unknown, UNKNOWN)
     sliced = normalisation == 'sliced'
     read = coupling(forward, params, x, *states, sliced=sliced, unknown=unknown)
     return found_in(read)
@@ -155,29 +157,22 @@ def _families(read: Coupling) -> tuple[Family, ...]:
     """The groups of all parameters, those that are alike together, in forward order."""
     slices = _slices(read)
     kinds = _kinds(read)
-    steps: dict[int, tuple[int, ...]] = {}  # axes that were united share their indices
-
-    def offsets(where: np.ndarray) -> tuple[int, ...]:
-        if id(where) not in steps:
-            steps[id(where)] = tuple((where - where[0]).tolist())
-        return steps[id(where)]
-
     alike: dict[tuple, list[int]] = {}
     for unit, at in slices.items():
-        pattern = tuple((*key, offsets(where)) for key, where in at.items())
+        pattern = tuple((*key, len(where)) for key, where in at.items())
         silent = unit not in read.units.loud
         key = (pattern, read.units.reason(unit), silent, kinds.get(unit, 'unit'))
         alike.setdefault(key, []).append(unit)
     order = {source: i for i, source in enumerate(read.roles)}
     rows = []
-    for (pattern, reason, silent, kind), units in alike.items():
-        units.sort(key=lambda unit: next(iter(slices[unit].values()))[0])
-        members = tuple(
-            Member(path, axis, role, tuple(slices[unit][path, axis, role] for unit in units))
-            for path, axis, role, _ in pattern
-        )
-        if any(m.role != 'state' for m in members):
-            rows.append((members, kind, reason, silent, tuple(units)))
+    for (pattern, reason, silent, kind), together in alike.items():
+        for units in _disjoint(together, slices):
+            members = tuple(
+                Member(path, axis, role, tuple(slices[unit][path, axis, role] for unit in units))
+                for path, axis, role, _ in pattern
+            )
+            if any(m.role != 'state' for m in members):
+                rows.append((members, kind, reason, silent, tuple(units)))
     rows += [(members, 'unit', reason, False, ()) for members, reason in _fixed(read)]
 
     def first(members: Sequence[Member]) -> tuple[int, str]:
@@ -213,6 +208,23 @@ def _fixed(read: Coupling) -> list[tuple[tuple[Member, ...], str]]:
         for members, reason in made.values()
         if any(m.role != 'along' for m in members)
     ]
+
+
+def _disjoint(
+    units: Sequence[int], slices: Mapping[int, Mapping[tuple[str, int, str], np.ndarray]]
+) -> list[list[int]]:
+    """Units that share no index with one another, in order: an index belongs to one group."""
+    found: list[tuple[list[int], set[int]]] = []
+    for unit in sorted(units, key=lambda unit: tuple(next(iter(slices[unit].values())))):
+        indices = set(next(iter(slices[unit].values())).tolist())
+        for family, taken in found:
+            if not taken & indices:
+                family.append(unit)
+                taken |= indices
+                break
+        else:
+            found.append(([unit], indices))
+    return [family for family, _ in found]
 
 
 def _name(names: dict[str, int], path: str, kind: str) -> str:
@@ -269,13 +281,13 @@ def by_unit(table: Units, units: np.ndarray) -> dict[int, np.ndarray]:
 def _kinds(read: Coupling) -> dict[int, str]:
     """The units that are heads or dimensions of heads."""
     made: dict[int, str] = {}
-    for axis, kind in read.kinds:
-        axis = found(axis)
-        if axis.units is not None:
-            parts = read.units.parts_of(axis.units)
-            made.update(
-                dict.fromkeys(parts, kind)
-                if kind == 'head'
-                else {part: made.get(part, kind) for part in parts}
-            )
+
+    def parts(axes: Sequence[Axis]) -> set[int]:
+        units = [axis.units for axis in map(found, axes) if axis.units is not None]
+        return {p for own in units for p in read.units.parts_of(own)}
+
+    for parallel, rest in read.products:
+        if heads := parts(parallel):
+            made |= {part: made.get(part, 'head_dim') for part in parts(rest)}
+            made |= dict.fromkeys(heads, 'head')
     return made

@@ -46,7 +46,8 @@ class Reading(NamedTuple):
       units: which indices go together.
       roles: axis of a parameter -> some of 'in' (summed over with an activation), 'out' (it makes
         an axis of a product) and 'along' (it follows an activation entry by entry).
-      kinds: axes of products of two activations: each is an axis of 'head's or of 'head_dim's.
+      products: of two activations: the axes along which they go in parallel, as heads do, and the
+        other axes of a factor.
       goes: may an index of this axis go? Asked where it matters whether a number is zero there.
       heard: called with an axis that a sum runs over where neither factor is zero, and the place.
       sliced: a normalisation over an axis goes on over what is left of it; else no index of such
@@ -55,7 +56,7 @@ class Reading(NamedTuple):
 
     units: Units
     roles: dict[Source, set[str]]
-    kinds: list[tuple[Axis, str]]
+    products: list[tuple[tuple[Axis, ...], tuple[Axis, ...]]]
     goes: Callable[[Axis], bool]
     heard: Callable[[Axis, str], None]
     sliced: bool = False
@@ -65,7 +66,9 @@ def place(equation: JaxprEqn) -> str:
     """Where an operation stands in the user's code, for reasons."""
     where = source_info_util.summarize(equation.source_info)
     scope = str(equation.source_info.name_stack)
-    return f"'{equation.primitive.name}' at {where}" + (f' in {scope}' if scope else '')
+    # Inside of library functions that are compiled on their own there is no place.
+    at = f' at {where}' if where.strip(' ;') else ''
+    return f"'{equation.primitive.name}'{at}" + (f' in {scope}' if scope else '')
 
 
 def opened(shape: Sequence[int], given: bool = False, zero: bool = False) -> Labelled:

@@ -188,9 +188,12 @@ def _not_differentiable(primal: Callable, equation: JaxprEqn) -> Callable:
     """A function whose own rule of differentiation fits the original size only."""
 
     def refused(*_: Any) -> Any:
-        name = equation.params.get('name') or getattr(equation.params['call_jaxpr'], 'name', '')
+        jaxpr = called(equation)
+        info = getattr(getattr(jaxpr, 'jaxpr', jaxpr), 'debug_info', None)
+        name = getattr(info, 'func_name', None) or 'a function'
         raise PruneError(
-            f'a function with a custom_vjp {name} was made smaller; its derivative is not known'
+            f'{name} has a derivative of its own (custom_vjp), which fits the original size only: '
+            'the smaller network cannot be differentiated through it'
         )
 
     function = jax.custom_vjp(primal)
@@ -212,8 +215,8 @@ def smaller(equation: JaxprEqn, arrays: list[Any], visit: Visit, left: Left) -> 
         return [left.cut(a, v.axes) for a, v in zip(made, visit.results, strict=True)]
     if name in ('slice', 'dynamic_slice', 'gather'):
         return MOVING[name](equation, arrays, visit, left)
-    if name in ('div', 'mul') and visit.operands[0].summed:
-        arrays = [arrays[0], _count_left(name, arrays[1], visit, left)]
+    if name in ('div', 'mul') and (visit.operands[0].summed or visit.operands[-1].summed):
+        arrays = _counting_what_is_left(name, arrays, visit, left)
     elif name == 'broadcast_in_dim':
         params['shape'] = out[0]
     elif name == 'reshape':
@@ -233,17 +236,23 @@ def smaller(equation: JaxprEqn, arrays: list[Any], visit: Visit, left: Left) -> 
     return bind(equation.replace(params=params), *arrays)
 
 
-def _count_left(name: str, number: Any, visit: Visit, left: Left) -> Any:
-    """The count in a mean, of what is left, where units of the axis were removed."""
-    value, factor = visit.operands
-    count = math.prod(axis.size for axis in value.summed)
-    if factor.number is None or factor.number.ndim:
-        return number
-    written = float(factor.number) if name == 'div' else 1 / float(factor.number or 1)
+def _counting_what_is_left(name: str, arrays: list[Any], visit: Visit, left: Left) -> list[Any]:
+    """The operands of a mean whose count is that of what is left: a sum divided by a number, or
+    multiplied by one over it, where units of the axis were removed."""
+    sums = [i for i, value in enumerate(visit.operands) if value.summed]
+    if len(sums) != 1 or (name == 'div' and sums != [0]):
+        return arrays
+    [i] = sums
+    summed, factor = visit.operands[i].summed, visit.operands[1 - i].number
+    if factor is None or factor.ndim or not factor:
+        return arrays
+    count = math.prod(axis.size for axis in summed)
+    written = float(factor) if name == 'div' else 1 / float(factor)
     if not math.isclose(written, count, rel_tol=1e-6):
-        return number
-    remaining = math.prod(map(left.size, value.summed)) / count
-    return number * np.asarray(remaining if name == 'div' else 1 / remaining, factor.number.dtype)
+        return arrays
+    share = math.prod(map(left.size, summed)) / count
+    scaled = arrays[1 - i] * np.asarray(share if name == 'div' else 1 / share, factor.dtype)
+    return [scaled if k == 1 - i else array for k, array in enumerate(arrays)]
 
 
 def _padding(equation: JaxprEqn, visit: Visit, left: Left) -> tuple[tuple[int, int, int], ...]:

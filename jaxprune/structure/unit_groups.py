@@ -38,7 +38,7 @@ def unit_groups(
       name: of this choice, as a specification has it.
 
     Raises:
-      PruneError: nothing may go, with the reasons; an expression that is none or matches nothing.
+      PruneError: nothing may go, with the reasons; a wrong expression, or one without a match.
     """
     kept_whole = _matching(coupled.families, keep_all_units)
     competing, reasons = [], {}
@@ -53,7 +53,10 @@ def unit_groups(
         elif missing is not None:
             reasons[family.name] = f"'{missing}' is not prunable"
         elif heard.intersection(family.units):
-            reasons[family.name] = 'a bias without a mask would still act: make it prunable as well'
+            readers = (m.path for m in family.members if m.role == 'in' and m.path not in shapes)
+            reader = next(readers, None)
+            why = f"'{reader}' reads it" if reader else 'a bias without a mask would still act'
+            reasons[family.name] = f'{why}: make it prunable as well, see prunable='
         elif family.name not in kept_whole:
             competing.append(family)
     if not competing:

@@ -12,7 +12,7 @@ from jaxprune.sweep.device_data import DeviceData, scores_need_data
 from jaxprune.sweep.grid import DENSE, event_program
 from jaxprune.sweep.groups import Group, library_errors
 from jaxprune.sweep.program import Program, method_numbers
-from jaxprune.sweep.spec import SweepSpec
+from jaxprune.sweep.spec import MethodSpec, SweepSpec
 from jaxprune.types import GLOBAL, RunState
 
 
@@ -31,11 +31,24 @@ def check_group(spec: SweepSpec, group: Group, source: str) -> None:
         if plain.flow is not None:
             jax.eval_shape(plain.flow, clock, on_device, key, hyper, state)
         pruned = [r for r in group.runs if r.method != DENSE]
+        for each in {repr(r.method): r.method for r in pruned}.values():
+            _check_competing(program, each, source)
         for each in {event_program(r.method): r for r in pruned}.values():
             _check_event(program, each, on_device, state)
         for each in {repr(r.method): r.method for r in pruned}.values():
             _check_numbers(program, each)
     _check_runs(spec, group, source)
+
+
+def _check_competing(program: Program, spec: MethodSpec, source: str) -> None:
+    """Raises SpecError where nothing could be pruned."""
+    try:
+        program.competing(spec)
+    except JaxpruneError as error:
+        key, colon, _ = str(error).partition(': ')
+        own = bool(colon) and key in ('granularity', 'keep_all_units')
+        where = '' if own else 'granularity: '
+        raise SpecError(f'{source}: grid.method ({spec.label}): {where}{error}') from None
 
 
 def _check_event(program: Program, run, on_device: DeviceData, state: RunState) -> None:

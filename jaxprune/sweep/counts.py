@@ -3,7 +3,7 @@
 import functools
 
 from jaxprune import plan, structure
-from jaxprune.method import limits, plural
+from jaxprune.method import counted_as, limits
 from jaxprune.sweep.grid import Run
 from jaxprune.sweep.program import Program
 from jaxprune.sweep.timeline import round_steps
@@ -17,7 +17,7 @@ def counts_of(program: Program, run: Run) -> plan.Plan:
     """
     spec = run.method
     groups = program.competing(spec)
-    make = functools.partial(plan.plan_rounds, what=plural(spec.granularity))
+    make = functools.partial(plan.plan_rounds, what=counted_as(spec.granularity))
     if spec.target == 'effective':
         make = structure.rounds_before
     floor, cap = limits(groups, spec.floor, spec.floor_share, spec.cap)
