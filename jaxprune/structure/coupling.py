@@ -23,7 +23,7 @@ from jaxprune.structure.labelled import (
     opened,
     place,
 )
-from jaxprune.structure.units import Axis, Units, fix, fixed, unite
+from jaxprune.structure.units import Axis, Units, fix, fixed, found, unite
 from jaxprune.tree import paths
 from jaxprune.types import PyTree
 
@@ -163,6 +163,18 @@ def _returned_states(read: Coupling) -> list[list[Axis]]:
     names = [path for path, _ in paths(outputs[1])]
     same = names == read.state_paths and shapes == [s.shape for s in jax.tree.leaves(outputs[1])]
     return own if same else []
+
+
+def may_go(read: Coupling) -> Callable[[Axis], bool]:
+    """Whether some index of an axis may go, by what has been found so far."""
+
+    def goes(axis: Axis) -> bool:
+        axis, units = found(axis), read.units
+        if axis.units is None:
+            return False
+        return any(not units.reason(part) for part in units.parts_of(axis.units))
+
+    return goes
 
 
 class _Walker(NamedTuple):

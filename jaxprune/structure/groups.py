@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprune.errors import check_choice
-from jaxprune.structure.coupling import UNKNOWN, Coupling, coupling, walk
+from jaxprune.structure.coupling import UNKNOWN, Coupling, coupling, may_go, walk
 from jaxprune.structure.function import function_of
 from jaxprune.structure.units import Axis, Units, found, units_of
 from jaxprune.types import Problem, PyTree
@@ -135,11 +135,7 @@ def found_in(read: Coupling) -> Coupled:
         for axis in axes:
             units_of(table, axis)  # what nothing is united with is a unit of its own
 
-    def goes(axis: Axis) -> bool:
-        axis = found(axis)
-        return axis.units is not None and any(
-            not table.reason(p) for p in table.parts_of(axis.units)
-        )
+    goes = may_go(read)
 
     def freeze(axis: Axis, where: str) -> None:
         table.freeze(found(axis).units, where)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.errors import PruneError, quoted
-from jaxprune.structure.coupling import walk
+from jaxprune.structure.coupling import may_go, walk
 from jaxprune.structure.groups import Coupled, Family, Member
 from jaxprune.structure.labelled import Source
 from jaxprune.structure.units import Axis, found
@@ -165,16 +165,10 @@ def _heard(coupled: Coupled, silent: Callable[[Source], bool]) -> set[int]:
     """
     read, heard = coupled.coupling, set[int]()
 
-    def goes(axis: Axis) -> bool:
-        axis = found(axis)
-        return axis.units is not None and any(
-            not read.units.reason(p) for p in read.units.parts_of(axis.units)
-        )
-
     def hear(axis: Axis, where: str) -> None:
         heard.update(read.units.parts_of(found(axis).units))
 
-    walk(read, silent, goes, hear)
+    walk(read, silent, may_go(read), hear)
     return heard
 
 
