@@ -108,7 +108,10 @@ def _open(spec: SweepSpec, out: Path, plan_table: dict[str, Any]) -> None:
             f'{FORMAT}: {_OLDER.get(written, _OLDER[2])}. Choose another --out'
         )
     if spec_file.exists() and identity(load_spec(spec_file)) != identity(spec):
-        raise StoreError(f'{out} holds another sweep (see its spec.toml): choose another --out')
+        before, why = load_spec(spec_file).model, 'see its spec.toml'
+        if before.params and before.params_sha256 != spec.model.params_sha256:
+            why = 'the file of model.params holds other numbers'
+        raise StoreError(f'{out} holds another sweep ({why}): choose another --out')
     store.remove_leftovers(out)
     if plan_file.exists():
         stored = store.read_plan(out)

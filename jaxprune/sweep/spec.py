@@ -62,8 +62,8 @@ class ModelSpec:
 
     name: str = _key('the name of a model', example='name = "lenet300100"')
     layer_widths: Mapping[str, int] = _key(
-        "units of single layers, of attention its heads; a compact network's are filled in by "
-        '`jp.compact_spec`',
+        'how many units single layers have (attention: how many heads), where it is not the usual '
+        'number; `jp.compact_spec` writes those of a compact network',
         default={},
         example='name = "lenet300100"\nlayer_widths = { dense_0 = 40, dense_1 = 12 }',
         later=True,
