@@ -61,9 +61,10 @@ and after: 'units', 'heads', 'head dimensions', 'groups', 'blocks'. `effective_c
 infinite where the network is cut in two. `params_compact` and `flops_compact` (of one example) are
 those of the network without the groups that no kept weight reads, `speedup_theoretical` is the
 operations of the dense network over these; `latency_ratio`, at a run's end, is the measured time of
-the dense network over that of the compact one, for the seeds of `record.latency_seeds`. They are null where
-they are not known. `error` is null, or says what went wrong: scores that cannot be ranked (losses
-and accuracy are then NaN), or losses that diverged (the numbers are those of the broken network).
+the dense network over that of the compact one, for the seeds of `record.latency_seeds`. They are
+null where they are not known. `error` is null, or says what went wrong: scores that cannot be
+ranked (losses and accuracy are then NaN), or losses that diverged (the numbers are those of the
+broken network).
 """
 
 LAYERS = {
