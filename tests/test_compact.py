@@ -547,3 +547,16 @@ def test_a_mean_over_what_is_left(mean):
     np.testing.assert_allclose(
         jax.jit(small.apply)(small.params, x), centred(narrow, x), rtol=1e-4, atol=1e-5
     )
+
+
+def test_dropout_with_a_key_of_its_own():
+    """Expectation: random bits of the original shape, so those of the masked network."""
+    params, masks, x = halved()
+
+    def dropped(p, x):
+        y = jnp.tanh(x @ p['a'])
+        return jnp.where(jax.random.bernoulli(jax.random.key(3), 0.5, y.shape), 2 * y, 0) @ p['b']
+
+    small = jp.compact(dropped, params, masks, x)
+    wanted = jax.jit(dropped)(jp.apply_masks(params, masks), x)
+    np.testing.assert_allclose(jax.jit(small.apply)(small.params, x), wanted, rtol=1e-5, atol=1e-6)

@@ -52,7 +52,9 @@ def _written(jaxpr: ClosedJaxpr | Jaxpr) -> list[Any]:
     names = itertools.count()
 
     def rule(equation: JaxprEqn, values: list[Any]) -> list[Any]:
-        if values and all(isinstance(v, _Known) for v in values):  # computed once, while tracing
+        keys = any(_is_key(var) for var in equation.outvars)
+        if values and not keys and all(isinstance(v, _Known) for v in values):
+            # Computed once, while tracing.
             with jax.ensure_compile_time_eval():
                 out = bind(equation, *(v.array() for v in values))
             return [_known(np.asarray(array)) for array in out]
@@ -65,7 +67,7 @@ def _written(jaxpr: ClosedJaxpr | Jaxpr) -> list[Any]:
         return made
 
     def constant(array: Any, atom: Any) -> Any:
-        if jax.dtypes.issubdtype(atom.aval.dtype, jax.dtypes.extended):
+        if _is_key(atom):
             return 'key'
         return _known(np.asarray(array))
 
@@ -77,3 +79,8 @@ def _written(jaxpr: ClosedJaxpr | Jaxpr) -> list[Any]:
     arguments = [next(names) for _ in getattr(jaxpr, 'jaxpr', jaxpr).invars]
     lines.append(interpret(jaxpr, arguments, rule, constant, scan))
     return lines
+
+
+def _is_key(atom: Any) -> bool:
+    """Random keys are no numbers."""
+    return jax.dtypes.issubdtype(atom.aval.dtype, jax.dtypes.extended)
