@@ -106,13 +106,7 @@ def pruner(
         scores = score(key, view, batches)
         in_force = view.masks if monotone else state.masks
         scores, in_play = _of_groups(groups, by_group, scores, in_force)
-        nonfinite = sum(
-            (~jnp.isfinite(leaf) & in_play[path]).sum(dtype=jnp.int32)
-            for path, leaf in scores.items()
-        )
-        nonzero = sum(
-            ((leaf != 0) & in_play[path]).sum(dtype=jnp.int32) for path, leaf in scores.items()
-        )
+        nonfinite, nonzero = tallied(scores, in_play)
         scores = {path: jnp.where(in_play[path], leaf, -jnp.inf) for path, leaf in scores.items()}
         if groups is not None and groups.eligible is not None:
             scores = groups.eligible(scores)
@@ -150,6 +144,13 @@ def pruner(
         regrown_values if remembers else None,
         masks_at_the_end if final_masks is not None else None,
     )
+
+
+def tallied(scores: Scores, in_play: Masks) -> tuple[jax.Array, jax.Array]:
+    """How many scores of what is still in play are not finite, and how many are not zero."""
+    nonfinite = ((~jnp.isfinite(leaf) & in_play[path]) for path, leaf in scores.items())
+    nonzero = (((leaf != 0) & in_play[path]) for path, leaf in scores.items())
+    return tuple(sum(leaf.sum(dtype=jnp.int32) for leaf in each) for each in (nonfinite, nonzero))
 
 
 def _of_groups(

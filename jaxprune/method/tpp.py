@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxprune import tree
 from jaxprune.arguments import least, positive
 from jaxprune.flow.orthogonal import tpp_gradients, tpp_strength
+from jaxprune.method.pruner import tallied
 from jaxprune.select import count_kept, global_top_k, layerwise_top_k, within_bounds
 from jaxprune.types import (
     GLOBAL,
@@ -97,9 +98,7 @@ def tpp(
         kept = {name: jnp.where(first, found[name], m) for name, m in state.kept.items()}
         whole = groups.spread(kept)
         in_force = {path: m & (whole[path] | first) for path, m in view.masks.items()}
-        values = [jnp.where(alive[name], leaf, 0) for name, leaf in scores.items()]
-        nonfinite = sum((~jnp.isfinite(leaf)).sum(dtype=jnp.int32) for leaf in values)
-        nonzero = sum((leaf != 0).sum(dtype=jnp.int32) for leaf in values)
+        nonfinite, nonzero = tallied(scores, alive)
         state = Chosen(kept, state.steps, state.round + 1)
         return state, in_force, PruneInfo(count_kept(kept), nonfinite, nonzero)
 

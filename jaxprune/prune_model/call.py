@@ -164,7 +164,8 @@ def _pruned(given: _Given, choices: Choices, extent: _Extent, options: Mapping[s
     net, view, batches, density = _checked(entry, given, choices, extent)
     must = choices.target == 'effective' or choices.allocation in ORDERED
     connect, shapes, note = _paths(net, view, batches, given.model is not None, must, choices)
-    groups = _competing(net, view, batches, shapes, choices, given.model is not None)
+    read = _reader(net, view, batches, given.model is not None)
+    groups = competing(choices.granularity, shapes, read, choices.keep_all_units)
     plan = _planned(entry, choices, extent, groups, density)
     pruner = get_pruner(
         net,
@@ -202,7 +203,7 @@ def _pruned(given: _Given, choices: Choices, extent: _Extent, options: Mapping[s
         kept = tree.put(kept, found.weights)
     if given.model is not None and batches is not None:
         like = one_input(batches, 'what the model costs')
-        report = with_costs(report, net, kept, view.model_state, found.masks, like)
+        report = with_costs(report, read, net, kept, view.model_state, found.masks, like)
     return Pruned(kept, found.masks, report)
 
 
@@ -365,27 +366,18 @@ def _paths(
         return None, shapes, f'paths not followed: {error}'
 
 
-def _competing(
-    net: Problem,
-    view: View,
-    batches: Batches | None,
-    shapes: Mapping[str, tuple[int, ...]],
-    choices: Choices,
-    has_model: bool,
-) -> Groups:
-    """What competes; the model is read where it is given."""
+def _reader(
+    net: Problem, view: View, batches: Batches | None, has_model: bool
+) -> Callable[[], structure.Coupled] | None:
+    """Reads the coupled groups of the model, once; None where there is no model or no input."""
+    if not has_model or batches is None:
+        return None
 
     @functools.cache
     def read() -> structure.Coupled:
         like = one_input(batches, 'reading what goes together')
         x = jax.ShapeDtypeStruct((1, *like.shape), like.dtype)
-        forward = structure.forward_of(net)
-
-        def apply(params: PyTree, model_state: PyTree, x: jax.Array) -> jax.Array:
-            return forward(params, x, model_state)
-
-        args = apply, view.params, x, view.model_state
+        args = net, view.params, x, view.model_state
         return check.tried('the model on one input', structure.groups, *args)
 
-    reads = read if has_model and batches is not None else None
-    return competing(choices.granularity, shapes, reads, choices.keep_all_units)
+    return read

@@ -15,6 +15,7 @@ from jaxprune.types import Masks, Problem, PyTree
 
 def with_costs(
     report: Report,
+    read: Callable[[], structure.Coupled],
     net: Problem,
     masked: PyTree,
     model_state: PyTree,
@@ -24,27 +25,23 @@ def with_costs(
     """The report with the cost of one example; if the model cannot be read a note says why.
 
     Args:
+      read: reads the coupled groups of the model.
       masked: the parameters under the masks.
       like: one example, without the batch axis.
     """
-    forward = structure.forward_of(net)
-    x = jax.ShapeDtypeStruct((1, *like.shape), like.dtype)
-
-    def apply(params: PyTree, model_state: PyTree, x: PyTree) -> PyTree:
-        return forward(params, x, model_state)
-
-    args = apply, masked, x, model_state
     try:
-        read = check.tried('the model on one input', structure.groups, *args)
-        without = structure.cost_of_kept(read)
+        coupled = read()
+        without = structure.cost_of_kept(coupled)
     except PruneError as error:
+        x = jax.ShapeDtypeStruct((1, *like.shape), like.dtype)
+        args = net, masked, x, model_state
         known = str(error) in report.note  # why paths were not followed
         note = '' if known else f'cost without pruned groups not known: {error}'
         return report._replace(
             dense_cost=_known(check.tried, 'the model on one input', structure.cost, *args),
             note='; '.join(filter(None, [report.note, note])),
         )
-    removed = _known(removed_groups, read, masked, masks, 'keep')
+    removed = _known(removed_groups, coupled, masked, masks, 'keep')
     return report._replace(
         dense_cost=without({}), compact_cost=None if removed is None else without(removed)
     )

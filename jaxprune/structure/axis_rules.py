@@ -41,7 +41,7 @@ from jaxprune.structure.units import Axis, divided, fix, fixed, found, merged, p
 
 Handler = Callable[[Reading, JaxprEqn, list[Labelled]], list[Labelled]]
 #: Known arrays that are larger are not computed.
-_LARGEST = 2**14
+LARGEST = 2**14
 
 
 def axis_rule(reading: Reading) -> EquationRule:
@@ -80,7 +80,7 @@ def _computed(equation: JaxprEqn, values: Sequence[Labelled]) -> list[np.ndarray
 
 def _small(shape: Sequence[Any]) -> bool:
     """Has an array few numbers? Unknown where `jax.export` leaves a size open."""
-    return all(isinstance(n, int) for n in shape) and math.prod(shape) <= _LARGEST
+    return all(isinstance(n, int) for n in shape) and math.prod(shape) <= LARGEST
 
 
 def _given(values: Sequence[Labelled]) -> bool:

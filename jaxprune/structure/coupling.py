@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from jaxprune.jaxpr import Traced, Unknown, interpret, scan_counts, trace
-from jaxprune.structure.axis_rules import axis_rule
+from jaxprune.structure.axis_rules import LARGEST, axis_rule
 from jaxprune.structure.labelled import (
     NONE,
     Labelled,
@@ -29,8 +29,6 @@ from jaxprune.types import PyTree
 
 #: What an operation that is not known may do.
 UNKNOWN = ('refuse', 'freeze')
-#: Larger constants are taken for numbers of which nothing is known.
-_LARGEST = 2**14
 #: Derivatives of derivatives that are read of a function with derivatives of its own.
 _ORDERS = 2
 
@@ -228,7 +226,7 @@ class _Walker(NamedTuple):
     def constant(self, array: Any, atom: Any) -> Labelled:
         value = opened(np.shape(array), True)
         numeric = not jax.dtypes.issubdtype(atom.aval.dtype, jax.dtypes.extended)
-        if numeric and np.size(array) <= _LARGEST:
+        if numeric and np.size(array) <= LARGEST:
             number = np.asarray(array)
             zero = not number.any()
             value = value._replace(number=number, zero=(zero,) * number.ndim)

@@ -38,12 +38,8 @@ def groups_of(
     problem: Problem, input_shape: tuple[int, ...], input_dtype: Any = jnp.float32
 ) -> Coupled:
     """The coupled groups of a problem in evaluation mode; arguments as in `connectivity_of`."""
-    forward, params, x, model_state = _forward(problem, input_shape, input_dtype)
-
-    def apply(params: PyTree, model_state: PyTree, x: PyTree) -> PyTree:
-        return forward(params, x, model_state)
-
-    return groups(apply, params, x, model_state)
+    _, params, x, model_state = _forward(problem, input_shape, input_dtype)
+    return groups(problem, params, x, model_state)
 
 
 def connectivity_of(

@@ -13,6 +13,7 @@ import numpy as np
 from jaxprune import structure
 from jaxprune.errors import PruneError
 from jaxprune.structure import Cost, Family
+from jaxprune.structure.function import function_of
 from jaxprune.types import Masks, Problem, RunState
 
 
@@ -96,16 +97,13 @@ def latency_ratio(net: Problem, input_shape: tuple[int, ...], state: RunState) -
     Returns:
       The median of calls in turns on 64 examples; None where the network cannot be compacted.
     """
-
-    def apply(params: Any, model_state: Any, x: jax.Array) -> jax.Array:
-        return net.apply(params, model_state, x, train=False, key=None)[0]
-
+    apply, model_state = function_of(net, state.model_state)
     x = np.random.default_rng(0).normal(size=(_BATCH, *input_shape)).astype(np.float32)
     try:
         small = structure.compact(
-            apply, state.params, state.masks, x, model_state=state.model_state, partial='keep'
+            apply, state.params, state.masks, x, model_state=model_state, partial='keep'
         )
     except PruneError:
         return None
-    dense = apply, state.params, state.model_state
+    dense = apply, state.params, model_state
     return structure.latency_ratio(dense, (small.apply, small.params, small.model_state), x)
