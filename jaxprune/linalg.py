@@ -15,13 +15,19 @@ from jax.custom_batching import sequential_vmap
 from jaxprune.types import PyTree
 
 
-def one_by_one(fn: Callable[[jax.Array], PyTree]) -> Callable[[jax.Array], PyTree]:
-    """A function of one array that `vmap` turns into a loop on the CPU."""
+def one_by_one(
+    fn: Callable[[jax.Array], PyTree], elsewhere: Callable[[jax.Array], PyTree] | None = None
+) -> Callable[[jax.Array], PyTree]:
+    """A function of one array that `vmap` turns into a loop on the CPU.
+
+    Args:
+      elsewhere: the same by other means, for other devices.
+    """
     single = sequential_vmap(fn)
 
     @jax.custom_jvp
     def call(x: jax.Array) -> PyTree:
-        return jax.lax.platform_dependent(x, cpu=single, default=fn)
+        return jax.lax.platform_dependent(x, cpu=single, default=elsewhere or fn)
 
     @call.defjvp
     def tangents(primals, directions):
@@ -31,9 +37,11 @@ def one_by_one(fn: Callable[[jax.Array], PyTree]) -> Callable[[jax.Array], PyTre
     return call
 
 
-def _batched(fn: Callable[[jax.Array], PyTree]) -> Callable[[jax.Array], PyTree]:
-    """A function of one matrix `(m, n)` made one of `(..., m, n)`."""
-    single = one_by_one(fn)
+def _batched(
+    fn: Callable[[jax.Array], PyTree], elsewhere: Callable[[jax.Array], PyTree] | None = None
+) -> Callable[[jax.Array], PyTree]:
+    """A function of one matrix `(m, n)` made one of `(..., m, n)`; see `one_by_one`."""
+    single = one_by_one(fn, elsewhere)
 
     def call(matrices: jax.Array) -> PyTree:
         # There are none for half precision.
@@ -47,8 +55,20 @@ def _batched(fn: Callable[[jax.Array], PyTree]) -> Callable[[jax.Array], PyTree]
     return call
 
 
+def _values_of_factor(a: jax.Array) -> jax.Array:
+    """Singular values `(min(m, n),)` of `(m, n)`, by way of R where it is far from square.
+
+    LAPACK does so itself. GPUs do not: a hundred matrices of 10 x 784 took them 80 times as long as
+    32 steps of training. R is small, and small matrices are decomposed all at once.
+    """
+    tall = a if a.shape[0] >= a.shape[1] else a.T
+    if tall.shape[0] >= 2 * tall.shape[1]:
+        tall = jnp.linalg.qr(tall, mode='r')
+    return jnp.linalg.svd(tall, compute_uv=False)
+
+
 #: `(..., m, n) -> (..., min(m, n))`, falling.
-singular_values = _batched(lambda a: jnp.linalg.svd(a, compute_uv=False))
+singular_values = _batched(lambda a: jnp.linalg.svd(a, compute_uv=False), _values_of_factor)
 #: `(..., m, n) -> (u, s, vᵀ)`, thin.
 svd = _batched(lambda a: tuple(jnp.linalg.svd(a, full_matrices=False)))
 #: `(..., m, n) -> (q, r)`, thin.

@@ -41,6 +41,18 @@ def test_decompositions_are_those_of_numpy(name, batch):
     assert jax.tree.leaves(fn(jnp.asarray(a, jnp.bfloat16)))[0].dtype == jnp.float32
 
 
+@pytest.mark.parametrize('shape', [(4, 30), (30, 4), (5, 6), (3, 3)])
+def test_singular_values_by_way_of_a_factor(shape):
+    """Expectation: NumPy's, to the last digits of the largest, of a matrix of lower rank too; GPUs
+    and TPUs take this way."""
+    for rank in (min(shape), min(shape) - 1):
+        draw = np.random.default_rng(rank).standard_normal
+        a = (draw((shape[0], rank)) @ draw((rank, shape[1]))).astype('float32')
+        found = linalg._values_of_factor(jnp.asarray(a))
+        expected = np.linalg.svd(a.astype('float64'), compute_uv=False)
+        np.testing.assert_allclose(found, expected, atol=1e-6 * expected[0])
+
+
 def test_decompositions_have_gradients():
     """Expectation: those of jnp.linalg, of a single matrix and of a batch."""
     for shape in ((4, 3), (2, 4, 3)):

@@ -13,9 +13,11 @@ the images). No data are needed. N = 1, 4, 16, 64 runs (LeNet-300-100 on acceler
             the fastest of these arrangements: one process with 1, 2, 4, ... threads, or a process
             with one thread for each core. Their times, with and without masks, are printed
   graphs    the same as a CUDA graph per run (on a GPU)
+  stacked   all runs in one PyTorch step, `torch.func.vmap` over their stacked weights; a CUDA
+            graph on a GPU
 
 in turns. The cost of a run trained alone does not depend on how many follow it,
-so JAX and PyTorch train no more than a few of the runs. Printed per N: milliseconds per run and
+so JAX, PyTorch and graphs train no more than a few of the runs. Printed per N: milliseconds per run and
 step, the speed-up of the sweep, floating-point operations per second against the fastest matrix
 product of this machine, seconds to compile, memory per run as the compiler laid it out. Then, what
 recording along training costs. All ways must reach the same mean training loss in their first
@@ -43,11 +45,11 @@ from torch_loop import Job, Way, pool, trainer, ways
 from jaxprune import data, tree
 from jaxprune.errors import first_line
 from jaxprune.sweep import make_spec
-from jaxprune.sweep.abstract import abstract_data
 from jaxprune.sweep.advance import Rows
 from jaxprune.sweep.chunk import rows_of
 from jaxprune.sweep.chunk_tables import Moment, curves_rows, flow_rows
 from jaxprune.sweep.compiled_events import EventCall
+from jaxprune.sweep.costs import costs as costs_of
 from jaxprune.sweep.counts import counts_of
 from jaxprune.sweep.device_data import DeviceData
 from jaxprune.sweep.devices import cores, use_all_cores
@@ -70,7 +72,7 @@ NETS: dict[str, tuple[dict[str, Any], str]] = {
 }
 COLUMNS = (
     'net', 'N', 'strategy', 'PyTorch way', 'sweep ms', 'JAX ms', 'PyTorch ms', 'graphs ms',
-    'x JAX', 'x PyTorch', 'x graphs', 'GFLOP/s', '% of peak', 'compile s', 'MiB per run',
+    'stacked ms', 'x JAX', 'x PyTorch', 'x graphs', 'x stacked', 'GFLOP/s', '% of peak', 'compile s', 'MiB per run',
     'left out',
 )  # fmt: skip
 #: Runs that JAX and PyTorch train one after another.
@@ -222,13 +224,7 @@ def prepare(settings, name: str, stop: float, notes: list[str]) -> Case:
     spec = specification(settings, name, 1)
     run = all_runs(spec)[0]
     program = make_program(spec, run)
-    key = jax.random.key(0)
-    state = jax.eval_shape(program.init, key, program.hyper)
-    indices = jax.ShapeDtypeStruct((settings.batch,), np.int32)
-    step = jax.jit(program.stages[False].step).lower(
-        np.int32(0), abstract_data(spec), key, program.hyper, indices, state
-    )
-    flops = float((step.cost_analysis() or {}).get('flops', math.nan))
+    flops = costs_of(spec, program, run)['flops_per_step']
     strategy = usual(program.convolves, jax.default_backend(), jax.local_device_count())
     if not settings.no_probe:
         began = time.monotonic()
@@ -356,8 +352,8 @@ def one_by_one(case: Case, start: Start) -> Callable[[int], np.ndarray]:
     return epoch
 
 
-def torch_job(case: Case, start: Start, *, masked: bool = True, graphs: bool = False) -> Job:
-    """The same runs for PyTorch: initial weights, masks, images."""
+def torch_job(case: Case, start: Start, **settings: bool) -> Job:
+    """The first few runs for PyTorch: initial weights, masks, images."""
     facts = data.facts(case.spec.data.name)
     split = jax.device_get(case.data.train)
     images = split.images.astype(np.float32) / 255 - np.float32(facts.mean)
@@ -374,12 +370,11 @@ def torch_job(case: Case, start: Start, *, masked: bool = True, graphs: bool = F
         images=np.ascontiguousarray(images),
         labels=np.array(split.labels),
         states=states,
-        masked=masked,
         learning_rate=0.01,
         momentum=0.9,
         threads=cores(),
         device='cuda' if accelerated() else 'cpu',
-        graphs=graphs,
+        **{'masked': True, **settings},
     )
 
 
@@ -401,6 +396,16 @@ def graphs(case: Case, start: Start) -> Contender:
     )
 
 
+def stacked(case: Case, start: Start, runs: int) -> Contender:
+    """All runs in one step of PyTorch; after the first few, runs repeat those."""
+    job = torch_job(case, start, stacked=True, graphs=accelerated())
+    job = job._replace(states=[job.states[i % len(job.states)] for i in range(runs)])
+    if accelerated():
+        return Contender(_torch_epoch(case, start, trainer(_on_gpu(job)), runs))
+    made = pool(job, Way(1, cores()))
+    return Contender(_torch_epoch(case, start, made.epoch, runs), made.close)
+
+
 def _on_gpu(job: Job) -> Job:
     import torch
 
@@ -409,12 +414,16 @@ def _on_gpu(job: Job) -> Job:
     return job
 
 
-def _torch_epoch(case: Case, start: Start, train: Callable) -> Callable[[int], np.ndarray]:
-    order = jax.jit(case.program.order)
-    keys = [start.rows.keys[i] for i in range(len(start.each))]
+def _torch_epoch(
+    case: Case, start: Start, train: Callable, runs: int = 0
+) -> Callable[[int], np.ndarray]:
+    """An epoch of the first few runs, or of `runs` that repeat those."""
+    order, few = jax.jit(case.program.order), len(start.each)
+    keys = [start.rows.keys[i] for i in range(few)]
 
     def epoch(number: int) -> np.ndarray:
-        return np.array(train([np.array(order(key, np.int32(number))) for key in keys]))
+        batches = [np.array(order(key, np.int32(number))) for key in keys]
+        return np.array(train([batches[i % few] for i in range(runs or few)]))[:few]
 
     return epoch
 
@@ -478,6 +487,7 @@ def measured(settings, case: Case, runs: int, peak: float, stop: float, rows: li
         'JAX': lambda: Contender(one_by_one(case, start)),
         'PyTorch': lambda: pytorch(case, start, way_of(case, runs)),
         'graphs': lambda: graphs(case, start),
+        'stacked': lambda: stacked(case, start, runs),
     }
     contenders, left = {}, []
     for name, make in makers.items():
@@ -530,7 +540,7 @@ def in_turns(
             if number == 0:
                 losses[name] = loss  # from equal weights; this round also compiles
             else:
-                count = runs if name == 'sweep' else few
+                count = runs if name in ('sweep', 'stacked') else few
                 seconds[name].append(elapsed / count / case.program.steps)
         if number and time.monotonic() > stop:
             break
@@ -695,8 +705,14 @@ def draw(rows: list[dict], path: Path) -> None:
         'JAX': ('#E69F00', 's', '--'),
         'PyTorch': ('#009E73', '^', '--'),
         'graphs': ('#CC79A7', 'v', '--'),
+        'stacked': ('#56B4E9', 'D', '--'),
     }
-    words = {'sweep': 'the sweep', 'JAX': 'JAX, one by one', 'graphs': 'PyTorch, CUDA graphs'}
+    words = {
+        'sweep': 'the sweep',
+        'JAX': 'JAX, one by one',
+        'graphs': 'PyTorch, CUDA graphs',
+        'stacked': 'PyTorch, vmap',
+    }
     for ax, name in zip(axes, nets, strict=True):
         mine = [r for r in rows if r['net'] == name and 'sweep ms' in r]
         for way, (colour, marker, line) in styles.items():

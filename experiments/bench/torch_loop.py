@@ -1,6 +1,6 @@
-"""A plain PyTorch loop over runs, in this process or in one of its own.
+"""PyTorch training of several runs: a plain loop over them, or all of them in one step.
 
-As a process it reads a `Job` from its input, then lists of batches, and answers each with seconds
+In this process or in one of its own. As a process it reads a `Job` from its input, then lists of batches, and answers each with seconds
 and losses: so arrangements of threads and processes can be timed against each other. OpenMP's
 threads wait passively: two that spin beside any other load were 70 times slower than one.
 """
@@ -33,6 +33,7 @@ class Job(NamedTuple):
       threads: that one matrix product may use.
       device: 'cpu' or 'cuda'.
       graphs: replay a CUDA graph of the step.
+      stacked: one step for all runs, `torch.func.vmap` over their stacked weights.
     """
 
     net: str
@@ -45,6 +46,7 @@ class Job(NamedTuple):
     threads: int
     device: str = 'cpu'
     graphs: bool = False
+    stacked: bool = False
 
 
 class Way(NamedTuple):
@@ -66,27 +68,29 @@ def ways(cores: int, runs: int) -> list[Way]:
 
 
 def trainer(job: Job) -> Callable[[Sequence[np.ndarray]], list[float]]:
-    """`batches of each run (steps, batch) -> mean losses`, one run after another."""
+    """`batches of each run (steps, batch) -> mean losses`, one run after another or all at once."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    if job.device == 'cuda':
+        # What JAX takes for float32 there: products on tensor cores, convolutions by trial.
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    images = torch.tensor(job.images, device=job.device)
+    labels = torch.tensor(job.labels, device=job.device).long()
+    return (_stacked if job.stacked else _one_by_one)(job, images, labels)
+
+
+def _one_by_one(job: Job, images: Any, labels: Any) -> Callable[[Sequence[np.ndarray]], list[float]]:
     import torch
     import torch_nets
     from torch.nn import functional
 
-    torch.set_num_threads(job.threads)
-    images = torch.tensor(job.images, device=job.device)
-    labels = torch.tensor(job.labels, device=job.device).long()
     net = torch_nets.net(job.net)
 
     def loaded(parameters: dict[str, np.ndarray], masks: dict[str, np.ndarray]):
-        weights = {
-            path: torch.tensor(torch_nets.laid_out(path, leaf), device=job.device)
-            .contiguous()
-            .requires_grad_()
-            for path, leaf in parameters.items()
-        }
-        kept = {
-            path: torch.tensor(torch_nets.laid_out(path, mask), device=job.device)
-            for path, mask in masks.items()
-        }
+        weights = {path: leaf.requires_grad_() for path, leaf in _tensors(job, parameters).items()}
+        kept = _tensors(job, masks)
         optimizer = torch.optim.SGD(weights.values(), lr=job.learning_rate, momentum=job.momentum)
 
         def step(indices):
@@ -100,7 +104,10 @@ def trainer(job: Job) -> Callable[[Sequence[np.ndarray]], list[float]]:
                         weights[path] *= mask
             return loss.detach()
 
-        return _as_graph(step, weights, optimizer) if job.graphs else step
+        def momenta():
+            return [optimizer.state[weight]['momentum_buffer'] for weight in weights.values()]
+
+        return _as_graph(step, list(weights.values()), momenta) if job.graphs else step
 
     steps = [loaded(*state) for state in job.states]
 
@@ -114,7 +121,61 @@ def trainer(job: Job) -> Callable[[Sequence[np.ndarray]], list[float]]:
     return epoch
 
 
-def _as_graph(step: Callable, weights: dict, optimizer: Any) -> Callable:
+def _stacked(job: Job, images: Any, labels: Any) -> Callable[[Sequence[np.ndarray]], list[float]]:
+    """All runs in one step: their weights stacked, the gradient vmapped, SGD by fused updates."""
+    import torch
+    import torch_nets
+    from torch.nn import functional
+
+    net = torch_nets.net(job.net)
+
+    def joined(trees: Sequence[dict[str, np.ndarray]]) -> dict[str, Any]:
+        each = [_tensors(job, tree) for tree in trees]
+        return {path: torch.stack([tree[path] for tree in each]) for path in each[0]}
+
+    weights, kept = (joined(trees) for trees in zip(*job.states, strict=True))
+    momenta = {path: torch.zeros_like(leaf) for path, leaf in weights.items()}
+
+    def loss_of(weights, images, labels):
+        return functional.cross_entropy(net(weights, images), labels)
+
+    gradients = torch.func.vmap(torch.func.grad_and_value(loss_of))
+
+    @torch.no_grad()
+    def step(indices):
+        slopes, losses = gradients(weights, images[indices], labels[indices])
+        own, pace = list(weights.values()), list(momenta.values())
+        torch._foreach_mul_(pace, job.momentum)
+        torch._foreach_add_(pace, [slopes[path] for path in weights])
+        torch._foreach_add_(own, pace, alpha=-job.learning_rate)
+        if job.masked:
+            torch._foreach_mul_([weights[path] for path in kept], list(kept.values()))
+        return losses
+
+    if job.graphs:
+        step = _as_graph(step, list(weights.values()), lambda: list(momenta.values()))
+
+    def epoch(batches: Sequence[np.ndarray]) -> list[float]:
+        rows = torch.tensor(np.stack(batches, axis=1), device=job.device).long()
+        return torch.stack([step(indices) for indices in rows]).mean(0).tolist()
+
+    return epoch
+
+
+def _tensors(job: Job, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Arrays of flax in PyTorch's layout, on the job's device."""
+    import torch
+    import torch_nets
+
+    return {
+        path: torch.tensor(torch_nets.laid_out(path, leaf), device=job.device).contiguous()
+        for path, leaf in arrays.items()
+    }
+
+
+def _as_graph(
+    step: Callable[[Any], Any], weights: list[Any], momenta: Callable[[], list[Any]]
+) -> Callable[[Any], Any]:
     """The step as a CUDA graph, as PyTorch's notes have it.
 
     Warm up on another stream, put all back as it was, capture once; then copy the indices in and
@@ -127,7 +188,7 @@ def _as_graph(step: Callable, weights: dict, optimizer: Any) -> Callable:
     def replay(indices):
         if not held:  # captured at the first call
             held['static'] = indices.clone()
-            before = {path: p.detach().clone() for path, p in weights.items()}
+            before = [weight.detach().clone() for weight in weights]
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -138,9 +199,9 @@ def _as_graph(step: Callable, weights: dict, optimizer: Any) -> Callable:
             with torch.cuda.graph(held['graph']):
                 held['loss'] = step(held['static'])
             with torch.no_grad():
-                for path, p in weights.items():
-                    p.copy_(before[path])
-                    optimizer.state[p]['momentum_buffer'].zero_()
+                for weight, old, momentum in zip(weights, before, momenta(), strict=True):
+                    weight.copy_(old)
+                    momentum.zero_()
         held['static'].copy_(indices)
         held['graph'].replay()
         return held['loss'].clone()
