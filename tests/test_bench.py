@@ -73,7 +73,7 @@ def test_the_structure_benchmark_runs_and_compact_equals_masked(tmp_path):
     traced = [row for row in rows if row and row[0] == 'ResNet-56']
     assert len(traced) == 4 and len({row[3] for row in traced}) == 1
     assert 'above the target of 5 s: none' in text
-    assert any(row and row[0] == 'ResNet-20' and row[-1] == 'equal' for row in rows)
+    assert any(row and row[0] == 'ResNet-20' and float(row[-1]) < 1e-5 for row in rows)
     if 'not installed' not in text:
         assert any(row and row[:4] == ['shared layer', '19', 'equal', 'equal'] for row in rows)
 

@@ -57,6 +57,8 @@ MIB = 2**20
 TARGET_SECONDS = 5
 DEPTHS = (8, 20, 32, 56, 110)
 FRACTIONS = (0.3, 0.5, 0.8)
+#: Rounding stays below: 1e-6 on CPUs, up to 3e-4 where convolutions are transformed, as on GPUs.
+LARGEST_ERROR = 1e-3
 
 
 class Table(NamedTuple):
@@ -319,11 +321,12 @@ TIMED = {
 
 def latencies(settings, tables: list[Table], publish: Callable) -> None:
     columns = ('net', 'batch', 'removed', 'params', 'MACs', 'FLOPs', 'time', 'time, masked',
-               'dense ms', 'outputs')  # fmt: skip
+               'dense ms', 'error')  # fmt: skip
     table = Table(
         'What compact networks gain',
         'Dense over compact: parameters, costs, and time in turns; time of the masked network over'
-        ' that of the compact one. Groups at random in every family; 32x32 images, evaluation.',
+        ' that of the compact one. Groups at random in every family; 32x32 images, evaluation.'
+        ' Error: the largest difference of outputs from the masked network, over the largest output.',
         columns, [],
     )  # fmt: skip
     tables.append(table)
@@ -357,7 +360,7 @@ def gain(settings, apply, params, state, x, read, fraction: float) -> dict[str, 
     with jax.default_matmul_precision('highest'):
         expected = np.asarray(jax.jit(apply)(masked, state, x))
         found = np.asarray(jax.jit(small.apply)(small.params, small.model_state, x))
-    equal = np.allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    error = float(np.abs(found - expected).max() / np.abs(expected).max())
 
     def ratio(other: tuple[Any, ...]) -> str:
         return f'{structure.latency_ratio(other, compact, x, repeats=settings.repeats):.2f}'
@@ -370,7 +373,7 @@ def gain(settings, apply, params, state, x, read, fraction: float) -> dict[str, 
         'time': ratio((apply, params, state)),
         'time, masked': ratio((apply, masked, state)),
         'dense ms': f'{1e3 * dense:.3g}',
-        'outputs': 'equal' if equal else 'WRONG',
+        'error': f'{error:.0e}{" WRONG" if error > LARGEST_ERROR else ""}',
     }
 
 
