@@ -16,11 +16,11 @@ the images). No data are needed. N = 1, 4, 16, 64 runs (LeNet-300-100 on acceler
   stacked   all runs in one PyTorch step, `torch.func.vmap` over their stacked weights; a CUDA
             graph on a GPU
 
-in turns. The cost of a run trained alone does not depend on how many follow it,
-so JAX, PyTorch and graphs train no more than a few of the runs. Printed per N: milliseconds per run and
-step, the speed-up of the sweep, floating-point operations per second against the fastest matrix
-product of this machine, seconds to compile, memory per run as the compiler laid it out. Then, what
-recording along training costs. All ways must reach the same mean training loss in their first
+in turns. The cost of a run trained alone does not depend on how many follow it, so JAX, PyTorch
+and graphs train no more than a few of the runs. Printed per N: milliseconds per run and step, the
+speed-up of the sweep, floating-point operations per second against the fastest matrix product of
+this machine, seconds to compile, memory per run as the compiler laid it out. Then, what recording
+along training costs. All ways must reach the same mean training loss in their first
 steps: a row that does not is marked WRONG, and the exit status is 1.
 
 Written anew after every row to `--out`, and drawn beside it. What fails, or has no time left, is
@@ -72,8 +72,8 @@ NETS: dict[str, tuple[dict[str, Any], str]] = {
 }
 COLUMNS = (
     'net', 'N', 'strategy', 'PyTorch way', 'sweep ms', 'JAX ms', 'PyTorch ms', 'graphs ms',
-    'stacked ms', 'x JAX', 'x PyTorch', 'x graphs', 'x stacked', 'GFLOP/s', '% of peak', 'compile s', 'MiB per run',
-    'left out',
+    'stacked ms', 'x JAX', 'x PyTorch', 'x graphs', 'x stacked', 'GFLOP/s', '% of peak',
+    'compile s', 'MiB per run', 'left out',
 )  # fmt: skip
 #: Runs that JAX and PyTorch train one after another.
 FEW = 4

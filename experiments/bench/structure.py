@@ -57,7 +57,7 @@ MIB = 2**20
 TARGET_SECONDS = 5
 DEPTHS = (8, 20, 32, 56, 110)
 FRACTIONS = (0.3, 0.5, 0.8)
-#: Rounding stays below: 1e-6 on CPUs, up to 3e-4 where convolutions are transformed, as on GPUs.
+#: Rounding stays below it: 1e-6 on CPUs, above 1e-4 on a GPU, whose convolutions are transformed.
 LARGEST_ERROR = 1e-3
 
 
@@ -326,7 +326,7 @@ def latencies(settings, tables: list[Table], publish: Callable) -> None:
         'What compact networks gain',
         'Dense over compact: parameters, costs, and time in turns; time of the masked network over'
         ' that of the compact one. Groups at random in every family; 32x32 images, evaluation.'
-        ' Error: the largest difference of outputs from the masked network, over the largest output.',
+        ' Error: the largest difference from the masked network, over the largest output.',
         columns, [],
     )  # fmt: skip
     tables.append(table)

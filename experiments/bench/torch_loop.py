@@ -1,8 +1,9 @@
 """PyTorch training of several runs: a plain loop over them, or all of them in one step.
 
-In this process or in one of its own. As a process it reads a `Job` from its input, then lists of batches, and answers each with seconds
-and losses: so arrangements of threads and processes can be timed against each other. OpenMP's
-threads wait passively: two that spin beside any other load were 70 times slower than one.
+In this process or in one of its own. As a process it reads a `Job` from its input, then lists of
+batches, and answers each with seconds and losses: so arrangements of threads and processes can be
+timed against each other. OpenMP's threads wait passively: two that spin beside any other load were
+70 times slower than one.
 """
 
 import itertools
@@ -81,7 +82,9 @@ def trainer(job: Job) -> Callable[[Sequence[np.ndarray]], list[float]]:
     return (_stacked if job.stacked else _one_by_one)(job, images, labels)
 
 
-def _one_by_one(job: Job, images: Any, labels: Any) -> Callable[[Sequence[np.ndarray]], list[float]]:
+def _one_by_one(
+    job: Job, images: Any, labels: Any
+) -> Callable[[Sequence[np.ndarray]], list[float]]:
     import torch
     import torch_nets
     from torch.nn import functional
