@@ -170,6 +170,30 @@ class Own(NamedTuple):
     makes: bool
 
 
+class Gates(NamedTuple):
+    """A network with a number for each unit that multiplies it, see `structure.gates`.
+
+    Attributes:
+      sizes: layer -> how many units it has.
+      counts: layer -> in how many places its units are gated; above 1 where layers share them.
+      apply: `(gates, params, x, *states) -> outputs`; layer -> `(units,)`, or a list of one such
+        array for each place. Layers without gates are as they were.
+      activations: `(params, x, *states) -> {layer: the array at each place}`.
+      shifted: `(shifts, params, x, *states) -> outputs`, with an array added at each place.
+      by_unit: arrays such as those of `activations` -> layer -> their sums over all but the units.
+      tail: `(layers, params, x, *states) -> (gates -> outputs)`: all that does not depend on the
+        gates of these layers is computed once.
+    """
+
+    sizes: dict[str, int]
+    counts: dict[str, int]
+    apply: Callable[..., PyTree]
+    activations: Callable[..., dict[str, list[jax.Array]]]
+    shifted: Callable[..., PyTree]
+    by_unit: Callable[..., dict[str, jax.Array]]
+    tail: Callable[..., Callable[[dict[str, jax.Array]], PyTree]]
+
+
 class Groups(NamedTuple):
     """What competes: single weights, n of every m, blocks, units, heads.
 
@@ -186,6 +210,8 @@ class Groups(NamedTuple):
         such rule is there.
       most: layer -> how many groups the rule lets in at most; None if there is no rule.
       own: path -> what makes or follows units, biases and norms as well; {} for other kinds.
+      families: layer -> what belongs to its groups, for coupled groups; see `structure.Family`.
+      gates: place -> the network with gates on these groups; None for other kinds.
     """
 
     kind: str
@@ -196,6 +222,8 @@ class Groups(NamedTuple):
     eligible: Callable[[Scores], Scores] | None = None
     most: dict[str, int] | None = None
     own: dict[str, Own] = {}  # noqa: RUF012 (nobody changes it)
+    families: dict[str, Any] = {}  # noqa: RUF012
+    gates: Callable[[str], Gates] | None = None
 
 
 class ScoreFn(Protocol):

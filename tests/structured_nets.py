@@ -172,6 +172,25 @@ def encoder(p, s, x, *, hid, nh, blocks, **_):
     return dense(p['head'], x.mean(1))
 
 
+def gnet(p, s, x, **_):
+    x = jax.nn.relu(batch_norm(p['bn1'], s['bn1'], conv(p['conv1'], x)))
+    x = jax.nn.relu(batch_norm(p['bn2'], s['bn2'], conv(p['conv2'], x, 2)))
+    return dense(p['fc2'], jax.nn.relu(dense(p['fc1'], flatten(x))))
+
+
+def gres(p, s, x, **_):
+    h = jax.nn.relu(batch_norm(p['bn0'], s['bn0'], conv(p['stem'], x)))
+    y = jax.nn.relu(batch_norm(p['bn1'], s['bn1'], conv(p['conv1'], h)))
+    h = jax.nn.relu(h + batch_norm(p['bn2'], s['bn2'], conv(p['conv2'], y)))
+    return dense(p['fc'], h.mean((1, 2)))
+
+
+def tconv(p, s, x, **_):
+    x = jax.nn.relu(batch_norm(p['bn1'], s['bn1'], conv(p['conv1'], x, 1, pad=0)))
+    x = jax.nn.relu(batch_norm(p['bn2'], s['bn2'], conv(p['conv2'], x, 2, pad=0)))
+    return dense(p['fc2'], jax.nn.relu(dense(p['fc1'], flatten(x))))
+
+
 def _named(forward, *names):
     """A network whose first options may be given by position."""
 
@@ -190,4 +209,8 @@ NETS = {
     'MobileNet': _named(mobilenet),
     'DenseNet': _named(densenet),
     'Encoder': _named(encoder),
+    'GNet': _named(gnet),
+    'GRes': _named(gres),
+    'TMLP': lambda *a, **k: mlp(*a[-3:]),
+    'TConv': _named(tconv),
 }

@@ -1,7 +1,9 @@
 """Scores: pure functions `(key, view, batches) -> scores`, high = keep. One file per family."""
 
+from jaxprune.score.activations import ACTIVATION_MEASURES, activation_score
 from jaxprune.score.fisher import fisher
 from jaxprune.score.force import force
+from jaxprune.score.gate_taylor import gate_taylor
 from jaxprune.score.gradient_norm import gradient_norm
 from jaxprune.score.grasp import grasp
 from jaxprune.score.group_importance import (
@@ -24,12 +26,15 @@ from jaxprune.score.synflow import synflow
 from jaxprune.score.taylor import taylor
 
 __all__ = [
+    'ACTIVATION_MEASURES',
     'GROUP_MEASURES',
     'MEASURES',
     'Layer',
+    'activation_score',
     'fisher',
     'force',
     'forward_layers',
+    'gate_taylor',
     'gradient_norm',
     'grasp',
     'group_decay',

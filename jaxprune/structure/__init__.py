@@ -16,8 +16,10 @@ from jaxprune.structure.effective_masks import (
 )
 from jaxprune.structure.fold import Folded, fold_constants
 from jaxprune.structure.forward_order import forward_order
+from jaxprune.structure.gates import gates
 from jaxprune.structure.groups import KINDS, Coupled, Family, Member, groups
 from jaxprune.structure.latency import latency, latency_ratio
+from jaxprune.structure.sites import PLACES
 from jaxprune.structure.target import (
     TARGETS,
     Chain,
@@ -32,6 +34,7 @@ from jaxprune.structure.unit_groups import silent_when_unread
 
 __all__ = [
     'KINDS',
+    'PLACES',
     'TARGETS',
     'Chain',
     'Compact',
@@ -58,6 +61,7 @@ __all__ = [
     'forward_of',
     'forward_order',
     'forward_shapes',
+    'gates',
     'groups',
     'groups_of',
     'latency',

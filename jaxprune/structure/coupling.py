@@ -40,18 +40,21 @@ class Visit(NamedTuple):
       operands: what it takes.
       results: what it makes.
       inside: the visits of each function that it calls or repeats.
+      name: of the operation; '' for a constant.
     """
 
     operands: list[Labelled]
     results: list[Labelled]
     inside: tuple[list['Visit'], ...] = ()
+    name: str = ''
 
 
 class Coupling(NamedTuple):
     """A function that was read.
 
     Attributes:
-      traced: the function.
+      forward: the function, `(params, x, *states) -> outputs`.
+      traced: the same, traced.
       state_paths: the paths of its states.
       units: which indices go together.
       axes: those of each argument: parameters, inputs, states.
@@ -61,6 +64,7 @@ class Coupling(NamedTuple):
       unknown: see `coupling`.
     """
 
+    forward: Callable[..., PyTree]
     traced: Traced
     state_paths: list[str]
     units: Units
@@ -109,7 +113,7 @@ def coupling(
     axes = [[Axis(n) for n in shape] for shape in shapes]
     for i in range(count, count + traced.inputs):
         axes[i] = list(kept(shapes[i], 'the raw input').axes)
-    made = Coupling(traced, state_paths, Units(), axes, {}, [], sliced, [], unknown)
+    made = Coupling(forward, traced, state_paths, Units(), axes, {}, [], sliced, [], unknown)
     visits = walk(made, lambda source: True, lambda axis: True, lambda axis, where: None)
     return made._replace(visits=visits)
 
@@ -213,7 +217,7 @@ class _Walker(NamedTuple):
             if not self.freezes:
                 raise
             out = self._frozen(equation, values)
-        self.visits.append(Visit(list(values), list(out), inside))
+        self.visits.append(Visit(list(values), list(out), inside, name))
         return out
 
     def _frozen(self, equation: JaxprEqn, values: list[Labelled]) -> list[Labelled]:
@@ -259,7 +263,7 @@ class _Walker(NamedTuple):
                 walker.through(plain, [*made, *both])
 
             logs.append(self.apart(derivative, self.orders - 1))
-        self.visits.append(Visit(list(values), results, tuple(logs)))
+        self.visits.append(Visit(list(values), results, tuple(logs), name))
         return results
 
     def scan(
@@ -283,7 +287,7 @@ class _Walker(NamedTuple):
             for value, var in zip(out[n_carry:], equation.outvars[n_carry:], strict=True)
         ]
         results = [*after, *stacked]
-        self.visits.append(Visit(list(values), results, (log,)))
+        self.visits.append(Visit(list(values), results, (log,), 'scan'))
         return results
 
     def _settled(

@@ -67,11 +67,23 @@ class Left:
         return array
 
 
-def resized(read: Coupling, left: Left) -> Callable[..., list[Any]]:
-    """The traced program without what is removed: `(*leaves) -> leaves`, a function of arrays."""
+#: Changes what an operation takes (True) or makes (False), at its visit.
+Touch = Callable[[Visit, list[Any], bool], Sequence[Any]]
+
+
+def _untouched(visit: Visit, arrays: list[Any], taken: bool) -> Sequence[Any]:
+    return arrays
+
+
+def resized(read: Coupling, left: Left, touch: Touch = _untouched) -> Callable[..., list[Any]]:
+    """The traced program without what is removed: `(*leaves) -> leaves`, a function of arrays.
+
+    Args:
+      touch: may change arrays on their way, see `gates`.
+    """
 
     def run(*leaves: Any) -> list[Any]:
-        return _Replay(iter(read.visits), left).through(read.traced.jaxpr, list(leaves))
+        return _Replay(iter(read.visits), left, touch).through(read.traced.jaxpr, list(leaves))
 
     return run
 
@@ -82,10 +94,12 @@ class _Replay(NamedTuple):
     Attributes:
       visits: what was found at each operation, in the order of the function.
       left: which indices are left.
+      touch: see `resized`.
     """
 
     visits: Iterator[Visit]
     left: Left
+    touch: Touch = _untouched
 
     def through(self, jaxpr: ClosedJaxpr | Jaxpr, arrays: Sequence[Any]) -> list[Any]:
         return interpret(jaxpr, arrays, self.rule, self.constant, self.scan, self.call)
@@ -106,7 +120,8 @@ class _Replay(NamedTuple):
             return lax.switch(arrays[0], branches, *arrays[1:])
         if name == 'while':
             return self._while(equation, arrays, visit)
-        return smaller(equation, arrays, visit, self.left)
+        arrays = list(self.touch(visit, arrays, True))
+        return self.touch(visit, list(smaller(equation, arrays, visit, self.left)), False)
 
     def _while(self, equation: JaxprEqn, arrays: list[Any], visit: Visit) -> Sequence[Any]:
         params, (test, body) = equation.params, visit.inside
@@ -148,6 +163,10 @@ class _Replay(NamedTuple):
         if name not in OWN_CALLS:
             return None
         visit = next(self.visits)
+        return self.touch(visit, list(self._called(equation, arrays, visit)), False)
+
+    def _called(self, equation: JaxprEqn, arrays: list[Any], visit: Visit) -> Sequence[Any]:
+        name = equation.primitive.name
         if name.startswith('custom') and self.left.untouched([*visit.operands, *visit.results]):
             params = equation.primitive.get_bind_params(equation.params)
             return equation.primitive.bind(*arrays, **params)

@@ -1,5 +1,6 @@
 """Coupled units and heads as what competes: sums over what makes them, masks of all that goes."""
 
+import functools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from jaxprune.errors import PruneError, quoted
 from jaxprune.structure.coupling import may_go, walk
+from jaxprune.structure.gates import gates
 from jaxprune.structure.groups import Coupled, Family, Member
 from jaxprune.structure.labelled import Source
 from jaxprune.structure.units import Axis, found
@@ -67,7 +69,11 @@ def unit_groups(
         for path, axes in coupled.coupling.parameter_axes.items()
         for i, axis in enumerate(axes)
     }
-    return _groups_of(competing, shapes, lengths, name)
+    names = [family.name for family in competing]
+    return _groups_of(competing, shapes, lengths, name)._replace(
+        families={family.name: family for family in competing},
+        gates=functools.cache(lambda place: gates(coupled, place, names)),
+    )
 
 
 def _groups_of(
