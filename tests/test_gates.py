@@ -102,7 +102,7 @@ def close(found, expected, tolerance):
     ({'order': 2, 'at_once': 4}, 11, 1, 1e-3),
 ])  # fmt: skip
 def test_taylor_on_gates_is_that_of_the_authors(options, method, factor, tolerance):
-    """Expectation: the file's mean over two batches; method 23 has a sum over 8 examples over 64."""
+    """Expectation: the file's mean over two batches; method 23 has a sum over 8 examples / 64."""
     file, _, problem, view, units, _ = case('taylor_fo_gnet')
     score = gate_taylor(problem, by=units, **options)
     found = jax.jit(score)(KEY, view, batch(file, 0, 1))

@@ -152,8 +152,9 @@ def _of_groups(request: _Request) -> Pruner:
     if entry.make is not None:
         return entry.make(problem, groups, fewest if any(fewest.values()) else None, **options)
     by_group = {'by': groups} if entry.grouped else {}
+    own = {name: value for name, value in options.items() if name != 'momentum'}
     return pruner(
-        entry.score(problem, train, **options, **by_group),
+        entry.score(problem, train, **own, **by_group),
         global_top_k if shared else layerwise_top_k,
         monotone=entry.monotone,
         needs=entry.needs,
@@ -161,4 +162,5 @@ def _of_groups(request: _Request) -> Pruner:
         most=most if shared and choices.cap != 1.0 else None,
         groups=groups,
         by_group=entry.grouped,
+        momentum=options['momentum'] if entry.averages else None,
     )

@@ -94,7 +94,7 @@ def _group_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
         if choices.repair:
             needs = f'with granularity {coupled}: it needs whole rows and columns of kernels'
             yield 'repair', f"'{choices.repair}' goes {needs}"
-        if entry.hooked:
+        if entry.hooked or entry.coupled:
             yield 'granularity', f"'{choices.name}' prunes coupled groups: expected {coupled}"
     try:
         re.compile(choices.keep_all_units)

@@ -3,6 +3,7 @@
 A method that changes training has a file of its own in this room, and a line here.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ class Method(NamedTuple):
       density_schedule: published schedule of densities over the rounds.
       monotone: pruned weights never return.
       grouped: the score takes `by`: what is removed together.
+      coupled: it is a score of coupled groups and of nothing else.
+      averages: the option 'momentum' averages scores over rounds.
       options: further options of the method with their published values. Numbers are traced, so
         runs that differ in them share a program; whole numbers and words are not.
       example: the inside of a table of `grid.method` with what the method cannot do without.
@@ -45,6 +48,8 @@ class Method(NamedTuple):
     density_schedule: str = 'exponential'
     monotone: bool = True
     grouped: bool = False
+    coupled: bool = False
+    averages: bool = False
     options: Mapping[str, Any] = {}
     example: str = ''
     make: Callable[..., Pruner] | None = None
@@ -76,6 +81,18 @@ def _measure(title: str, name: str, doc: str) -> Method:
     return Method(title, make, doc, _FLOW, _data, grouped=True, options=temperature)
 
 
+def _units(make: Callable[..., ScoreFn], title: str, doc: str, paper: str, **rest: Any) -> Method:
+    """A score of coupled groups."""
+    entry = {'example': 'granularity = "unit"', 'needs': _data, **rest}
+    return Method(title, _of(make), doc, paper, grouped=True, coupled=True, **entry)
+
+
+def _preset(make: Callable[..., ScoreFn], **settings: Any) -> Callable[..., ScoreFn]:
+    """A score with some of its options settled."""
+    return functools.partial(make, **settings)
+
+
+_TAYLOR = 'Molchanov et al. 2019, arXiv:1906.10771'
 _FLOW = 'Lubana & Dick 2021, arXiv:2009.11839'
 _FORCE = 'de Jorge et al. 2021, arXiv:2006.09081'
 
@@ -216,6 +233,74 @@ METHODS: dict[str, Method] = {
         _data_initial,
         grouped=True,
         options={'order': 1, 'mode': 'sum_of_abs', 'bias': 'none', 'temperature': 1.0},
+    ),
+    'gate_taylor': _units(
+        score.gate_taylor,
+        'Taylor (gates)',
+        'The change of the loss without a unit, by the slope along a gate on it, after its norm.',
+        _TAYLOR,
+        averages=True,
+        options={
+            'order': 1,
+            'sign': 'square',
+            'per': 'batch',
+            'place': 'norm',
+            'shared': 'sum',
+            'at_once': 64,
+            'momentum': 0.0,
+        },
+    ),
+    'apoz': _units(
+        _preset(score.activation_score, measure='apoz'),
+        'APoZ',
+        'How often a unit is active: one minus the average percentage of zeros.',
+        'Hu, Peng, Tai & Tang 2016, arXiv:1607.03250',
+        options={'place': 'activation'},
+    ),
+    'sensitivity': _units(
+        _preset(score.activation_score, measure='sensitivity'),
+        'sensitivity',
+        "The mean size of the loss's slope along a unit's activations.",
+        'Mozer & Smolensky 1989; as in Ancona et al. 2020, arXiv:2006.01795',
+        options={'place': 'activation'},
+    ),
+    'taylor_output': _units(
+        _preset(score.activation_score, measure='taylor_output'),
+        'Taylor (outputs)',
+        'The mean of abs(z dL/dz) over examples and positions, of length one in each layer.',
+        'Molchanov et al. 2017, arXiv:1611.06440',
+        options={'place': 'activation'},
+    ),
+    'group_score': _units(
+        score.coupled_score,
+        'group score',
+        'A number for each weight, added up over what is removed together, then normalised in the '
+        'layer; every choice is an option.',
+        'Fang et al. 2023, arXiv:2301.12900',
+        options={
+            'measure': 'square',
+            'parameters': 'kernels',
+            'members': 'all',
+            'reduce': 'mean',
+            'root': False,
+            'normalise': 'mean',
+        },
+    ),
+    'fpgm': _units(
+        _preset(score.coupled_score, measure='fpgm', members='out', reduce='sum'),
+        'FPGM',
+        'The sum of distances from the other filters of the layer: what others can replace goes.',
+        'He et al. 2019, arXiv:1811.00250',
+        needs=frozenset(),
+        options={'normalise': 'none'},
+    ),
+    'bn_scale': _units(
+        _preset(score.coupled_score, measure='magnitude', members='out', reduce='mean'),
+        'BN scale',
+        'The size of the scale of the norm that follows, averaged over the layers of a sum.',
+        'Liu et al. 2017, arXiv:1708.06519',
+        needs=frozenset(),
+        options={'parameters': 'scale$', 'normalise': 'none'},
     ),
     'tpp': Method(
         'TPP',

@@ -4,8 +4,12 @@ Whole numbers that a program is unrolled over have a bound: above it, compiling 
 """
 
 from jaxprune.arguments import Option
+from jaxprune.score.coupled import AGGREGATIONS, COUPLED_MEASURES, MEMBERS
 from jaxprune.score.fisher import LABELS
+from jaxprune.score.gate_taylor import PER, SHARED, SIGNS
+from jaxprune.score.group_importance import NORMALISATIONS
 from jaxprune.score.importance import BIASES, MODES
+from jaxprune.structure import PLACES
 
 #: Most times that a score repeats its work inside one program.
 _UNROLLED = 100
@@ -20,8 +24,20 @@ OPTIONS: dict[str, Option] = {
     'steps': Option('training steps that the score looks ahead', low=0, high=_UNROLLED),
     'learning_rate': Option('of the steps that the score looks ahead'),
     'first_order': Option('ignore how the gradients of these steps depend on the mask'),
-    'order': Option('of the derivative of ‖θ‖²: 0, 1 (θ g) or 2 (θ Hg)', low=0, high=2),
+    'order': Option('of the derivative: of ‖θ‖², 2 is θ Hg; along a gate 1 or 2', low=0, high=2),
     'mode': Option('how products of a group are added up', choices=MODES),
+    'sign': Option('what a change of the loss counts as', choices=SIGNS),
+    'per': Option("whose loss changes: a batch's mean, or each example's", choices=PER),
+    'place': Option('where gates sit, or activations are taken', choices=PLACES),
+    'shared': Option('what a gate of several layers has', choices=SHARED),
+    'at_once': Option('units or orders that are computed together', low=1),
+    'momentum': Option('share of the average of earlier rounds', low=0, high=1),
+    'measure': Option('what a weight counts for', choices=COUPLED_MEASURES),
+    'parameters': Option("'kernels', or a regular expression of paths that count"),
+    'members': Option("'out', or 'all' with the slices that read", choices=MEMBERS),
+    'reduce': Option("how a group's slices become one number", choices=AGGREGATIONS),
+    'root': Option('take the square root of that'),
+    'normalise': Option('over the groups of a layer', choices=NORMALISATIONS),
     'bias': Option('what multiplies every product', choices=BIASES),
     'weight': Option('of the decorrelation against the pull to zero', above=0),
     'interval': Option('training steps after which the penalty grows', low=1),

@@ -39,12 +39,14 @@ class Memory(NamedTuple):
       masks: the masks as they were then: what was pruned before never returns.
       round: rounds so far, int32.
       ranking: every weight's last score; None if the keep counts alone determine the masks.
+      average: the average of scores over rounds; None if there is none.
     """
 
     initial: Weights
     masks: Masks
     round: jax.Array
     ranking: Ranking | None
+    average: Scores | None = None
 
 
 def pruner(
@@ -58,6 +60,7 @@ def pruner(
     final_masks: FinalMasksFn | None = None,
     groups: Groups | None = None,
     by_group: bool = False,
+    momentum: ArrayLike | None = None,
 ) -> Pruner:
     """Scores the weights, keeps the best.
 
@@ -75,6 +78,9 @@ def pruner(
       groups: what competes, by the sum of its weights' scores; None for single weights. Counts
         and bounds are those of its layers.
       by_group: the score gives one number per group itself.
+      momentum: m of `m average + (1 - m) score`, an average over rounds that takes the place of the
+        score from the second round on, as Molchanov et al. (2019, arXiv:1906.10771) have it; what
+        is pruned has the average 0. None to take each round's score.
 
     Returns:
       A `Pruner`; `update` may be called once (one-shot) or once per round with falling counts
@@ -84,29 +90,38 @@ def pruner(
     needs = frozenset(needs)
     if not needs <= NEEDS:
         raise PruneError(f'needs may hold {sorted(NEEDS)}, not {sorted(needs)}')
-    remembers = not monotone or final_masks is not None
+    returns = not monotone or final_masks is not None
+    remembers = returns or momentum is not None
 
     def init(key: Key, view: View) -> tuple | Memory:
         del key
         if not remembers:
             return ()
         first = jnp.zeros((), jnp.int32)
-        ranking = None
+        ranking = average = None
+        if momentum is not None:
+            shapes = jax.tree.map(jnp.shape, view.weights) if groups is None else groups.shapes
+            dtype = jnp.result_type(*view.weights.values())
+            average = {layer: jnp.zeros(shape, dtype) for layer, shape in shapes.items()}
         if final_masks is not None:
             # Weights that are pruned before the first round stay so.
             never = {path: jnp.full(w.shape, -jnp.inf, w.dtype) for path, w in view.weights.items()}
             ranking = Ranking(
                 {path: jnp.zeros(w.shape, jnp.int32) for path, w in view.weights.items()}, never
             )
-        return Memory(view.weights, view.masks, first, ranking)
+        initial, masks = (view.weights, view.masks) if returns else ({}, {})
+        return Memory(initial, masks, first, ranking, average)
 
     def update(key: Key, state, view: View, counts: Counts, batches: Batches | None):
-        if remembers:
+        if returns:
             view = view._replace(initial=state.initial)
         scores = score(key, view, batches)
         in_force = view.masks if monotone else state.masks
         scores, in_play = _of_groups(groups, by_group, scores, in_force)
         nonfinite, nonzero = tallied(scores, in_play)
+        if momentum is not None:
+            scores = _averaged(state, scores, in_play, momentum)
+            state = state._replace(average=scores)
         scores = {path: jnp.where(in_play[path], leaf, -jnp.inf) for path, leaf in scores.items()}
         if groups is not None and groups.eligible is not None:
             scores = groups.eligible(scores)
@@ -141,9 +156,20 @@ def pruner(
         init,
         update,
         needs,
-        regrown_values if remembers else None,
+        regrown_values if returns else None,
         masks_at_the_end if final_masks is not None else None,
     )
+
+
+def _averaged(state: Memory, scores: Scores, in_play: Masks, momentum: ArrayLike) -> Scores:
+    """The scores of this round, averaged with those of the rounds before."""
+
+    def one(layer: str, score: jax.Array) -> jax.Array:
+        before = state.average[layer]
+        share = jnp.where(state.round > 0, momentum, 0).astype(score.dtype)
+        return jnp.where(in_play[layer], share * before + (1 - share) * score, 0)
+
+    return {layer: one(layer, score) for layer, score in scores.items()}
 
 
 def tallied(scores: Scores, in_play: Masks) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,7 @@
 """Scores: pure functions `(key, view, batches) -> scores`, high = keep. One file per family."""
 
 from jaxprune.score.activations import ACTIVATION_MEASURES, activation_score
+from jaxprune.score.coupled import COUPLED_MEASURES, coupled_score
 from jaxprune.score.fisher import fisher
 from jaxprune.score.force import force
 from jaxprune.score.gate_taylor import gate_taylor
@@ -27,10 +28,12 @@ from jaxprune.score.taylor import taylor
 
 __all__ = [
     'ACTIVATION_MEASURES',
+    'COUPLED_MEASURES',
     'GROUP_MEASURES',
     'MEASURES',
     'Layer',
     'activation_score',
+    'coupled_score',
     'fisher',
     'force',
     'forward_layers',

@@ -119,7 +119,7 @@ def has_lasting_state(spec: MethodSpec) -> bool:
     if spec == DENSE:
         return False
     entry = method.method(spec.name)
-    remembers = not entry.monotone or spec.target == 'effective'
+    remembers = not entry.monotone or spec.target == 'effective' or entry.averages
     apart = spec.rounds > 1 and bool(spec.every or spec.end or spec.rewind)
     return apart and (remembers or entry.hooked)
 
