@@ -47,6 +47,8 @@ _probes = Path(tempfile.gettempdir()) / f'jaxprune-tests-{_run}'
 os.environ['JAXPRUNE_CACHE_DIR'] = str(_probes)
 
 
+#: Marks of cases that the default run leaves out.
+OTHER_RUNS = ('slow', 'script', 'more')
 #: Programs that one case may have compiled, or read from disk. Operations outside of `jax.jit` are
 #: a program each: 280 of them took nine seconds. `@pytest.mark.programs(n)` allows a case more.
 #: Counted with one version of jax: another may cut the same functions into other programs.
@@ -65,7 +67,7 @@ def pytest_runtest_call(item):
     result = yield
     marker = item.get_closest_marker('programs')
     most = marker.args[0] if marker else MOST_PROGRAMS
-    elsewhere = any(map(item.get_closest_marker, ('slow', 'script')))  # not in the default run
+    elsewhere = any(map(item.get_closest_marker, OTHER_RUNS))
     if _COUNTED and not elsewhere and len(_programs) > most:
         pytest.fail(
             f'{len(_programs)} programs were compiled, at most {most} are expected: use jit'

@@ -157,7 +157,7 @@ def check_goes_on(label, tmp_path, strategy, first, second, after):
         pytest.param(Strategy('unroll', 'host', 'native', 1), 1, 1, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize('after', [2, 3, 5])
+@pytest.mark.parametrize('after', [3, *(pytest.param(n, marks=pytest.mark.more) for n in (2, 5))])
 def test_a_chunk_goes_on_where_it_stopped(tmp_path, strategy, first, second, after):
     """Runs on two devices, then on one: padding is no part of a checkpoint."""
     check_goes_on('before', tmp_path, strategy, first, second, after)
@@ -165,7 +165,13 @@ def test_a_chunk_goes_on_where_it_stopped(tmp_path, strategy, first, second, aft
 
 @pytest.mark.parametrize(
     ('label', 'after'),
-    [('along', 3), ('returning', 3), ('hooked', 4), ('rewound', 4), ('tuned', 4)],
+    [
+        ('hooked', 4),
+        ('rewound', 4),
+        pytest.param('along', 3, marks=pytest.mark.more),
+        pytest.param('returning', 3, marks=pytest.mark.more),
+        pytest.param('tuned', 4, marks=pytest.mark.more),
+    ],
 )
 def test_a_method_goes_on_in_the_middle_of_its_life(tmp_path, label, after):
     """Between its first round and its last: what it carries, and the state to rewind to."""

@@ -130,7 +130,15 @@ def compared(name, train, dtype, tolerance):
         assert_close(our_state, cut(their_state, lost), tolerance)
 
 
-CASES = [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in MODELS]
+#: A convolutional net with batch norm, and attention; the others are further instances.
+QUICK = ('small_vgg', 'transformer')
+
+
+def marks(name):
+    return () if name in QUICK else pytest.mark.slow if name in LARGE else pytest.mark.more
+
+
+CASES = [pytest.param(n, marks=marks(n)) for n in MODELS]
 
 
 @pytest.mark.parametrize('name', CASES)
@@ -160,9 +168,9 @@ OPTIMIZERS = {
 @pytest.mark.parametrize(
     ('name', 'optimizer'),
     [
-        ('small_vgg', 'momentum'),
         ('small_vgg', 'adam'),
-        ('transformer', 'adamw'),
+        pytest.param('small_vgg', 'momentum', marks=pytest.mark.more),
+        pytest.param('transformer', 'adamw', marks=pytest.mark.more),
         pytest.param('resnet20', 'adam', marks=pytest.mark.slow),
     ],
 )

@@ -32,6 +32,8 @@ from jaxprune.types import Batch
 #: Methods whose rounds may all happen before training. Those that change training have laws of
 #: their own in `test_hooks.py`.
 METHODS = sorted(name for name, entry in method.METHODS.items() if not entry.hooked)
+MORE = pytest.mark.more
+
 #: Points of `importance`, which stands for them: the same code with other options.
 POINTS = (
     'loss_preservation',
@@ -101,8 +103,10 @@ def on_dense_as_users(name):
 
 
 def on_conv(name):
-    """On the convolutional net, whose programs take long to compile."""
-    return slow_unless(name == 'snip', 'conv', name)
+    """On a second net, whose programs take long to compile."""
+    if name == 'snip':
+        return pytest.param('conv', name, marks=MORE)
+    return slow_unless(False, 'conv', name)
 
 
 def table(model, methods, **grid):
@@ -278,7 +282,13 @@ def test_strategies_agree(benches, engines, name):
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize('name', SOME)
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(m, marks=MORE) if m in KINDS[:-1] else slow_unless(m == 'force', m)
+        for m in METHODS
+    ],
+)
 def test_chunk_size_position_and_padding_change_nothing(benches, engines, name):
     """Law: a run's rows are the same in any chunk, at any place, with or without padding."""
     bench = benches['dense']
@@ -510,7 +520,8 @@ def test_any_density_is_met_exactly_and_nested(benches, how, allocation, name):
     ('net', 'name'),
     [
         *(slow_unless(m not in POINTS, 'dense', m) for m in METHODS),
-        *(slow_unless(m in ('grasp', 'prospr'), 'conv', m) for m in METHODS),
+        *(slow_unless(m == 'grasp', 'conv', m) for m in METHODS if m != 'prospr'),
+        pytest.param('conv', 'prospr', marks=MORE),
     ],
 )
 def test_what_stands_under_the_mask_changes_no_score(benches, net, name):

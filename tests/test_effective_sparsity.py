@@ -111,7 +111,10 @@ def test_fishers_exact_test():
         assert math.isclose(table.same_rate(a, n, b, m), expected, rel_tol=1e-9)
 
 
-@pytest.mark.parametrize('name', ['direct', 'effective', 'uniform_plus'])
+@pytest.mark.parametrize(
+    'name',
+    ['effective', *(pytest.param(n, marks=pytest.mark.more) for n in ('direct', 'uniform_plus'))],
+)
 def test_the_specifications_plan_without_data(name):
     """Expectation: methods x compressions x seeds and a dense control per seed, by hand."""
     spec = load_spec(FOLDER / f'{name}.toml')

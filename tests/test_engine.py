@@ -113,9 +113,16 @@ DEEP = (
 )
 
 
+def marks(name):
+    """By default a net with batch norm and one with attention."""
+    if name in ('small_vgg', 'vit'):
+        return ()
+    return pytest.mark.slow if name in DEEP else pytest.mark.more
+
+
 @pytest.mark.parametrize(
     'name',
-    [pytest.param(m, marks=pytest.mark.slow if m in DEEP else ()) for m in nn.MODELS],
+    [pytest.param(m, marks=marks(m)) for m in nn.MODELS],
 )
 def test_no_model_makes_devices_talk(name):
     """Law: runs are independent: no collective in what two devices train, whatever the network."""
@@ -284,7 +291,11 @@ def trained(engine, rows):
     return engine.pack(states)
 
 
-@pytest.mark.parametrize('strategy', [ONE, Strategy('unroll', 'host', 'native', 2)], ids=str)
+@pytest.mark.parametrize(
+    'strategy',
+    [ONE, pytest.param(Strategy('unroll', 'host', 'native', 2), marks=pytest.mark.more)],
+    ids=str,
+)
 def test_batch_statistics_belong_to_their_run(strategy):
     """Expectation: each run's running averages are those it has when it is trained alone, and no
     two runs of different seeds have the same; donated states are used up.

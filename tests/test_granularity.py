@@ -57,7 +57,7 @@ def test_inputs_lie_where_the_products_say():
             np.testing.assert_array_equal(found[path].T, straight[path])
 
 
-@pytest.mark.parametrize('allocation', ['global', 'uniform'])
+@pytest.mark.parametrize('allocation', ['global', pytest.param('uniform', marks=pytest.mark.more)])
 def test_blocks(allocation):
     """Expectation: the masks of `block_top_k`, whose blocks are ranked by the same sums."""
     scores = {path: np.abs(leaf) for path, leaf in PARAMS.items()}

@@ -174,7 +174,9 @@ def spectrum(problem, view, examples: int = 2):
 
 
 @pytest.mark.parametrize('depth', [3, pytest.param(6, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(('kept', 'mean'), [(20, 1.0), (5, 0.5)])
+@pytest.mark.parametrize(
+    ('kept', 'mean'), [(5, 0.5), pytest.param(20, 1.0, marks=pytest.mark.more)]
+)
 def test_orthogonal_chains(kept, mean, depth):
     """Expectation: widths of 20 give isometry; 5 hidden units for 10 logits, five values of 1 and
     five of 0. By slicing, and by masks of a wider network."""

@@ -39,7 +39,7 @@ SMALL = {
     'lenet300100': {},
     'lenet5': {},
 }
-QUICK = ('mlp', 'small_vgg', 'vit')
+QUICK = ('mlp', 'small_vgg')
 
 
 def table_of(name, **options):
@@ -120,7 +120,8 @@ def agrees(name, dtype, tolerance, normalisation='refuse'):
 
 
 def slow(names):
-    return [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    marks = dict.fromkeys(QUICK, ()) | {'vit': pytest.mark.more}
+    return [pytest.param(n, marks=marks.get(n, pytest.mark.slow)) for n in names]
 
 
 @pytest.mark.parametrize('name', slow(nn.MODELS))

@@ -33,6 +33,7 @@ TABLE = {
     'grid': {'compression': [4], 'seed': [0, 1]},
 }
 EPOCH = 10
+MORE = pytest.mark.more
 
 
 def chunk_of(table):
@@ -81,7 +82,7 @@ def after(seen, name, number=0):
     return [states for kind, _, states in seen if kind == name][number]
 
 
-@pytest.mark.parametrize('back', [0.0, 0.7])
+@pytest.mark.parametrize('back', [pytest.param(0.0, marks=MORE), 0.7])
 def test_after_each_level_kept_weights_are_those_of_the_rewind_point(back):
     """Expectation: weights, batch statistics and momentum of step k bit for bit where kept, zero
     elsewhere; the clock goes on from k; the masks are nested and exact."""
@@ -127,22 +128,34 @@ def test_taking_back_the_rate_keeps_the_weights():
 @pytest.mark.parametrize(
     'entry',
     [
-        {'name': 'snip', 'start': 7, 'every': 5, 'rounds': 3, 'time_unit': 'steps'},
-        {'name': 'force', 'start': 0.5, 'every': 0.9, 'rounds': 3},
-        {'name': 'snip', 'start': 1.3, 'score_on': 'train_batch'},
-        {'name': 'grasp', 'start': 2, 'temperature': 10.0, 'restart': True},
-        {
-            'name': 'magnitude',
-            'start': 2,
-            'finetune': {
-                'epochs': 2,
-                'learning_rate': 0.02,
-                'schedule': 'step',
-                'milestones': [1],
+        pytest.param(
+            {'name': 'snip', 'start': 7, 'every': 5, 'rounds': 3, 'time_unit': 'steps'},
+            id='steps',
+            marks=MORE,
+        ),
+        pytest.param({'name': 'force', 'start': 0.5, 'every': 0.9, 'rounds': 3}, id='force'),
+        pytest.param(
+            {'name': 'snip', 'start': 1.3, 'score_on': 'train_batch'}, id='train batch', marks=MORE
+        ),
+        pytest.param(
+            {'name': 'grasp', 'start': 2, 'temperature': 10.0, 'restart': True},
+            id='restart',
+            marks=MORE,
+        ),
+        pytest.param(
+            {
+                'name': 'magnitude',
+                'start': 2,
+                'finetune': {
+                    'epochs': 2,
+                    'learning_rate': 0.02,
+                    'schedule': 'step',
+                    'milestones': [1],
+                },
             },
-        },
+            id='finetune',
+        ),
     ],
-    ids=['steps', 'force', 'train batch', 'restart', 'finetune'],
 )
 def test_a_life_is_what_its_parts_make(entry):
     """Expectation: the life written out for one run, step by step, rounds where the keys say."""
@@ -364,7 +377,7 @@ def test_each_program_is_made_once(tmp_path, monkeypatch):
     assert made == ['magnitude', 'later']
 
 
-@pytest.mark.parametrize('start', [1.5, 3])
+@pytest.mark.parametrize('start', [1.5, pytest.param(3, marks=MORE)])
 def test_recording_along_training_changes_no_result(start):
     """Expectation: the same results with and without; every recorded row of the test set has its
     values, and rows are filed in the order of their steps. Also where the last round comes after

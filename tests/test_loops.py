@@ -124,7 +124,14 @@ PARAMS = {
 X = jnp.ones((LENGTH, 1, 4))
 
 
-@pytest.mark.parametrize('net', NETS, ids=lambda net: net.__name__)
+#: Gates, a counter, loops within loops, a carry that changes kind; the others have less of that.
+HARD = (memory, counted, nested, swapping)
+
+
+@pytest.mark.parametrize(
+    'net',
+    [pytest.param(f, marks=() if f in HARD else pytest.mark.more, id=f.__name__) for f in NETS],
+)
 def test_paths_are_those_of_the_steps_written_out(net):
     """Expectation: the same network with a Python loop in place of `lax.scan`, 24 random masks."""
     shapes = jp.shapes(jp.tree.pick(PARAMS))

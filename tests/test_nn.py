@@ -114,8 +114,8 @@ def test_sizes_of_published_nets(name):
 
 SLOW = pytest.mark.slow
 SMALL = [
-    ('lenet5', {}),
     ('small_vgg', {'widths': [4]}),
+    pytest.param('lenet5', {}, marks=pytest.mark.more),
     pytest.param('vgg11', {'width': 0.0625}, marks=SLOW),
     pytest.param('resnet20', {'width': 0.25}, marks=SLOW),
     pytest.param('resnet18', {'width': 0.0625, 'shortcut': 'pad'}, marks=SLOW),

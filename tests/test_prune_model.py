@@ -1,6 +1,7 @@
 """`jp.prune`: one call for someone's own model, whatever library it comes from."""
 
 import fractions
+import itertools
 
 import equinox as eqx
 import flax.linen as nn
@@ -166,8 +167,19 @@ def test_every_method(name):
             np.testing.assert_array_equal(mask, two.masks[path])
 
 
-@pytest.mark.parametrize('allocation', ['global', 'erk', 'igq', 'uniform_plus', 'lamp'])
-@pytest.mark.parametrize('name', ['random', 'synflow'])
+#: An allocation by the weights, and one by shapes with several rounds.
+HARD = [('random', 'lamp'), ('synflow', 'erk')]
+
+
+@pytest.mark.parametrize(
+    ('name', 'allocation'),
+    [
+        pytest.param(*case, marks=() if case in HARD else pytest.mark.more)
+        for case in itertools.product(
+            ('random', 'synflow'), ('global', 'erk', 'igq', 'uniform_plus', 'lamp')
+        )
+    ],
+)
 def test_to_an_effective_density(name, allocation):
     """Expectation: at least 18 of 90 weights on a path, and a weight fewer would be too few."""
     pruned = jp.prune(

@@ -30,6 +30,7 @@ from jaxprune.stats import student_interval
 from jaxprune.sweep import store
 from jaxprune.sweep.timing import PHASES
 
+MORE = pytest.mark.more
 PATHS = {'dense_0/kernel': 235_200, 'dense_1/kernel': 30_000, 'dense_2/kernel': 1_000}
 LABELS = ['random (uniform)', 'random (ERK)', 'magnitude', 'SNIP', 'GraSP', 'SynFlow']
 GRID = [2, 5, 10, 20, 50, 100, 200, 500, 1000]
@@ -797,24 +798,25 @@ def test_stale_figures_go_and_foreign_ones_stay(tmp_path, words_only):
 @pytest.mark.parametrize(
     'sweep',
     [
-        Sweep([], [], seeds=2),
-        Sweep(['SNIP'], [10], seeds=1, epochs=1),
-        Sweep(['SNIP'], [10], dense=False, seeds=2),
-        Sweep(['SNIP'], [1, 2], seeds=2),
-        Sweep(['SNIP'], [10, 20], seeds=2).spoil('SNIP-10-0-', 'test_accuracy'),
-        Sweep(['SNIP'], [10], seeds=1).spoil('SNIP-10-0-', 'test_accuracy'),
-        Sweep(['SNIP'], [10], seeds=1).spoil('dense-1-0-', 'test_accuracy'),
-        Sweep(['magnitude'], [500], seeds=2),
-    ],
-    ids=[
-        'only dense',
-        'one of everything',
-        'no dense',
-        'method at 1',
-        'one accuracy lost',
-        'no accuracy at all',
-        'dense lost',
-        'all collapsed',
+        pytest.param(Sweep([], [], seeds=2), id='only dense'),
+        pytest.param(Sweep(['SNIP'], [10], seeds=1, epochs=1), id='one of everything', marks=MORE),
+        pytest.param(Sweep(['SNIP'], [10], dense=False, seeds=2), id='no dense', marks=MORE),
+        pytest.param(Sweep(['SNIP'], [1, 2], seeds=2), id='method at 1', marks=MORE),
+        pytest.param(
+            Sweep(['SNIP'], [10, 20], seeds=2).spoil('SNIP-10-0-', 'test_accuracy'),
+            id='one accuracy lost',
+            marks=MORE,
+        ),
+        pytest.param(
+            Sweep(['SNIP'], [10], seeds=1).spoil('SNIP-10-0-', 'test_accuracy'),
+            id='no accuracy at all',
+        ),
+        pytest.param(
+            Sweep(['SNIP'], [10], seeds=1).spoil('dense-1-0-', 'test_accuracy'),
+            id='dense lost',
+            marks=MORE,
+        ),
+        pytest.param(Sweep(['magnitude'], [500], seeds=2), id='all collapsed'),
     ],
 )
 def test_odd_sweeps(tmp_path, sweep, few_pixels):
@@ -910,9 +912,13 @@ def check_no_overlap(drawing):
     return {words for words, _ in boxes}
 
 
-def some(fast, *counts):
-    """Counts to draw; those that are not fast are slow tests."""
-    return [pytest.param(n, marks=[pytest.mark.slow] * (n not in fast)) for n in counts]
+def some(default, more, *slow):
+    """Counts to draw: by default, as further instances, and as slow tests."""
+    return [
+        default,
+        *(pytest.param(n, marks=MORE) for n in more),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in slow),
+    ]
 
 
 def names(count):
@@ -921,7 +927,7 @@ def names(count):
     ]
 
 
-@pytest.mark.parametrize('count', some([1, 5, 12], *range(1, 13)))
+@pytest.mark.parametrize('count', some(12, [1, 5], 2, 3, 4, *range(6, 12)))
 def test_texts_of_the_headline_do_not_touch(count):
     sweep = Sweep(names(count), seeds=2).spoil(f'{LABELS[0]}-50-0-')
     summary = tables.summary(sweep.results, sweep.layers)
@@ -932,7 +938,7 @@ def test_texts_of_the_headline_do_not_touch(count):
     assert {'0', '50', '90', '99', '99.9'} <= words
 
 
-@pytest.mark.parametrize('count', some([2, 40], 1, 2, 5, 17, 40))
+@pytest.mark.parametrize('count', some(40, [2], 1, 5, 17))
 def test_texts_of_any_grid_do_not_touch(count):
     grid = sorted({float(value) for value in np.geomspace(1.3, 12_345, count)})
     sweep = Sweep(LABELS[:3], grid, seeds=2, epochs=2)
@@ -945,7 +951,7 @@ def test_texts_of_any_grid_do_not_touch(count):
         )
 
 
-@pytest.mark.parametrize('count', some([1, 12], 1, 6, 12))
+@pytest.mark.parametrize('count', some(12, [1], 6))
 def test_texts_of_learning_curves_and_layers_do_not_touch(count):
     sweep = Sweep(names(count), seeds=2, epochs=12)
     learning = tables.learning(sweep.results)
@@ -986,7 +992,7 @@ def test_texts_of_effective_compression_do_not_touch():
         check_no_overlap(effective_compression.compressions(frame, settings, styles))
 
 
-@pytest.mark.parametrize('count', some([161], 13, 161))
+@pytest.mark.parametrize('count', some(161, [], 13))
 def test_texts_of_deep_networks_do_not_touch(count):
     paths = {f'stage_{i // 9}/block_{i % 9}/conv/kernel': 1000 * (i + 1) for i in range(count)}
     sweep = Sweep(LABELS[:2], GRID[::2], seeds=1, paths=paths)

@@ -161,7 +161,11 @@ OTHERWISE = {
     [
         ({**OTHERWISE, 'engine__chunk': 1}, 9),
         pytest.param({'engine__chunk': 8}, 18, marks=pytest.mark.slow),
-        ({'grid__method': ['snip'], 'grid__compression': [2, 5], 'grid__seed': [3, 1]}, 1),
+        pytest.param(
+            {'grid__method': ['snip'], 'grid__compression': [2, 5], 'grid__seed': [3, 1]},
+            1,
+            marks=pytest.mark.more,
+        ),
     ],
     ids=['chunk 1, other order, other label', 'chunk 8', 'other company'],
 )
