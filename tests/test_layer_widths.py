@@ -366,6 +366,8 @@ def test_files_that_do_not_fit(mlp, tmp_path):
     broken, more = tmp_path / 'broken', tmp_path / 'more.safetensors'
     broken.write_bytes(b'nothing')
     changed_file(file, more, lambda params: {**params, 'more': jnp.zeros(2)})
+    lost = tmp_path / 'lost.safetensors'
+    changed_file(file, lost, lambda params: jax.tree.map(lambda leaf: leaf * jnp.nan, params))
     for changes, says in (
         (
             {'model__layer_widths': {}},
@@ -374,6 +376,7 @@ def test_files_that_do_not_fit(mlp, tmp_path):
         ({'model__widths': [32, 16, 5]}, "'params/dense_2/bias' has shape (10,)"),
         ({'model': {'name': 'small_vgg'}}, "'params/bn_0/bias' is not in"),
         ({'model__params': str(more)}, "the model has no 'params/more'"),
+        ({'model__params': str(lost)}, "'params/dense_0/bias' holds numbers that are not finite"),
         ({'model__params': str(broken)}, 'broken, or no safetensors file'),
         ({'model__params': str(tmp_path)}, 'cannot be read'),
         ({'model__params': 'no\nwhere'}, 'no such file'),

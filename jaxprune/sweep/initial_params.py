@@ -68,6 +68,8 @@ def starting_from(net: Problem, model: ModelSpec) -> Problem:
             )
         if not jnp.issubdtype(arrays[name].dtype, jnp.floating):
             raise SpecError(f'model.params: {quoted(name)} holds {arrays[name].dtype}')
+        if not np.isfinite(arrays[name].astype(np.float32)).all():
+            raise SpecError(f'model.params: {quoted(name)} holds numbers that are not finite')
     if more := sorted(set(arrays) - {name for name, _ in wanted}):
         raise SpecError(f'model.params: the model has no {quoted(more[0])}')
 
