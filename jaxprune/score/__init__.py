@@ -1,5 +1,6 @@
 """Scores: pure functions `(key, view, batches) -> scores`, high = keep. One file per family."""
 
+from jaxprune.score.coalitions import exact_shapley, leave_one_out
 from jaxprune.score.fisher import fisher
 from jaxprune.score.force import force
 from jaxprune.score.gradient_norm import gradient_norm
@@ -19,6 +20,8 @@ from jaxprune.score.ntk_sap import ntk_sap
 from jaxprune.score.prospr import prospr
 from jaxprune.score.random import random
 from jaxprune.score.ranked_like import ranked_like
+from jaxprune.score.settled import shapley_until_settled
+from jaxprune.score.shapley import ShapleyValues, shapley
 from jaxprune.score.snip import snip
 from jaxprune.score.synflow import synflow
 from jaxprune.score.taylor import taylor
@@ -27,6 +30,8 @@ __all__ = [
     'GROUP_MEASURES',
     'MEASURES',
     'Layer',
+    'ShapleyValues',
+    'exact_shapley',
     'fisher',
     'force',
     'forward_layers',
@@ -37,12 +42,15 @@ __all__ = [
     'group_values',
     'importance',
     'lamp',
+    'leave_one_out',
     'lookahead',
     'magnitude',
     'ntk_sap',
     'prospr',
     'random',
     'ranked_like',
+    'shapley',
+    'shapley_until_settled',
     'snip',
     'synflow',
     'taylor',
