@@ -1,6 +1,7 @@
 """Scores: pure functions `(key, view, batches) -> scores`, high = keep. One file per family."""
 
 from jaxprune.score.activations import ACTIVATION_MEASURES, activation_score
+from jaxprune.score.coalitions import exact_shapley, leave_one_out
 from jaxprune.score.coupled import COUPLED_MEASURES, coupled_score
 from jaxprune.score.fisher import fisher
 from jaxprune.score.force import force
@@ -22,6 +23,8 @@ from jaxprune.score.ntk_sap import ntk_sap
 from jaxprune.score.prospr import prospr
 from jaxprune.score.random import random
 from jaxprune.score.ranked_like import ranked_like
+from jaxprune.score.settled import shapley_until_settled
+from jaxprune.score.shapley import ShapleyValues, shapley
 from jaxprune.score.snip import snip
 from jaxprune.score.synflow import synflow
 from jaxprune.score.taylor import taylor
@@ -32,8 +35,10 @@ __all__ = [
     'GROUP_MEASURES',
     'MEASURES',
     'Layer',
+    'ShapleyValues',
     'activation_score',
     'coupled_score',
+    'exact_shapley',
     'fisher',
     'force',
     'forward_layers',
@@ -45,12 +50,15 @@ __all__ = [
     'group_values',
     'importance',
     'lamp',
+    'leave_one_out',
     'lookahead',
     'magnitude',
     'ntk_sap',
     'prospr',
     'random',
     'ranked_like',
+    'shapley',
+    'shapley_until_settled',
     'snip',
     'synflow',
     'taylor',
