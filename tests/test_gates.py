@@ -14,7 +14,15 @@ from structured_nets import load
 
 import jaxprune as jp
 from jaxprune import PruneError, nn, structure, tree
-from jaxprune.score import activation_score, gate_taylor
+from jaxprune.score import (
+    activation_score,
+    gate_taylor,
+    shapley,
+    unit_leave_one_out,
+    unit_shapley,
+)
+from jaxprune.score.coalitions import evaluated
+from jaxprune.score.unit_loss import unit_game
 from jaxprune.types import Batch, Problem
 
 
@@ -374,3 +382,66 @@ def test_what_is_wrong_is_said():
         gate_taylor(problem, by=units)(KEY, view, None)
     with pytest.raises(PruneError, match=r"unknown measure 'apos'"):
         activation_score(problem, by=units, measure='apos')
+
+
+# --- losses without units -----------------------------------------------------------------------
+
+SAMPLED = [
+    (name, layer, where)
+    for name, layers in (('mlp', ('fc1', 'fc2')), ('conv', ('conv1', 'conv2', 'fc1')))
+    for layer in layers
+    for where in ('self', 'best')
+]
+
+
+@pytest.mark.parametrize(
+    ('name', 'layer', 'where'),
+    [c if c in SAMPLED[:2] or c[1] == 'conv2' else pytest.param(*c, marks=pytest.mark.more)
+     for c in SAMPLED],
+)  # fmt: skip
+def test_games_of_units_are_those_of_the_authors(name, layer, where):
+    """Expectation: the file's losses of all coalitions, and the Shapley values that they sampled
+    with their orders, of each example."""
+    file, _, problem, view, units, _ = case(f'torchpruner_{name}')
+    gated = units.gates('output' if where == 'self' else 'activation')
+    data = [Batch(jnp.asarray(file['x']), jnp.asarray(file['labels'], jnp.int32))]
+    at, n = f'{layer}/{where}', gated.sizes[f'{layer}/kernel']
+
+    @jax.jit
+    def played(orders):
+        game = unit_game(problem, gated, f'{layer}/kernel', view, data)
+        masks = (jnp.arange(2**n)[:, None] >> jnp.arange(n)) & 1 == 1
+        losses = evaluated(game, masks, 64, 'unrolled')
+        return losses, shapley(game, n, orders=orders, loop='unrolled').per_example
+
+    losses, values = played(file[f'shapley_sampled/{at}/full/permutations'])
+    close(losses, file[f'shapley_exact/{at}/coalition_loss'], 1e-5)
+    close(values.T, file[f'shapley_sampled/{at}/full/none'], 1e-5)
+
+
+def test_scores_by_the_loss_without_units():
+    """Expectation: Shapley values add up to the loss without a layer minus that with it; leave-one-
+    out is the loss of the network without each unit; batches see the same orders."""
+    file, _, problem, view, units, _ = case('torchpruner_mlp')
+    x, y = jnp.asarray(file['x']), jnp.asarray(file['labels'], jnp.int32)
+    whole, parts = [Batch(x, y)], [Batch(x[:10], y[:10]), Batch(x[10:], y[10:])]
+    score = jax.jit(unit_shapley(problem, by=units, permutations=2))
+    found = score(KEY, view, whole)
+    for layer, values in score(KEY, view, parts).items():
+        close(values, found[layer], 1e-5)
+    alone = jax.jit(unit_leave_one_out(problem, by=units))(KEY, view, whole)
+    squared = jax.jit(unit_leave_one_out(problem, by=units, sign='square'))(KEY, view, whole)
+    gated = units.gates('activation')
+
+    @jax.jit
+    def loss(gates):
+        return problem.loss(gated.apply(gates, view.params, x, {}), y).mean()
+
+    dense = loss({})
+    for layer, n in gated.sizes.items():
+        close(found[layer].sum(), loss({layer: jnp.zeros(n)}) - dense, 1e-4)
+        expected = [loss({layer: jnp.ones(n).at[i].set(0)}) - dense for i in range(n)]
+        np.testing.assert_allclose(alone[layer], expected, atol=1e-6)
+        close(squared[layer], alone[layer] ** 2, 1e-6)
+    spread = jax.jit(unit_shapley(problem, by=units, permutations=2, aggregate='mean_plus_2std'))
+    assert all((s >= found[n]).all() for n, s in spread(KEY, view, whole).items())

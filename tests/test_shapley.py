@@ -460,6 +460,20 @@ def test_batch_size_jit_and_vmap(estimator):
     assert dropped.per_example is None
 
 
+@pytest.mark.parametrize('estimator', [e for e in ESTIMATORS if e != 'truncated'])
+def test_unrolled_loops_give_the_same(estimator):
+    """Expectation: the numbers of a loop inside of the program, for coalitions of any chunk."""
+    game = saturating_game(6)
+    options = {'permutations': 12, 'estimator': estimator, **OPTIONS[estimator]}
+    loop = sampled(game, 6, **options)
+    close(sampled(game, 6, loop='unrolled', batch_size=7, **options), loop)
+    ways = {'loop': 'unrolled', 'batch_size': 5}
+    for fn in (exact_shapley, leave_one_out):
+        close(jax.jit(lambda f=fn: f(game, 6, **ways))(), jax.jit(lambda f=fn: f(game, 6))())
+    with pytest.raises(PruneError, match="'truncated' decides as it goes"):
+        shapley(game, 6, KEY, estimator='truncated', tolerance=0.1, loop='unrolled')
+
+
 def close(found, expected):
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-14)

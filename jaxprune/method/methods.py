@@ -92,6 +92,7 @@ def _preset(make: Callable[..., ScoreFn], **settings: Any) -> Callable[..., Scor
     return functools.partial(make, **settings)
 
 
+_SHAPLEY = 'Ancona, Öztireli & Gross 2020, arXiv:2006.01795'
 _TAYLOR = 'Molchanov et al. 2019, arXiv:1906.10771'
 _FLOW = 'Lubana & Dick 2021, arXiv:2009.11839'
 _FORCE = 'de Jorge et al. 2021, arXiv:2006.09081'
@@ -249,6 +250,26 @@ METHODS: dict[str, Method] = {
             'at_once': 64,
             'momentum': 0.0,
         },
+    ),
+    'shapley': _units(
+        score.unit_shapley,
+        'Shapley',
+        'The mean increase of the loss when a unit is removed, over random orders of removal.',
+        _SHAPLEY,
+        options={
+            'permutations': 5,
+            'estimator': 'permutation',
+            'aggregate': 'mean',
+            'place': 'activation',
+            'at_once': 64,
+        },
+    ),
+    'leave_one_out': _units(
+        score.unit_leave_one_out,
+        'leave one out',
+        'The exact change of the loss when a unit alone is removed: the oracle of others.',
+        _TAYLOR,
+        options={'sign': 'signed', 'place': 'activation', 'at_once': 64},
     ),
     'apoz': _units(
         _preset(score.activation_score, measure='apoz'),

@@ -9,6 +9,7 @@ from jaxprune.score.fisher import LABELS
 from jaxprune.score.gate_taylor import PER, SHARED, SIGNS
 from jaxprune.score.group_importance import NORMALISATIONS
 from jaxprune.score.importance import BIASES, MODES
+from jaxprune.score.shapley import AGGREGATIONS as AGGREGATES
 from jaxprune.structure import PLACES
 
 #: Most times that a score repeats its work inside one program.
@@ -30,6 +31,11 @@ OPTIONS: dict[str, Option] = {
     'per': Option("whose loss changes: a batch's mean, or each example's", choices=PER),
     'place': Option('where gates sit, or activations are taken', choices=PLACES),
     'shared': Option('what a gate of several layers has', choices=SHARED),
+    'permutations': Option('orders in which the units of a layer are removed', low=1, high=100_000),
+    'estimator': Option(
+        'how orders are drawn', choices=('permutation', 'antithetic', 'stratified')
+    ),
+    'aggregate': Option('of the values of examples', choices=AGGREGATES),
     'at_once': Option('units or orders that are computed together', low=1),
     'momentum': Option('share of the average of earlier rounds', low=0, high=1),
     'measure': Option('what a weight counts for', choices=COUPLED_MEASURES),

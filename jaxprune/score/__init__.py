@@ -28,6 +28,7 @@ from jaxprune.score.shapley import ShapleyValues, shapley
 from jaxprune.score.snip import snip
 from jaxprune.score.synflow import synflow
 from jaxprune.score.taylor import taylor
+from jaxprune.score.unit_loss import unit_leave_one_out, unit_shapley, unit_shapley_values
 
 __all__ = [
     'ACTIVATION_MEASURES',
@@ -62,4 +63,7 @@ __all__ = [
     'snip',
     'synflow',
     'taylor',
+    'unit_leave_one_out',
+    'unit_shapley',
+    'unit_shapley_values',
 ]

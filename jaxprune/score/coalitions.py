@@ -21,15 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arguments import least
-from jaxprune.errors import PruneError, shown
+from jaxprune.errors import PruneError, check_choice, shown
 
 #: `mask -> losses`; see above.
 Game = Callable[[jax.Array], jax.Array]
+#: How many coalitions are evaluated one after the other: in a loop of the compiled program; or one
+#: compiled call after the other, since XLA's CPU runs convolutions in loops 25 to 40 times slower.
+#: Inside of `jit` the calls become one long program.
+LOOPS = ('map', 'unrolled')
 #: 2**16 = 65,536 coalitions; each further unit doubles time and memory.
 MOST_UNITS = 16
 
 
-def exact_shapley(loss: Game, n: int, *, batch_size: int = 64) -> jax.Array:
+def exact_shapley(loss: Game, n: int, *, batch_size: int = 64, loop: str = 'map') -> jax.Array:
     """Shapley values of n units by all `2**n` coalitions, high = important.
 
     Unit i gets, with `loss(S)` the loss when only the units S are there,
@@ -47,6 +51,7 @@ def exact_shapley(loss: Game, n: int, *, batch_size: int = 64) -> jax.Array:
       loss: the game.
       n: number of units, at most 16.
       batch_size: coalitions evaluated at once. All `2**n` rows of losses are kept.
+      loop: see `evaluated`.
 
     Returns:
       `(n, examples)`.
@@ -62,11 +67,7 @@ def exact_shapley(loss: Game, n: int, *, batch_size: int = 64) -> jax.Array:
             f'exact Shapley values take at most {MOST_UNITS} units, not {n}: sample with shapley'
         )
     units = jnp.arange(n)
-
-    def of_coalition(bits: jax.Array) -> jax.Array:
-        return game((bits >> units) & 1 == 1)
-
-    losses = jax.lax.map(of_coalition, jnp.arange(2**n), batch_size=min(batch_size, 2**n))
+    losses = evaluated(game, (jnp.arange(2**n)[:, None] >> units) & 1 == 1, batch_size, loop)
     # Factorials of 16 units leave float32, their quotients do not.
     weights = np.array([1 / (n * math.comb(n - 1, size)) for size in range(n)])
     others = jnp.arange(2 ** (n - 1))  # coalitions of the other n - 1 units
@@ -82,7 +83,7 @@ def exact_shapley(loss: Game, n: int, *, batch_size: int = 64) -> jax.Array:
     return jax.lax.map(of_unit, units)
 
 
-def leave_one_out(loss: Game, n: int, *, batch_size: int = 64) -> jax.Array:
+def leave_one_out(loss: Game, n: int, *, batch_size: int = 64, loop: str = 'map') -> jax.Array:
     """The increase of the loss when one unit alone is removed from the full set.
 
     It takes `n + 1` evaluations. Units that can stand in for each other all get 0, however
@@ -92,6 +93,7 @@ def leave_one_out(loss: Game, n: int, *, batch_size: int = 64) -> jax.Array:
       loss: the game.
       n: number of units.
       batch_size: units removed at once, each from a full set of its own.
+      loop: see `evaluated`.
 
     Returns:
       `(n, examples)`.
@@ -101,9 +103,28 @@ def leave_one_out(loss: Game, n: int, *, batch_size: int = 64) -> jax.Array:
     """
     game, _ = checked_game(loss, n)
     least(1, batch_size=batch_size)
-    units = jnp.arange(n)
-    without = jax.lax.map(lambda unit: game(units != unit), units, batch_size=min(batch_size, n))
+    without = evaluated(game, ~jnp.eye(n, dtype=bool), batch_size, loop)
     return without - game(jnp.ones(n, bool))
+
+
+def evaluated(game: Game, masks: jax.Array, at_once: int, loop: str = 'map') -> jax.Array:
+    """The losses of many coalitions, `(coalitions, examples)`.
+
+    Args:
+      masks: bool `(coalitions, n)`.
+      at_once: coalitions evaluated together; bounds the memory.
+      loop: one of `LOOPS`.
+
+    Raises:
+      PruneError: another loop.
+    """
+    check_choice('loop', loop, LOOPS)
+    at_once = min(at_once, len(masks))
+    if loop == 'map':
+        return jax.lax.map(game, masks, batch_size=at_once)
+    together = jax.jit(jax.vmap(game))
+    parts = [together(masks[i : i + at_once]) for i in range(0, len(masks), at_once)]
+    return jnp.concatenate(parts)
 
 
 def joined(games: Iterable[Game]) -> Game:

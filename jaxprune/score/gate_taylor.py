@@ -75,9 +75,9 @@ def gate_taylor(
 
         def of_batch(batch: Batch) -> Scores:
             if per == 'batch':
-                return _signed(changes(batch), sign)
+                return signed(changes(batch), sign)
             singles = jax.tree.map(lambda leaf: leaf[:, None], batch)
-            each = _signed(jax.vmap(changes)(singles), sign)
+            each = signed(jax.vmap(changes)(singles), sign)
             return {layer: leaf.mean(0) for layer, leaf in each.items()}
 
         made = mean_over_batches(of_batch, batches)
@@ -157,6 +157,7 @@ def _curvature(
     return jax.lax.map(of, units, batch_size=min(at_once, len(units)))
 
 
-def _signed(changes: Scores, sign: str) -> Scores:
+def signed(changes: Scores, sign: str) -> Scores:
+    """What changes of the loss count as, see `SIGNS`."""
     how = {'square': jnp.square, 'absolute': jnp.abs, 'signed': lambda change: change}[sign]
     return {layer: how(change) for layer, change in changes.items()}

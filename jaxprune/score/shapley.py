@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxprune.arguments import least, real
 from jaxprune.errors import PruneError, check_choice, shown
-from jaxprune.score.coalitions import Game, checked_game
+from jaxprune.score.coalitions import LOOPS, Game, checked_game, evaluated
 from jaxprune.score.removal_orders import (
     check_orders,
     number_of_draws,
@@ -61,6 +61,7 @@ def shapley(
     strata: int | None = None,
     tolerance: ArrayLike | None = None,
     batch_size: int = 8,
+    loop: str = 'map',
     per_example: bool = True,
 ) -> ShapleyValues:
     """Estimates the Shapley values of n units.
@@ -104,6 +105,9 @@ def shapley(
       tolerance: of 'truncated', at least 0, in units of the loss; may be traced.
       batch_size: orders walked at once. For 'truncated', 1 saves most: orders that are walked
         together go on until the last one ends.
+      loop: 'map' walks along orders in a loop of the compiled program. 'unrolled' evaluates
+        `batch_size` coalitions at a time in one call after the other, for convolutions on the
+        CPU; it holds the losses of all coalitions, and knows no 'truncated'.
       per_example: False leaves `per_example` out of the result.
 
     Raises:
@@ -115,6 +119,9 @@ def shapley(
     least(1, permutations=permutations, batch_size=batch_size)
     together = orders_per_draw(estimator, n, strata)
     _check_tolerance(estimator, tolerance)
+    check_choice('loop', loop, LOOPS)
+    if loop == 'unrolled' and estimator == 'truncated':
+        raise PruneError("'truncated' decides as it goes: loop='map'")
     if orders is not None:
         orders = check_orders(orders, n)
     elif key is None:
@@ -124,11 +131,17 @@ def shapley(
     count = len(orders)
     draws = number_of_draws(count, together, estimator)
     full = game(jnp.ones(n, bool))
-    walk, evaluations = functools.partial(_walk, game, full), count * n + 1
-    if estimator == 'truncated':
-        walk = functools.partial(_truncated_walk, game, full, game(jnp.zeros(n, bool)), tolerance)
-    nothing = jnp.zeros((n, *like.shape), like.dtype)
-    total, each, steps = _over_orders(walk, orders, min(batch_size, count), nothing)
+    evaluations = count * n + 1
+    if loop == 'unrolled':
+        total, each = _from_table(game, full, orders, batch_size)
+    else:
+        walk = functools.partial(_walk, game, full)
+        if estimator == 'truncated':
+            empty = game(jnp.zeros(n, bool))
+            walk = functools.partial(_truncated_walk, game, full, empty, tolerance)
+        nothing = jnp.zeros((n, *like.shape), like.dtype)
+        total, each, steps = _over_orders(walk, orders, min(batch_size, count), nothing)
+        evaluations = steps.sum() + 2 if estimator == 'truncated' else evaluations
     found = total / count
     return ShapleyValues(
         mean=each.mean(0),
@@ -137,7 +150,7 @@ def shapley(
         per_example=found if per_example else None,
         permutations=count,
         draws=draws,
-        evaluations=steps.sum() + 2 if estimator == 'truncated' else evaluations,
+        evaluations=evaluations,
     )
 
 
@@ -172,6 +185,19 @@ def _walk(game: Game, full: jax.Array, order: jax.Array) -> tuple[jax.Array, int
 
     _, increases = jax.lax.scan(remove, (jnp.ones(order.shape, bool), full), order)
     return jnp.zeros_like(increases).at[order].set(increases, unique_indices=True), len(order)
+
+
+def _from_table(
+    game: Game, full: jax.Array, orders: jax.Array, at_once: int
+) -> tuple[jax.Array, jax.Array]:
+    """Credits `(n, examples)` summed over orders, and their means over examples `(m, n)`."""
+    count, n = orders.shape
+    place = jnp.argsort(orders, axis=1)
+    masks = place[:, None, :] > jnp.arange(n)[:, None]  # after each removal
+    losses = evaluated(game, masks.reshape(-1, n), at_once, 'unrolled').reshape(count, n, -1)
+    before = jnp.concatenate([jnp.broadcast_to(full, (count, 1, len(full))), losses[:, :-1]], 1)
+    credits = jnp.take_along_axis(losses - before, place[:, :, None], axis=1)
+    return credits.sum(0), credits.mean(2)
 
 
 def _truncated_walk(
