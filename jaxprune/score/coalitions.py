@@ -66,7 +66,7 @@ def exact_shapley(loss: Game, n: int, *, batch_size: int = 64) -> jax.Array:
     def of_coalition(bits: jax.Array) -> jax.Array:
         return game((bits >> units) & 1 == 1)
 
-    losses = jax.lax.map(of_coalition, jnp.arange(2**n), batch_size=min(batch_size, 2**n))
+    losses = _in_blocks(of_coalition, 2**n, batch_size)
     # Factorials of 16 units leave float32, their quotients do not.
     weights = np.array([1 / (n * math.comb(n - 1, size)) for size in range(n)])
     others = jnp.arange(2 ** (n - 1))  # coalitions of the other n - 1 units
@@ -102,8 +102,8 @@ def leave_one_out(loss: Game, n: int, *, batch_size: int = 64) -> jax.Array:
     game, _ = checked_game(loss, n)
     least(1, batch_size=batch_size)
     units = jnp.arange(n)
-    without = jax.lax.map(lambda unit: game(units != unit), units, batch_size=min(batch_size, n))
-    return without - game(jnp.ones(n, bool))
+    losses = _in_blocks(lambda unit: game(units != unit), n + 1, batch_size)
+    return losses[:n] - losses[n]
 
 
 def joined(games: Iterable[Game]) -> Game:
@@ -141,6 +141,17 @@ def checked_game(loss: Game, n: int) -> tuple[Game, jax.ShapeDtypeStruct]:
         return _losses(loss(mask))
 
     return game, jax.eval_shape(game, jax.ShapeDtypeStruct((n,), bool))
+
+
+def _in_blocks(of: Callable[[jax.Array], jax.Array], count: int, batch_size: int) -> jax.Array:
+    """`of(0)`, `of(1)`, ... for `count` numbers, in blocks of equal size.
+
+    A smaller last block would be a program of its own, and round differently: what changes nothing
+    would seem to change a little. So blocks are shrunk, and a few more numbers are computed.
+    """
+    blocks = -(-count // batch_size)
+    size = -(-count // blocks)
+    return jax.lax.map(of, jnp.arange(blocks * size), batch_size=size)[:count]
 
 
 def _losses(found: jax.Array) -> jax.Array:
