@@ -692,4 +692,6 @@ def test_errors():
     refused('count must lie between 0 and the 4 units, not 5', until, count=5)
     refused('step must be at least 1', until, count=1, step=0)
     refused('multiple of 2, not 5', until, count=1, step=5, estimator='antithetic')
+    traced = jax.jit(lambda key: shapley_until_settled(game, 4, key, count=1))
+    refused('outside of jit', traced, KEY)
     refused('losses that are NaN', shapley_until_settled, lambda m: m[:1] * np.nan, 4, KEY, count=1)

@@ -38,7 +38,7 @@ class ShapleyValues(NamedTuple):
       per_example: `(n, examples)`, averaged over orders; None if it is not kept.
       permutations: how many orders were used.
       draws: how many independent draws they are: orders, antithetic pairs or sweeps.
-      evaluations: how many coalitions the game was evaluated for.
+      evaluations: of how many coalitions the losses were used.
     """
 
     mean: jax.Array
