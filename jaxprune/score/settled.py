@@ -122,8 +122,10 @@ def shapley_until_settled(
       per_example: False leaves `per_example` out of the result.
 
     Raises:
-      PruneError: as for `shapley` and `settled`; losses that are NaN.
+      PruneError: as for `shapley` and `settled`; losses that are NaN; a traced key.
     """
+    if isinstance(key, jax.core.Tracer):
+        raise PruneError('shapley_until_settled loops on the host: call it outside of jit and vmap')
     least(1, n=n, most=most, step=step)
     _check_cut(count, n, confidence)
     together = orders_per_draw(estimator, n, strata)

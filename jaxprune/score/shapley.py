@@ -38,7 +38,7 @@ class ShapleyValues(NamedTuple):
       per_example: `(n, examples)`, averaged over orders; None if it is not kept.
       permutations: how many orders were used.
       draws: how many independent draws they are: orders, antithetic pairs or sweeps.
-      evaluations: how many coalitions the game was evaluated for.
+      evaluations: of how many coalitions the losses were used.
     """
 
     mean: jax.Array
@@ -67,7 +67,7 @@ def shapley(
     """Estimates the Shapley values of n units.
 
     Start from the full set, remove the units one by one in a random order, credit each increase of
-    the loss to the unit just removed, and average over orders. Every order takes n evaluations,
+    the loss to the unit just removed, and average over orders. Every order takes n + 1 evaluations,
     and its credits add up to `loss(none) - loss(all)`. A unit that changes nothing gets exactly 0.
 
         values = shapley(loss, 64, key)
@@ -101,7 +101,8 @@ def shapley(
       estimator: one of `ESTIMATORS`.
       orders: int `(m, n)`, each row a permutation, in place of drawn ones. Rows are taken as they
         are: for 'antithetic' rows 0 and 1 are the first draw, for 'stratified' the first `strata`.
-      strata: of 'stratified': orders per sweep, from 1 to n; None for n, with n² evaluations.
+      strata: of 'stratified': orders per sweep, from 1 to n; None for n. A sweep takes
+        `strata (n + 1)` evaluations.
       tolerance: of 'truncated', at least 0, in units of the loss; may be traced.
       batch_size: orders walked at once. For 'truncated', 1 saves most: orders that are walked
         together go on until the last one ends.
@@ -130,18 +131,17 @@ def shapley(
         orders = removal_orders(key, n, permutations, estimator=estimator, strata=strata)
     count = len(orders)
     draws = number_of_draws(count, together, estimator)
-    full = game(jnp.ones(n, bool))
-    evaluations = count * n + 1
+    evaluations = count * (n + 1)
     if loop == 'unrolled':
-        total, each = _from_table(game, full, orders, batch_size)
+        total, each = _from_table(game, orders, batch_size)
     else:
-        walk = functools.partial(_walk, game, full)
-        if estimator == 'truncated':
-            empty = game(jnp.zeros(n, bool))
-            walk = functools.partial(_truncated_walk, game, full, empty, tolerance)
         nothing = jnp.zeros((n, *like.shape), like.dtype)
+        walk = functools.partial(_walk, game)
+        if estimator == 'truncated':
+            goal = game(jnp.zeros(n, bool)).mean()
+            walk = functools.partial(_truncated_walk, game, nothing, goal, tolerance)
         total, each, steps = _over_orders(walk, orders, min(batch_size, count), nothing)
-        evaluations = steps.sum() + 2 if estimator == 'truncated' else evaluations
+        evaluations = steps.sum() + 1 if estimator == 'truncated' else evaluations
     found = total / count
     return ShapleyValues(
         mean=each.mean(0),
@@ -174,52 +174,45 @@ def aggregated(values: ShapleyValues, how: str = 'mean') -> jax.Array:
 _Walk = Callable[[jax.Array], tuple[jax.Array, ArrayLike]]
 
 
-def _walk(game: Game, full: jax.Array, order: jax.Array) -> tuple[jax.Array, int]:
-    """Removes all units in this order."""
+def _walk(game: Game, order: jax.Array) -> tuple[jax.Array, int]:
+    """Removes all units in this order.
 
-    def remove(state, unit):
-        mask, before = state
-        mask = mask.at[unit].set(False)
-        after = game(mask)
-        return (mask, after), after - before
-
-    _, increases = jax.lax.scan(remove, (jnp.ones(order.shape, bool), full), order)
-    return jnp.zeros_like(increases).at[order].set(increases, unique_indices=True), len(order)
+    The full set is evaluated in the same loop, not once for all orders: another program would round
+    differently, and a unit without effect that goes first would get a little credit.
+    """
+    rank = jnp.argsort(order)
+    losses = jax.lax.map(lambda gone: game(rank >= gone), jnp.arange(len(order) + 1))
+    return jnp.diff(losses, axis=0)[rank], len(order) + 1
 
 
-def _from_table(
-    game: Game, full: jax.Array, orders: jax.Array, at_once: int
-) -> tuple[jax.Array, jax.Array]:
+def _from_table(game: Game, orders: jax.Array, at_once: int) -> tuple[jax.Array, jax.Array]:
     """Credits `(n, examples)` summed over orders, and their means over examples `(m, n)`."""
     count, n = orders.shape
-    place = jnp.argsort(orders, axis=1)
-    masks = place[:, None, :] > jnp.arange(n)[:, None]  # after each removal
-    losses = evaluated(game, masks.reshape(-1, n), at_once, 'unrolled').reshape(count, n, -1)
-    before = jnp.concatenate([jnp.broadcast_to(full, (count, 1, len(full))), losses[:, :-1]], 1)
-    credits = jnp.take_along_axis(losses - before, place[:, :, None], axis=1)
+    rank = jnp.argsort(orders, axis=1)
+    masks = rank[:, None, :] >= jnp.arange(n + 1)[:, None]  # before and after each removal
+    losses = evaluated(game, masks.reshape(-1, n), at_once, 'unrolled').reshape(count, n + 1, -1)
+    credits = jnp.take_along_axis(jnp.diff(losses, axis=1), rank[:, :, None], axis=1)
     return credits.sum(0), credits.mean(2)
 
 
 def _truncated_walk(
-    game: Game, full: jax.Array, empty: jax.Array, tolerance: ArrayLike, order: jax.Array
+    game: Game, nothing: jax.Array, goal: jax.Array, tolerance: ArrayLike, order: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Removes units in this order until the mean loss is that of the empty set."""
-    n, goal = len(order), empty.mean()
+    """Removes units in this order until the mean loss is `goal`, that of the empty set."""
+    n, rank = len(order), jnp.argsort(order)
 
     def goes_on(state) -> jax.Array:
-        step, _, before, _ = state
-        return (step < n) & (jnp.abs(before.mean() - goal) > tolerance)
+        gone, before, _ = state
+        far = jnp.abs(before.mean() - goal) > tolerance
+        return (gone == 0) | (far & (gone <= n))
 
     def remove(state):
-        step, mask, before, credit = state
-        unit = order[step]
-        mask = mask.at[unit].set(False)
-        after = game(mask)
-        return step + 1, mask, after, credit.at[unit].set(after - before)
+        gone, before, credit = state
+        after = game(rank >= gone)
+        increase = jnp.where(gone > 0, after - before, 0)  # of the full set there is none
+        return gone + 1, after, credit.at[order[gone - 1]].set(increase)
 
-    nothing = jnp.zeros((n, *full.shape), full.dtype)
-    start = (jnp.int32(0), jnp.ones(n, bool), full, nothing)
-    steps, _, _, credit = jax.lax.while_loop(goes_on, remove, start)
+    steps, _, credit = jax.lax.while_loop(goes_on, remove, (jnp.int32(0), nothing[0], nothing))
     return credit, steps
 
 
