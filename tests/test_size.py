@@ -150,6 +150,8 @@ def test_lines_are_the_rows_of_the_table(full):
     sweep, drawing, _, _ = full
     left, params, speed, right = drawing.axes
     frame = tables.sizes(sweep.results)
+    # The control goes across all of them.
+    assert all(len(drawn_lines(axes, color=style.INK)) == 1 for axes in drawing.axes)
     styles = style.lines(tables.labels(frame))
     for label, props in styles.items():
         rows = frame.filter(pl.col('label') == label, ~pl.col('disconnected'))
