@@ -4,7 +4,9 @@ tables     frames of a sweep -> summary frames
 text       numbers and sentences for readers
 style      colours, ticks, PNG bytes
 curves     accuracy and learning curves
-effective  accuracy against effective compression; effective against direct compression
+size       accuracy against parameters and operations of compact networks
+effective_compression  accuracy against effective compression; this against direct compression
+margin     strips beside an axis, for points that have no place on it
 heatmap    density of every layer
 recorded   quantities recorded along training
 page       everything together as HTML

@@ -10,14 +10,11 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from jaxprune.report import curves, style, tables, text
+from jaxprune.report import curves, margin, style, tables, text
 
-_WASH = '#f4f4f4'
 _DASHED = {'linestyle': (0, (3.5, 1.8)), 'linewidth': 1.0, 'markersize': 3}
 _DIAGONAL = {'color': '#9a9a9a', 'linestyle': (0, (1, 1.5)), 'linewidth': 1.3}
 _SOLID = {'color': style.INK, 'linestyle': '-'}
-_SLOT = 0.13
-"""Inches that a label takes across a strip."""
 
 
 def _panels(count: int, height: float, *, right: float = 0, above: float = 0):
@@ -52,36 +49,8 @@ def _panels(count: int, height: float, *, right: float = 0, above: float = 0):
         axes.tick_params(labelleft=column == 0)
         panels.append(axes)
     for strip in strips:
-        strip.set_facecolor(_WASH)
-        strip.spines[:].set_visible(False)
-        strip.tick_params(which='both', length=0, labelleft=False, labelbottom=False, labelsize=8.5)
+        margin.clear(strip)
     return drawing, panels, strips
-
-
-def _slots(frame: pl.DataFrame) -> dict[str, int]:
-    """Place of every label that has disconnected runs across a strip."""
-    cut = frame.filter('disconnected')['label'].unique(maintain_order=True)
-    return {label: place for place, label in enumerate(cut)}
-
-
-def _breadth(slots: dict) -> float:
-    """Inches of a strip: room for its title and for every label."""
-    return max(0.78, 0.2 + _SLOT * len(slots)) if slots else 0.0
-
-
-def _point(axes: Axes, x: float, y: float, row: dict, props: dict) -> None:
-    """A marker, half-filled if it stands for some of the seeds only."""
-    part = style.SOME if row['runs'] < row['seeds'] else {}
-    marker = {'marker': props['marker'], 'color': props['color'], 'zorder': 3}
-    axes.plot(x, y, linestyle='none', **marker, **part)
-
-
-def _flags(frame: pl.DataFrame) -> list[tuple[dict, str]]:
-    """What half-filled markers mean, where there are any."""
-    if frame.filter(pl.col('runs') < pl.col('seeds')).is_empty():
-        return []
-    half = {'linestyle': 'none', 'marker': 'o', **style.SOME}
-    return [(half, 'half-filled: only some of the seeds')]
 
 
 def _ends(values: list[float]) -> tuple[tuple[float, float], list[float]]:
@@ -120,11 +89,11 @@ def accuracy(
     summary = summary.filter(pl.col('accuracy').is_not_null()).with_columns(
         compression=pl.when(direct.is_finite()).then(direct).otherwise('target_compression')
     )
-    slots = _slots(frame)
+    slots = margin.slots(frame.filter('disconnected'))
     many = len(settings) > 1
     with style.context():
         drawing, panels, strips = _panels(
-            len(settings), 3.6 if many else 5.0, right=_breadth(slots)
+            len(settings), 3.6 if many else 5.0, right=margin.breadth(slots)
         )
         for i, setting in enumerate(settings):
             axes, strip = panels[i], strips[i] if strips else None
@@ -137,7 +106,7 @@ def accuracy(
         flags = [
             (_SOLID, 'solid: against effective compression'),
             (_DASHED | {'marker': 'o'}, 'dashed: against direct compression'),
-            *_flags(frame),
+            *margin.half_filled(frame),
         ]
         if frame['diverged'].sum():
             flags.append((curves.CROSS, 'cross: a seed diverged'))
@@ -146,9 +115,7 @@ def accuracy(
         drawing.supxlabel('compression: effective (solid) or direct (dashed)', fontsize=10)
         drawing.supylabel('test accuracy (%)', fontsize=10)
         for strip in strips:
-            strip.set_xlim(-0.8, len(slots) - 0.2)
-            strip.set_xticks([(len(slots) - 1) / 2], [f'{text.INFINITE}\ndisconnected'])
-            strip.tick_params(labelbottom=True)
+            margin.name_below(strip, slots, f'{text.INFINITE}\ndisconnected')
         finite = frame.filter(~pl.col('disconnected'))['effective_compression']
         limits, ticks = _ends([*finite, *summary['compression']])
         style.compression_axis(panels, ticks, limits=limits, top=text.sparsity)
@@ -183,10 +150,9 @@ def _accuracy_panel(
             where = strip if row['disconnected'] else axes
             x = slots[label] if row['disconnected'] else row['effective_compression']
             y = 100 * row['accuracy']
-            _point(where, x, y, row, props)
-            if row['disconnected'] and row['accuracy_low'] is not None:
-                ends = max(100 * row['accuracy_low'], 0), min(100 * row['accuracy_high'], 100)
-                where.vlines(x, *ends, color=props['color'], alpha=0.4, linewidth=1.2)
+            margin.point(where, x, y, row, props)
+            if row['disconnected']:
+                margin.accuracy_interval(where, x, row, props)
             if row['diverged']:
                 where.plot(x, y, **curves.CROSS, zorder=4)
 
@@ -204,13 +170,13 @@ def compressions(frame: pl.DataFrame, settings: list[dict], styles: dict) -> Fig
     frame = pl.concat(tables.at(frame, setting) for setting in settings)
     frame = frame.filter(pl.col('method') != tables.DENSE)
     finite = frame.filter(~pl.col('disconnected'))
-    slots = _slots(frame)
+    slots = margin.slots(frame.filter('disconnected'))
     many = len(settings) > 1
     across, wide = _ends([*frame['compression']])
     upwards, tall = _ends([*across, *finite['effective_low'], *finite['effective_high']])
     with style.context():
         drawing, panels, strips = _panels(
-            len(settings), 3.6 if many else 5.0, above=_breadth(slots) - 0.25 if slots else 0
+            len(settings), 3.6 if many else 5.0, above=margin.breadth(slots) - 0.25 if slots else 0
         )
         for i, setting in enumerate(settings):
             axes, strip = panels[i], strips[i] if strips else None
@@ -227,7 +193,7 @@ def compressions(frame: pl.DataFrame, settings: list[dict], styles: dict) -> Fig
             strip.set_ylim(len(slots) - 0.2, -0.8)
             strip.set_yticks([(len(slots) - 1) / 2], [f'disconnected\n{text.INFINITE}'])
             strip.tick_params(labelleft=i % 2 == 0)
-        flags = [(_DIAGONAL, 'effective = direct'), *_flags(frame)]
+        flags = [(_DIAGONAL, 'effective = direct'), *margin.half_filled(frame)]
         curves.legend(drawing, styles, dense=False, flags=tuple(flags))
         drawing.supxlabel('direct compression (weights before / weights after)', fontsize=10)
         drawing.supylabel(
@@ -250,6 +216,6 @@ def _line(axes: Axes, strip: Axes | None, rows: pl.DataFrame, props: dict, slots
     )
     for row in rows.iter_rows(named=True):
         if row['disconnected']:
-            _point(strip, row['compression'], slots[row['label']], row, props)
+            margin.point(strip, row['compression'], slots[row['label']], row, props)
         else:
-            _point(axes, row['compression'], row['effective_compression'], row, props)
+            margin.point(axes, row['compression'], row['effective_compression'], row, props)

@@ -10,15 +10,24 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from jaxprune.errors import StoreError
-from jaxprune.report import curves, effective_compression, heatmap, recorded, style, tables, text
+from jaxprune.report import (
+    curves,
+    effective_compression,
+    heatmap,
+    recorded,
+    size,
+    style,
+    tables,
+    text,
+)
 from jaxprune.sweep import store
 
 MOST_SETTINGS = 6
 """Settings that get figures; tables and sentences always hold all of them."""
 
 _OURS = re.compile(
-    r'(accuracy|accuracy_effective|effective_compression|learning_accuracy|learning_loss|layers|'
-    r'flow)'
+    r'(accuracy|accuracy_size|accuracy_effective|effective_compression|learning_accuracy|'
+    r'learning_loss|layers|flow)'
     r'(_\d+)?\.png'
 )
 
@@ -93,6 +102,7 @@ def figures(
     )
 
     drawn = {'accuracy': (curves.accuracy(summary, settings), _accuracy_words(summary, some))}
+    drawn |= _size_figure(results, settings, styles, some)
     drawn |= _effective_figures(results, summary, every, settings, some)
     evaluated = results if along is None else tables.along(results, along)
     learning = tables.learning(evaluated)
@@ -117,6 +127,20 @@ def figures(
             drawing, complete = heatmap.layers(part)
             drawn[f'layers{suffix}'] = drawing, _layers_words(part, complete, where)
     return drawn
+
+
+def _size_figure(
+    results: pl.DataFrame, settings: list[dict], styles: dict, some: str
+) -> dict[str, tuple[Figure, dict]]:
+    """Accuracy against parameters and operations of compact networks, if any is smaller."""
+    known = tables.sizes(results)
+    parts = [(setting, tables.at(known, setting)) for setting in settings]
+    parts = [(setting, part) for setting, part in parts if not part.is_empty()]
+    frame = pl.concat([known.clear(), *(part for _, part in parts)])
+    if size.smaller(frame).is_empty():
+        return {}
+    drawing = size.accuracy(frame, [setting for setting, _ in parts], styles)
+    return {'accuracy_size': (drawing, _size_words(frame, some))}
 
 
 def _effective_figures(
@@ -174,6 +198,47 @@ def _accuracy_words(summary: pl.DataFrame, some: str) -> dict:
         'alt': f'Line chart of test accuracy against compression on a logarithmic axis, '
         f'{text.plural(count, "method")}; the numbers are in the table below.',
         'caption': ' '.join(parts) + _aims(summary) + some,
+    }
+
+
+_BY_CHANCE = ', except where they happen to remove whole groups'
+
+
+def _size_words(frame: pl.DataFrame, some: str) -> dict:
+    frame = frame.filter(pl.col('accuracy').is_not_null())
+    parts = [
+        'Mean test accuracy after training. Left: against parameters, right: against operations, '
+        'each of the dense network over those of the compact one.',
+        _bands(frame),
+    ]
+    if tables.DENSE in frame['method']:
+        parts.append('Dashed: the dense control.')
+    large = size.as_large(frame)
+    if not large.is_empty():
+        low, high = (
+            text.percent(end, 1) for end in (large['accuracy'].min(), large['accuracy'].max())
+        )
+        weights = pl.col('target').is_in(['direct', 'effective'])
+        if not large.filter(weights).is_empty():
+            chance = '' if size.smaller(frame).filter(weights).is_empty() else _BY_CHANCE
+            words = 'Masks on single weights leave the compact network as large as the dense one'
+            parts.append(f'{words}{chance}.')
+        parts.append(
+            f'The strip at the left belongs to both panels, at {text.times(1)}: runs that are less '
+            'than a percent smaller, a point per compression, in the order of the legend; their '
+            'accuracy is ' + (f'{low} %.' if low == high else f'between {low} and {high} %.')
+        )
+    if frame['disconnected'].any():
+        parts.append('At the right, off the scale: disconnected runs, in the order of the legend.')
+    if frame.filter(pl.col('runs') < pl.col('seeds')).height:
+        parts.append('Half-filled: only some of the seeds are connected, or disconnected.')
+    if frame['diverged'].sum():
+        parts.append('Crosses: the loss of at least one seed is no longer a finite number.')
+    return {
+        'section': 'size',
+        'alt': 'Two line charts of test accuracy, against compression by parameters and against '
+        'theoretical speed-up, both on logarithmic axes; the numbers are in the table below.',
+        'caption': ' '.join(parts) + some,
     }
 
 
@@ -284,6 +349,7 @@ def _row(row: dict, keys: list[str]) -> dict:
         'target': text.number(row['target_compression']),
         'achieved': text.number(row['compression']),
         'effective': text.effective(row),
+        'compact': text.NONE if row['params_ratio'] is None else text.number(row['params_ratio']),
         'speedup': text.NONE if row['speedup'] is None else f'{row["speedup"]:.2f}',
         'disconnected': bool(row['disconnected']),
         'seeds': row['seeds'],
@@ -367,7 +433,7 @@ def html(
         differences=by_setting(text.effective_sentences, summary),
         disconnections=by_setting(text.disconnected_sentences, summary),
         disconnected=summary['disconnected'].sum(),
-        smaller=bool((summary['speedup'] > 1.005).any()),
+        smaller=any((summary[ratio] > 1.005).any() for ratio in ('params_ratio', 'speedup')),
         traced=summary['disconnected'].is_not_null().all(),
         labelled=bool(tables.labels(summary)),
         aims=_aims(summary),

@@ -87,6 +87,18 @@ def _geometric(values: pl.Expr) -> pl.Expr:
     return values.log().mean().exp()
 
 
+def _with_params_ratio(runs: pl.DataFrame, keys: list[str]) -> pl.DataFrame:
+    """Adds `params_ratio`: parameters of the dense control over those of the compact network.
+
+    Both are of the same setting, where the network may be another. Null if no control of the
+    setting has finished, or if the parameters were not counted.
+    """
+    dense = pl.col('params_compact').filter(_DENSE_ROW).max()
+    ratio = (dense / pl.col('params_compact')).alias('params_ratio')
+    parts = [part.with_columns(ratio) for _, part in split(runs, keys)]
+    return pl.concat(parts) if parts else runs.with_columns(ratio)
+
+
 def _in_order(frame: pl.DataFrame, keys: list[str], names: list[str], *last) -> pl.DataFrame:
     """By setting; in each, dense first, then labels as in `names` with rising compression."""
     order = {label: place for place, label in enumerate(names)}
@@ -124,8 +136,9 @@ def summary(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
         target_compression
         compression             achieved, geometric mean over runs
         effective_compression   geometric mean over runs where it is finite, null if none
-        speedup                 operations of the dense network over those without the groups that
-                                are pruned whole, geometric mean over connected runs
+        params_ratio, speedup   parameters, and operations, of the dense network over those without
+                                the groups that are pruned whole, geometric mean over connected
+                                runs; null if they were not counted, and the first without a control
         disconnected            runs where it is infinite: no path from input to output is left;
                                 null if it was computed for no run
         seeds                   finished runs
@@ -148,7 +161,7 @@ def summary(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
       compression.
     """
     keys = settings(results)
-    runs = final(results).join(
+    runs = _with_params_ratio(final(results), keys).join(
         collapsed(results, layers).select('run_id', collapsed=pl.lit(True)),
         on='run_id',
         how='left',
@@ -165,6 +178,7 @@ def summary(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
         .agg(
             _geometric(pl.col('compression')),
             _geometric(_CONNECTED),
+            params_ratio=_geometric(pl.col('params_ratio').filter(_EFFECTIVE.is_finite())),
             speedup=_geometric(_SPEEDUP.filter(_EFFECTIVE.is_finite())),
             disconnected=pl.when(_COMPUTED.len() > 0).then(_COMPUTED.is_infinite().sum()),
             seeds=pl.len(),
@@ -185,6 +199,7 @@ def summary(results: pl.DataFrame, layers: pl.DataFrame) -> pl.DataFrame:
         'target_compression',
         'compression',
         'effective_compression',
+        'params_ratio',
         'speedup',
         'disconnected',
         'seeds',
@@ -254,6 +269,59 @@ def connectivity(results: pl.DataFrame) -> pl.DataFrame:
         'effective_compression',
         'effective_low',
         'effective_high',
+        'accuracy',
+        'accuracy_low',
+        'accuracy_high',
+        'diverged',
+    )
+
+
+def sizes(results: pl.DataFrame) -> pl.DataFrame:
+    """What compact networks save, and the accuracy that goes with it; dense control included.
+
+    A compact network is without the groups that a run's masks remove. As in `connectivity`, a row
+    of `summary` whose runs are disconnected in part is two rows here.
+
+    Columns after the settings:
+
+        label, method, target, target_compression
+        disconnected            whether no path from input to output is left in these runs
+        runs, seeds             how many runs these are, and of how many
+        params_ratio            parameters, dense / compact, geometric mean; null if disconnected
+        speedup                 operations, dense / compact, likewise
+        accuracy, _low, _high   mean test accuracy after training and its 95 % Student interval
+        diverged                runs whose loss or accuracy is not finite
+
+    Left out are runs of which any of this is not known, and settings whose dense control has not
+    finished. Rows are sorted as in `summary`, connected ones first.
+    """
+    keys = settings(results)
+    group = [*keys, 'label', 'method', 'target', 'target_compression']
+    ratios = ('params_ratio', 'speedup')
+    frame = (
+        _with_params_ratio(final(results), keys)
+        .rename({'speedup_theoretical': 'speedup'})
+        .filter(_EFFECTIVE.is_not_null(), _EFFECTIVE.is_not_nan())
+        .drop_nulls(ratios)
+        .with_columns(seeds=pl.len().over(group), disconnected=_EFFECTIVE.is_infinite())
+        .sort('seed')
+        .group_by(*group, 'disconnected')
+        .agg(
+            pl.col('seeds').first(),
+            *(_geometric(pl.col(ratio)) for ratio in ratios),
+            runs=pl.len(),
+            accuracy=pl.col('test_accuracy').filter(pl.col('test_accuracy').is_finite()),
+            diverged=pl.col('diverged').sum(),
+        )
+        .with_columns(pl.when(~pl.col('disconnected')).then(pl.col(ratios)))
+    )
+    frame = _with_interval(_in_order(frame, keys, labels(results), 'disconnected'), 'accuracy')
+    return frame.select(
+        *group,
+        'disconnected',
+        'runs',
+        'seeds',
+        *ratios,
         'accuracy',
         'accuracy_low',
         'accuracy_high',
