@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweeps import pruned
 
-from jaxprune import data, method, plan, tree
+from jaxprune import data, method, plan, structure, tree
 from jaxprune.problem import view_of
 from jaxprune.rng import run_key
 from jaxprune.sweep import chunk, make_spec
@@ -32,6 +32,11 @@ from jaxprune.types import Batch
 #: Methods whose rounds may all happen before training. Those that change training have laws of
 #: their own in `test_hooks.py`.
 METHODS = sorted(name for name, entry in method.METHODS.items() if not entry.hooked)
+#: Methods that score coupled groups: here they prune units, and counts are those of units.
+COUPLED = {name for name in METHODS if method.METHODS[name].coupled}
+#: The dense net has no norm, which this one scores.
+OF_WEIGHTS = [name for name in METHODS if name not in COUPLED]
+ON_DENSE = [name for name in METHODS if name != 'bn_scale']
 MORE = pytest.mark.more
 
 #: Points of `importance`, which stands for them: the same code with other options.
@@ -46,7 +51,7 @@ ROUNDS = {name: min(method.METHODS[name].rounds, 2) for name in METHODS}
 
 #: One method of each kind that the engine tells apart: what its events are given, how many there
 #: are, whether weights return. Where a law is about the engine, the others are slow tests.
-KINDS = ('random', 'snip', 'grasp', 'synflow', 'force')
+KINDS = ('random', 'snip', 'grasp', 'synflow', 'force', 'gate_taylor')
 
 
 #: Methods that most laws hold to in slow tests only: they passed, and their code does not change. A
@@ -69,6 +74,15 @@ SETTLED = frozenset(
         'prospr',
         'importance',
         'lookahead',
+        'gate_taylor',
+        'shapley',
+        'leave_one_out',
+        'apoz',
+        'sensitivity',
+        'taylor_output',
+        'group_score',
+        'fpgm',
+        'bn_scale',
     }
 )
 
@@ -86,9 +100,9 @@ def test_a_new_method_gets_every_law_by_default():
     assert slow_unless(False, 'lamp').marks
 
 
-SOME = [slow_unless(m in KINDS, m) for m in METHODS]
+SOME = [slow_unless(m in KINDS, m) for m in ON_DENSE]
 #: One, where three engines are compared, each to be compiled.
-FEW = [slow_unless(m == 'snip', m) for m in METHODS]
+FEW = [slow_unless(m == 'snip', m) for m in ON_DENSE]
 OTHER_WAYS = [('plain', 'global'), ('plain', 'erk'), ('jit', 'erk'), ('vmap', 'global')]
 
 
@@ -119,7 +133,10 @@ def table(model, methods, **grid):
         'train': {'epochs': 2, 'batch_size': 64, 'momentum': 0.9, 'weight_decay': 1e-3},
         'prune': {'samples_per_class': 2},
         'grid': {
-            'method': [{'name': m, 'rounds': ROUNDS[m]} for m in methods],
+            'method': [
+                {'name': m, 'rounds': ROUNDS[m]} | ({'granularity': 'unit'} if m in COUPLED else {})
+                for m in methods
+            ],
             'compression': [1, 4],
             'seed': [0, 1, 2],
             **grid,
@@ -186,7 +203,8 @@ def segment_of(program):
 
 @pytest.fixture(scope='module')
 def benches(dataset):
-    return {net: Bench(table(model, METHODS), dataset) for net, model in NETS.items()}
+    tables = table(DENSE_NET, ON_DENSE), table(CONV_NET, METHODS)
+    return {net: Bench(t, dataset) for net, t in zip(NETS, tables, strict=True)}
 
 
 @pytest.fixture(scope='module')
@@ -206,6 +224,10 @@ def of(bench, name, compression=4.0):
     return [r for r in bench.runs if r.method.name == name and r.compression == compression]
 
 
+def what_competes(bench, run):
+    return bench.program.competing(run.method)
+
+
 def rows_of(states, i):
     if isinstance(states, list):  # of an engine: slots of as many rows
         size = len(jax.tree.leaves(states[0])[0])
@@ -222,7 +244,7 @@ def unrolled(body, carried, xs):
     return carried, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
 
-@pytest.mark.parametrize(('net', 'name'), [*map(on_dense, METHODS), *map(on_conv, METHODS)])
+@pytest.mark.parametrize(('net', 'name'), [*map(on_dense, ON_DENSE), *map(on_conv, METHODS)])
 def test_many_runs_equal_single_runs(benches, net, name):
     """Law: N vmapped runs = the same N runs one by one, from initialisation to trained weights.
 
@@ -286,7 +308,7 @@ def test_strategies_agree(benches, engines, name):
     'name',
     [
         pytest.param(m, marks=MORE) if m in KINDS[:-1] else slow_unless(m == 'force', m)
-        for m in METHODS
+        for m in ON_DENSE
     ],
 )
 def test_chunk_size_position_and_padding_change_nothing(benches, engines, name):
@@ -326,7 +348,7 @@ def test_device_count_changes_nothing(benches, engines, strategy):
 
 
 @pytest.mark.parametrize(
-    ('net', 'name'), [*map(on_dense_as_users, METHODS), *map(on_conv, METHODS)]
+    ('net', 'name'), [*map(on_dense_as_users, ON_DENSE), *map(on_conv, METHODS)]
 )
 def test_exact_counts_and_zeros_after_every_segment(benches, engines, net, name):
     """Laws: counts are exact; pruned weights and their moments are zero after every segment.
@@ -344,10 +366,13 @@ def test_exact_counts_and_zeros_after_every_segment(benches, engines, net, name)
         for i in range(len(members)):
             state = rows_of(states, i)
             masks = state.masks
-            assert sum(int(m.sum()) for m in masks.values()) == counts['*'][i, -1]
-            assert {p: int(m.sum()) for p, m in masks.items()} == {
-                p: int(k[i]) for p, k in info.kept.items()
-            }
+            kept = {p: int(k[i]) for p, k in info.kept.items()}
+            assert sum(kept.values()) == counts['*'][i, -1]
+            if name not in COUPLED or all(
+                kept.values()
+            ):  # behind a layer without units no weight is left
+                alive = what_competes(bench, members[i]).alive(masks)
+                assert {p: int(m.sum()) for p, m in alive.items()} == kept
             assert int(info.nonfinite[i]) == 0
             assert_zero_where_pruned(bench.program.problem, state)
         start = epoch * bench.program.steps
@@ -391,7 +416,7 @@ def test_density_one_is_the_dense_control(benches, engines, name):
     ('strategy', 'methods'),
     [
         ('vmap', KINDS),
-        *(pytest.param(s, METHODS, marks=pytest.mark.slow) for s in ('map', 'vmap', 'host')),
+        *(pytest.param(s, ON_DENSE, marks=pytest.mark.slow) for s in ('map', 'vmap', 'host')),
     ],
 )
 def test_two_traces_at_most(dataset, strategy, methods):
@@ -461,28 +486,29 @@ def test_segment_on_two_devices_has_no_collective(benches, net, strategy):
 @pytest.mark.parametrize(
     ('how', 'allocation', 'name'),
     [
-        *(slow_unless(m == 'synflow', 'vmap', 'erk', m) for m in METHODS),
-        *(slow_unless(m not in POINTS, 'jit', 'global', m) for m in METHODS),
-        *(slow_unless(False, *case, m) for case in OTHER_WAYS for m in METHODS),
+        *(slow_unless(m == 'synflow', 'vmap', 'erk', m) for m in OF_WEIGHTS),
+        *(slow_unless(m not in POINTS, 'jit', 'global', m) for m in ON_DENSE),
+        *(slow_unless(False, *case, m) for case in OTHER_WAYS for m in OF_WEIGHTS),
     ],
 )
 def test_any_density_is_met_exactly_and_nested(benches, how, allocation, name):
     """Laws: exact counts for any traced k; pruned stays pruned; the state keeps its structure."""
     bench = benches['dense']
     problem = bench.program.problem
-    pruner = method.get_pruner(problem, name, allocation=allocation)
+    competing = what_competes(bench, of(bench, name)[0])
+    pruner = method.get_pruner(problem, name, allocation=allocation, groups=competing)
     key, view = run_key(7), view_of(problem, bench.state)
     batches = noise_batches(1)
 
     def two_events(key, first, second):
         begun = pruner.init(key, view)
-        begun, masks, _ = pruner.update(key, begun, view, first, batches)
+        begun, masks, before = pruner.update(key, begun, view, first, batches)
         pruned = view._replace(
             masks=masks, weights={p: jnp.where(masks[p], w, 0) for p, w in view.weights.items()}
         )
         done, again, info = pruner.update(key, begun, pruned, second, batches)
         chex.assert_trees_all_equal_shapes_and_dtypes(begun, done)
-        return masks, again, info
+        return masks, again, before, info
 
     def second_of_two(f):
         both = jax.jit(jax.vmap(f))
@@ -497,21 +523,23 @@ def test_any_density_is_met_exactly_and_nested(benches, how, allocation, name):
     transform = ways[how](two_events)
 
     @settings(max_examples=1 if how == 'plain' else 10, deadline=None, database=None)
-    @given(st.floats(0.01, 1.0), st.floats(0.05, 1.0))
+    @given(st.floats(0.2 if name in COUPLED else 0.01, 1.0), st.floats(0.05, 1.0))
     def check(density, fraction):
-        first = plan.keep_counts(bench.program.shapes, density, allocation)
+        first = plan.keep_counts(competing.shapes, density, allocation)
         second = {path: int(k * fraction) for path, k in first.items()}
         counts = jax.tree.map(np.int32, (first, second))
-        masks, again, info = jax.device_get(transform(key, *counts))
-        for got, wanted in ((masks, first), (again, second)):
-            kept = {p: int(m.sum()) for p, m in got.items()}
+        masks, again, before, info = jax.device_get(transform(key, *counts))
+        for got, told, wanted in ((masks, before, first), (again, info, second)):
+            kept = {p: int(k) for p, k in told.kept.items()}
+            if name not in COUPLED or all(
+                kept.values()
+            ):  # behind a layer without units no weight is left
+                alive = competing.alive(got)
+                assert {p: int(m.sum()) for p, m in alive.items()} == kept
             assert ({'*': sum(kept.values())} if allocation == 'global' else kept) == wanted
         if method.METHODS[name].monotone:
             assert all(bool((masks[p] | ~again[p]).all()) for p in masks)
         assert {p: m.shape for p, m in masks.items()} == bench.program.shapes
-        assert {p: int(k) for p, k in info.kept.items()} == {
-            p: int(m.sum()) for p, m in again.items()
-        }
 
     check()
 
@@ -519,8 +547,8 @@ def test_any_density_is_met_exactly_and_nested(benches, how, allocation, name):
 @pytest.mark.parametrize(
     ('net', 'name'),
     [
-        *(slow_unless(m not in POINTS, 'dense', m) for m in METHODS),
-        *(slow_unless(m == 'grasp', 'conv', m) for m in METHODS if m != 'prospr'),
+        *(slow_unless(m not in POINTS, 'dense', m) for m in ON_DENSE),
+        *(slow_unless(m in ('grasp', 'bn_scale'), 'conv', m) for m in METHODS if m != 'prospr'),
         pytest.param('conv', 'prospr', marks=MORE),
     ],
 )
@@ -542,19 +570,25 @@ def test_what_stands_under_the_mask_changes_no_score(benches, net, name):
         params = tree.put(view.params, noisy)
         return view._replace(weights=weights, masks=masks, initial=noisy, params=params)
 
-    @jax.jit
     def scored(inside, view, batches):
         def apply(params, *args, **kwargs):
             return problem.apply(tree.apply_masks(params, inside), *args, **kwargs)
 
-        score = entry.score(problem._replace(apply=apply), entry.batch_norm == 'train')
-        return score(run_key(3), view, batches)
+        other = problem._replace(apply=apply)
+        by = {}
+        if entry.coupled:
+            read = structure.groups_of(other, (28, 28, 1))
+            by = {'by': method.competing('unit', bench.program.shapes, lambda: read)}
+        options = {k: v for k, v in entry.options.items() if by and k != 'momentum'}
+        score = entry.score(other, entry.batch_norm == 'train', **options, **by)
+        return jax.jit(functools.partial(score, run_key(3)))(view, batches)
 
     batches = noise_batches(2)
     found = scored(nowhere, under(masks, 0.0), batches)
     wanted = scored(masks, under(masks, 7.0), batches)
-    for path, mask in masks.items():
-        one, other = (np.asarray(scores[path])[np.asarray(mask)] for scores in (found, wanted))
+    for path in found:
+        mask = np.ones(found[path].shape, bool) if entry.coupled else np.asarray(masks[path])
+        one, other = (np.asarray(scores[path])[mask] for scores in (found, wanted))
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
 
 

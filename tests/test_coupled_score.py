@@ -7,12 +7,16 @@ Taylor authors' code; the rest is by hand or against the scores of single weight
 import jax
 import jax.numpy as jnp
 import numpy as np
+import polars as pl
 import pytest
 from test_gates import KEY, batch, case, close
 
 import jaxprune as jp
 from jaxprune import PruneError, score, structure
+from jaxprune.errors import SpecError
 from jaxprune.score import coupled_score, gate_taylor
+from jaxprune.sweep import make_plan, make_spec
+from jaxprune.sweep.store import read_layers
 from jaxprune.types import Batch, Problem
 
 TORCH_PRUNING = {
@@ -226,3 +230,64 @@ def test_methods_of_groups_refuse_single_weights():
     data = jnp.asarray(file['x']), jnp.asarray(file['labels'], jnp.int32)
     with pytest.raises(PruneError, match="'apoz' prunes coupled groups: expected unit, head"):
         jp.prune(view.params, 'apoz', 0.5, model=problem, model_state={}, data=data)
+
+
+SWEEP = {
+    'name': 'units',
+    'model': {'name': 'mlp', 'widths': [12, 8]},
+    'data': {'name': 'mnist_small', 'train_examples': 128, 'test_examples': 100},
+    'train': {'epochs': 1, 'batch_size': 64},
+    'prune': {'samples_per_class': 1},
+}
+ENTRIES = [
+    {'name': 'gate_taylor', 'momentum': 0.9, 'rounds': 2, 'every': 1, 'per': 'example'},
+    {'name': 'shapley', 'permutations': 2, 'aggregate': 'mean_plus_2std'},
+    {'name': 'leave_one_out', 'sign': 'square'},
+    {'name': 'apoz', 'place': 'norm'},
+    'sensitivity',
+    'taylor_output',
+    {'name': 'group_score', 'measure': 'taylor', 'members': 'out', 'normalise': 'lamp'},
+    'fpgm',
+]
+
+
+def entries(names=()):
+    table = [e if isinstance(e, dict) else {'name': e} for e in ENTRIES]
+    return [{**e, 'granularity': 'unit'} for e in table if not names or e['name'] in names]
+
+
+@pytest.mark.more
+def test_a_sweep_of_scores_of_groups(tmp_path):
+    """Expectation: half of 20 units kept by each method, as the compact network's parameters say;
+    rounds along training carry the average, and two rounds end at the same count."""
+    names = ('gate_taylor', 'shapley', 'group_score')
+    table = {**SWEEP, 'grid': {'method': entries(names), 'compression': [2], 'seed': [0, 1]}}
+    frame = jp.run_sweep(table, out=tmp_path / 'runs')
+    last = frame.filter(pl.col('epoch') == 1)
+    assert last['error'].null_count() == last.height == 6
+    layers = read_layers(tmp_path / 'runs')
+    for run in last.iter_rows(named=True):
+        kept = dict(
+            layers.filter(pl.col('run_id') == run['run_id']).select('path', 'kept').iter_rows()
+        )
+        first = kept['dense_0/kernel'] // 784
+        second = kept['dense_2/kernel'] // 10
+        assert first + second == 10
+        assert run['params_compact'] == 785 * first + (first + 1) * second + 10 * (second + 1)
+
+
+def test_plans_of_every_score_of_groups():
+    """Expectation: a plan of each; a wrong option is one line with the nearest word."""
+    grid = {'method': entries(), 'compression': [2], 'seed': [0]}
+    make_plan(make_spec({**SWEEP, 'grid': grid}))
+    for wrong, says in (
+        ({'place': 'actvation'}, "'activation'"),
+        ({'permutations': 0}, 'at least 1'),
+        ({'granularity': 'weight'}, "'shapley' prunes coupled groups"),
+        ({'estimator': 'truncated'}, "'truncated' is unknown"),
+    ):
+        entry = {'name': 'shapley', 'granularity': 'unit', **wrong}
+        grid = {'method': [entry], 'compression': [2], 'seed': [0]}
+        with pytest.raises(SpecError) as caught:
+            make_plan(make_spec({**SWEEP, 'grid': grid}))
+        assert says in str(caught.value) and '\n' not in str(caught.value), caught.value

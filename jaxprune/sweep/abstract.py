@@ -79,7 +79,9 @@ def _check_numbers(program: Program, spec) -> None:
     if entry.make is not None:
         entry.make(program.problem, program.competing(spec), None, **spec.options)
     else:
-        entry.score(program.problem, spec.batch_norm == 'train', **spec.options)
+        own = {k: v for k, v in spec.options.items() if not (entry.averages and k == 'momentum')}
+        by = {'by': program.competing(spec)} if entry.coupled else {}
+        entry.score(program.problem, spec.batch_norm == 'train', **own, **by)
 
 
 def abstract_data(spec: SweepSpec) -> DeviceData:
