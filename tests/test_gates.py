@@ -365,6 +365,17 @@ def test_a_unit_inside_of_a_loop():
         gated.activations(params, x)
 
 
+def test_dimensions_of_queries_are_read_by_no_parameter():
+    """Expectation: left out where all families are asked for, an error where they are named."""
+    problem = jp.problem_from_flax(nn.build('transformer', 10, depth=1), (8, 8, 3))
+    read = structure.groups_of(problem, (8, 8, 3))
+    name = 'encoder/attention_0/query/kernel:head_dim'
+    assert name in structure.gates(read, 'norm').sizes
+    assert name not in structure.gates(read, 'read').sizes
+    with pytest.raises(PruneError, match="query/kernel:head_dim' has no place 'read'"):
+        structure.gates(read, 'read', [name])
+
+
 def test_what_is_wrong_is_said():
     """Expectation: one line each, with the nearest valid word."""
     _, _, problem, view, units, read = case('torchpruner_mlp')

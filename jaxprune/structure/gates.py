@@ -42,7 +42,7 @@ def gates(coupled: Coupled, place: str = 'norm', families: Collection[str] | Non
         else is affine (Taylor's importance is best there); 'activation', after all operations on
         single entries; 'read', on what the next products with parameters read, where heads of
         attention have their gates. Without such operations a place is the one before it.
-      families: their names; None for all that may go.
+      families: their names; None for all that may go and have such a place.
 
     Raises:
       PruneError: another place; a family that there is not, or that has no such place.
@@ -56,8 +56,11 @@ def gates(coupled: Coupled, place: str = 'norm', families: Collection[str] | Non
     ordered: dict[str, list[Site]] = {name: [] for name in sizes}
     for site in (s for own in sites(coupled, place, sizes).values() for s in own):
         ordered[site.family].append(site)
-    if lost := next((name for name, own in ordered.items() if not own), None):
-        raise PruneError(f"{quoted(lost)} has no place '{place}' for a gate")
+    lost = [name for name, own in ordered.items() if not own]
+    if lost and families is not None:
+        raise PruneError(f"{quoted(lost[0])} has no place '{place}' for a gate")
+    for name in lost:  # such as dimensions of queries, which no parameter reads
+        del sizes[name], ordered[name]
     run = _runner(coupled.coupling, place, sizes)
 
     def apply(values: Mapping[str, jax.Array], params: PyTree, x: PyTree, *states: PyTree):
