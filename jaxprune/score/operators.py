@@ -1,13 +1,17 @@
-"""The linear map that a convolution is: its singular values."""
+"""The linear map that a convolution is: its singular values, and norms of its single kernels."""
+
+import math
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune import linalg
 from jaxprune.arguments import least
-from jaxprune.errors import PruneError, check_choice
+from jaxprune.errors import PruneError, check_choice, shown
 
-PADDINGS = ('circular', 'zero')
+PADDINGS = ('circular', 'zero', 'full')
+#: Norms of a map: its largest singular value, the sum of them all, the root of their squares' sum.
+NORMS = ('spectral', 'nuclear', 'frobenius')
 
 
 def conv_singular_values(
@@ -25,7 +29,7 @@ def conv_singular_values(
       padding: 'circular': by the Fourier transform, exactly and cheaply (Sedghi, Gupta & Long, ICLR
         2019, arXiv:1805.10408; with a stride, `stride²` frequencies share a block); 'zero': 'same'
         padding of `(k - 1) // 2` before and the rest behind, by the map's full matrix, for small
-        images.
+        images; 'full': the same with `k - 1` zeros on every side.
 
     Returns:
       `(n,)`; n is the smaller of the map's two dimensions.
@@ -39,8 +43,8 @@ def conv_singular_values(
     if kernel.ndim != 4:
         raise PruneError(f'a kernel is (height, width, in, out), not {tuple(kernel.shape)}')
     check_choice('padding', padding, PADDINGS)
-    if padding == 'zero':
-        return linalg.singular_values(_matrix(kernel, height, width, stride))
+    if padding != 'circular':
+        return linalg.singular_values(_matrix(kernel, height, width, stride, padding))
     if height % stride or width % stride:
         raise PruneError(f'a stride of {stride} does not divide images of {height} x {width}')
     blocks = _blocks(kernel, height, width, stride)
@@ -65,19 +69,109 @@ def _transfer(kernel: jax.Array, height: int, width: int) -> jax.Array:
 
     A few taps need no fast transform, and XLA's own waits for its threads on the CPU.
     """
-
-    def waves(size: int, taps: int) -> jax.Array:
-        angles = jnp.arange(size)[:, None] * jnp.arange(taps)[None, :] % size / size
-        return jnp.exp(-2j * jnp.pi * angles.astype(kernel.dtype))
-
-    rows, columns = waves(height, kernel.shape[0]), waves(width, kernel.shape[1])
+    rows = _waves(height, kernel.shape[0], kernel.dtype)
+    columns = _waves(width, kernel.shape[1], kernel.dtype)
     return jnp.einsum('ya,xb,abio->yxio', rows, columns, kernel, precision='highest')
 
 
-def _matrix(kernel: jax.Array, height: int, width: int, stride: int) -> jax.Array:
+def _waves(size: int, taps: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`(frequencies, taps)`: the waves of a ring of that size, at the first places."""
+    angles = jnp.arange(size)[:, None] * jnp.arange(taps)[None, :] % size / size
+    return jnp.exp(-2j * jnp.pi * angles.astype(dtype))
+
+
+def slice_norms(
+    kernel: jax.Array,
+    side: int | tuple[int, ...] = 16,
+    *,
+    stride: int | tuple[int, ...] = 1,
+    norm: str = 'spectral',
+) -> jax.Array:
+    """The norm of each single kernel, from one input to one output, as a map of periodic images.
+
+    Edge weights of LEAN (Schoonhoven et al., 2020, arXiv:2011.06923). With stride 1 the spectral
+    norm is the largest `|Fourier transform|` of the kernel. A stride s adds frequencies up in sets
+    of s along each axis, so the norm is the largest root mean square of a set: that of the
+    polyphase parts. A stride as long as the kernel leaves the Frobenius norm of the kernel, and a
+    kernel of one entry has the norm |k|. Any side that holds the kernel gives a lower bound of the
+    norm on large images.
+
+        slice_norms(jnp.ones((3, 3, 1, 1)))  # [[9.]]: a constant image is multiplied by 9
+        slice_norms(jnp.ones((3, 3, 1, 1)), stride=4)  # [[3.]]: no two windows overlap
+
+    Args:
+      kernel: `(*sides, in, out)`: (height, width, in, out), or with any other number of sides, also
+        none.
+      side: of the image, one for all of its axes or one for each.
+      stride: likewise; must divide the side.
+      norm: 'spectral', 'nuclear' or 'frobenius'.
+
+    Returns:
+      `(in, out)`. A float16 kernel gives float32.
+
+    Raises:
+      PruneError: another norm, a kernel without inputs and outputs, a side or stride that is no
+        whole number above 0 or not one for each axis, a stride that does not divide the side.
+    """
+    check_choice('norm', norm, NORMS)
+    if kernel.ndim < 2:
+        raise PruneError(f'a kernel is (*sides, in, out), not {tuple(kernel.shape)}')
+    taps = kernel.shape[:-2]
+    sizes, strides = _for_each(side, 'side', taps), _for_each(stride, 'stride', taps)
+    for n, s in zip(sizes, strides, strict=True):
+        if n % s:
+            raise PruneError(f'a stride of {s} does not divide a side of {n}')
+    kernel = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    if math.prod(taps) == 1:
+        outputs = math.prod(n // s for n, s in zip(sizes, strides, strict=True))
+        factor = {'spectral': 1, 'nuclear': outputs, 'frobenius': math.sqrt(outputs)}[norm]
+        return jnp.abs(kernel.reshape(kernel.shape[-2:])) * factor
+    waves = [_waves(n, k, kernel.dtype) for n, k in zip(sizes, taps, strict=True)]
+    rest = kernel
+    for axis, wave in enumerate(waves[1:], 1):
+        rest = _along(wave, rest, axis)
+    first = waves[0].reshape(strides[0], -1, taps[0]).swapaxes(0, 1)
+
+    def of_row(alike: jax.Array) -> jax.Array:
+        """Of one frequency of the outputs along the first side, over all along the others."""
+        power = _along(alike, rest, 0)
+        power = (jnp.square(power.real) + jnp.square(power.imag)).mean(0)
+        for axis, (n, s) in enumerate(zip(sizes[1:], strides[1:], strict=True)):
+            shape = power.shape
+            power = power.reshape(*shape[:axis], s, n // s, *shape[axis + 1 :]).mean(axis)
+        values = power.reshape(-1, *kernel.shape[-2:])
+        if norm == 'spectral':
+            return values.max(0)
+        return (jnp.sqrt(values) if norm == 'nuclear' else values).sum(0)
+
+    rows = jax.lax.map(of_row, first)  # one by one: together they would fill gigabytes
+    if norm == 'nuclear':
+        return rows.sum(0)
+    return jnp.sqrt(rows.max(0) if norm == 'spectral' else rows.sum(0))
+
+
+def _along(wave: jax.Array, array: jax.Array, axis: int) -> jax.Array:
+    """The taps of an axis of an array as frequencies."""
+    found = jnp.tensordot(wave, array, ((1,), (axis,)), precision='highest')
+    return jnp.moveaxis(found, 0, axis)
+
+
+def _for_each(value: int | tuple[int, ...], name: str, taps: tuple[int, ...]) -> tuple[int, ...]:
+    """One number for each side."""
+    each = value if isinstance(value, tuple) else (value,) * max(len(taps), 1)
+    for number in each:
+        least(1, **{name: number})
+    if isinstance(value, tuple) and len(each) != len(taps):
+        raise PruneError(f'{name} must be one number or {len(taps)}, not {shown(value)}')
+    return each[: len(taps)]
+
+
+def _matrix(kernel: jax.Array, height: int, width: int, stride: int, padding: str) -> jax.Array:
     """The map's full matrix `(inputs, outputs)`, from its values at unit images."""
     inputs = height * width * kernel.shape[2]
     pads = [((k - 1) // 2, k - 1 - (k - 1) // 2) for k in kernel.shape[:2]]
+    if padding == 'full':
+        pads = [(k - 1, k - 1) for k in kernel.shape[:2]]
     images = jnp.eye(inputs, dtype=kernel.dtype).reshape(inputs, height, width, -1)
     maps = jax.lax.conv_general_dilated(
         images,
