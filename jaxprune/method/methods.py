@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxprune import score
 from jaxprune.errors import lookup
+from jaxprune.method.lean import lean, operator_norm
 from jaxprune.method.tpp import tpp
 from jaxprune.types import Problem, Pruner, ScoreFn
 
@@ -77,6 +78,7 @@ def _measure(title: str, name: str, doc: str) -> Method:
 
 
 _FLOW = 'Lubana & Dick 2021, arXiv:2009.11839'
+_LEAN = 'Schoonhoven et al. 2020, arXiv:2011.06923'
 _FORCE = 'de Jorge et al. 2021, arXiv:2006.09081'
 
 
@@ -216,6 +218,27 @@ METHODS: dict[str, Method] = {
         _data_initial,
         grouped=True,
         options={'order': 1, 'mode': 'sum_of_abs', 'bias': 'none', 'temperature': 1.0},
+    ),
+    'lean': Method(
+        'LEAN',
+        lambda problem, train, **options: lean(problem, **options),
+        'Single kernels on paths of large products of operator norms: the best path first, then '
+        "the best of what is left. No data. What competes is granularity = 'kernel'.",
+        _LEAN,
+        _shape,
+        rounds=15,
+        grouped=True,
+        options={'side': 16},
+    ),
+    'operator_norm': Method(
+        'operator norm',
+        lambda problem, train, **options: operator_norm(problem, **options),
+        'The operator norm of each single kernel: what LEAN is compared with. No data.',
+        _LEAN,
+        _shape,
+        rounds=15,
+        grouped=True,
+        options={'side': 16, 'scaled': False},
     ),
     'tpp': Method(
         'TPP',

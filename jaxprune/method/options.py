@@ -23,6 +23,8 @@ OPTIONS: dict[str, Option] = {
     'order': Option('of the derivative of ‖θ‖²: 0, 1 (θ g) or 2 (θ Hg)', low=0, high=2),
     'mode': Option('how products of a group are added up', choices=MODES),
     'bias': Option('what multiplies every product', choices=BIASES),
+    'side': Option('of the images that operator norms are taken on', low=1, high=1024),
+    'scaled': Option('times the scale of the batch norm on the way'),
     'weight': Option('of the decorrelation against the pull to zero', above=0),
     'interval': Option('training steps after which the penalty grows', low=1),
     'increment': Option('by how much the penalty grows', above=0),

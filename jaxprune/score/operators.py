@@ -1,6 +1,7 @@
 """The linear map that a convolution is: its singular values, and norms of its single kernels."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -126,34 +127,56 @@ def slice_norms(
         outputs = math.prod(n // s for n, s in zip(sizes, strides, strict=True))
         factor = {'spectral': 1, 'nuclear': outputs, 'frobenius': math.sqrt(outputs)}[norm]
         return jnp.abs(kernel.reshape(kernel.shape[-2:])) * factor
-    waves = [_waves(n, k, kernel.dtype) for n, k in zip(sizes, taps, strict=True)]
-    rest = kernel
-    for axis, wave in enumerate(waves[1:], 1):
-        rest = _along(wave, rest, axis)
-    first = waves[0].reshape(strides[0], -1, taps[0]).swapaxes(0, 1)
+    waves = _window_waves(taps, sizes, strides, kernel.dtype)
+    if norm == 'spectral':  # the other half is conjugate to this one
+        waves = waves[: waves.shape[0] // 2 + 1]
+    alike = waves.shape[-2]
+    waves = waves.reshape(-1, waves.shape[-1])
 
-    def of_row(alike: jax.Array) -> jax.Array:
-        """Of one frequency of the outputs along the first side, over all along the others."""
-        power = _along(alike, rest, 0)
-        power = (jnp.square(power.real) + jnp.square(power.imag)).mean(0)
-        for axis, (n, s) in enumerate(zip(sizes[1:], strides[1:], strict=True)):
-            shape = power.shape
-            power = power.reshape(*shape[:axis], s, n // s, *shape[axis + 1 :]).mean(axis)
-        values = power.reshape(-1, *kernel.shape[-2:])
-        if norm == 'spectral':
-            return values.max(0)
-        return (jnp.sqrt(values) if norm == 'nuclear' else values).sum(0)
+    def of_some(slices: jax.Array) -> jax.Array:
+        """Of `(taps, n)`: `(n,)`."""
+        real, imaginary = (
+            jnp.matmul(wave, slices, precision='highest') for wave in (waves.real, waves.imag)
+        )
+        power = (real**2 + imaginary**2).reshape(-1, alike, slices.shape[1]).mean(1)
+        if norm == 'nuclear':
+            return jnp.sqrt(power).sum(0)
+        return jnp.sqrt(power.max(0) if norm == 'spectral' else power.sum(0))
 
-    rows = jax.lax.map(of_row, first)  # one by one: together they would fill gigabytes
-    if norm == 'nuclear':
-        return rows.sum(0)
-    return jnp.sqrt(rows.max(0) if norm == 'spectral' else rows.sum(0))
+    return _some_at_a_time(of_some, kernel.reshape(math.prod(taps), -1)).reshape(kernel.shape[-2:])
 
 
-def _along(wave: jax.Array, array: jax.Array, axis: int) -> jax.Array:
-    """The taps of an axis of an array as frequencies."""
-    found = jnp.tensordot(wave, array, ((1,), (axis,)), precision='highest')
-    return jnp.moveaxis(found, 0, axis)
+def _window_waves(
+    taps: tuple[int, ...],
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """`(frequencies along the first side, along the others, alike, taps)`.
+
+    Frequencies of the outputs, and for each those of the inputs that a stride makes alike.
+    """
+    found = jnp.ones((1, 1, 1))
+    for n, k, s in zip(sizes, taps, strides, strict=True):
+        own = _waves(n, k, dtype).reshape(s, n // s, k).swapaxes(0, 1)
+        found = jnp.einsum('fat,gbu->fgabtu', found, own)
+        found = found.reshape(math.prod(found.shape[:2]), math.prod(found.shape[2:4]), -1)
+    first = sizes[0] // strides[0]
+    return found.reshape(first, -1, *found.shape[1:])
+
+
+#: Single kernels that are transformed at a time: more would fill memory under `vmap`.
+_AT_A_TIME = 4096
+
+
+def _some_at_a_time(fn: Callable[[jax.Array], jax.Array], slices: jax.Array) -> jax.Array:
+    """`fn` of `(taps, n)`, of some columns after others."""
+    count = slices.shape[1]
+    if count <= _AT_A_TIME:
+        return fn(slices)
+    padded = jnp.pad(slices, ((0, 0), (0, -count % _AT_A_TIME)))
+    parts = padded.reshape(slices.shape[0], -1, _AT_A_TIME).swapaxes(0, 1)
+    return jax.lax.map(fn, parts).reshape(-1)[:count]
 
 
 def _for_each(value: int | tuple[int, ...], name: str, taps: tuple[int, ...]) -> tuple[int, ...]:
