@@ -47,18 +47,22 @@ def lean(problem: Problem, *, side: int = 16, by: Groups | None = None) -> Score
         del key
         graph, weights = _read(problem, view, batches, side)
 
-        def places(weights: list[np.ndarray]) -> list[np.ndarray]:
-            order = path_order(graph.layers, [np.asarray(w) for w in weights])
-            place = np.empty(len(order), np.int64)
+        def places(bits: list[jax.Array]) -> list[np.ndarray]:
+            pairs = zip(bits, weights, strict=True)
+            numbers = [np.asarray(b).view(w.dtype).reshape(w.shape) for b, w in pairs]
+            order = path_order(graph.layers, numbers)
+            place = np.empty(len(order), np.int32)
             place[order] = np.arange(len(order), 0, -1)
-            pairs = zip(graph.layers, weights, strict=True)
-            return [place[layer.edges].astype(w.dtype) for layer, w in pairs]
+            return [place[layer.edges] for layer in graph.layers]
 
-        like = [jax.ShapeDtypeStruct(w.shape, w.dtype) for w in weights]
-        found = jax.pure_callback(places, like, weights, vmap_method='sequential')
+        # As bits: the host's thread does not know whether float64 is enabled here.
+        bits = [jax.lax.bitcast_convert_type(w, jnp.uint32) for w in weights]
+        like = [jax.ShapeDtypeStruct(w.shape, jnp.int32) for w in weights]
+        found = jax.pure_callback(places, like, bits, vmap_method='sequential')
         pairs = zip(found, weights, strict=True)
-        values = [jnp.where(w > 0, p, jnp.where(w == 0, 0, jnp.nan)) for p, w in pairs]
-        # Of a network that is used twice the first use counts; all have the same places.
+        values = [
+            jnp.where(w > 0, p.astype(w.dtype), jnp.where(w == 0, 0, jnp.nan)) for p, w in pairs
+        ]
         return _scores(view, per_kernel(graph, tree.shapes(view.weights), values), by)
 
     return score
