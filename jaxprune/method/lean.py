@@ -69,14 +69,15 @@ def lean(problem: Problem, *, side: int = 16, by: Groups | None = None) -> Score
 
 
 def operator_norm(
-    problem: Problem, *, side: int = 16, scaled: bool = False, by: Groups | None = None
+    problem: Problem, *, side: int = 16, scaled: bool = True, by: Groups | None = None
 ) -> ScoreFn:
     """The operator norm of each single kernel: what LEAN is compared with.
 
     Args:
       problem: the network.
       side: of the periodic images that the norm is taken on.
-      scaled: times the scale of the batch norm on its way, as LEAN has it.
+      scaled: times the scale of the batch norm on its way, as LEAN and its authors' baseline
+        have it.
       by: see `lean`.
 
     Raises:

@@ -233,12 +233,13 @@ METHODS: dict[str, Method] = {
     'operator_norm': Method(
         'operator norm',
         lambda problem, train, **options: operator_norm(problem, **options),
-        'The operator norm of each single kernel: what LEAN is compared with. No data.',
+        'The operator norm of each single kernel, times the scale of its batch norm: what LEAN is '
+        "compared with. No data. What competes is granularity = 'kernel'.",
         _LEAN,
         _shape,
         rounds=15,
         grouped=True,
-        options={'side': 16, 'scaled': False},
+        options={'side': 16, 'scaled': True},
     ),
     'tpp': Method(
         'TPP',

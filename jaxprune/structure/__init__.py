@@ -1,5 +1,6 @@
 """What a traced network is made of: paths through its kept weights, and what they leave out."""
 
+from jaxprune.structure.channel_graph import ChannelGraph, channel_graph
 from jaxprune.structure.compact import Compact, compact
 from jaxprune.structure.connectivity import Connect, connectivity
 from jaxprune.structure.cost import Cost, cost, cost_of_kept
@@ -18,6 +19,7 @@ from jaxprune.structure.fold import Folded, fold_constants
 from jaxprune.structure.forward_order import forward_order
 from jaxprune.structure.groups import KINDS, Coupled, Family, Member, groups
 from jaxprune.structure.latency import latency, latency_ratio
+from jaxprune.structure.longest_paths import path_order
 from jaxprune.structure.target import (
     TARGETS,
     Chain,
@@ -34,6 +36,7 @@ __all__ = [
     'KINDS',
     'TARGETS',
     'Chain',
+    'ChannelGraph',
     'Compact',
     'Connect',
     'Cost',
@@ -44,6 +47,7 @@ __all__ = [
     'Ranking',
     'active_wanted',
     'chain',
+    'channel_graph',
     'compact',
     'compression',
     'connectivity',
@@ -62,6 +66,7 @@ __all__ = [
     'groups_of',
     'latency',
     'latency_ratio',
+    'path_order',
     'prune_to_active',
     'rounds_before',
     'shapes_in_order',
