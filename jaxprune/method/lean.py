@@ -13,7 +13,7 @@ import numpy as np
 from jaxprune import tree
 from jaxprune.arguments import least
 from jaxprune.score.loss import one_input
-from jaxprune.structure.channel_graph import ChannelGraph, channel_graph, per_kernel
+from jaxprune.structure.channel_graph import ChannelGraph, Weighted, channel_graph, per_kernel
 from jaxprune.structure.longest_paths import path_order
 from jaxprune.types import Batches, Groups, Key, Problem, ScoreFn, Scores, View, Weights
 
@@ -45,21 +45,20 @@ def lean(problem: Problem, *, side: int = 16, by: Groups | None = None) -> Score
 
     def score(key: Key, view: View, batches: Batches | None) -> Scores:
         del key
-        graph, weights = _read(problem, view, batches, side)
+        graph, weighted = _read(problem, view, batches, side)
+        shapes = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), weighted)
 
-        def places(bits: list[jax.Array]) -> list[np.ndarray]:
-            pairs = zip(bits, weights, strict=True)
-            numbers = [np.asarray(b).view(w.dtype).reshape(w.shape) for b, w in pairs]
-            order = path_order(graph.layers, numbers)
+        def places(bits: Weighted) -> list[np.ndarray]:
+            order = path_order(graph.layers, *jax.tree.map(_numbers, bits, shapes))
             place = np.empty(len(order), np.int32)
             place[order] = np.arange(len(order), 0, -1)
             return [place[layer.edges] for layer in graph.layers]
 
         # As bits: the host's thread does not know whether float64 is enabled here.
-        bits = [jax.lax.bitcast_convert_type(w, jnp.uint32) for w in weights]
-        like = [jax.ShapeDtypeStruct(w.shape, jnp.int32) for w in weights]
+        bits = jax.tree.map(lambda w: jax.lax.bitcast_convert_type(w, jnp.uint32), weighted)
+        like = [jax.ShapeDtypeStruct(w.shape, jnp.int32) for w in weighted.edges]
         found = jax.pure_callback(places, like, bits, vmap_method='sequential')
-        pairs = zip(found, weights, strict=True)
+        pairs = zip(found, weighted.edges, strict=True)
         values = [
             jnp.where(w > 0, p.astype(w.dtype), jnp.where(w == 0, 0, jnp.nan)) for p, w in pairs
         ]
@@ -87,22 +86,26 @@ def operator_norm(
 
     def score(key: Key, view: View, batches: Batches | None) -> Scores:
         del key
-        graph, weights = _read(problem, view, batches, side, scaled)
-        return _scores(view, per_kernel(graph, tree.shapes(view.weights), weights), by)
+        graph, weighted = _read(problem, view, batches, side, scaled)
+        return _scores(view, per_kernel(graph, tree.shapes(view.weights), weighted.edges), by)
 
     return score
 
 
 def _read(
     problem: Problem, view: View, batches: Batches | None, side: int, scaled: bool = True
-) -> tuple[ChannelGraph, list[jax.Array]]:
-    """The graph of channels of a network, and the weights of its edges."""
+) -> tuple[ChannelGraph, Weighted]:
+    """The graph of channels of a network, and its weights."""
     like = one_input(batches, 'the graph of channels')
     x = jax.ShapeDtypeStruct((1, *like.shape), like.dtype)
     params = tree.put(view.params, view.weights)
     graph = channel_graph(problem, params, x, view.model_state)
     weights = functools.partial(graph.weights, side=side, scaled=scaled)
     return graph, jax.jit(weights)(params, view.model_state)
+
+
+def _numbers(bits: jax.Array, like: jax.ShapeDtypeStruct) -> np.ndarray:
+    return np.asarray(bits).view(like.dtype).reshape(like.shape)
 
 
 def _scores(view: View, each: Weights, by: Groups | None) -> Scores:

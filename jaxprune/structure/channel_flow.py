@@ -54,21 +54,32 @@ class Use(NamedTuple):
     reach: Reach
 
 
+class Scale(NamedTuple):
+    """A place where channels are multiplied by parameters or statistics.
+
+    Attributes:
+      names: of the channels.
+      makers: the uses of kernels whose channels they are.
+    """
+
+    names: np.ndarray
+    makers: frozenset[int]
+
+
 class Flow(NamedTuple):
     """What was found.
 
     Attributes:
       uses: of kernels, in the order of the function.
       ends: what comes to the network's outputs.
-      scales: for each place where channels are multiplied by parameters or statistics, the names
-        of the channels.
-      factors: `(*leaves) -> factors`, for each such place the size of the factor of each channel;
-        leaves are the parameters and the states, in the order of the trace.
+      scales: on the ways of channels.
+      factors: `(*leaves) -> factors`, of each scale the size of the factor of each channel; leaves
+        are the parameters and the states, in the order of the trace.
     """
 
     uses: tuple[Use, ...]
     ends: Reach
-    scales: tuple[np.ndarray, ...]
+    scales: tuple[Scale, ...]
     factors: Callable[..., list[jax.Array]]
 
 
@@ -139,7 +150,7 @@ class _Found(NamedTuple):
     """What a walk has found so far; `factors` stays empty while numbers play no part."""
 
     uses: list[Use]
-    scales: list[np.ndarray]
+    scales: list[Scale]
     factors: list[jax.Array]
     names: '_Names'
 
@@ -161,7 +172,7 @@ class _Names:
 
     def _tokens(self, axis: Axis) -> list[frozenset]:
         own = [frozenset({(id(axis), i)}) for i in range(axis.size)]
-        if axis.units is None:  # none of its indices may go: each stands for itself
+        if axis.units is None:  # united with no other index
             return own
         distinct, inverse = np.unique(self._units.roots(axis.units), return_inverse=True)
         parts = [frozenset(self._units.parts(int(unit))) for unit in distinct]
@@ -245,11 +256,12 @@ class _Walker(NamedTuple):
             return reach
         [place] = givens
         sources, result = visit.operands[place].sources, visit.results[0]
-        axes = [i for i, own in enumerate(sources) if own]
-        moving = [i for i in axes if found(result.axes[i]).units is not None]
-        axes = moving or axes
+        # Axes of channels; where none of them may go, those that are axes of a parameter.
+        axes = [i for i, axis in enumerate(result.axes) if not found(axis).fixed]
+        axes = axes or [i for i, own in enumerate(sources) if own]
         number = len(self.seen.scales)
-        self.seen.scales.append(self.seen.names.of([result.axes[i] for i in axes]))
+        names = self.seen.names.of([result.axes[i] for i in axes])
+        self.seen.scales.append(Scale(names, frozenset(reach)))
         if self.numeric:
             size = jnp.abs(jnp.asarray(values[place].array))
             size = jnp.broadcast_to(size, equation.outvars[0].aval.shape)

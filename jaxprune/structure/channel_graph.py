@@ -8,16 +8,18 @@ the sums in which each skip connection is an edge of weight 1 that costs nothing
 edges. It has no cycles, since a layer only reads what was made before it.
 
 An edge's weight is the operator norm of its kernel times the scale of the norm on its way. What
-multiplies every channel of a layer's output before anything else uses it, such as the scale over
-the standard deviation of a batch norm, belongs to the edges into these channels. What multiplies
-channels where several layers' outputs are already together, as a norm behind a sum or a join does,
-belongs to the edges of the layer that reads them. Activations, pools and means count as 1.
+multiplies the channels of one layer before anything else uses them, such as the scale over the
+standard deviation of a batch norm, belongs to the edges into these channels. What multiplies
+channels of several layers together, as a norm behind a sum or a join does, belongs to the edges of
+the layer that reads them, if all it reads goes through it last. What is left belongs to the links.
+So the product along a path has each scale once. Activations, pools and means count as 1.
 
 LEAN prunes along the paths of this graph (Schoonhoven, Hendriksen, Pelt & Batenburg, 2020,
 arXiv:2011.06923).
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -29,7 +31,7 @@ import numpy as np
 from jaxprune import tree
 from jaxprune.errors import PruneError, nearest, quoted
 from jaxprune.score.operators import slice_norms
-from jaxprune.structure.channel_flow import INPUT, Flow, Use, channel_flow
+from jaxprune.structure.channel_flow import Flow, Use, channel_flow
 from jaxprune.structure.coupling import Coupling, coupling
 from jaxprune.structure.function import function_of
 from jaxprune.structure.longest_paths import Layer, Link
@@ -54,20 +56,32 @@ class SingleKernels(NamedTuple):
     strides: Mapping[int, int]
 
 
+class Weighted(NamedTuple):
+    """The numbers of a graph of channels, see `path_order`.
+
+    Attributes:
+      edges: of each layer `(inputs, outputs)`, the weights of its edges.
+      links: of each layer and each of its links the factors of channels, for scales that belong to
+        neither end; None where there are none.
+    """
+
+    edges: list[jax.Array]
+    links: list[list[jax.Array | None]]
+
+
 class ChannelGraph(NamedTuple):
     """The channels of a network and the kernels between them.
 
     Attributes:
       kernels: the single kernels of each layer, in forward order; a layer per use.
       layers: their edges, for `path_order`. Edges are numbered from 0 on in the order of kernels.
-      weights: `(params, model_state, *, side=16, scaled=True) -> weights`, of each layer `(inputs,
-        outputs)`: operator norms on periodic images of that side, with the scales on the way or
-        without. For `jit` and `vmap`.
+      weights: `(params, model_state, *, side=16, scaled=True) -> Weighted`: operator norms on
+        periodic images of that side, with the scales on the way or without. For `jit` and `vmap`.
     """
 
     kernels: tuple[SingleKernels, ...]
     layers: tuple[Layer, ...]
-    weights: Callable[..., list[jax.Array]]
+    weights: Callable[..., Weighted]
 
 
 def channel_graph(
@@ -82,7 +96,7 @@ def channel_graph(
 
         graph = channel_graph(apply, params, x)
         weights = graph.weights(params)
-        order = path_order(graph.layers, weights)
+        order = path_order(graph.layers, *weights)
 
     Every kernel that meets an activation in a matrix product or a convolution is a layer. Each of
     its entries along inputs and outputs is an edge; the sides of a window are within an edge. An
@@ -122,26 +136,30 @@ def graph_of(read: Coupling, *, scale: Mapping[str, jax.Array] | None = None) ->
         Layer(numbers, use.groups, _links(flow.uses, use))
         for use, numbers in zip(flow.uses, _edges(kernels, shapes), strict=True)
     )
-    begins = _begins(flow)
+    own = _own_scales(flow)
+    reading = [_reading(use, layer, own) for use, layer in zip(flow.uses, layers, strict=True)]
 
     def weights(
         params: PyTree, model_state: PyTree = None, *, side: int = 16, scaled: bool = True
-    ) -> list[jax.Array]:
+    ) -> Weighted:
         leaves = [leaf for _, leaf in tree.paths(params)]
         norms = _norms(kernels, dict(zip(read.traced.paths, leaves, strict=True)), side)
         if not scaled:
-            return norms
+            return Weighted(norms, [[None] * len(layer.links) for layer in layers])
         factors = flow.factors(*leaves, *jax.tree.leaves(model_state))
-        scales = list(zip(flow.scales, factors, strict=True))
-        found = []
+        scales = [(s.names, f) for s, f in zip(flow.scales, factors, strict=True)]
+        edges, gains = [], []
         for number, (use, layer) in enumerate(zip(flow.uses, layers, strict=True)):
+            names, (shared, ways) = use.reads.reshape(-1), reading[number]
             made = given.get(use.path)
             if made is None:
-                made = _largest(scales, [begins[number]], use.makes)
-            at_inputs = _at_inputs(scales, use, layer, begins).reshape(use.groups, -1)
-            each = jnp.repeat(at_inputs, len(use.makes) // use.groups, 0).T
-            found.append(norms[number] * made * each)
-        return found
+                made = _largest(scales, [own[number]], use.makes)
+            read_ = _largest(scales, [shared], names).reshape(use.groups, -1)
+            edges.append(norms[number] * made * jnp.repeat(read_.T, len(made) // use.groups, 1))
+            at = [slice(None) if link.read is None else link.read for link in layer.links]
+            pairs = zip(ways, at, strict=True)
+            gains.append([None if w == [()] else _largest(scales, w, names[k]) for w, k in pairs])
+        return Weighted(edges, gains)
 
     return ChannelGraph(kernels, layers, weights)
 
@@ -282,14 +300,18 @@ def _given_scales(scale: Mapping[str, jax.Array], uses: Sequence[Use]) -> dict[s
     return {path: jnp.abs(jnp.asarray(factors)) for path, factors in scale.items()}
 
 
-def _begins(flow: Flow) -> list[tuple[int, ...]]:
-    """For each layer the scales that all of its outputs go through first."""
+def _own_scales(flow: Flow) -> list[tuple[int, ...]]:
+    """For each layer the scales that all of its outputs go through first, and nothing else does."""
     ways: list[list[tuple[int, ...]]] = [[] for _ in flow.uses]
     for reach in (*(use.reach for use in flow.uses), flow.ends):
         for number, each in reach.items():
             if number >= 0:
                 ways[number] += each
-    return [_common(each) for each in ways]
+    found = []
+    for number, each in enumerate(ways):
+        alone = (flow.scales[k].makers == {number} for k in _common(each))
+        found.append(_common(each)[: sum(itertools.takewhile(bool, alone))])
+    return found
 
 
 def _common(ways: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -302,31 +324,39 @@ def _common(ways: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 #: The names of channels, and the size of the factor of each.
-_Scales = Sequence[tuple[np.ndarray, jax.Array]]
+_Factors = Sequence[tuple[np.ndarray, jax.Array]]
+#: Ways of channels, each the numbers of the scales on it.
+_Ways = Sequence[tuple[int, ...]]
 
 
-def _at_inputs(
-    scales: _Scales, use: Use, layer: Layer, begins: Sequence[tuple[int, ...]]
-) -> jax.Array:
-    """By what a layer's inputs are multiplied on their way, beyond what their makers account for.
+class _Reading(NamedTuple):
+    """The scales on what a layer reads, beyond those that its makers account for.
 
-    The largest of several ways.
+    Attributes:
+      shared: those that all of it goes through last.
+      links: for each link the ways of its channels before these.
     """
-    names = use.reads.reshape(-1)
+
+    shared: tuple[int, ...]
+    links: tuple[_Ways, ...]
+
+
+def _reading(use: Use, layer: Layer, own: Sequence[tuple[int, ...]]) -> _Reading:
+    """Which scales are where on the ways to a layer."""
     left = {
-        number: sorted({way[len(begins[number]) if number >= 0 else 0 :] for way in ways})
+        number: [way[len(own[number]) if number >= 0 else 0 :] for way in ways]
         for number, ways in use.reach.items()
     }
-    if all(ways == [()] for ways in left.values()):
-        return jnp.ones(len(names))
-    found = jnp.full(len(names), -jnp.inf)
+    turned = [way[::-1] for ways in left.values() for way in ways]
+    shared = _common(turned)[::-1]
+    links = []
     for link in layer.links:
-        at = np.arange(len(names)) if link.read is None else link.read
-        found = found.at[at].max(_largest(scales, left[link.layer], names[at]))
-    return jnp.where(found < 0, _largest(scales, left.get(INPUT, [()]), names), found)
+        ways = {way[: len(way) - len(shared)] for way in left[link.layer]}
+        links.append(sorted(ways))
+    return _Reading(shared, tuple(links))
 
 
-def _largest(scales: _Scales, ways: Sequence[tuple[int, ...]], names: np.ndarray) -> jax.Array:
+def _largest(scales: _Factors, ways: _Ways, names: np.ndarray) -> jax.Array:
     """The largest product of scales over some ways, for channels by their names."""
 
     def along(way: tuple[int, ...]) -> jax.Array:

@@ -42,7 +42,11 @@ class Layer(NamedTuple):
     links: tuple[Link, ...]
 
 
-def path_order(layers: Sequence[Layer], weights: Sequence[np.ndarray]) -> np.ndarray:
+def path_order(
+    layers: Sequence[Layer],
+    weights: Sequence[np.ndarray],
+    gains: Sequence[Sequence[np.ndarray | None]] | None = None,
+) -> np.ndarray:
     """The order in which edges are kept.
 
     A path's value is the product of its weights. It may begin and end anywhere, and what comes
@@ -56,11 +60,13 @@ def path_order(layers: Sequence[Layer], weights: Sequence[np.ndarray]) -> np.nda
     Args:
       layers: in forward order.
       weights: of each layer `(inputs, outputs)`, 0 or more; NaN and infinity count as 0.
+      gains: of each link `(n,)`, or one for all that is read where it leads to all: what a product
+        is multiplied by on its way there; None for 1.
 
     Returns:
       `(edges,)`, the numbers of all edges, first kept first.
     """
-    search = _Search(layers, weights)
+    search = _Search(layers, weights, gains or [[None] * len(layer.links) for layer in layers])
     order: list[int] = []
     taken = np.zeros(1 + max(int(layer.edges.max(initial=-1)) for layer in layers), bool)
     for path in search.paths():
@@ -76,23 +82,30 @@ def path_order(layers: Sequence[Layer], weights: Sequence[np.ndarray]) -> np.nda
 
 
 class _Search:
-    """The state of a search: logarithms of the best products that end at each channel.
+    """The state of a search: binary logarithms of the best products that end at each channel.
 
     Attributes (lists over layers):
       weights: `(outputs, inputs)`, logarithms; -inf for edges that are gone.
-      value: `(outputs,)`, the best product that ends there; 0 where no path does.
+      gains: of each link, logarithms.
+      value: `(outputs,)`, the best product of 1 or more that ends there; -inf where none does.
       via: `(outputs,)`, the input that it comes from; -1 where no path ends.
-      into: `(groups, inputs)`, the best product that arrives.
+      into: `(groups, inputs)`, the best product that arrives, 0 for a path that begins.
       link: `(groups, inputs)`, the link that it comes by; -1 where a path begins.
       top: the best of `value` and where it is: `(value, output)`; -inf without a path.
     """
 
-    def __init__(self, layers: Sequence[Layer], weights: Sequence[np.ndarray]) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        weights: Sequence[np.ndarray],
+        gains: Sequence[Sequence[np.ndarray | None]],
+    ) -> None:
         self.layers = layers
         with np.errstate(divide='ignore'):
-            self.weights = [np.log(_finite(w)).T.copy() for w in weights]
+            self.weights = [np.log2(_finite(w)).T.copy() for w in weights]
+            self.gains = [[0 if g is None else np.log2(_finite(g)) for g in own] for own in gains]
         self.uses = _uses(layers)
-        self.value = [np.zeros(w.shape[0]) for w in self.weights]
+        self.value = [np.full(w.shape[0], -np.inf) for w in self.weights]
         self.via = [np.full(w.shape[0], -1) for w in self.weights]
         pairs = zip(layers, self.weights, strict=True)
         self.into = [np.zeros((layer.groups, w.shape[1])) for layer, w in pairs]
@@ -163,13 +176,16 @@ class _Search:
         """What comes to a layer's inputs."""
         into, source = self.into[i].reshape(-1), self.link[i].reshape(-1)
         into[:], source[:] = 0.0, -1
-        for number, link in enumerate(self.layers[i].links):
+        for number, (link, gain) in enumerate(
+            zip(self.layers[i].links, self.gains[i], strict=True)
+        ):
             value = self.value[link.layer]
             if link.made is None:
-                better, value, at = into < value.max(initial=0), value.max(initial=0), slice(None)
+                value, at = value.max(initial=-np.inf), slice(None)
             else:
                 value, at = value[link.made], link.read
-                better = into[at] < value
+            value = value + gain
+            better = into[at] < value
             into[at] = np.where(better, value, into[at])
             source[at] = np.where(better, number, source[at])
 
@@ -184,11 +200,10 @@ class _Search:
         value = ways[np.arange(len(rows)), via]
         path = value >= 0
         before = self.value[i][rows]
-        self.value[i][rows] = np.where(path, value, 0.0)
+        self.value[i][rows] = np.where(path, value, -np.inf)
         self.via[i][rows] = np.where(path, via, -1)
-        ends = np.where(self.via[i] >= 0, self.value[i], -np.inf)
-        best = int(ends.argmax())
-        self.top[i] = (float(ends[best]), best)
+        best = int(self.value[i].argmax())
+        self.top[i] = (float(self.value[i][best]), best)
         return bool((self.value[i][rows] != before).any())
 
 
