@@ -11,7 +11,7 @@ static; numbers of blocks to keep may be traced.
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -270,6 +270,35 @@ def block_groups(
         path: _tiling(f"'{path}'", shape, block, axes[path], False)
         for path, shape in shapes.items()
     }
+    return _tiled_groups(f'{block[0]}x{block[1]}', shapes, tiles)
+
+
+def kernel_groups(
+    shapes: Mapping[str, Shape], sides: Mapping[str, Collection[int]] | None = None
+) -> Groups:
+    """Single kernels compete, by the sums of their scores: all taps from one input to one output.
+
+    Of a dense layer that is every weight for itself.
+
+    Args:
+      shapes: path -> shape of every prunable leaf.
+      sides: path -> axes that are sides of a window; by default all but the last two, as in flax
+        and haiku.
+    """
+    if sides is None:
+        sides = {path: range(len(shape) - 2) for path, shape in shapes.items()}
+    tiles = {
+        path: _Tiling(
+            tuple(1 if i in sides[path] else n for i, n in enumerate(shape)),
+            tuple(n if i in sides[path] else 1 for i, n in enumerate(shape)),
+        )
+        for path, shape in shapes.items()
+    }
+    return _tiled_groups('kernel', shapes, tiles)
+
+
+def _tiled_groups(kind: str, shapes: Mapping[str, Shape], tiles: Mapping[str, '_Tiling']) -> Groups:
+    """The tiles of each leaf as what competes."""
 
     def gather(values: Weights) -> Scores:
         return {
@@ -287,7 +316,7 @@ def block_groups(
         return {path: _spread(leaf, tiles[path], shapes[path]) for path, leaf in chosen.items()}
 
     grids = {path: tiling.grid for path, tiling in tiles.items()}
-    return Groups(f'{block[0]}x{block[1]}', grids, gather, alive, spread)
+    return Groups(kind, grids, gather, alive, spread)
 
 
 class _Tiling(NamedTuple):

@@ -84,7 +84,7 @@ from jaxprune.flow.orthogonal import (
 )
 from jaxprune.flow.quantities import QUANTITIES, Quantity, quantity
 from jaxprune.flow.speed import churn, steps_to_loss, training_speed
-from jaxprune.score.operators import conv_singular_values
+from jaxprune.score.operators import conv_singular_values, slice_norms
 
 __all__ = [
     'GAINS',
@@ -135,6 +135,7 @@ __all__ = [
     'quantity',
     'radial_gradient',
     'saliency_drift',
+    'slice_norms',
     'smoothed',
     'spearman',
     'spectral_density',

@@ -7,7 +7,8 @@ from typing import Any
 
 from jaxprune.allocation import Shape
 from jaxprune.errors import PruneError, nearest, quoted, shown
-from jaxprune.pattern import block_groups, n_of_m_groups, single_weights
+from jaxprune.pattern import block_groups, kernel_groups, n_of_m_groups, single_weights
+from jaxprune.structure.channel_graph import graph_of, window_sides
 from jaxprune.structure.groups import Coupled
 from jaxprune.structure.unit_groups import unit_groups
 from jaxprune.types import Groups
@@ -19,12 +20,20 @@ COUPLED = {
     'head_dim': ('head_dim',),
     'group': ('unit', 'head'),
 }
+#: What competes by a name of its own.
+_NAMES = ('weight', 'kernel', *COUPLED)
 #: Names, and examples of the two patterns.
-GRANULARITIES = ('weight', *COUPLED, '2:4', '8x128')
+GRANULARITIES = (*_NAMES, '2:4', '8x128')
 #: How anything but single weights is shared out among layers.
 GROUP_ALLOCATIONS = ('global', 'uniform', 'uniform_down')
 #: What is counted, for messages and labels.
-_PLURALS = {'unit': 'units', 'head': 'heads', 'head_dim': 'head dimensions', 'group': 'groups'}
+_PLURALS = {
+    'kernel': 'kernels',
+    'unit': 'units',
+    'head': 'heads',
+    'head_dim': 'head dimensions',
+    'group': 'groups',
+}
 
 
 def plural(granularity: str) -> str:
@@ -42,11 +51,11 @@ def counted_as(granularity: str) -> str:
 
 def check_granularity(granularity: str) -> None:
     """Raises PruneError unless it is a name, n:m with n <= m, or a block such as 8x128."""
-    if granularity in ('weight', *COUPLED):
+    if granularity in _NAMES:
         return
     numbers = _numbers(granularity)
     if numbers is None:
-        valid = nearest(granularity, ('weight', *COUPLED))
+        valid = nearest(granularity, _NAMES)
         raise PruneError(
             f'unknown granularity {shown(granularity)}: {valid}, n:m as 2:4, blocks as 8x128'
         )
@@ -72,12 +81,13 @@ def competing(
     """What competes under a granularity.
 
     Args:
-      granularity: 'weight'; 'unit' (neurons and filters), 'head', 'head_dim', 'group' (units and
-        heads), each with everything that goes along; n:m, such as '2:4'; or blocks of inputs x
+      granularity: 'weight'; 'kernel', all taps of a convolution from one input to one output, or a
+        weight of a dense layer; 'unit' (neurons and filters), 'head', 'head_dim', 'group' (units
+        and heads), each with everything that goes along; n:m, such as '2:4'; or blocks of inputs x
         outputs, such as '8x128'.
       shapes: path -> shape of every prunable leaf, in forward order if it is known.
-      read: reads the coupled groups of the network. Without it n:m and blocks take the last two
-        axes of a kernel for inputs and outputs.
+      read: reads the coupled groups of the network. Without it kernels, n:m and blocks take the
+        last two axes of a kernel for inputs and outputs.
       keep_all_units: see `unit_groups`.
 
     Raises:
@@ -90,12 +100,20 @@ def competing(
         if read is None:
             raise PruneError(f"granularity '{granularity}' needs the network and an input")
         return unit_groups(read(), shapes, COUPLED[granularity], keep_all_units, granularity)
+    if granularity == 'kernel':
+        return kernel_groups(shapes, None if read is None else _sides(read(), shapes))
     first, second = _numbers(granularity)
     roles = {} if read is None else _axes(read(), shapes)
     inputs = {path: roles.get(path, (-2, -1))[0] for path in shapes}
     if ':' in granularity:
         return n_of_m_groups(shapes, first, second, inputs)
     return block_groups(shapes, (first, second), {p: roles.get(p, (-2, -1)) for p in shapes})
+
+
+def _sides(coupled: Coupled, shapes: Mapping[str, Shape]) -> dict[str, tuple[int, ...]]:
+    """Path -> the sides of a kernel's window; none where no product tells."""
+    sides = window_sides(graph_of(coupled.coupling))
+    return {path: sides.get(path, ()) for path in shapes}
 
 
 def _axes(coupled: Coupled, shapes: Mapping[str, Shape]) -> dict[str, tuple[int, int]]:

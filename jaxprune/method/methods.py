@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxprune import score
 from jaxprune.errors import lookup
+from jaxprune.method.lean import lean, operator_norm
 from jaxprune.method.tpp import tpp
 from jaxprune.types import Problem, Pruner, ScoreFn
 
@@ -95,6 +96,7 @@ def _preset(make: Callable[..., ScoreFn], **settings: Any) -> Callable[..., Scor
 _SHAPLEY = 'Ancona, Öztireli & Gross 2020, arXiv:2006.01795'
 _TAYLOR = 'Molchanov et al. 2019, arXiv:1906.10771'
 _FLOW = 'Lubana & Dick 2021, arXiv:2009.11839'
+_LEAN = 'Schoonhoven et al. 2020, arXiv:2011.06923'
 _FORCE = 'de Jorge et al. 2021, arXiv:2006.09081'
 
 
@@ -322,6 +324,28 @@ METHODS: dict[str, Method] = {
         'Liu et al. 2017, arXiv:1708.06519',
         needs=frozenset(),
         options={'parameters': 'scale$', 'normalise': 'none'},
+    ),
+    'lean': Method(
+        'LEAN',
+        lambda problem, train, **options: lean(problem, **options),
+        'Single kernels on paths of large products of operator norms: the best path first, then '
+        "the best of what is left. No data. What competes is granularity = 'kernel'.",
+        _LEAN,
+        _shape,
+        rounds=15,
+        grouped=True,
+        options={'side': 16},
+    ),
+    'operator_norm': Method(
+        'operator norm',
+        lambda problem, train, **options: operator_norm(problem, **options),
+        'The operator norm of each single kernel, times the scale of its batch norm: what LEAN is '
+        "compared with. No data. What competes is granularity = 'kernel'.",
+        _LEAN,
+        _shape,
+        rounds=15,
+        grouped=True,
+        options={'side': 16, 'scaled': True},
     ),
     'tpp': Method(
         'TPP',

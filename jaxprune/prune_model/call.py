@@ -106,10 +106,11 @@ def prune(
       allocation, batch_norm, repair, repair_gain: see `get_pruner`.
       target: 'direct', or 'effective': the density is that of weights on a path from input to
         output, see `structure.prune_to_active`.
-      granularity: 'weight'; 'unit' (neurons and filters), 'head', 'head_dim' or 'group' (units and
-        heads), each with all that goes along, read off the traced model; '2:4' and the like, n of
-        every m along the inputs; '8x128' and the like, blocks of inputs x outputs. Density, floor
-        and cap count these. Without a model the last two axes of a kernel are its inputs and
+      granularity: 'weight'; 'kernel', all taps of a convolution from one input to one output;
+        'unit' (neurons and filters), 'head', 'head_dim' or 'group' (units and heads), each with all
+        that goes along, read off the traced model; '2:4' and the like, n of every m along the
+        inputs; '8x128' and the like, blocks of inputs x outputs. Density, floor and cap count
+        these. Without a model the last two axes of a kernel are its inputs and
         outputs, as in flax and haiku.
       keep_all_units: regular expression of layers that keep all units.
       floor: fewest weights (or units, ...) of a layer, one number or path -> number.

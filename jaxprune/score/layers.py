@@ -36,7 +36,7 @@ class Layer(NamedTuple):
     groups: int
 
 
-class _Kernel(NamedTuple):
+class Kernel(NamedTuple):
     """A kernel on its way: for each axis of the array, the axes of the leaf that it is made of."""
 
     path: str
@@ -60,7 +60,7 @@ def forward_layers(problem: Problem, view: View, batches: Batches | None) -> lis
     traced = trace(forward, view.params, like, view.model_state)
     found: dict[str, Layer] = {}
 
-    def rule(equation: JaxprEqn, values: list[_Kernel | None]) -> list[_Kernel | None]:
+    def rule(equation: JaxprEqn, values: list[Kernel | None]) -> list[Kernel | None]:
         kernels = [(i, v) for i, v in enumerate(values) if v is not None]
         lost = [None] * len(equation.outvars)
         if len(kernels) != 1:
@@ -70,20 +70,20 @@ def forward_layers(problem: Problem, view: View, batches: Batches | None) -> lis
             layer = _met(equation, place, kernel)
             found.setdefault(layer.path, layer)
             return lost
-        axes = _moved(equation, place, kernel.axes)
-        return lost if axes is None else [_Kernel(kernel.path, axes)]
+        axes = moved(equation, place, kernel.axes)
+        return lost if axes is None else [Kernel(kernel.path, axes)]
 
     def scan(equation, values, step):  # one step shows all layers; rows of stacked kernels too
         if not equation.params['length']:
             return None
         rows = sum(scan_counts(equation))
-        slices = [v and (_Kernel(v.path, v.axes[1:]) if v.axes else None) for v in values[rows:]]
+        slices = [v and (Kernel(v.path, v.axes[1:]) if v.axes else None) for v in values[rows:]]
         step([*values[:rows], *slices])
         return [None] * len(equation.outvars)
 
     shapes = {path: leaf.ndim for path, leaf in view.weights.items()}
     args = [
-        _Kernel(path, tuple((i,) for i in range(shapes[path]))) if path in shapes else None
+        Kernel(path, tuple((i,) for i in range(shapes[path]))) if path in shapes else None
         for path in traced.paths
     ]
     args += [None] * (traced.inputs + traced.constants)
@@ -91,7 +91,7 @@ def forward_layers(problem: Problem, view: View, batches: Batches | None) -> lis
     return list(found.values())
 
 
-def _met(equation: JaxprEqn, place: int, kernel: _Kernel) -> Layer:
+def _met(equation: JaxprEqn, place: int, kernel: Kernel) -> Layer:
     """The layer that a product makes of a kernel."""
     params = equation.params
     if equation.primitive.name == 'dot_general':
@@ -109,10 +109,16 @@ def _met(equation: JaxprEqn, place: int, kernel: _Kernel) -> Layer:
     return Layer(kernel.path, of_leaf(contracting), of_leaf(inputs), of_leaf(outputs), groups)
 
 
-def _moved(
+def moved(
     equation: JaxprEqn, place: int, axes: tuple[tuple[int, ...], ...]
 ) -> tuple[tuple[int, ...], ...] | None:
-    """Where the axes of a kernel lie after an operation; None where that is not followed."""
+    """Where the axes of a kernel lie after an operation; None where that is not followed.
+
+    Args:
+      equation: an operation.
+      place: which of its operands the kernel is.
+      axes: see `Kernel`.
+    """
     name, params = equation.primitive.name, equation.params
     before, after = equation.invars[place].aval.shape, equation.outvars[0].aval.shape
     if name in _SAME and before == after:

@@ -1,5 +1,6 @@
 """What a traced network is made of: paths through its kept weights, and what they leave out."""
 
+from jaxprune.structure.channel_graph import ChannelGraph, channel_graph
 from jaxprune.structure.compact import Compact, compact
 from jaxprune.structure.connectivity import Connect, connectivity
 from jaxprune.structure.cost import Cost, cost, cost_of_kept
@@ -19,6 +20,7 @@ from jaxprune.structure.forward_order import forward_order
 from jaxprune.structure.gates import gates
 from jaxprune.structure.groups import KINDS, Coupled, Family, Member, groups
 from jaxprune.structure.latency import latency, latency_ratio
+from jaxprune.structure.longest_paths import path_order
 from jaxprune.structure.sites import PLACES
 from jaxprune.structure.target import (
     TARGETS,
@@ -37,6 +39,7 @@ __all__ = [
     'PLACES',
     'TARGETS',
     'Chain',
+    'ChannelGraph',
     'Compact',
     'Connect',
     'Cost',
@@ -47,6 +50,7 @@ __all__ = [
     'Ranking',
     'active_wanted',
     'chain',
+    'channel_graph',
     'compact',
     'compression',
     'connectivity',
@@ -66,6 +70,7 @@ __all__ = [
     'groups_of',
     'latency',
     'latency_ratio',
+    'path_order',
     'prune_to_active',
     'rounds_before',
     'shapes_in_order',

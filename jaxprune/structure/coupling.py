@@ -230,6 +230,7 @@ class _Walker(NamedTuple):
     def constant(self, array: Any, atom: Any) -> Labelled:
         value = opened(np.shape(array), True)
         numeric = not jax.dtypes.issubdtype(atom.aval.dtype, jax.dtypes.extended)
+        numeric &= not isinstance(array, jax.core.Tracer)  # of a function around this one
         if numeric and np.size(array) <= LARGEST:
             number = np.asarray(array)
             zero = not number.any()

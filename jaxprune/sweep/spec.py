@@ -188,7 +188,8 @@ class MethodSpec:
         choices=TARGETS,
     )
     granularity: str = _key(
-        "what competes: 'weight'; 'unit' (neurons and filters), 'head', 'head_dim' or 'group' "
+        "what competes: 'weight'; 'kernel' (all taps of a convolution from one input to one "
+        "output); 'unit' (neurons and filters), 'head', 'head_dim' or 'group' "
         "(units and heads), each with all that goes along; '2:4' and the like: of every 4 weights "
         "in a row along a kernel's input axis 2 at most stay; '8x128' and the like: blocks of 8 "
         'input by 128 output channels. Compression, floor, cap and rounds count these',
