@@ -8,7 +8,7 @@ from typing import Any
 from jaxprune.allocation import Shape
 from jaxprune.errors import PruneError, nearest, quoted, shown
 from jaxprune.pattern import block_groups, n_of_m_groups, single_weights
-from jaxprune.structure.groups import Coupled
+from jaxprune.structure.groups import Coupled, product_axes
 from jaxprune.structure.unit_groups import unit_groups
 from jaxprune.types import Groups
 
@@ -91,21 +91,11 @@ def competing(
             raise PruneError(f"granularity '{granularity}' needs the network and an input")
         return unit_groups(read(), shapes, COUPLED[granularity], keep_all_units, granularity)
     first, second = _numbers(granularity)
-    roles = {} if read is None else _axes(read(), shapes)
+    roles = {} if read is None else product_axes(read(), shapes)
     inputs = {path: roles.get(path, (-2, -1))[0] for path in shapes}
     if ':' in granularity:
         return n_of_m_groups(shapes, first, second, inputs)
     return block_groups(shapes, (first, second), {p: roles.get(p, (-2, -1)) for p in shapes})
-
-
-def _axes(coupled: Coupled, shapes: Mapping[str, Shape]) -> dict[str, tuple[int, int]]:
-    """Path -> the axes of a kernel's inputs and outputs, as the products that use it tell."""
-    axes: dict[tuple[str, str], list[int]] = {}
-    for (path, axis), roles in coupled.coupling.roles.items():
-        for role in roles:
-            axes.setdefault((path, role), []).append(axis)
-    both = [path for path in shapes if (path, 'in') in axes and (path, 'out') in axes]
-    return {path: (max(axes[path, 'in']), max(axes[path, 'out'])) for path in both}
 
 
 Bound = int | Mapping[str, int]

@@ -252,6 +252,6 @@ def _groups(problem: Problem, number: int) -> list[np.ndarray]:
 
 
 def _profiles(matrix: np.ndarray, place: Place, target: Target | None) -> np.ndarray:
-    """Of each row, or column, the mass in each block that it crosses; without target its entries."""
+    """Of each row, or column, its mass in each block that it crosses, or without target itself."""
     rows = matrix if place.side == 0 else matrix.T
     return rows if target is None else _summed(rows, 1, target.block[1 - place.side])
