@@ -1,5 +1,6 @@
 """What a traced network is made of: paths through its kept weights, and what they leave out."""
 
+from jaxprune.structure.block_product import Blocks, block_product, blocks_of
 from jaxprune.structure.compact import Compact, compact
 from jaxprune.structure.connectivity import Connect, connectivity
 from jaxprune.structure.cost import Cost, cost, cost_of_kept
@@ -18,6 +19,9 @@ from jaxprune.structure.fold import Folded, fold_constants
 from jaxprune.structure.forward_order import forward_order
 from jaxprune.structure.groups import KINDS, Coupled, Family, Member, groups
 from jaxprune.structure.latency import latency, latency_ratio
+from jaxprune.structure.permuted import permuted, permuted_masks, permuted_moments
+from jaxprune.structure.pivot_network import Pivoted, pivot_network
+from jaxprune.structure.pivoting import Occupancy, Pivot, channel_scores, occupancy, pivot
 from jaxprune.structure.target import (
     TARGETS,
     Chain,
@@ -33,6 +37,7 @@ from jaxprune.structure.unit_groups import silent_when_unread
 __all__ = [
     'KINDS',
     'TARGETS',
+    'Blocks',
     'Chain',
     'Compact',
     'Connect',
@@ -41,9 +46,15 @@ __all__ = [
     'Family',
     'Folded',
     'Member',
+    'Occupancy',
+    'Pivot',
+    'Pivoted',
     'Ranking',
     'active_wanted',
+    'block_product',
+    'blocks_of',
     'chain',
+    'channel_scores',
     'compact',
     'compression',
     'connectivity',
@@ -62,6 +73,12 @@ __all__ = [
     'groups_of',
     'latency',
     'latency_ratio',
+    'occupancy',
+    'permuted',
+    'permuted_masks',
+    'permuted_moments',
+    'pivot',
+    'pivot_network',
     'prune_to_active',
     'rounds_before',
     'shapes_in_order',
