@@ -19,6 +19,8 @@ from jaxprune.types import PyTree
 Orders = Mapping[str, Any]
 #: Path -> pairs of an axis and the indices that are taken along it, in this order.
 Maps = dict[str, list[tuple[int, np.ndarray]]]
+#: Random networks and inputs that are tried in both orders.
+_TRIALS = 8
 
 
 def permuted(
@@ -153,34 +155,35 @@ def probe(coupled: Coupled) -> Callable[[Orders], str]:
     """A test whether a network computes the same in another order: `orders -> what differs`, or ''.
 
     The traced program is compiled once and runs on the CPU, where products are not rounded to fewer
-    digits. Its parameters are drawn, so that zeros in the given ones hide nothing.
+    digits. Parameters are drawn too, so that zeros in the given ones hide nothing; some trials
+    differ, since an input may not reach everything, such as all experts.
     """
     read = coupled.coupling
-    avals, inputs = read.traced.jaxpr.in_avals, range(len(read.traced.paths), len(read.axes))
-    inputs = inputs[: read.traced.inputs]
+    inputs = range(len(read.traced.paths), len(read.traced.paths) + read.traced.inputs)
     names = [*read.traced.paths, *([''] * len(inputs)), *read.state_paths]
-    rng = np.random.default_rng(0)
-    drawn = [
-        _drawn(rng, aval, 1.0 if i in inputs else _scale(aval) if i < inputs.start else None)
-        for i, aval in enumerate(avals)
-    ]
-    program = jax.jit(jaxpr_as_fun(read.traced.jaxpr))
     returned = [''] * len(read.traced.jaxpr.out_avals)
     if returned_states(read):
         returned[len(returned) - len(read.state_paths) :] = read.state_paths
+    program = jax.jit(jaxpr_as_fun(read.traced.jaxpr))
 
-    def run(maps: Maps) -> list[np.ndarray]:
-        leaves = [_moved(n, a, maps.get(n, ())) for n, a in zip(names, drawn, strict=True)]
+    def run(trial: int, maps: Maps) -> list[np.ndarray]:
+        rng = np.random.default_rng(trial)
+        leaves = []
+        for i, (name, aval) in enumerate(zip(names, read.traced.jaxpr.in_avals, strict=True)):
+            scale = 1.0 if i in inputs else _scale(aval) if i < inputs.start else None
+            leaves.append(_moved(name, _drawn(rng, aval, scale), maps.get(name, ())))
         with jax.default_device(_processor()):
             return [np.asarray(out) for out in program(*leaves)]
 
-    given = run({})
+    given = [run(trial, {}) for trial in range(_TRIALS)]
 
     def differs(orders: Orders) -> str:
         maps = index_maps(coupled, orders)
-        for name, before, after in zip(returned, given, run(maps), strict=True):
-            if why := _difference(_moved(name, before, maps.get(name, ())), after):
-                return why
+        for trial, before in enumerate(given):
+            wanted = [_moved(n, a, maps.get(n, ())) for n, a in zip(returned, before, strict=True)]
+            for one, other in zip(wanted, run(trial, maps), strict=True):
+                if why := _difference(one, other):
+                    return why
         return ''
 
     return differs

@@ -1,6 +1,6 @@
 """Matrix pivoting of a whole network: one order for each family of coupled units."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -97,15 +97,18 @@ def pivot_network(
     }
     check_density(density)
     targets = [_target(path, matrix, block, density) for path, matrix in matrices.items()]
-    families, stays = _movable(coupled, axes)
+    differs, rng = probe(coupled), np.random.default_rng(seed)
+    families, stays = _movable(coupled, axes, differs, rng)
     orders = tuple(_places(family, axes) for family in families)
-    rng, given = np.random.default_rng(seed), list(matrices.values())
+    given = list(matrices.values())
     found = search(Problem(tuple(targets), orders), given, rng, restarts)
     chosen = {
         family.name: order
         for family, order in zip(families, found.orders, strict=True)
         if not np.array_equal(order, np.arange(family.size))
     }
+    if why := differs(chosen):
+        raise PruneError(f'units that seemed interchangeable are not: {why}')
     maps = index_maps(coupled, chosen)
     return Pivoted(
         moved_tree(params, maps),
@@ -128,17 +131,21 @@ def _target(path: str, matrix: np.ndarray, block: tuple[int, int], density: floa
 
 
 def _movable(
-    coupled: Coupled, axes: Mapping[str, tuple[int, int]]
+    coupled: Coupled,
+    axes: Mapping[str, tuple[int, int]],
+    differs: Callable[[Mapping[str, np.ndarray]], str],
+    rng: np.random.Generator,
 ) -> tuple[list[Family], dict[str, str]]:
     """The families in kernels whose units may change places, and why the others may not."""
     there = [family for family in coupled.families if _places(family, axes)]
     stays = {family.name: family.reason for family in there if family.reason}
-    free = [family for family in there if not family.reason]
-    differs, rng = probe(coupled), np.random.default_rng(0)
-    for family in free:
-        if why := differs({family.name: rng.permutation(family.size)}):
-            stays[family.name] = f'its units are not interchangeable: {why}'
-    movable = [family for family in free if family.name not in stays]
+    free = {family.name: family for family in there if not family.reason}
+    trial = {name: rng.permutation(family.size) for name, family in free.items()}
+    if differs(trial):  # all at once is quick; one of them, or more, is the reason
+        for name, order in trial.items():
+            if why := differs({name: order}):
+                stays[name] = f'its units are not interchangeable: {why}'
+    movable = [family for name, family in free.items() if name not in stays]
     if not movable:
         reasons = '; '.join(f"'{name}': {why}" for name, why in list(stays.items())[:3])
         raise PruneError(f'no units could change places ({reasons})')
