@@ -9,7 +9,7 @@ from jaxprune.allocation import Shape
 from jaxprune.errors import PruneError, nearest, quoted, shown
 from jaxprune.pattern import block_groups, kernel_groups, n_of_m_groups, single_weights
 from jaxprune.structure.channel_graph import graph_of, window_sides
-from jaxprune.structure.groups import Coupled
+from jaxprune.structure.groups import Coupled, product_axes
 from jaxprune.structure.unit_groups import unit_groups
 from jaxprune.types import Groups
 
@@ -103,7 +103,7 @@ def competing(
     if granularity == 'kernel':
         return kernel_groups(shapes, None if read is None else _sides(read(), shapes))
     first, second = _numbers(granularity)
-    roles = {} if read is None else _axes(read(), shapes)
+    roles = {} if read is None else product_axes(read(), shapes)
     inputs = {path: roles.get(path, (-2, -1))[0] for path in shapes}
     if ':' in granularity:
         return n_of_m_groups(shapes, first, second, inputs)
@@ -114,16 +114,6 @@ def _sides(coupled: Coupled, shapes: Mapping[str, Shape]) -> dict[str, tuple[int
     """Path -> the sides of a kernel's window; none where no product tells."""
     sides = window_sides(graph_of(coupled.coupling))
     return {path: sides.get(path, ()) for path in shapes}
-
-
-def _axes(coupled: Coupled, shapes: Mapping[str, Shape]) -> dict[str, tuple[int, int]]:
-    """Path -> the axes of a kernel's inputs and outputs, as the products that use it tell."""
-    axes: dict[tuple[str, str], list[int]] = {}
-    for (path, axis), roles in coupled.coupling.roles.items():
-        for role in roles:
-            axes.setdefault((path, role), []).append(axis)
-    both = [path for path in shapes if (path, 'in') in axes and (path, 'out') in axes]
-    return {path: (max(axes[path, 'in']), max(axes[path, 'out'])) for path in both}
 
 
 Bound = int | Mapping[str, int]

@@ -1,5 +1,6 @@
 """What a traced network is made of: paths through its kept weights, and what they leave out."""
 
+from jaxprune.structure.block_product import Blocks, block_product, blocks_of
 from jaxprune.structure.channel_graph import ChannelGraph, channel_graph
 from jaxprune.structure.compact import Compact, compact
 from jaxprune.structure.connectivity import Connect, connectivity
@@ -21,6 +22,9 @@ from jaxprune.structure.gates import gates
 from jaxprune.structure.groups import KINDS, Coupled, Family, Member, groups
 from jaxprune.structure.latency import latency, latency_ratio
 from jaxprune.structure.longest_paths import path_order
+from jaxprune.structure.permuted import permuted, permuted_masks, permuted_moments
+from jaxprune.structure.pivot_network import Pivoted, pivot_network
+from jaxprune.structure.pivoting import Occupancy, Pivot, channel_scores, occupancy, pivot
 from jaxprune.structure.sites import PLACES
 from jaxprune.structure.target import (
     TARGETS,
@@ -38,6 +42,7 @@ __all__ = [
     'KINDS',
     'PLACES',
     'TARGETS',
+    'Blocks',
     'Chain',
     'ChannelGraph',
     'Compact',
@@ -47,10 +52,16 @@ __all__ = [
     'Family',
     'Folded',
     'Member',
+    'Occupancy',
+    'Pivot',
+    'Pivoted',
     'Ranking',
     'active_wanted',
+    'block_product',
+    'blocks_of',
     'chain',
     'channel_graph',
+    'channel_scores',
     'compact',
     'compression',
     'connectivity',
@@ -70,7 +81,13 @@ __all__ = [
     'groups_of',
     'latency',
     'latency_ratio',
+    'occupancy',
     'path_order',
+    'permuted',
+    'permuted_masks',
+    'permuted_moments',
+    'pivot',
+    'pivot_network',
     'prune_to_active',
     'rounds_before',
     'shapes_in_order',

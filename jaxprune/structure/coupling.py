@@ -146,7 +146,7 @@ def walk(
         arguments.append(value)
     walker = _Walker(reading, [], read.unknown == 'freeze')
     results = walker.through(read.traced.jaxpr, arguments)
-    states = _returned_states(read)
+    states = returned_states(read)
     for value in results[: len(results) - len(states)]:
         for axis in value.axes:
             fix(reading.units, axis, "the network's output")
@@ -156,7 +156,7 @@ def walk(
     return walker.visits
 
 
-def _returned_states(read: Coupling) -> list[list[Axis]]:
+def returned_states(read: Coupling) -> list[list[Axis]]:
     """The axes of the state, if the function returns `(outputs, next state)`."""
     outputs, own = read.traced.outputs, list(read.state_axes.values())
     if not own or not isinstance(outputs, tuple) or len(outputs) != 2:

@@ -9,7 +9,7 @@ The idea of dependency graphs for pruning is that of DepGraph (Fang et al., 2023
 and of zero-invariant groups that of OTO (Chen et al., 2021, arXiv:2107.07467).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -147,6 +147,20 @@ def found_in(read: Coupling) -> Coupled:
     readers = {source for source, roles in read.roles.items() if roles == {'in'}}
     walk(read, lambda source: source not in readers, goes, mark)
     return Coupled(_families(read), read)
+
+
+def product_axes(coupled: Coupled, paths: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Path -> the axes of a kernel's inputs and outputs, as the products that use it tell.
+
+    Parameters that have only one of them, or none, are left out: biases, depthwise kernels. Of
+    several input axes, or output axes, the last is taken.
+    """
+    axes: dict[tuple[str, str], list[int]] = {}
+    for (path, axis), roles in coupled.coupling.roles.items():
+        for role in roles:
+            axes.setdefault((path, role), []).append(axis)
+    both = [path for path in paths if (path, 'in') in axes and (path, 'out') in axes]
+    return {path: (max(axes[path, 'in']), max(axes[path, 'out'])) for path in both}
 
 
 def _families(read: Coupling) -> tuple[Family, ...]:
