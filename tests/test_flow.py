@@ -14,7 +14,6 @@ import numpy as np
 import optax
 import polars as pl
 import pytest
-import scipy.stats
 from jax.flatten_util import ravel_pytree
 from test_scores import Normed, setting
 
@@ -575,6 +574,8 @@ def test_kernels_compared():
 
 def test_agreement_is_that_of_scipy():
     """Expectation: scipy's coefficients of the entries in force, ties included; overlap by sets."""
+    import scipy.stats
+
     draw = np.random.default_rng(0)
     one = {'a': draw.integers(0, 9, (6, 5)) * 1.0, 'b': draw.standard_normal(40)}
     other = {p: v + draw.integers(-2, 3, v.shape) for p, v in one.items()}

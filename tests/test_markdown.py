@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from jaxprune.report import markdown
 
@@ -10,6 +9,8 @@ from jaxprune.report import markdown
 @pytest.mark.parametrize('count', [2, 3, 5])
 def test_intervals_are_those_of_the_t_test(count):
     """Expectation: scipy's one-sample t test; zero is outside iff its p value is below 5 %."""
+    import scipy.stats
+
     for seed in range(20):
         values = np.random.default_rng(seed).normal(1, 1, count)
         test = scipy.stats.ttest_1samp(values, 0)
