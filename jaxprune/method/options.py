@@ -23,6 +23,7 @@ OPTIONS: dict[str, Option] = {
     'order': Option('of the derivative of ‖θ‖²: 0, 1 (θ g) or 2 (θ Hg)', low=0, high=2),
     'mode': Option('how products of a group are added up', choices=MODES),
     'bias': Option('what multiplies every product', choices=BIASES),
+    'failure': Option('probability with which an error bound may be broken', above=0, high=1),
     'weight': Option('of the decorrelation against the pull to zero', above=0),
     'interval': Option('training steps after which the penalty grows', low=1),
     'increment': Option('by how much the penalty grows', above=0),

@@ -16,9 +16,15 @@ from jaxprune.score.layers import Layer, forward_layers
 from jaxprune.score.lookahead import lookahead
 from jaxprune.score.magnitude import magnitude
 from jaxprune.score.ntk_sap import ntk_sap
+from jaxprune.score.pfp import pfp, pfp_sample
+from jaxprune.score.pfp_budget import Channels, pfp_allocation, pfp_channels, pfp_proposal
+from jaxprune.score.products import Product, products
 from jaxprune.score.prospr import prospr
 from jaxprune.score.random import random
 from jaxprune.score.ranked_like import ranked_like
+from jaxprune.score.sample_sizes import draws_for, expected_unique, sample_complexity
+from jaxprune.score.sensitivity import sensitivities, sensitivity
+from jaxprune.score.sipp import Rows, sipp, sipp_allocation, sipp_rows, sipp_sample
 from jaxprune.score.snip import snip
 from jaxprune.score.synflow import synflow
 from jaxprune.score.taylor import taylor
@@ -26,7 +32,12 @@ from jaxprune.score.taylor import taylor
 __all__ = [
     'GROUP_MEASURES',
     'MEASURES',
+    'Channels',
     'Layer',
+    'Product',
+    'Rows',
+    'draws_for',
+    'expected_unique',
     'fisher',
     'force',
     'forward_layers',
@@ -40,9 +51,22 @@ __all__ = [
     'lookahead',
     'magnitude',
     'ntk_sap',
+    'pfp',
+    'pfp_allocation',
+    'pfp_channels',
+    'pfp_proposal',
+    'pfp_sample',
+    'products',
     'prospr',
     'random',
     'ranked_like',
+    'sample_complexity',
+    'sensitivities',
+    'sensitivity',
+    'sipp',
+    'sipp_allocation',
+    'sipp_rows',
+    'sipp_sample',
     'snip',
     'synflow',
     'taylor',

@@ -84,14 +84,20 @@ def _groups_of(
     ]
     maps: dict[str, list[tuple[str, int, np.ndarray]]] = {path: [] for path in shapes}
     own: dict[str, Own] = {}
+    readers: dict[str, tuple[Own, ...]] = {}
     for family in families:
         for member in family.members:
             if member.path in shapes:
                 at = _numbers(member, shapes[member.path][member.axis])
                 maps[member.path].append((family.name, member.axis, at))
-            if member.role in ('out', 'along'):
-                at = _numbers(member, lengths[member.path, member.axis])
-                own[member.path] = Own(member.axis, family.name, at, member.role == 'out')
+            if member.role == 'state':
+                continue
+            at = _numbers(member, lengths[member.path, member.axis])
+            part = Own(member.axis, family.name, at, member.role == 'out')
+            if member.role == 'in':
+                readers[member.path] = (*readers.get(member.path, ()), part)
+            else:
+                own[member.path] = part
 
     def gather(values: Weights) -> Scores:
         sums: Scores = {}
@@ -111,7 +117,7 @@ def _groups_of(
         return {path: _mask(shape, maps[path], longer) for path, shape in shapes.items()}
 
     sizes = {family.name: (family.size,) for family in families}
-    return Groups(name, sizes, gather, alive, spread, own=own)
+    return Groups(name, sizes, gather, alive, spread, own=own, readers=readers)
 
 
 def _mask(
