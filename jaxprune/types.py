@@ -161,7 +161,7 @@ class Own(NamedTuple):
       name: the layer, a key of `Groups.shapes`.
       group: for each index of the axis the number of its group, or the number of groups where the
         index belongs to none.
-      makes: it makes the groups; else it follows them, as a bias does, or reads them.
+      makes: it makes the groups; else it follows them, as a bias does.
     """
 
     axis: int
@@ -186,8 +186,7 @@ class Groups(NamedTuple):
         such rule is there.
       most: layer -> how many groups the rule lets in at most; None if there is no rule.
       own: path -> what makes or follows units, biases and norms as well; {} for other kinds.
-      readers: path -> what of a kernel reads units, an entry for each layer that it reads; {} for
-        other kinds.
+      families: layer -> what belongs to its groups, for coupled groups; see `structure.Family`.
     """
 
     kind: str
@@ -198,7 +197,7 @@ class Groups(NamedTuple):
     eligible: Callable[[Scores], Scores] | None = None
     most: dict[str, int] | None = None
     own: dict[str, Own] = {}  # noqa: RUF012 (nobody changes it)
-    readers: dict[str, tuple[Own, ...]] = {}  # noqa: RUF012
+    families: dict[str, Any] = {}  # noqa: RUF012
 
 
 class ScoreFn(Protocol):

@@ -1,5 +1,6 @@
 """Scores: pure functions `(key, view, batches) -> scores`, high = keep. One file per family."""
 
+from jaxprune.score.edge_sensitivity import edge_sensitivities, edge_sensitivity
 from jaxprune.score.fisher import fisher
 from jaxprune.score.force import force
 from jaxprune.score.gradient_norm import gradient_norm
@@ -23,7 +24,6 @@ from jaxprune.score.prospr import prospr
 from jaxprune.score.random import random
 from jaxprune.score.ranked_like import ranked_like
 from jaxprune.score.sample_sizes import draws_for, expected_unique, sample_complexity
-from jaxprune.score.sensitivity import sensitivities, sensitivity
 from jaxprune.score.sipp import Rows, sipp, sipp_allocation, sipp_rows, sipp_sample
 from jaxprune.score.snip import snip
 from jaxprune.score.synflow import synflow
@@ -37,6 +37,8 @@ __all__ = [
     'Product',
     'Rows',
     'draws_for',
+    'edge_sensitivities',
+    'edge_sensitivity',
     'expected_unique',
     'fisher',
     'force',
@@ -61,8 +63,6 @@ __all__ = [
     'random',
     'ranked_like',
     'sample_complexity',
-    'sensitivities',
-    'sensitivity',
     'sipp',
     'sipp_allocation',
     'sipp_rows',

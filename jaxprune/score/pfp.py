@@ -5,6 +5,7 @@ ICLR 2020, arXiv:1911.07412.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxprune.errors import PruneError, quoted
+from jaxprune.score.edge_sensitivity import Edges, check_seen, edge_sensitivities, sensed
 from jaxprune.score.products import Product, largest
 from jaxprune.score.sample_sizes import CONSTANT, FAILURE, drawn, log_term, quotient
-from jaxprune.score.sensitivity import Edges, check_seen, sensed, sensitivities
 from jaxprune.score.sipp import evaluation_only
-from jaxprune.types import Batches, Groups, Key, Own, Problem, ScoreFn, Scores, View
+from jaxprune.types import Batches, Groups, Key, Problem, ScoreFn, Scores, View
 
 #: Draws beyond that count as endless.
 _MOST_DRAWS = 2**30
@@ -62,20 +63,20 @@ def pfp(
         no batches, or a kernel that is seen in no product.
     """
     evaluation_only('pfp', train)
-    if isinstance(by, Groups):
-        _check_read(by)
+    readers = _readers(by) if isinstance(by, Groups) else {}
 
     def score(key: Key, view: View, batches: Batches | None) -> Scores:
         del key
         if isinstance(by, Groups):
-            found = sensitivities(problem, view, batches, paths=by.readers)
-            return _of_groups(found, by, failure)
+            paths = {path for path, _ in readers}
+            found = edge_sensitivities(problem, view, batches, paths=paths)
+            return _of_groups(found, readers, failure)
         found = sensed(problem, view, batches, 'max')
         scores = largest(_of_weights(*each, failure) for each in found)
         check_seen(view.weights, scores)
         return {path: scores[path] for path in view.weights}
 
-    return score
+    return jax.jit(score)  # of many small operations, also where nobody else compiles
 
 
 def channel_scores(sensitivity: jax.Array, scale: ArrayLike) -> jax.Array:
@@ -134,41 +135,61 @@ def _scale(positions: int, taps: int, failure: ArrayLike) -> jax.Array:
     return 2 * CONSTANT * log_term(positions, taps, failure)
 
 
-def _check_read(groups: Groups) -> None:
-    read = {part.name for parts in groups.readers.values() for part in parts}
+class _Part(NamedTuple):
+    """The rows of a kernel that read the units of a layer.
+
+    Attributes:
+      path: of the kernel.
+      axis: of its rows.
+      name: of the layer.
+      rows: for each unit.
+    """
+
+    path: str
+    axis: int
+    name: str
+    rows: tuple[np.ndarray, ...]
+
+
+def _readers(groups: Groups) -> dict[tuple[str, int], list[_Part]]:
+    """Path and axis of every kernel that reads units -> its parts.
+
+    Raises:
+      PruneError: nothing reads the units of a layer.
+    """
+    made: dict[tuple[str, int], list[_Part]] = {}
     for name in groups.shapes:
-        if name not in read:
+        family = groups.families.get(name)
+        readers = [m for m in family.members if m.role == 'in'] if family else []
+        if not readers:
             raise PruneError(
                 f'pfp goes by what reads a unit; no kernel reads those of {quoted(name)} '
                 f"(granularity '{groups.kind}')"
             )
+        for m in readers:
+            made.setdefault((m.path, m.axis), []).append(_Part(m.path, m.axis, name, m.indices))
+    return made
 
 
-def _of_groups(found: Mapping[str, Edges], groups: Groups, failure: ArrayLike) -> Scores:
-    """The score of every unit, the largest of those that read it."""
-    sizes = {name: n for name, (n,) in groups.shapes.items()}
-    each: list[Scores] = []
-    for path, parts in groups.readers.items():
-        for axis in sorted({part.axis for part in parts}):
-            along = [part for part in parts if part.axis == axis]
-            each.append(_read(found[path], axis, along, sizes, failure))
-    made = largest(each)
-    return {name: made[name] for name in sizes}
-
-
-def _read(
-    edges: Edges, axis: int, parts: Sequence[Own], sizes: Mapping[str, int], failure: ArrayLike
+def _of_groups(
+    found: Mapping[str, Edges],
+    readers: Mapping[tuple[str, int], Sequence[_Part]],
+    failure: ArrayLike,
 ) -> Scores:
-    """Layer -> the scores that a kernel, along one axis, gives to its units."""
-    others = tuple(i for i in range(edges.values.ndim) if i != axis)
-    rows = edges.values.max(others)
-    channels, counts = _channels(parts, sizes)
-    sensitivity = _largest_of(rows, channels, len(counts))
-    scale = _scale(edges.positions, edges.taps * int(counts.max()), failure)
-    of_rows = channel_scores(sensitivity, scale)[channels]
-    return largest(
-        {part.name: _largest_of(of_rows, part.group, sizes[part.name] + 1)[:-1]} for part in parts
-    )
+    """The score of every unit, the largest of those that read it."""
+    each = (_read(found[path], axis, parts, failure) for (path, axis), parts in readers.items())
+    return largest(each)
+
+
+def _read(edges: Edges, axis: int, parts: Sequence[_Part], failure: ArrayLike) -> Scores:
+    """Layer -> the scores that a kernel gives to its units, by its rows along an axis."""
+    count = edges.values.shape[axis]
+    rows = edges.values.max(tuple(i for i in range(edges.values.ndim) if i != axis))
+    channels, sizes = _channels(parts, count)
+    sensitivity = _largest_of(rows, channels, len(sizes))
+    taps = edges.channels * edges.taps * int(sizes.max()) // count
+    of_rows = channel_scores(sensitivity, _scale(edges.positions, taps, failure))[channels]
+    return largest({part.name: of_rows[np.stack(part.rows)].max(1)} for part in parts)
 
 
 def _largest_of(values: jax.Array, numbers: np.ndarray, count: int) -> jax.Array:
@@ -176,18 +197,21 @@ def _largest_of(values: jax.Array, numbers: np.ndarray, count: int) -> jax.Array
     return jnp.zeros(count, values.dtype).at[numbers].max(values)
 
 
-def _channels(parts: Sequence[Own], sizes: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
+def _channels(parts: Sequence[_Part], count: int) -> tuple[np.ndarray, np.ndarray]:
     """For each row the number of its channel, and how many rows each channel has.
 
-    A channel is all rows that go together; a row of no unit is a channel of its own.
+    A channel is all rows that go together; a row of no unit is a channel of its own. Channels are
+    numbered by their first rows: of equally good ones the first is kept.
     """
-    labels = np.stack([part.group for part in parts])
-    none = (labels == [[sizes[part.name]] for part in parts]).all(0)
-    alone = np.where(none, np.arange(labels.shape[1]), -1)
-    _, channels, counts = np.unique(
-        np.vstack([labels, alone]), axis=1, return_inverse=True, return_counts=True
-    )
-    return channels.ravel(), counts
+    labels = np.full((len(parts) + 1, count), -1)
+    for label, part in zip(labels, parts, strict=False):
+        for unit, rows in enumerate(part.rows):
+            label[rows] = unit
+    alone = (labels == -1).all(0)
+    labels[-1, alone] = np.arange(count)[alone]
+    channel_of: dict[tuple[int, ...], int] = {}
+    channels = np.array([channel_of.setdefault(tuple(c), len(channel_of)) for c in labels.T])
+    return channels, np.bincount(channels)
 
 
 # --- drawn at random ------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxprune.allocation import bisect
 from jaxprune.arguments import least
 from jaxprune.errors import PruneError, quoted
+from jaxprune.score.edge_sensitivity import check_seen, sensed
 from jaxprune.score.sample_sizes import (
     CONSTANT,
     FAILURE,
@@ -18,7 +19,6 @@ from jaxprune.score.sample_sizes import (
     log_term,
     sample_complexity,
 )
-from jaxprune.score.sensitivity import check_seen, sensed
 from jaxprune.types import Batches, Problem, View
 
 

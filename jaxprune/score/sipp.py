@@ -15,17 +15,17 @@ from jax.typing import ArrayLike
 from jaxprune.allocation import bisect
 from jaxprune.arguments import least
 from jaxprune.errors import PruneError
+from jaxprune.score.edge_sensitivity import edge_sensitivities
 from jaxprune.score.sample_sizes import CONSTANT, FAILURE, drawn, log_term, quotient
-from jaxprune.score.sensitivity import sensitivities
 from jaxprune.types import Batches, Key, Problem, ScoreFn, Scores, View
 
 
 def sipp(problem: Problem, *, train: bool = False) -> ScoreFn:
     """The sensitivity of each weight: its largest share over examples of the mean over positions.
 
-    This is the deterministic version. It ranks all weights together. `sensitivity` has the formula.
-    A weight is compared with those of its own sign that lead to the same output, so layers need no
-    factors between them. It needs inputs without labels; a few hundred are published.
+    This is the deterministic version. It ranks all weights together; `edge_sensitivity` has the
+    formula. A weight is compared with those of its own sign that lead to the same output, so layers
+    need no factors between them. It needs inputs without labels; a few hundred are published.
 
     Args:
       problem: the network.
@@ -38,10 +38,10 @@ def sipp(problem: Problem, *, train: bool = False) -> ScoreFn:
 
     def score(key: Key, view: View, batches: Batches | None) -> Scores:
         del key
-        found = sensitivities(problem, view, batches, reduce='mean')
+        found = edge_sensitivities(problem, view, batches, reduce='mean')
         return {path: edges.values for path, edges in found.items()}
 
-    return score
+    return jax.jit(score)  # of many small operations, also where nobody else compiles
 
 
 def evaluation_only(name: str, train: bool) -> None:
@@ -91,10 +91,10 @@ def sipp_rows(
     Raises:
       PruneError: no batches; a prunable leaf that is seen in no product.
     """
-    found = sensitivities(problem, view, batches)
+    found = edge_sensitivities(problem, view, batches)
 
     def rows(path: str) -> Rows:
-        values, positions, taps = found[path]
+        values, positions, _, taps = found[path]
         signed = _signed(view.weights[path], values, axis)
         sums = signed.sum(-1)
         factor = 2 * constant * log_term(positions, taps, failure)

@@ -67,7 +67,9 @@ def unit_groups(
         for path, axes in coupled.coupling.parameter_axes.items()
         for i, axis in enumerate(axes)
     }
-    return _groups_of(competing, shapes, lengths, name)
+    return _groups_of(competing, shapes, lengths, name)._replace(
+        families={family.name: family for family in competing}
+    )
 
 
 def _groups_of(
@@ -84,20 +86,14 @@ def _groups_of(
     ]
     maps: dict[str, list[tuple[str, int, np.ndarray]]] = {path: [] for path in shapes}
     own: dict[str, Own] = {}
-    readers: dict[str, tuple[Own, ...]] = {}
     for family in families:
         for member in family.members:
             if member.path in shapes:
                 at = _numbers(member, shapes[member.path][member.axis])
                 maps[member.path].append((family.name, member.axis, at))
-            if member.role == 'state':
-                continue
-            at = _numbers(member, lengths[member.path, member.axis])
-            part = Own(member.axis, family.name, at, member.role == 'out')
-            if member.role == 'in':
-                readers[member.path] = (*readers.get(member.path, ()), part)
-            else:
-                own[member.path] = part
+            if member.role in ('out', 'along'):
+                at = _numbers(member, lengths[member.path, member.axis])
+                own[member.path] = Own(member.axis, family.name, at, member.role == 'out')
 
     def gather(values: Weights) -> Scores:
         sums: Scores = {}
@@ -117,7 +113,7 @@ def _groups_of(
         return {path: _mask(shape, maps[path], longer) for path, shape in shapes.items()}
 
     sizes = {family.name: (family.size,) for family in families}
-    return Groups(name, sizes, gather, alive, spread, own=own, readers=readers)
+    return Groups(name, sizes, gather, alive, spread, own=own)
 
 
 def _mask(

@@ -44,15 +44,17 @@ class Edges(NamedTuple):
     Attributes:
       values: one for each weight, in float32 or wider.
       positions: at how many places of one example the leaf is used.
-      taps: how many of its weights meet one channel: 9 of a convolution of 3 x 3, 1 of a matrix.
+      channels: how many channels an output reads.
+      taps: by how many weights each: 9 of a convolution of 3 x 3, 1 of a matrix.
     """
 
     values: jax.Array
     positions: int
+    channels: int
     taps: int
 
 
-def sensitivity(kernel: jax.Array, inputs: jax.Array, reduce: str = 'max') -> jax.Array:
+def edge_sensitivity(kernel: jax.Array, inputs: jax.Array, reduce: str = 'max') -> jax.Array:
     """The sensitivities of a kernel for one example.
 
     With a >= 0 the sensitivity of `w[j, o]` at a position is `|w[j, o]| a[j] / z`, z the sum of
@@ -61,7 +63,7 @@ def sensitivity(kernel: jax.Array, inputs: jax.Array, reduce: str = 'max') -> ja
     examples. Biases take no part.
 
         w = jnp.array([[[1.0], [3.0]]])
-        sensitivity(w, jnp.ones((1, 1, 2)))  # 0.25, 0.75
+        edge_sensitivity(w, jnp.ones((1, 1, 2)))  # 0.25, 0.75
 
     Args:
       kernel: `(groups, inputs, outputs)`.
@@ -102,7 +104,7 @@ def sensed(
       problem: the network, in evaluation mode.
       view: its weights.
       batches: the examples; labels are not used.
-      reduce: over positions, see `sensitivity`.
+      reduce: over positions, see `edge_sensitivity`.
       paths: of the parameters that are kernels; None for the prunable ones.
 
     Raises:
@@ -121,7 +123,7 @@ def sensed(
 
         def one(best: jax.Array, operand: jax.Array) -> tuple[jax.Array, None]:
             patches = product.patches(operand).reshape(groups, product.positions, channels * taps)
-            return jnp.maximum(best, sensitivity(flat, patches, reduce)), None
+            return jnp.maximum(best, edge_sensitivity(flat, patches, reduce)), None
 
         dtype = jnp.promote_types(jnp.result_type(flat, each), jnp.float32)
         best = jax.lax.scan(one, jnp.zeros(flat.shape, dtype), each)[0]
@@ -135,7 +137,7 @@ def sensed(
     return [Sensed(*both) for both in zip(seen, found, strict=True)]
 
 
-def sensitivities(
+def edge_sensitivities(
     problem: Problem,
     view: View,
     batches: Batches | None,
@@ -161,7 +163,7 @@ def sensitivities(
     made: dict[str, Edges] = {}
     for product, values in sensed(problem, view, batches, reduce, paths):
         for path, leaf in product.leaves(values).items():
-            edges = Edges(leaf, product.positions, product.kernel.shape[2])
+            edges = Edges(leaf, product.positions, *product.kernel.shape[1:3])
             made[path] = jax.tree.map(_larger, made[path], edges) if path in made else edges
     check_seen(paths, made)
     return {path: made[path] for path in paths}
