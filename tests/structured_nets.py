@@ -172,6 +172,12 @@ def encoder(p, s, x, *, hid, nh, blocks, **_):
     return dense(p['head'], x.mean(1))
 
 
+def pnet(p, s, x, **_):
+    x = jax.nn.relu(conv(p['conv1'], x, 1, pad=0))
+    x = jax.nn.relu(conv(p['conv2'], x, 2))
+    return dense(p['fc2'], jax.nn.relu(dense(p['fc1'], x.mean((1, 2)))))
+
+
 def _named(forward, *names):
     """A network whose first options may be given by position."""
 
@@ -190,4 +196,5 @@ NETS = {
     'MobileNet': _named(mobilenet),
     'DenseNet': _named(densenet),
     'Encoder': _named(encoder),
+    'PNet': _named(pnet),
 }

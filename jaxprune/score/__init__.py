@@ -1,6 +1,6 @@
 """Scores: pure functions `(key, view, batches) -> scores`, high = keep. One file per family."""
 
-from jaxprune.score.edge_sensitivity import edge_sensitivities, edge_sensitivity
+from jaxprune.score.edges import edge_sensitivities, edge_sensitivity
 from jaxprune.score.fisher import fisher
 from jaxprune.score.force import force
 from jaxprune.score.gradient_norm import gradient_norm

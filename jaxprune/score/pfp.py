@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxprune.errors import PruneError, quoted
-from jaxprune.score.edge_sensitivity import Edges, check_seen, edge_sensitivities, sensed
+from jaxprune.score.edges import Edges, check_seen, edge_sensitivities, sensed
 from jaxprune.score.products import Product, largest
 from jaxprune.score.sample_sizes import CONSTANT, FAILURE, drawn, log_term, quotient
 from jaxprune.score.sipp import evaluation_only
@@ -108,7 +108,7 @@ def _fewest_draws(p: jax.Array, ranks: jax.Array) -> jax.Array:
     def fewest(rank: jax.Array) -> jax.Array:
         def halve(_, bounds):
             low, high = bounds
-            middle = low + (high - low) // 2
+            middle = low + jnp.maximum((high - low) // 2, 1)
             found = -jnp.expm1(middle.astype(p.dtype) * missed).sum()
             # That they find more than r - 1 is what rounding up to r takes.
             enough = ~(found <= (rank - 1).astype(p.dtype))  # True for a NaN

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxprune.allocation import bisect
 from jaxprune.arguments import least
 from jaxprune.errors import PruneError, quoted
-from jaxprune.score.edge_sensitivity import check_seen, sensed
+from jaxprune.score.edges import check_seen, sensed
 from jaxprune.score.sample_sizes import (
     CONSTANT,
     FAILURE,

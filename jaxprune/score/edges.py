@@ -74,7 +74,7 @@ def edge_sensitivity(kernel: jax.Array, inputs: jax.Array, reduce: str = 'max') 
       Shaped like `kernel`, in [0, 1]; the larger one of the two parts.
     """
     check_choice('reduction', reduce, REDUCTIONS)
-    dtype = jnp.promote_types(jnp.result_type(kernel, inputs), jnp.float32)
+    dtype = _dtype(kernel, inputs)
     kernel, inputs = kernel.astype(dtype), inputs.astype(dtype)
     # One position has a mean that is exact only as a quotient.
     shares = _mean_shares if reduce == 'mean' and inputs.shape[1] > 1 else _largest_shares
@@ -116,25 +116,50 @@ def sensed(
     def operands(one: jax.Array) -> list[jax.Array]:
         return [product.operand for product in products(problem, view, one[None], paths)]
 
-    def largest_of(product: Product, each: jax.Array) -> jax.Array:
-        """Over a few examples."""
-        groups, channels, taps, outputs = product.kernel.shape
-        flat = product.kernel.reshape(groups, channels * taps, outputs)
-
-        def one(best: jax.Array, operand: jax.Array) -> tuple[jax.Array, None]:
-            patches = product.patches(operand).reshape(groups, product.positions, channels * taps)
-            return jnp.maximum(best, edge_sensitivity(flat, patches, reduce)), None
-
-        dtype = jnp.promote_types(jnp.result_type(flat, each), jnp.float32)
-        best = jax.lax.scan(one, jnp.zeros(flat.shape, dtype), each)[0]
-        return best.reshape(product.kernel.shape)
-
-    def some(x: jax.Array) -> list[jax.Array]:
+    def some(best: list[jax.Array], x: jax.Array) -> list[jax.Array]:
         each = jax.vmap(operands)(x)
-        return [largest_of(*both) for both in zip(seen, each, strict=True)]
+        return [_larger_of(*all_of, reduce) for all_of in zip(best, seen, each, strict=True)]
 
-    found = _over_blocks(some, x, sum(product.operand.size for product in seen))
+    start = [jnp.zeros(p.kernel.shape, _dtype(p.kernel, p.operand)) for p in seen]
+    found = _over_blocks(some, start, x, sum(product.operand.size for product in seen))
     return [Sensed(*both) for both in zip(seen, found, strict=True)]
+
+
+def _dtype(*arrays: jax.Array):
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def _larger_of(best: jax.Array, product: Product, each: jax.Array, reduce: str) -> jax.Array:
+    """The sensitivities of a few examples, or those found before where they are larger."""
+    groups, channels, taps, outputs = product.kernel.shape
+    flat = (groups, channels * taps, outputs)
+    kernel = product.kernel.reshape(flat)
+
+    def one(best: jax.Array, operand: jax.Array) -> tuple[jax.Array, None]:
+        patches = product.patches(operand).reshape(groups, product.positions, channels * taps)
+        return jnp.maximum(
+            best, edge_sensitivity(product.kernel.reshape(flat), patches, reduce)
+        ), None
+
+    return jax.lax.scan(one, best.reshape(flat), each)[0].reshape(best.shape)
+
+
+def _over_blocks(
+    some: Callable[[list[jax.Array], jax.Array], list[jax.Array]],
+    start: list[jax.Array],
+    x: jax.Array,
+    entries: int,
+) -> list[jax.Array]:
+    """What is found over all examples, as many together as memory allows."""
+    count = x.shape[0]
+    block = min(max(_TOGETHER // max(entries, 1), 1), count)
+    if block == count:
+        return some(start, x)
+    # The last block is filled up with examples that were seen before: the largest stays the same.
+    steps = math.ceil(count / block)
+    blocks = jnp.concatenate([x, x[: steps * block - count]]) if steps * block > count else x
+    blocks = blocks.reshape(steps, block, *x.shape[1:])
+    return jax.lax.scan(lambda best, x: (some(best, x), None), start, blocks)[0]
 
 
 def edge_sensitivities(
@@ -181,25 +206,6 @@ def check_seen(paths: Iterable[str], found: Container[str]) -> None:
 
 def _larger(one, other):
     return jnp.maximum(one, other) if isinstance(one, jax.Array) else max(one, other)
-
-
-def _over_blocks(
-    some: Callable[[jax.Array], list[jax.Array]], x: jax.Array, entries: int
-) -> list[jax.Array]:
-    """The largest values over all examples, as many together as memory allows."""
-    count = x.shape[0]
-    block = min(max(_TOGETHER // max(entries, 1), 1), count)
-    if block == count:
-        return some(x)
-    # The last block is filled up with examples that were seen before: the largest stays the same.
-    steps = math.ceil(count / block)
-    blocks = jnp.concatenate([x, x[: steps * block - count]]) if steps * block > count else x
-    blocks = blocks.reshape(steps, block, *x.shape[1:])
-
-    def step(best: list[jax.Array], x: jax.Array) -> tuple[list[jax.Array], None]:
-        return [jnp.maximum(*both) for both in zip(best, some(x), strict=True)], None
-
-    return jax.lax.scan(step, some(blocks[0]), blocks[1:])[0]
 
 
 def _sums(kernel: jax.Array, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
