@@ -184,7 +184,7 @@ def igq(shapes: Mapping[str, Shape], density: float) -> dict[str, float]:
     # The forces if all layers were as large as the largest, or as small as the smallest.
     single = (1 - density) / density
     low, high = single / max(size.values()), single / min(size.values())
-    force = _bisect(lambda force: kept(force) >= budget, low, high)
+    force = bisect(lambda force: kept(force) >= budget, low, high)
     return _keyed(shapes, {path: 1 / (1 + force * n) for path, n in size.items()})
 
 
@@ -352,7 +352,7 @@ def bounded_counts(
         return {path: min(max(factor * ask[path], fewest[path]), most[path]) for path in counts}
 
     largest = max(most[path] / ask[path] for path in counts if ask[path])
-    factor = _bisect(lambda factor: math.fsum(targets(factor).values()) <= total, 0.0, largest)
+    factor = bisect(lambda factor: math.fsum(targets(factor).values()) <= total, 0.0, largest)
     target = targets(factor)
     counts = {path: math.floor(target[path]) for path in counts}
     remainders = sorted(counts, key=lambda path: counts[path] - target[path])
@@ -392,7 +392,7 @@ def _rounded_up(density: float) -> str:
     return f'{float(context.create_decimal(repr(float(density)))):.3g}'
 
 
-def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
+def bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
     """The last double between low and high where `holds` is true, if it turns false once.
 
     Halved until no double is left between, so that the precision is relative at any scale.

@@ -191,6 +191,12 @@ def tconv(p, s, x, **_):
     return dense(p['fc2'], jax.nn.relu(dense(p['fc1'], flatten(x))))
 
 
+def pnet(p, s, x, **_):
+    x = jax.nn.relu(conv(p['conv1'], x, 1, pad=0))
+    x = jax.nn.relu(conv(p['conv2'], x, 2))
+    return dense(p['fc2'], jax.nn.relu(dense(p['fc1'], x.mean((1, 2)))))
+
+
 def _named(forward, *names):
     """A network whose first options may be given by position."""
 
@@ -213,4 +219,5 @@ NETS = {
     'GRes': _named(gres),
     'TMLP': lambda *a, **k: mlp(*a[-3:]),
     'TConv': _named(tconv),
+    'PNet': _named(pnet),
 }

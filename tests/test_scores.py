@@ -310,8 +310,9 @@ def test_scoring_leaves_running_statistics_alone(method):
     so a second event with the same view is the same. In train mode they are not even read."""
     problem, view, batches = setting(Normed())
     before = jax.tree.map(np.array, view.model_state)
-    # Fisher looks at single examples, which have no batch statistics; others look at no data.
-    reads = 'data' in jp.METHODS[method].needs and method != 'fisher'
+    # Some look at single examples, which have no batch statistics; others look at no data.
+    single = ('fisher', 'sipp', 'pfp')
+    reads = 'data' in jp.METHODS[method].needs and method not in single
     pruner = jp.get_pruner(problem, method, batch_norm='train' if reads else None)
     update = jax.jit(pruner.update)
     _, masks, info = update(KEY, pruner.init(KEY, view), view, {'*': 100}, batches)
@@ -320,7 +321,7 @@ def test_scoring_leaves_running_statistics_alone(method):
     state = {'batch_stats': jax.tree.map(lambda a: a + 1, view.model_state['batch_stats'])}
     moved = view._replace(model_state=state)
     _, again, _ = update(KEY, pruner.init(KEY, view), moved, {'*': 100}, batches)
-    if method not in ('synflow', 'fisher'):  # they read them by definition
+    if method not in ('synflow', *single):  # they read them by definition
         jax.tree.map(np.testing.assert_array_equal, again, masks)
 
 

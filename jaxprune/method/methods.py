@@ -214,6 +214,26 @@ METHODS: dict[str, Method] = {
         'train',
         options={'steps': 3, 'learning_rate': 0.1, 'first_order': False},
     ),
+    'sipp': Method(
+        'SiPP',
+        _of(score.sipp),
+        'The largest share of a weight in the sum that it takes part in, over examples. Inputs '
+        'only, the labels are not used.',
+        'Baykal, Liebenwein, Gilitschenski, Feldman & Rus 2019, arXiv:1910.05422',
+        _data,
+    ),
+    # Its allocation is a part of it: all layers in one ranking.
+    'pfp': Method(
+        'PFP',
+        _of(score.pfp),
+        'Channels by the error bound at which their readers still keep them. With granularity '
+        'unit whole units, else what reads them; target effective counts the published budget.',
+        'Liebenwein, Baykal, Lang, Feldman & Rus 2020, arXiv:1911.07412',
+        _data,
+        grouped=True,
+        options={'failure': 1e-16},
+        example='granularity = "unit"',
+    ),
     'loss_preservation': _measure(
         'loss preservation', 'loss_preservation', 'abs(θ g): weight by weight this is SNIP.'
     ),

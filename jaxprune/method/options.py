@@ -47,6 +47,7 @@ OPTIONS: dict[str, Option] = {
     'bias': Option('what multiplies every product', choices=BIASES),
     'side': Option('of the images that operator norms are taken on', low=1, high=1024),
     'scaled': Option('times the scale of the batch norm on the way'),
+    'failure': Option('probability with which an error bound may be broken', above=0, high=1),
     'weight': Option('of the decorrelation against the pull to zero', above=0),
     'interval': Option('training steps after which the penalty grows', low=1),
     'increment': Option('by how much the penalty grows', above=0),
