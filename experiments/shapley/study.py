@@ -11,8 +11,7 @@ three figures into the folder.
 import argparse
 import hashlib
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 import polars as pl
 from curves import kept_units, removal_curves
 from outcomes import figures, written
+from parts import part
 from scores import make_rankings, rankings_of, table_of
 from trained import FULL, QUICK, TITLES, Net, Settings, finetuned, trained_net
 from untrained import demonstration
@@ -27,7 +27,6 @@ from untrained import demonstration
 from jaxprune.errors import JaxpruneError
 from jaxprune.files import write_whole
 from jaxprune.sweep import keep_compiled, use_all_cores
-from jaxprune.sweep.store import write_frame
 
 
 def main() -> int:
@@ -80,16 +79,6 @@ def measured(
         'finetuned': pl.concat(finetuned_rows),
         'untrained': untrained,
     }
-
-
-def part(path: Path, make: Callable[[], pl.DataFrame]) -> pl.DataFrame:
-    """The table of a file, made and written unless it is there; says how long that took."""
-    if not path.exists():
-        began, busy = time.perf_counter(), time.process_time()
-        write_frame(path, make())
-        took, used = time.perf_counter() - began, time.process_time() - busy
-        print(f'{path.stem}: {took:.0f} s, {used:.0f} s of CPU time', file=sys.stderr, flush=True)
-    return pl.read_parquet(path)
 
 
 def after_finetuning(net: Net, scores: Sequence[pl.DataFrame], settings: Settings) -> pl.DataFrame:
