@@ -66,7 +66,8 @@ def kept_units(ranking: Ranking, share: float) -> Masks:
     scores = {layer: own.astype(float) for layer, own in comparable(ranking).items()}
     for own in scores.values():
         own[np.argmax(own)] = np.inf
-    count = round(share * sum(map(len, scores.values())))
+    units = sum(map(len, scores.values()))
+    count = min(round(share * units), units - len(scores))
     mask = prefixes(np.concatenate(list(scores.values())), np.array([count]))[0]
     ends = np.cumsum([len(own) for own in scores.values()])[:-1]
     return dict(zip(scores, np.split(mask, ends), strict=True))

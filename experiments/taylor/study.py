@@ -3,8 +3,8 @@
     python experiments/taylor/study.py --out runs/taylor --nets runs/shapley/nets
 
 The networks are those of `experiments/shapley`, trained here unless they are there. What is
-finished lies in the output folder, and a second call goes on from there. Prints markdown, and writes
-it with two figures into the folder.
+finished lies in the output folder, and a second call goes on from there. Prints markdown, and
+writes it with two figures into the folder.
 """
 
 import argparse
