@@ -1,17 +1,17 @@
-"""The studies of gradient flow and isometry run as their READMEs say, in small."""
+"""The studies run as their READMEs say, in small."""
 
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
 from jaxprune.sweep.store import read_results
 
 EXPERIMENTS = Path(__file__).parent.parent / 'experiments'
-pytestmark = pytest.mark.slow
 #: The command line of this checkout.
 SWEEP = 'import sys; from jaxprune.cli import main; sys.exit(main(sys.argv[1:]))'
 
@@ -32,6 +32,7 @@ def load(path):
     return module
 
 
+@pytest.mark.slow
 def test_gradient_flow(tmp_path):
     """Expectation: dense runs of `measures.py` are the sweep's, also when forced to another way of
     training; every figure and section is there; a directory without measures, and one given twice,
@@ -64,6 +65,7 @@ def test_gradient_flow(tmp_path):
         assert ours['dense_accuracy'].to_list() == theirs['test_accuracy'].to_list()
 
 
+@pytest.mark.slow
 def test_isometry(tmp_path):
     """Expectation: pruning lowers the singular values of the trained network, OrthP makes those of
     the linear dense one exactly 1; three times the epochs are so many. A directory given twice, and
@@ -101,3 +103,97 @@ def test_isometry(tmp_path):
     next(iter((out / 'results').iterdir())).unlink()
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     assert done.returncode == 1 and 'finish the sweep' in done.stderr
+
+
+@pytest.mark.script
+def test_shapley_and_taylor(tmp_path):
+    """Expectation: every curve of a layer begins at the dense loss and ends at that without the
+    layer, whatever ranks it; areas are sums over a layer's removals; what is fine-tuned is better
+    than what was just pruned; a second call measures nothing anew. The slope along a gate is the
+    same before and after a ReLU, which is homogeneous, and without a norm also before that; the
+    second study trains nothing, and its exact changes are the scores that the first one has."""
+    folder, out = EXPERIMENTS / 'shapley', tmp_path / 'shapley'
+    text = run(folder / 'study.py', '--quick', '--out', out)
+    drawn = {path.name for path in out.glob('*.png')}
+    assert drawn == {'curves.png', 'areas.png', 'finetuning.png'} and text.count('\n## ') == 5
+    (parts,) = out.glob('parts_*')
+    found = pl.read_parquet(parts / 'lenet5_curves_1.parquet')
+    layers = found.filter(pl.col('layer') != '*').group_by('layer', 'removed')
+    ends = layers.agg(spread=pl.col('loss').max() - pl.col('loss').min(), units=pl.first('units'))
+    same = ends.filter((pl.col('removed') == 0) | (pl.col('removed') == pl.col('units')))
+    assert len(same) == 8 and same['spread'].max() == 0
+    assert ends['spread'].max() > 0.1
+    area = _areas(found.filter((pl.col('method') == 'APoZ') & (pl.col('examples') == 200)))
+    other = pl.read_parquet(parts / 'lenet5_curves_0.parquet')
+    both = (
+        area + _areas(other.filter((pl.col('method') == 'APoZ') & (pl.col('examples') == 200)))
+    ) / 2
+    line = next(line for line in text.splitlines() if line.startswith('| LeNet-5, MNIST | APoZ |'))
+    assert line.split('|')[4].split()[0] == f'{both:.3f}'
+    tuned = pl.read_parquet(parts / 'lenet5_finetuned.parquet')
+    assert tuned['tuned_loss'].mean() < tuned['loss'].mean()
+    command = [sys.executable, folder / 'study.py', '--quick', '--out', out]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.stdout == text and ' of CPU time' not in again.stderr
+
+    nets = sorted(path.name for path in (out / 'nets').iterdir())
+    other = tmp_path / 'taylor'
+    taylor = [
+        EXPERIMENTS / 'taylor' / 'study.py',
+        '--quick',
+        '--out',
+        other,
+        '--nets',
+        out / 'nets',
+    ]
+    text = run(*taylor)
+    assert sorted(path.name for path in (out / 'nets').iterdir()) == nets
+    assert {path.name for path in other.glob('*.png')} == {'correlations.png', 'scatter.png'}
+    (folder,) = (path for path in other.iterdir() if path.is_dir())
+    for net in ('small_vgg', 'lenet5'):
+        of = {n: f for (n,), f in pl.read_parquet(folder / f'{net}_1.parquet').group_by('estimate')}
+        values = {n: f.sort('depth', 'unit')['signed'].to_numpy() for n, f in of.items()}
+        first = values['Taylor 1']
+        np.testing.assert_allclose(
+            values['Taylor 1, after the ReLU'], first, atol=1e-5 * np.abs(first).max()
+        )
+        before = values['Taylor 1, before the norm']
+        assert np.allclose(before, first, atol=1e-4 * np.abs(first).max()) == (net == 'lenet5')
+        scores = pl.read_parquet(parts / f'{net}_scores_1.parquet')
+        left = scores.filter((pl.col('method') == 'leave one out') & (pl.col('examples') == 200))
+        exact = left.sort('layer', 'unit')['score'].to_numpy()
+        np.testing.assert_allclose(values['oracle'], exact, atol=1e-6)
+
+
+def _areas(curves: pl.DataFrame) -> float:
+    """By the definition, in a loop."""
+    total, units = 0.0, 0
+    for (_,), own in curves.filter(pl.col('layer') != '*').group_by('layer'):
+        losses = own.sort('removed')['loss'].to_list()
+        total += sum(loss - losses[0] for loss in losses)
+        units += len(losses) - 1
+    return total / units
+
+
+@pytest.fixture
+def shapley_study(monkeypatch):
+    """The modules of the study can be imported."""
+    monkeypatch.syspath_prepend(EXPERIMENTS / 'shapley')
+    return load(EXPERIMENTS / 'shapley' / 'curves.py')
+
+
+def test_what_a_ranking_leaves(shapley_study):
+    """Expectation: the lowest go first, of equal ones the lower number; the best of each layer
+    stays; norms count relative to the mean of their layer: 2 of (2, 6) is half of its mean 4, and
+    0.9 of (0.9, 1.1) nine tenths of 1."""
+    prefixes, kept_units = shapley_study.prefixes, shapley_study.kept_units
+    left = prefixes(np.array([3.0, 1.0, 2.0, 1.0]), np.array([0, 1, 2, 4]))
+    assert left.tolist() == [[1, 1, 1, 1], [1, 0, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]]
+    ranking = load(EXPERIMENTS / 'shapley' / 'scores.py').Ranking
+    scores = {'a': np.array([2.0, 6.0]), 'b': np.array([0.9, 1.1])}
+    kept = kept_units(ranking('weight norm', 0, 0, scores), 0.25)
+    assert {k: v.tolist() for k, v in kept.items()} == {'a': [False, True], 'b': [True, True]}
+    kept = kept_units(ranking('Shapley', 100, 0, scores), 0.25)
+    assert {k: v.tolist() for k, v in kept.items()} == {'a': [True, True], 'b': [False, True]}
+    kept = kept_units(ranking('Shapley', 100, 0, scores), 1.0)
+    assert {k: v.tolist() for k, v in kept.items()} == {'a': [False, True], 'b': [False, True]}

@@ -1,0 +1,71 @@
+"""How well estimates know the loss without a unit: their correlations with the exact change.
+
+    python experiments/taylor/study.py --out runs/taylor --nets runs/shapley/nets
+
+The networks are those of `experiments/shapley`, trained here unless they are there. What is
+finished lies in the output folder, and a second call goes on from there. Prints markdown, and
+writes it with two figures into the folder.
+"""
+
+import argparse
+import hashlib
+import sys
+from functools import partial
+from pathlib import Path
+
+import polars as pl
+
+sys.path.insert(0, str(Path(__file__).parent.parent / 'shapley'))
+
+from correlations import figures, written
+from estimates import make_estimates
+from parts import part
+from trained import FULL, QUICK, TITLES, Settings, trained_net
+
+from jaxprune.errors import JaxpruneError
+from jaxprune.files import write_whole
+from jaxprune.sweep import keep_compiled, use_all_cores
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--out', type=Path, default=Path('runs/taylor'), help='a folder')
+    parser.add_argument(
+        '--nets', type=Path, default=Path('runs/shapley/nets'), help='folder of trained networks'
+    )
+    parser.add_argument('--net', action='append', choices=TITLES, help='these only; both without')
+    parser.add_argument('--data-dir', help='where prepared TFDS data lie')
+    parser.add_argument('--quick', action='store_true', help='tiny: shows that all of it runs')
+    arguments = parser.parse_args()
+    use_all_cores()
+    keep_compiled()
+    settings = QUICK if arguments.quick else FULL
+    try:
+        table = measured(settings, arguments)
+    except JaxpruneError as error:
+        raise SystemExit(str(error)) from None
+    text = written(table)
+    write_whole(arguments.out / 'outcomes.md', text.encode())
+    for name, drawn in figures(table).items():
+        write_whole(arguments.out / f'{name}.png', drawn)
+    print(text)
+    return 0
+
+
+def measured(settings: Settings, arguments: argparse.Namespace) -> pl.DataFrame:
+    """The estimates of all units, networks and seeds; parts that are on disk are read."""
+    frames = []
+    for name in arguments.net or TITLES:
+        net = trained_net(name, settings, arguments.nets, arguments.data_dir)
+        estimates = make_estimates(net, settings)
+        folder = arguments.out / hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+        for number, seed in enumerate(net.seeds):
+            frame = part(folder / f'{name}_{seed}.parquet', partial(estimates, number))
+            frames.append(frame.with_columns(net=pl.lit(name), seed=seed))
+    return pl.concat(frames)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
