@@ -137,9 +137,7 @@ def _larger_of(best: jax.Array, product: Product, each: jax.Array, reduce: str) 
 
     def one(best: jax.Array, operand: jax.Array) -> tuple[jax.Array, None]:
         patches = product.patches(operand).reshape(groups, product.positions, channels * taps)
-        return jnp.maximum(
-            best, edge_sensitivity(product.kernel.reshape(flat), patches, reduce)
-        ), None
+        return jnp.maximum(best, edge_sensitivity(kernel, patches, reduce)), None
 
     return jax.lax.scan(one, best.reshape(flat), each)[0].reshape(best.shape)
 
