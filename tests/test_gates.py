@@ -365,6 +365,90 @@ def test_a_unit_inside_of_a_loop():
         gated.activations(params, x)
 
 
+def drawn(**shapes):
+    rng = np.random.default_rng(3)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+LATER = {
+    'a bias behind a sum': lambda p, x: jax.nn.relu(x @ p['a'] + x @ p['b'] + p['c']) @ p['w'],
+    'a bias behind a transpose': lambda p, x: jax.nn.relu((p['a'].T @ x.T).T + p['c']) @ p['w'],
+    'a sigmoid': lambda p, x: jax.nn.sigmoid(x @ p['a'] + x @ p['b']) @ p['w'],
+    'a recurrent bias': lambda p, x: jax.lax.scan(
+        lambda h, t: (jnp.tanh(t + h @ p['v'] + p['c']), None), 0 * (x @ p['a']), (x @ p['b'])[None]
+    )[0] @ p['w'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('what', LATER)
+def test_units_that_act_behind_their_gates(what):
+    """Expectation: an error that names 'read', where the gate of zero equals the compact network;
+    without the bias gates are taken everywhere."""
+    apply, x = LATER[what], drawn(x=(5, 4))['x']
+    params = drawn(a=(4, 3), b=(4, 3), v=(3, 3), c=(3,), w=(3, 2))
+    params['c'] = np.abs(params['c']) + 1
+    read = jp.groups(apply, params, x)
+    name = next(f.name for f in read.families if not f.reason)
+    gates = {name: np.array([1, 0, 1], np.float32)}
+    with pytest.raises(PruneError, match=r"still acts behind a gate at place 'norm'.*'read'"):
+        structure.gates(read, 'norm').apply(gates, params, x)
+    masks = {p: np.ones(v.shape, bool) for p, v in params.items() if v.ndim == 2}
+    for p in set(masks) - {'w'}:
+        masks[p][:, 1] = False
+    masks['w'][1] = masks['v'][1] = False
+    small = jp.compact(apply, params, masks, x)
+    found = jax.jit(structure.gates(read, 'read').apply)(gates, params, x)
+    close(found, jax.jit(small.apply)(small.params, x), 1e-6)
+
+
+def test_checkpoints_and_tied_weights_have_a_gate_once():
+    """Expectation: slopes as without the checkpoint; of a tied embedding both readers are gated."""
+    params, x = drawn(a=(4, 3), w=(3, 2)), drawn(x=(5, 4))['x']
+
+    def slopes(product):
+        def apply(params, x):
+            return jax.nn.relu(product(x, params['a'])) @ params['w']
+
+        gated = structure.gates(jp.groups(apply, params, x), 'norm')
+        assert gated.counts == {'a': 1}
+        return jax.grad(lambda g: gated.apply(g, params, x).sum())({'a': jnp.ones(3)})['a']
+
+    close(slopes(jax.checkpoint(jnp.dot)), slopes(jnp.dot), 1e-6)
+
+    def tied(params, tokens):
+        return (params['e'][tokens] * 2) @ params['e'].T
+
+    tokens, params = np.arange(5), drawn(e=(7, 4))
+    gated = structure.gates(jp.groups(tied, params, tokens), 'read')
+    cut = {'e': params['e'] * np.array([1, 0, 1, 1], np.float32)}
+    found = gated.apply({'e': jnp.asarray([1.0, 0, 1, 1])}, params, tokens)
+    close(found, tied(cut, tokens), 1e-6)
+
+
+def test_gates_that_do_not_fit():
+    """Expectation: one line with the layer, and the nearest name of one that there is not."""
+    params, x = drawn(a=(4, 3), w=(3, 2)), drawn(x=(5, 4))['x']
+    gated = structure.gates(jp.groups(lambda p, x: x @ p['a'] @ p['w'], params, x), 'norm')
+    for gates, says in (
+        ({'a': np.ones(2)}, r"gates of 'a' have the shape \(3,\), not \(2,\)"),
+        ({'b': np.ones(3)}, "no layer 'b' with gates: .*a"),
+        ({'a': [np.ones(3)] * 2}, "'a' has 1 places, not 2"),
+    ):
+        with pytest.raises(PruneError, match=says):
+            gated.apply(gates, params, x)
+
+
+def test_losses_without_units_in_half_precision():
+    """Expectation: leave-one-out runs on bfloat16 parameters, near its values in float32."""
+    file, _, problem, view, units, _ = case('torchpruner_mlp')
+    data = [Batch(jnp.asarray(file['x']), jnp.asarray(file['labels'], jnp.int32))]
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), view._replace(masks={}))
+    half = half._replace(masks=view.masks)
+    score = jax.jit(unit_leave_one_out(problem, by=units))
+    for layer, values in score(KEY, half, data).items():
+        close(values, score(KEY, view, data)[layer], 0.1)
+
+
 def test_dimensions_of_queries_are_read_by_no_parameter():
     """Expectation: left out where all families are asked for, an error where they are named."""
     problem = jp.problem_from_flax(nn.build('transformer', 10, depth=1), (8, 8, 3))

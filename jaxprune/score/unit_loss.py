@@ -131,6 +131,7 @@ def unit_leave_one_out(
     """
     check_choice('sign', sign, SIGNS)
     check_choice('loop', loop, ('auto', *LOOPS))
+    least(1, at_once=at_once)
     gated = gates_of(by, place, train)
 
     def score(key: Key, view: View, batches: Batches | None) -> Scores:

@@ -4,7 +4,7 @@ Several walks read one function. The first unites axes. The others look where ma
 zero, each under another assumption. All carry a `Labelled` for every array.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,12 +123,14 @@ def walk(
     silent: Callable[[Source], bool],
     goes: Callable[[Axis], bool],
     heard: Callable[[Axis, str], None],
+    silenced: Mapping[int, Sequence[tuple[int, int]]] | None = None,
 ) -> list[Visit]:
     """Carries what is known of arrays through the function.
 
     Args:
       silent: is a parameter zero at every index of an axis that goes?
       goes, heard: see `Reading`.
+      silenced: `id` of an earlier visit -> results and their axes along which they are zero.
 
     Returns:
       What was found at each operation.
@@ -145,6 +147,8 @@ def walk(
             value = value._replace(zero=zero, sources=tuple(frozenset({s}) for s in sources))
         arguments.append(value)
     walker = _Walker(reading, [], read.unknown == 'freeze')
+    if silenced:
+        walker = walker._replace(before=read.visits, silenced=silenced)
     results = walker.through(read.traced.jaxpr, arguments)
     states = returned_states(read)
     for value in results[: len(results) - len(states)]:
@@ -187,21 +191,41 @@ class _Walker(NamedTuple):
       visits: what was found at each operation so far.
       freezes: axes that an unknown operation touches stay; else it is an error.
       orders: how many derivatives are left to read of functions that bring their own.
+      before: the visits of an earlier walk through the same operations.
+      silenced: see `walk`.
     """
 
     reading: Reading
     visits: list[Visit]
     freezes: bool
     orders: int = _ORDERS
+    before: list[Visit] | None = None
+    silenced: Mapping[int, Sequence[tuple[int, int]]] = {}
 
     def through(self, jaxpr: ClosedJaxpr | Jaxpr, arguments: list[Labelled]) -> list[Labelled]:
         return interpret(jaxpr, arguments, self.rule, self.constant, self.scan, self.call)
 
-    def apart(self, run: Callable[['_Walker'], Any], orders: int | None = None) -> list[Visit]:
+    def inside(self, number: int) -> '_Walker':
+        """A walker for one of the functions that the next operation calls or repeats."""
+        before = None if self.before is None else self.before[len(self.visits)].inside[number]
+        return self._replace(visits=[], before=before)
+
+    def apart(
+        self, run: Callable[['_Walker'], Any], number: int, orders: int | None = None
+    ) -> list[Visit]:
         """The visits of a part of the function, beside those of the rest."""
-        inner = self._replace(visits=[], orders=self.orders if orders is None else orders)
+        orders = self.orders if orders is None else orders
+        inner = self.inside(number)._replace(orders=orders)
         run(inner)
         return inner.visits
+
+    def quiet(self, results: list[Labelled]) -> list[Labelled]:
+        """The results of the next operation, zero where they are silenced."""
+        if self.before is not None:
+            for i, axis in self.silenced.get(id(self.before[len(self.visits)]), ()):
+                zero = tuple(z or k == axis for k, z in enumerate(results[i].zero))
+                results[i] = results[i]._replace(zero=zero)
+        return results
 
     def rule(self, equation: JaxprEqn, values: list[Labelled]) -> Sequence[Labelled]:
         name = equation.primitive.name
@@ -217,7 +241,8 @@ class _Walker(NamedTuple):
             if not self.freezes:
                 raise
             out = self._frozen(equation, values)
-        self.visits.append(Visit(list(values), list(out), inside, name))
+        out = self.quiet(list(out))
+        self.visits.append(Visit(list(values), out, inside, name))
         return out
 
     def _frozen(self, equation: JaxprEqn, values: list[Labelled]) -> list[Labelled]:
@@ -251,7 +276,7 @@ class _Walker(NamedTuple):
         def primal(walker: _Walker) -> None:
             results.extend(walker.through(called(equation), values))
 
-        logs = [self.apart(primal)]
+        logs = [self.apart(primal, 0)]
         if name == 'custom_jvp_call' and self.orders:
             jaxpr, consts, _ = jvp_of(equation)
             pairs = zip(values, equation.invars, strict=True)
@@ -263,7 +288,8 @@ class _Walker(NamedTuple):
                 both = [*values, *(v._replace(number=None) for v in moving)]
                 walker.through(plain, [*made, *both])
 
-            logs.append(self.apart(derivative, self.orders - 1))
+            logs.append(self.apart(derivative, 1, self.orders - 1))
+        results = self.quiet(results)
         self.visits.append(Visit(list(values), results, tuple(logs), name))
         return results
 
@@ -292,11 +318,11 @@ class _Walker(NamedTuple):
         return results
 
     def _settled(
-        self, once: Callable, carry: list[Labelled]
+        self, once: Callable, carry: list[Labelled], number: int = 0
     ) -> tuple[list[Labelled], list[Labelled], list[Visit]]:
         """The carry that a loop's body keeps, the results of the body, and its visits."""
         while True:
-            inner = self._replace(visits=[])
+            inner = self.inside(number)
             out = once(inner, carry)
             after = [_either(self.reading, a, b) for a, b in zip(carry, out, strict=False)]
             settled = all(
@@ -318,20 +344,22 @@ class _Walker(NamedTuple):
         def once(walker: _Walker, carry: list[Labelled]) -> list[Labelled]:
             return walker.through(params['body_jaxpr'], [*of_body, *carry])
 
-        after, _, body = self._settled(once, carry)
-        test = self.apart(lambda walker: walker.through(params['cond_jaxpr'], [*of_test, *after]))
+        after, _, body = self._settled(once, carry, 1)
+        test = self.apart(
+            lambda walker: walker.through(params['cond_jaxpr'], [*of_test, *after]), 0
+        )
         return after, (test, body)
 
     def _cond(
         self, equation: JaxprEqn, values: list[Labelled]
     ) -> tuple[list[Labelled], tuple[list[Visit], ...]]:
         logs, results = [], []
-        for branch in equation.params['branches']:
+        for i, branch in enumerate(equation.params['branches']):
 
             def run(walker: _Walker, branch: Any = branch) -> None:
                 results.append(walker.through(branch, values[1:]))
 
-            logs.append(self.apart(run))
+            logs.append(self.apart(run, i))
         joined = results[0]
         for other in results[1:]:
             joined = [_either(self.reading, a, b) for a, b in zip(joined, other, strict=True)]

@@ -14,11 +14,11 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal
 
-from jaxprune.errors import PruneError, check_choice, quoted
+from jaxprune.errors import PruneError, check_choice, nearest, quoted
 from jaxprune.structure.coupling import Coupling, Visit, coupling
 from jaxprune.structure.groups import Coupled, found_in
 from jaxprune.structure.resized import Left, resized
-from jaxprune.structure.sites import PLACES, Site, sites
+from jaxprune.structure.sites import PLACES, Site, loud, sites
 from jaxprune.types import Gates, PyTree
 
 #: What happens to an array at a site.
@@ -33,37 +33,48 @@ def gates(coupled: Coupled, place: str = 'norm', families: Collection[str] | Non
         ones = {name: jnp.ones(n) for name, n in gated.sizes.items()}
         slopes = jax.grad(lambda g: loss(gated.apply(g, params, x)))(ones)
 
-    Layers whose units go together, as in a residual sum, share a gate; it sits in each of them, so
-    its slope is the sum of theirs. Any number of examples fits.
+    Layers whose units go together, as in a residual sum, share a gate. It sits in each of them, so
+    its slope is the sum of theirs; where two of them are multiplied, as in a gated unit, it counts
+    twice, and 'read' is the place to compare such units with others. Any number of examples fits.
 
     Args:
       coupled: the groups of a function.
-      place: 'output', after the product that makes a unit and its bias; 'norm', after whatever
-        else is affine (Taylor's importance is best there); 'activation', after all operations on
-        single entries; 'read', on what the next products with parameters read, where heads of
-        attention have their gates. Without such operations a place is the one before it.
+      place: 'output', after the product that makes a unit and its bias, where a norm behind it
+        makes something of zero again; 'norm', after whatever else is affine (Taylor's importance
+        is best there); 'activation', after all operations on single entries; 'read', on what the
+        next products with parameters read, where heads of attention have their gates. Without
+        such operations a place is the one before it.
       families: their names; None for all that may go and have such a place.
 
     Raises:
-      PruneError: another place; a family that there is not, or that has no such place.
+      PruneError: another place; a family that there is not, or that has no such place; when
+        applied, units that still act behind a gate of zero, since a bias comes later.
     """
     check_choice('place', place, PLACES)
     known = {family.name: family for family in coupled.families}
     chosen = [f.name for f in coupled.families if not f.reason] if families is None else families
     if missing := next((name for name in chosen if name not in known), None):
-        raise PruneError(f'there is no family of groups {quoted(missing)}')
+        near = nearest(missing, known)
+        raise PruneError(f'there is no family of groups {quoted(missing)}: {near}')
     sizes = {name: known[name].size for name in chosen}
     ordered: dict[str, list[Site]] = {name: [] for name in sizes}
-    for site in (s for own in sites(coupled, place, sizes).values() for s in own):
+    where = sites(coupled, place, sizes)
+    for site in (s for own in where.values() for s in own):
         ordered[site.family].append(site)
     lost = [name for name, own in ordered.items() if not own]
     if lost and families is not None:
         raise PruneError(f"{quoted(lost[0])} has no place '{place}' for a gate")
     for name in lost:  # such as dimensions of queries, which no parameter reads
         del sizes[name], ordered[name]
+    # At 'read' nothing is left to prove, and at 'output' a norm may follow.
+    proved = place in ('read', 'output')
+    acting = functools.cache(lambda: frozenset() if proved else loud(coupled, where))
     run = _runner(coupled.coupling, place, sizes)
 
     def apply(values: Mapping[str, jax.Array], params: PyTree, x: PyTree, *states: PyTree):
+        _check_gates(values, ordered, sizes)
+        _check_silent(coupled, place, acting(), values)
+
         def gate(site: Site, array: jax.Array) -> jax.Array:
             own = values[site.family]
             own = jnp.asarray(own[site.number] if isinstance(own, (list, tuple)) else own)
@@ -148,6 +159,39 @@ def _summed(array: jax.Array, site: Site, size: int) -> jax.Array:
     return jax.ops.segment_sum(array.sum(others), site.numbers, size + 1)[:size]
 
 
+def _check_silent(
+    coupled: Coupled, place: str, acting: Collection[int], names: Collection[str]
+) -> None:
+    """Raises PruneError where a gate of zero does not remove the unit."""
+    for family in coupled.families:
+        if family.name in names and acting & set(family.units):
+            raise PruneError(
+                f"{quoted(family.name)} still acts behind a gate at place '{place}', as where a "
+                "bias is added to a sum: take place = 'read'"
+            )
+
+
+def _check_gates(
+    values: Mapping[str, Any], ordered: Mapping[str, Sequence[Site]], sizes: Mapping[str, int]
+) -> None:
+    """Raises PruneError for gates of unknown layers or of other numbers."""
+    for name, own in values.items():
+        if name not in sizes:
+            raise PruneError(f'there is no layer {quoted(name)} with gates: {nearest(name, sizes)}')
+        parts = own if isinstance(own, (list, tuple)) else [own] * len(ordered[name])
+        if len(parts) != len(ordered[name]):
+            raise PruneError(
+                f'{quoted(name)} has {len(ordered[name])} places, not {len(parts)}: one array for '
+                'all, or a list with one for each'
+            )
+        for part in parts:
+            if jnp.shape(part) != (sizes[name],):
+                raise PruneError(
+                    f'gates of {quoted(name)} have the shape ({sizes[name]},), not '
+                    f'{jnp.shape(part)}'
+                )
+
+
 def _outside(ordered: Mapping[str, Sequence[Site]]) -> None:
     for name, own in ordered.items():
         if any(site.inside for site in own):
@@ -177,7 +221,11 @@ def _tail(apply: Callable[..., PyTree], like: PyTree, *args: PyTree) -> Callable
     known = _evaluated(head, fixed)
 
     def outputs_of(gates: PyTree) -> PyTree:
-        given = dict(zip(jaxpr.invars[:count], jax.tree.leaves(gates), strict=True))
+        leaves = [
+            jnp.asarray(leaf).astype(var.aval.dtype)
+            for leaf, var in zip(jax.tree.leaves(gates), jaxpr.invars[:count], strict=True)
+        ]
+        given = dict(zip(jaxpr.invars[:count], leaves, strict=True))
         values = _evaluated(rest, known | given)
         leaves = [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
         return jax.tree.unflatten(jax.tree.structure(outputs), leaves)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.structure.coupling import Coupling, Visit
+from jaxprune.structure.coupling import Coupling, Visit, may_go, walk
 from jaxprune.structure.groups import Coupled, Family
 from jaxprune.structure.labelled import Labelled
 from jaxprune.structure.operations import NARY, UNARY
-from jaxprune.structure.units import found
+from jaxprune.structure.units import Axis, found
 
 #: After the product and its bias; after all that is affine; after all operations on single entries;
 #: where the next layer reads it.
@@ -74,6 +74,24 @@ def sites(coupled: Coupled, place: str, names: Collection[str]) -> dict[int, lis
     return made
 
 
+def loud(coupled: Coupled, found_sites: Mapping[int, list[Site]]) -> set[int]:
+    """The units that still act if their arrays at all of their sites are zero.
+
+    So it is if a bias comes later, of a sum or of the norm behind a depthwise convolution.
+    """
+    read, made = coupled.coupling, set[int]()
+    silenced = {
+        key: [(site.position, site.axis) for site in own if not site.taken]
+        for key, own in found_sites.items()
+    }
+
+    def hear(axis: Axis, where: str) -> None:
+        made.update(read.units.parts_of(found(axis).units))
+
+    walk(read, lambda source: False, may_go(read), hear, silenced)
+    return made
+
+
 def _bodies(visits: list[Visit], inside: bool = False) -> Iterator[tuple[list[Visit], bool]]:
     """The operations of the program, and those of each loop, branch and checkpoint."""
     yield visits, inside
@@ -109,8 +127,8 @@ def _members(family: Family, role: str) -> set[tuple[str, int]]:
 
 def _makes(read: Coupling, visit: Visit, family: Family) -> bool:
     """Does this operation make the units, of a parameter and what comes from the inputs?"""
-    if not visit.results or all(value.given for value in visit.operands):
-        return False
+    if not visit.results or visit.inside or all(value.given for value in visit.operands):
+        return False  # what a loop or a checkpoint makes is made inside
     makers = _members(family, 'out')
     met = any(value.given and makers & _sources(value) for value in visit.operands)
     return met and _axis_of(read, visit.results[0], family)[0] is not None
@@ -120,7 +138,7 @@ def _reads(read: Coupling, visit: Visit, family: Family) -> list[int]:
     """Which operands of a product have the units that one of its parameters reads."""
     if visit.name not in _PRODUCTS:
         return []
-    readers = _members(family, 'in')
+    readers = _members(family, 'in') | _members(family, 'out')  # a tied weight does both
     if not any(value.given and readers & _sources(value) for value in visit.operands):
         return []
     return [
