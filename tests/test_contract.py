@@ -67,6 +67,8 @@ SETTLED = frozenset(
         'prospr',
         'importance',
         'lookahead',
+        'sipp',
+        'pfp',
     }
 )
 
