@@ -83,6 +83,8 @@ SETTLED = frozenset(
         'group_score',
         'fpgm',
         'bn_scale',
+        'sipp',
+        'pfp',
     }
 )
 

@@ -6,6 +6,9 @@ Beside it WT and FT, what the same authors compare with.
 
 import functools
 import math
+import re
+import tomllib
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -20,9 +23,11 @@ from jaxprune import score, tree
 from jaxprune.errors import PruneError
 from jaxprune.score.pfp import channel_scores
 from jaxprune.score.sample_sizes import log_term
+from jaxprune.sweep import make_spec
 
 KEY = jax.random.key(0)
 DRAW = np.random.default_rng(0)
+ranked = jax.jit(channel_scores)
 EPSILONS = (0.5, 2.0, 10.0, 50.0, 200.0, 1000.0)
 
 
@@ -140,9 +145,8 @@ def test_scores_of_channels(sensitivity):
 def test_dead_layers_and_broken_ones():
     """Expectation: without any sensitivity all scores are 0, which is an error for all layers
     together; a NaN reaches every score that is not 0."""
-    found = jax.jit(channel_scores)
-    assert not found(np.zeros(4, np.float32), 50.0).any()
-    broken = np.asarray(found(np.float32([1, np.nan, 2]), 50.0))
+    assert not ranked(np.zeros(4, np.float32), 50.0).any()
+    broken = np.asarray(ranked(np.float32([1, np.nan, 2]), 50.0))
     assert np.isnan(broken).all()
 
 
@@ -153,7 +157,7 @@ def test_the_ranking_follows_epsilon(name):
     are a point of the search."""
     layers = list(channels(name).values())
     scores = [
-        np.asarray(channel_scores(c.sensitivity, c.coefficient / c.sensitivity.sum()))
+        np.asarray(ranked(c.sensitivity, c.coefficient / c.sensitivity.sum()))
         for c in layers
     ]
     sizes = set()
@@ -193,20 +197,25 @@ def test_units_are_kept_as_for_the_published_budgets(name):
 
 @pytest.mark.parametrize('name', NETS)
 def test_single_weights(name):
-    """Expectation: every weight has the score of its input channel, raw inputs included; pruning to
-    an effective density then removes filters that nothing reads."""
-    _, _, problem, view, batch = published(name)
+    """Expectation: every weight has the score of its input channel, raw inputs included. Pruned to
+    an effective density, a layer loses the filters that nothing reads: with as many weights as the
+    authors' allocation for 50 % leaves, that allocation."""
+    file, meta, problem, view, batch = published(name)
     scores = jax.device_get(score.pfp(problem)(KEY, view, batch))
     for path, layer in channels(name).items():
-        values = channel_scores(layer.sensitivity, layer.coefficient / layer.sensitivity.sum())
+        values = ranked(layer.sensitivity, layer.coefficient / layer.sensitivity.sum())
         expected = np.broadcast_to(np.asarray(values)[:, None], scores[path].shape)
         np.testing.assert_allclose(scores[path], expected, rtol=1e-5)
-    data = (batch.x[0], batch.y[0])
-    pruned = jp.prune(view.params, 'pfp', 0.5, model=problem, data=data, target='effective')
-    every = sum(leaf.size for leaf in pruned.report.leaves)
-    active = sum(leaf.active for leaf in pruned.report.leaves)
-    most = max(math.prod(w.shape[:-2]) * w.shape[-1] for w in view.weights.values())
-    assert every / 2 <= active < every / 2 + 2 * most
+    theirs = score.pfp_allocation(channels(name), meta['pfp']['budget_0.5'])
+    given = {'model': problem, 'data': (batch.x[0], batch.y[0]), 'target': 'effective'}
+    pruned = jp.prune(view.params, 'pfp', theirs.weights / meta['total_weights'], **given)
+    for leaf, count in zip(pruned.report.leaves, file['pfp/alloc_0.5'], strict=True):
+        taps = math.prod(view.weights[leaf.path].shape[:-2])
+        assert leaf.active == count * theirs.outputs[leaf.path] * taps
+        mask = np.asarray(pruned.masks[leaf.path])
+        read = np.flatnonzero(np.moveaxis(mask, -2, 0).reshape(mask.shape[-2], -1).any(1))
+        best = np.argsort(-channels(name)[leaf.path].sensitivity, kind='stable')[:count]
+        assert set(read) == set(best.tolist())
 
 
 # --- units of other networks ----------------------------------------------------------------------
@@ -432,3 +441,18 @@ def test_wt_and_ft(name):
         best = np.argsort(-norms)[: round(0.4 * norms.size)]
         mask = np.asarray(ft.masks[f'{layer}/kernel'])
         assert set(np.flatnonzero(mask.any(tuple(range(mask.ndim - 1))))) == set(best.tolist())
+
+
+def test_the_specification_of_all_four():
+    """Expectation: the page's own TOML, whose labels and choices the program takes."""
+    page = (Path(__file__).parents[1] / 'docs' / 'sweeps.md').read_text()
+    (block,) = [b for b in re.findall(r'```toml\n(.*?)```', page, re.DOTALL) if 'FT' in b]
+    base = {'name': 'four', 'model': {'name': 'mlp'}, 'data': {'name': 'mnist_small'}}
+    grid = {**tomllib.loads(block)['grid'], 'compression': [2], 'seed': [0]}
+    methods = make_spec({**base, 'grid': grid}).grid.method
+    assert [(m.name, m.label, m.granularity, m.allocation) for m in methods] == [
+        ('magnitude', 'WT', 'weight', 'global'),
+        ('magnitude', 'FT', 'unit', 'uniform'),
+        ('sipp', 'SiPP', 'weight', 'global'),
+        ('pfp', 'PFP (units)', 'unit', 'global'),
+    ]

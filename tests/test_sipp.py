@@ -25,11 +25,13 @@ NETS = ('mlp', 'conv')
 DRAW = np.random.default_rng(0)
 
 
+@functools.cache
 def published(name):
     """File, metadata, problem, view and data of a network of the files."""
     file, meta, forward, params, stats = load(f'torchprune_{name}')
     problem = jp.problem_from_functions(lambda key: params, lambda p, x: forward(p, stats, x))
-    return file, meta, problem, jp.view(problem, params), batch_of(file['x'])
+    view = jax.jit(lambda params: jp.view(problem, params))(params)
+    return file, meta, problem, view, batch_of(file['x'])
 
 
 def batch_of(x):
