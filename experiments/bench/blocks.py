@@ -76,6 +76,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add('--products', action='store_true', help='block-sparse against dense')
     add('--pivoting', action='store_true', help='LeNet-300-100 in blocks')
+    add('--sizes', nargs='+', type=int, choices=SIZES, default=list(SIZES), metavar='SIZE',
+        help='only these of the products: ' + ', '.join(map(str, SIZES)))  # fmt: skip
     add('--repeats', type=int, default=20, help='timed calls of a product (default 20)')
     add('--out', help='a markdown file for the tables, written anew after every row')
     add('--quick', action='store_true', help='a minute, to see whether all runs')
@@ -105,7 +107,7 @@ def products(settings, tables: list[Table], publish: Callable) -> None:
     )  # fmt: skip
     tables.append(table)
     quick = settings.quick
-    for size in SIZES[:1] if quick else SIZES:
+    for size in settings.sizes[:1] if quick else settings.sizes:
         for side in SIDES[-1:] if quick else SIDES:
             for density in DENSITIES[1:2] if quick else DENSITIES:
                 weights, mask = drawn(size, side, density)

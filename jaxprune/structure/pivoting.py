@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxprune import arguments
-from jaxprune.errors import PruneError, shown
+from jaxprune.errors import PruneError
 from jaxprune.pattern import block_counts, n_blocks
 from jaxprune.structure.block_search import (
     Place,
@@ -214,7 +214,9 @@ def _matrix(values: Any) -> np.ndarray:
     matrix = np.asarray(values)
     real = matrix.dtype == bool or jax.dtypes.issubdtype(matrix.dtype, np.number)
     if matrix.ndim != 2 or not matrix.size or not real or np.iscomplexobj(matrix):
-        raise PruneError(f'a matrix of numbers is needed, (in, out), not {shown(values)}')
+        raise PruneError(
+            f'a matrix of numbers is needed, (in, out), not {matrix.dtype} of shape {matrix.shape}'
+        )
     return matrix
 
 
