@@ -157,8 +157,7 @@ def test_the_ranking_follows_epsilon(name):
     are a point of the search."""
     layers = list(channels(name).values())
     scores = [
-        np.asarray(ranked(c.sensitivity, c.coefficient / c.sensitivity.sum()))
-        for c in layers
+        np.asarray(ranked(c.sensitivity, c.coefficient / c.sensitivity.sum())) for c in layers
     ]
     sizes = set()
     for epsilon in np.geomspace(0.5, 1e6, 200):
