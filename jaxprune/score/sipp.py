@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxprune.allocation import bisect
 from jaxprune.arguments import least
 from jaxprune.errors import PruneError
+from jaxprune.errors import PruneError
 from jaxprune.score.edges import edge_sensitivities
 from jaxprune.score.sample_sizes import CONSTANT, FAILURE, drawn, log_term, quotient
 from jaxprune.types import Batches, Key, Problem, ScoreFn, Scores, View
@@ -179,7 +180,14 @@ def sipp_sample(
 
     Returns:
       The kernel and its mask, True where a weight was drawn.
+
+    Raises:
+      PruneError: sensitivities of another shape.
     """
+    if jnp.shape(sensitivity) != jnp.shape(kernel):
+        raise PruneError(
+            f'the kernel has shape {jnp.shape(kernel)}, its sensitivities {jnp.shape(sensitivity)}'
+        )
     signed = _signed(kernel, sensitivity, axis)
     counts, scale = drawn(key, quotient(signed, signed.sum(-1, keepdims=True)), draws)
     turned = jnp.moveaxis(kernel, axis, 0)
