@@ -15,7 +15,6 @@ from jax.typing import ArrayLike
 from jaxprune.allocation import bisect
 from jaxprune.arguments import least
 from jaxprune.errors import PruneError
-from jaxprune.errors import PruneError
 from jaxprune.score.edges import edge_sensitivities
 from jaxprune.score.sample_sizes import CONSTANT, FAILURE, drawn, log_term, quotient
 from jaxprune.types import Batches, Key, Problem, ScoreFn, Scores, View
