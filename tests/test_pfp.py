@@ -393,6 +393,8 @@ def test_what_is_refused():
     for granularity in ('unit', 'weight'):
         with pytest.raises(PruneError, match="all scores of 'pfp' are zero"):
             pruned(0 * x, granularity=granularity)
+    with pytest.raises(PruneError, match=r'reads 4 channels, their sensitivities .* \(3,\)'):
+        score.pfp_sample(KEY, np.ones((4, 2)), np.ones(3), 4)
     with pytest.raises(PruneError, match='epsilon must be above 0'):
         score.sample_complexity(1.0, 0)
     with pytest.raises(PruneError, match='failure must be above 0'):

@@ -102,15 +102,18 @@ def test_sensitivities_of_the_authors(name, tracker):
 @pytest.mark.parametrize('name', NETS)
 def test_means_of_input_channels(name):
     """Expectation: theirs: means over positions and taps, then the largest over outputs and over
-    examples, which are seen one by one."""
+    examples, which are seen one by one, the two signs of a raw input too."""
     file, meta, problem, view, batch = published(name)
     run = jax.jit(jax.vmap(edges_by(problem, 'mean'), in_axes=(None, 0)))
-    for path, values in run(view, batch.x[0][:, None]).items():
-        taps = tuple(range(1, values.ndim - 2))
-        found = values.mean(taps).max((0, 2))
+    x = batch.x[0][:, None]
+    whole, *signs = (jax.device_get(run(view, a)) for a in (x, np.maximum(x, 0), np.maximum(-x, 0)))
+    first = f'{meta["layers"][0]}/kernel'
+    whole[first] = np.concatenate([of[first] for of in signs])
+    for path, values in whole.items():
+        found = values.mean(tuple(range(1, values.ndim - 2))).max((0, 2))
         expected = file[f'sens_in/sipp_det/{path.split("/")[0]}']
         np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert len(meta['layers']) == len(view.weights)
+    assert len(meta['layers']) == len(whole)
 
 
 @pytest.mark.parametrize('name', NETS)
@@ -504,6 +507,12 @@ def test_what_is_refused():
         jp.get_pruner(problem, 'sipp', batch_norm='train')
     with pytest.raises(PruneError, match="unknown reduction 'min': did you mean 'mean'"):
         score.edge_sensitivity(np.ones((1, 2, 1)), np.ones((1, 1, 2)), 'min')
+    with pytest.raises(PruneError, match=r'not \(1, 2, 1\) and \(1, 1, 3\)'):
+        score.edge_sensitivity(np.ones((1, 2, 1)), np.ones((1, 1, 3)))
+    with pytest.raises(PruneError, match=r'not \(1, 2, 1\) and \(1, 0, 2\)'):
+        score.edge_sensitivity(np.ones((1, 2, 1)), np.ones((1, 0, 2)))
+    with pytest.raises(PruneError, match=r'has shape \(3, 2\), its sensitivities \(2, 3\)'):
+        score.sipp_sample(KEY, np.ones((3, 2)), np.ones((2, 3)), 4)
     params = {name: {'kernel': np.ones((3, 3), np.float32)} for name in 'ab'}
 
     def apply(p, x):

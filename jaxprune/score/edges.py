@@ -71,9 +71,18 @@ def edge_sensitivity(kernel: jax.Array, inputs: jax.Array, reduce: str = 'max') 
       reduce: over positions, 'max' or 'mean'.
 
     Returns:
-      Shaped like `kernel`, in [0, 1]; the larger one of the two parts.
+      Shaped like `kernel`, in [0, 1] up to rounding; the larger one of the two parts.
+
+    Raises:
+      PruneError: another reduction, shapes that do not fit, no position.
     """
     check_choice('reduction', reduce, REDUCTIONS)
+    fits = kernel.ndim == inputs.ndim == 3 and kernel.shape[:2] == (*inputs.shape[::2],)
+    if not fits or not inputs.shape[1]:
+        raise PruneError(
+            'expected a kernel (groups, inputs, outputs) and inputs (groups, positions, inputs), '
+            f'not {tuple(kernel.shape)} and {tuple(inputs.shape)}'
+        )
     dtype = _dtype(kernel, inputs)
     kernel, inputs = kernel.astype(dtype), inputs.astype(dtype)
     # One position has a mean that is exact only as a quotient.

@@ -139,25 +139,25 @@ class _Part(NamedTuple):
     """The rows of a kernel that read the units of a layer.
 
     Attributes:
-      path: of the kernel.
-      axis: of its rows.
       name: of the layer.
       rows: for each unit.
     """
 
-    path: str
-    axis: int
     name: str
     rows: tuple[np.ndarray, ...]
 
 
-def _readers(groups: Groups) -> dict[tuple[str, int], list[_Part]]:
-    """Path and axis of every kernel that reads units -> its parts.
+#: Path and axis of every kernel that reads units -> what it reads.
+_Readers = dict[tuple[str, int], list[_Part]]
+
+
+def _readers(groups: Groups) -> _Readers:
+    """What reads the units that compete.
 
     Raises:
-      PruneError: nothing reads the units of a layer.
+      PruneError: nothing reads those of a layer.
     """
-    made: dict[tuple[str, int], list[_Part]] = {}
+    made: _Readers = {}
     for name in groups.shapes:
         family = groups.families.get(name)
         readers = [m for m in family.members if m.role == 'in'] if family else []
@@ -167,15 +167,11 @@ def _readers(groups: Groups) -> dict[tuple[str, int], list[_Part]]:
                 f"(granularity '{groups.kind}')"
             )
         for m in readers:
-            made.setdefault((m.path, m.axis), []).append(_Part(m.path, m.axis, name, m.indices))
+            made.setdefault((m.path, m.axis), []).append(_Part(name, m.indices))
     return made
 
 
-def _of_groups(
-    found: Mapping[str, Edges],
-    readers: Mapping[tuple[str, int], Sequence[_Part]],
-    failure: ArrayLike,
-) -> Scores:
+def _of_groups(found: Mapping[str, Edges], readers: _Readers, failure: ArrayLike) -> Scores:
     """The score of every unit, the largest of those that read it."""
     each = (_read(found[path], axis, parts, failure) for (path, axis), parts in readers.items())
     return largest(each)
@@ -185,33 +181,30 @@ def _read(edges: Edges, axis: int, parts: Sequence[_Part], failure: ArrayLike) -
     """Layer -> the scores that a kernel gives to its units, by its rows along an axis."""
     count = edges.values.shape[axis]
     rows = edges.values.max(tuple(i for i in range(edges.values.ndim) if i != axis))
-    channels, sizes = _channels(parts, count)
-    sensitivity = _largest_of(rows, channels, len(sizes))
-    taps = edges.channels * edges.taps * int(sizes.max()) // count
-    of_rows = channel_scores(sensitivity, _scale(edges.positions, taps, failure))[channels]
+    channels = _channels(parts, count)
+    longest = max(map(len, channels))
+    # A table with as many rows for each channel: shorter ones repeat their first.
+    table = np.array([at + at[:1] * (longest - len(at)) for at in channels])
+    taps = edges.channels * edges.taps * longest // count
+    scores = channel_scores(rows[table].max(1), _scale(edges.positions, taps, failure))
+    of_rows = jnp.zeros_like(rows).at[table].set(scores[:, None])
     return largest({part.name: of_rows[np.stack(part.rows)].max(1)} for part in parts)
 
 
-def _largest_of(values: jax.Array, numbers: np.ndarray, count: int) -> jax.Array:
-    """The largest value, at least 0, of each number."""
-    return jnp.zeros(count, values.dtype).at[numbers].max(values)
+def _channels(parts: Sequence[_Part], count: int) -> list[list[int]]:
+    """The rows of each channel: all that belong to the same units, or one that belongs to none.
 
-
-def _channels(parts: Sequence[_Part], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the number of its channel, and how many rows each channel has.
-
-    A channel is all rows that go together; a row of no unit is a channel of its own. Channels are
-    numbered by their first rows: of equally good ones the first is kept.
+    Channels are in the order of their first rows: of equally good ones the first is kept.
     """
-    labels = np.full((len(parts) + 1, count), -1)
-    for label, part in zip(labels, parts, strict=False):
+    units: list[list[tuple[int, int]]] = [[] for _ in range(count)]
+    for number, part in enumerate(parts):
         for unit, rows in enumerate(part.rows):
-            label[rows] = unit
-    alone = (labels == -1).all(0)
-    labels[-1, alone] = np.arange(count)[alone]
-    channel_of: dict[tuple[int, ...], int] = {}
-    channels = np.array([channel_of.setdefault(tuple(c), len(channel_of)) for c in labels.T])
-    return channels, np.bincount(channels)
+            for row in rows:
+                units[row].append((number, unit))
+    made: dict[tuple, list[int]] = {}
+    for row, own in enumerate(units):
+        made.setdefault(tuple(own) or (row,), []).append(row)
+    return list(made.values())
 
 
 # --- drawn at random ------------------------------------------------------------------------------
@@ -235,7 +228,15 @@ def pfp_sample(
 
     Returns:
       The kernel, and bool `(channels,)`: was the channel drawn?
+
+    Raises:
+      PruneError: not one sensitivity for each channel.
     """
+    if jnp.shape(sensitivity) != (kernel.shape[axis],):
+        raise PruneError(
+            f'the kernel reads {kernel.shape[axis]} channels, their sensitivities have shape '
+            f'{jnp.shape(sensitivity)}'
+        )
     counts, scale = drawn(key, quotient(sensitivity, sensitivity.sum()), draws)
     shape = [-1 if i == axis % kernel.ndim else 1 for i in range(kernel.ndim)]
     return kernel * scale.reshape(shape).astype(kernel.dtype), counts > 0

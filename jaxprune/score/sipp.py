@@ -179,7 +179,14 @@ def sipp_sample(
 
     Returns:
       The kernel and its mask, True where a weight was drawn.
+
+    Raises:
+      PruneError: sensitivities of another shape.
     """
+    if jnp.shape(sensitivity) != jnp.shape(kernel):
+        raise PruneError(
+            f'the kernel has shape {jnp.shape(kernel)}, its sensitivities {jnp.shape(sensitivity)}'
+        )
     signed = _signed(kernel, sensitivity, axis)
     counts, scale = drawn(key, quotient(signed, signed.sum(-1, keepdims=True)), draws)
     turned = jnp.moveaxis(kernel, axis, 0)
