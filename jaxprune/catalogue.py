@@ -32,6 +32,7 @@ class Entry(NamedTuple):
       defaults: its options and their defaults.
       limits: what the value of a key may be; '' where anything of its type may.
       snippet: lines of TOML that use it, a part of a specification.
+      options: its own options -> what they mean and may be.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Entry(NamedTuple):
     defaults: Mapping[str, Any] = {}
     limits: str = ''
     snippet: str = ''
+    options: Mapping[str, str] = {}
 
 
 def entries(kind: str) -> list[Entry]:
@@ -83,9 +85,15 @@ def _methods() -> Iterator[Entry]:
             defaults['batch_norm'] = entry.batch_norm
         table = f'{{ name = "{name}"{", " if entry.example else ""}{entry.example} }}'
         snippet = f'[grid]\nmethod = [{table}]'
-        yield Entry(
-            'method', name, entry.doc, entry.paper, {**defaults, **entry.options}, '', snippet
-        )
+        defaults |= entry.options
+        options = {option: _meaning(method.OPTIONS[option]) for option in entry.options}
+        yield Entry('method', name, entry.doc, entry.paper, defaults, '', snippet, options)
+
+
+def _meaning(option: Option) -> str:
+    """What an option is and what it may be."""
+    limits = _limits(option)
+    return f'{option.doc}: {limits}' if limits else option.doc
 
 
 def _models() -> Iterator[Entry]:

@@ -274,6 +274,9 @@ def _explain(command: Explain) -> None:
             values = ', '.join(f'{name} = {value!r}' for name, value in entry.defaults.items())
             print(textwrap.fill(f'Defaults: {values}', 96, initial_indent='  ',
                                 subsequent_indent='    '))  # fmt: skip
+        for name, meaning in entry.options.items():
+            print(textwrap.fill(f'{name}: {meaning}', 96, initial_indent='    ',
+                                subsequent_indent='      '))  # fmt: skip
         if entry.snippet:
             print('\n' + textwrap.indent(entry.snippet, '    '))
 

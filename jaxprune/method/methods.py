@@ -303,7 +303,7 @@ METHODS: dict[str, Method] = {
     'sensitivity': _units(
         _preset(score.activation_score, measure='sensitivity'),
         'sensitivity',
-        "The mean size of the loss's slope along a unit's activations.",
+        "The size of the loss's slope along a unit's activations, summed over positions.",
         'Mozer & Smolensky 1989; as in Ancona et al. 2020, arXiv:2006.01795',
         options={'place': 'activation'},
     ),
@@ -355,6 +355,7 @@ METHODS: dict[str, Method] = {
         rounds=15,
         grouped=True,
         options={'side': 16},
+        example='granularity = "kernel"',
     ),
     'operator_norm': Method(
         'operator norm',
@@ -366,6 +367,7 @@ METHODS: dict[str, Method] = {
         rounds=15,
         grouped=True,
         options={'side': 16, 'scaled': True},
+        example='granularity = "kernel"',
     ),
     'tpp': Method(
         'TPP',

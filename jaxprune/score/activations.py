@@ -75,8 +75,8 @@ def _of_example(
 
     def measured(batch: Batch) -> Scores:
         made = gated.activations(params, batch.x, model_state)
-        if measure == 'apoz':
-            return _shares(gated, jax.tree.map(lambda z: (z > 0).astype(z.dtype), made))
+        if measure == 'apoz':  # NaN stays NaN
+            return _shares(gated, jax.tree.map(lambda z: (z > 0) + 0 * z, made))
 
         def loss(shifts: Any) -> jax.Array:
             logits = gated.shifted(shifts, params, batch.x, model_state)

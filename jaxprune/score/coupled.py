@@ -87,7 +87,8 @@ def coupled_score(
     check_choice('members', members, MEMBERS)
     check_choice('reduce', reduce, AGGREGATIONS)
     check_choice('normalise', normalise, NORMALISATIONS)
-    flag('root', root)
+    if flag('root', root) and measure == 'grasp':
+        raise PruneError("root: the values of 'grasp' have both signs")
     if not isinstance(by, Groups) or not by.families:
         raise PruneError("this scores coupled groups: by=jp.competing('unit', shapes, read)")
     if measure == 'fisher' and train:

@@ -97,7 +97,9 @@ def gates_of(by: Groups, place: str, train: bool = False) -> Gates:
     if not isinstance(by, Groups) or by.gates is None:
         raise PruneError("this scores coupled groups: by=jp.competing('unit', shapes, read)")
     if train:
-        raise PruneError('gates are put into the network in evaluation mode: train=False')
+        raise PruneError(
+            'gates are put into the network in evaluation mode, without batch statistics'
+        )
     return by.gates(place)
 
 
