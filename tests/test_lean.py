@@ -462,7 +462,7 @@ def test_strides_of_any_convolution():
 
 def test_kernels_of_other_layouts_stacks_and_second_uses():
     """Expectation: by hand: kernels stored (outputs, inputs), a stack that a scan takes apart, one
-    kernel used twice, the second time transposed; masks on the way change nothing."""
+    kernel used twice, the second time transposed; a mask that the network applies itself counts."""
     shapes = {'t': (5, 4), 'rows': (2, 5, 5), 'tied': (5, 3)}
     draw = np.random.default_rng(0)
     params = {name: {'w': draw.normal(size=shape).astype('f')} for name, shape in shapes.items()}
@@ -488,7 +488,19 @@ def test_kernels_of_other_layouts_stacks_and_second_uses():
     weights = jax.jit(graph.weights)(params).edges
     spread = per_kernel(graph, {f'{n}/w': shape for n, shape in shapes.items()}, weights)
     for name in shapes:
-        np.testing.assert_array_equal(spread[f'{name}/w'], np.abs(params[name]['w']))
+        used = params[name]['w'] * (params[name]['w'] > 0 if name == 't' else 1)
+        np.testing.assert_array_equal(spread[f'{name}/w'], np.abs(used))
+
+    def branching(p, x):
+        return (
+            jax.lax.cond(x.sum() > 0, lambda: x @ p['a']['w'], lambda: x @ p['b']['w'])
+            @ p['c']['w']
+        )
+
+    params = {name: {'w': np.ones((3, 3), 'f')} for name in 'abc'}
+    graph = structure.channel_graph(branching, params, jnp.zeros((1, 3)))
+    assert [k.path for k in graph.kernels] == ['b/w', 'a/w', 'c/w']
+    assert [[link.layer for link in layer.links] for layer in graph.layers] == [[], [], [0, 1]]
 
     def regrouped(p, x):
         return x @ p['w'].reshape(2, 2, 3).sum(1)

@@ -60,7 +60,8 @@ def lean(problem: Problem, *, side: int = 16, by: Groups | None = None) -> Score
         found = jax.pure_callback(places, like, bits, vmap_method='sequential')
         pairs = zip(found, weighted.edges, strict=True)
         values = [
-            jnp.where(w > 0, p.astype(w.dtype), jnp.where(w == 0, 0, jnp.nan)) for p, w in pairs
+            jnp.where(jnp.isfinite(w), jnp.where(w > 0, p.astype(w.dtype), 0), jnp.nan)
+            for p, w in pairs
         ]
         return _scores(view, per_kernel(graph, tree.shapes(view.weights), values), by)
 

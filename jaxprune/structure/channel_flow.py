@@ -66,6 +66,19 @@ class Scale(NamedTuple):
     makers: frozenset[int]
 
 
+class Numbers(NamedTuple):
+    """The arrays that a network computes with.
+
+    Attributes:
+      kernels: of each use the kernel as it meets the activation, masked or scaled, with the axes of
+        its parameter but for those of `rows`.
+      factors: of each scale the size of the factor of each channel.
+    """
+
+    kernels: list[jax.Array]
+    factors: list[jax.Array]
+
+
 class Flow(NamedTuple):
     """What was found.
 
@@ -73,14 +86,14 @@ class Flow(NamedTuple):
       uses: of kernels, in the order of the function.
       ends: what comes to the network's outputs.
       scales: on the ways of channels.
-      factors: `(*leaves) -> factors`, of each scale the size of the factor of each channel; leaves
-        are the parameters and the states, in the order of the trace.
+      numbers: `(*leaves) -> Numbers`; leaves are the parameters and the states, in the order of the
+        trace.
     """
 
     uses: tuple[Use, ...]
     ends: Reach
     scales: tuple[Scale, ...]
-    factors: Callable[..., list[jax.Array]]
+    numbers: Callable[..., Numbers]
 
 
 class _Leaf(NamedTuple):
@@ -117,12 +130,12 @@ def channel_flow(read: Coupling) -> Flow:
     """Follows the channels of a function that was read.
 
     Raises:
-      PruneError: channels go through a loop of unknown length, or a convolution's side is made of
-        several axes.
+      PruneError: channels go through a loop of unknown length, or a convolution with a stride of
+        its inputs and another one of its outputs.
     """
 
     def walked(leaves: Sequence[Any] | None) -> tuple[_Found, list[Any]]:
-        seen = _Found([], [], [], _Names(read.units))
+        seen = _Found([], [], Numbers([], []), _Names(read.units))
         inputs = [_Signal({INPUT: frozenset({()})})] * read.traced.inputs
         names, first = read.traced.paths, len(read.traced.paths)
         arrays = [None] * (first + len(read.state_paths)) if leaves is None else list(leaves)
@@ -136,10 +149,10 @@ def channel_flow(read: Coupling) -> Flow:
 
     seen, outputs = walked(None)
 
-    def factors(*leaves: Any) -> list[jax.Array]:
-        return walked(leaves)[0].factors
+    def numbers(*leaves: Any) -> Numbers:
+        return walked(leaves)[0].numbers
 
-    return Flow(tuple(seen.uses), _merged(outputs), tuple(seen.scales), factors)
+    return Flow(tuple(seen.uses), _merged(outputs), tuple(seen.scales), numbers)
 
 
 def _leaf(path: str, axes: Sequence[Axis]) -> _Leaf:
@@ -147,11 +160,11 @@ def _leaf(path: str, axes: Sequence[Axis]) -> _Leaf:
 
 
 class _Found(NamedTuple):
-    """What a walk has found so far; `factors` stays empty while numbers play no part."""
+    """What a walk has found so far; `numbers` stays empty while they play no part."""
 
     uses: list[Use]
     scales: list[Scale]
-    factors: list[jax.Array]
+    numbers: Numbers
     names: '_Names'
 
 
@@ -228,6 +241,9 @@ class _Walker(NamedTuple):
             use = _use(self.seen.names, equation, values, visit)
             if use is not None:
                 self.seen.uses.append(use)
+                if self.numeric:
+                    [kernel] = (v for v in values if isinstance(v, _Given))
+                    self.seen.numbers.kernels.append(_in_place(kernel))
                 return [_Signal({len(self.seen.uses) - 1: frozenset({()})})]
         if name in ('mul', 'div') and len(values) == 2:
             return [_Signal(self._scaled(equation, values, visit))]
@@ -269,7 +285,7 @@ class _Walker(NamedTuple):
             size = (1 / size if divides else size).max(
                 tuple(i for i in range(size.ndim) if i not in axes)
             )
-            self.seen.factors.append(size.reshape(-1))
+            self.seen.numbers.factors.append(size.reshape(-1))
         return {use: frozenset((*way, number) for way in ways) for use, ways in reach.items()}
 
     # --- calls and loops ------------------------------------------------------------------------
@@ -315,6 +331,15 @@ def _row(value: Any, i: int) -> Any:
     if leaf is None or value.axes[0] != (len(leaf.rows),):
         return row
     return row._replace(leaf=leaf._replace(rows=(*leaf.rows, i)), axes=value.axes[1:])
+
+
+def _in_place(kernel: _Given) -> jax.Array:
+    """A rearranged kernel with its axes where its parameter has them."""
+    shape, first = kernel.leaf.shape, len(kernel.leaf.rows)
+    axes = [k for each in kernel.axes for k in each]
+    array = jnp.asarray(kernel.array).reshape([shape[k] for k in axes])
+    array = array.transpose(sorted(range(len(axes)), key=axes.__getitem__))
+    return array.reshape(shape[first:])
 
 
 # --- uses of kernels ----------------------------------------------------------------------------

@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import tree
 from jaxprune.errors import PruneError, nearest, quoted
 from jaxprune.score.operators import slice_norms
 from jaxprune.structure.channel_flow import Flow, Use, channel_flow
@@ -142,12 +141,11 @@ def graph_of(read: Coupling, *, scale: Mapping[str, jax.Array] | None = None) ->
     def weights(
         params: PyTree, model_state: PyTree = None, *, side: int = 16, scaled: bool = True
     ) -> Weighted:
-        leaves = [leaf for _, leaf in tree.paths(params)]
-        norms = _norms(kernels, dict(zip(read.traced.paths, leaves, strict=True)), side)
+        numbers = flow.numbers(*jax.tree.leaves(params), *jax.tree.leaves(model_state))
+        norms = _norms(kernels, numbers.kernels, side)
         if not scaled:
             return Weighted(norms, [[None] * len(layer.links) for layer in layers])
-        factors = flow.factors(*leaves, *jax.tree.leaves(model_state))
-        scales = [(s.names, f) for s, f in zip(flow.scales, factors, strict=True)]
+        scales = [(s.names, f) for s, f in zip(flow.scales, numbers.factors, strict=True)]
         edges, gains = [], []
         for number, (use, layer) in enumerate(zip(flow.uses, layers, strict=True)):
             names, (shared, ways) = use.reads.reshape(-1), reading[number]
@@ -379,7 +377,7 @@ def _looked_up(known: np.ndarray, factors: jax.Array, names: np.ndarray) -> jax.
 
 
 def _norms(
-    kernels: Sequence[SingleKernels], leaves: Mapping[str, jax.Array], side: int
+    kernels: Sequence[SingleKernels], arrays: Sequence[jax.Array], side: int
 ) -> list[jax.Array]:
     """The operator norms of the single kernels of each layer, `(inputs, outputs)`.
 
@@ -387,8 +385,8 @@ def _norms(
     """
     shapes: list[tuple[int, int]] = []
     alike: dict[tuple, list[tuple[int, jax.Array]]] = {}
-    for number, kernel in enumerate(kernels):
-        first, leaf = len(kernel.rows), leaves[kernel.path][kernel.rows]
+    for number, (kernel, leaf) in enumerate(zip(kernels, arrays, strict=True)):
+        first = len(kernel.rows)
         sizes = [leaf.shape[k - first] for k in kernel.strides]
         order = (*kernel.strides, *kernel.inputs, *kernel.outputs)
         leaf = leaf.transpose([k - first for k in order])
