@@ -78,6 +78,28 @@ def test_the_structure_benchmark_runs_and_compact_equals_masked(tmp_path):
         assert any(row and row[:4] == ['shared layer', '19', 'equal', 'equal'] for row in rows)
 
 
+@pytest.mark.script
+def test_the_block_benchmark_runs_and_products_agree(tmp_path):
+    """Expectation: the script's own check that block-sparse products equal dense ones; a row for a
+    product and for each of two kernels, whose best blocks hold more after pivoting than before.
+    """
+    out = tmp_path / 'blocks.md'
+    command = [sys.executable, BENCH / 'blocks.py', '--quick', '--out', out]
+    done = subprocess.run(command, env=QUICK, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = out.read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines]
+    [product] = [row for row in rows if row and row[0] == '512']
+    assert float(product[-1]) < 1e-6 and float(product[5]) > 0
+    kernels = [row for row in rows if row and row[0].startswith('dense_')]
+    assert len(kernels) == 2
+    for row in kernels:
+        before, after = (float(cell.rstrip('%')) for cell in row[7:9])
+        assert 0 < before < after <= 100
+    [accuracies] = [row for row in rows if row and row[0] == '32']
+    assert len(accuracies) == 8 and all(cell.endswith('%') for cell in accuracies[2:])
+
+
 def test_a_failure_is_told_and_the_rest_goes_on():
     """Expectation: by the definition of the four ways an item can end."""
     spec = importlib.util.spec_from_file_location('scoring', SCORING)

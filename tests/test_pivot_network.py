@@ -139,6 +139,24 @@ def test_what_stays_and_why():
     np.testing.assert_allclose(run(found.params, x), run(params, x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_tied_kernel_moves_along():
+    """Expectation: a kernel that is read both ways does not count, but follows; outputs stay."""
+    rng = np.random.default_rng(5)
+    params = {k: {'kernel': rng.normal(size=(8, 8)).astype(np.float32)} for k in 'abc'}
+
+    def apply(params, x):
+        h = jnp.tanh(jnp.tanh(x @ params['a']['kernel']) @ params['b']['kernel'])
+        return jnp.tanh(h @ params['b']['kernel'].T) @ params['c']['kernel']
+
+    x = rng.normal(size=(4, 8)).astype(np.float32)
+    coupled = jp.groups(apply, params, x)
+    found = structure.pivot_network(coupled, params, full(params), (2, 2), density=0.25, seed=0)
+    assert sorted(found.kept_after) == ['a/kernel', 'c/kernel'] and found.orders
+    assert (found.params['b']['kernel'] != params['b']['kernel']).any()
+    run = jax.jit(apply)
+    np.testing.assert_allclose(run(found.params, x), run(params, x), rtol=1e-4, atol=1e-5)
+
+
 def test_blocks_of_a_pivoted_network_keep_more():
     """Expectation: `jp.prune` by blocks keeps more of |W| in the pivoted network than before."""
     params, x = planted(4)

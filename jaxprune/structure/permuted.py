@@ -36,8 +36,8 @@ def permuted(
 
     Units may go together without being interchangeable: a function may treat half of its channels
     in another way, or multiply them by numbers that are no parameters, as rotary embeddings do. So
-    the traced program is run with random parameters and inputs in both orders, and what differs is
-    an error.
+    the traced program runs with random parameters and inputs, eight times in both orders, and what
+    differs is an error.
 
     Args:
       coupled: the groups of the network, see `groups`. Units that a norm runs over may change their

@@ -67,7 +67,11 @@ def pivot_network(
 
     The mass of a kernel is that of `channel_scores`: taps of a convolution are added up, since all
     of them have the same channels. Axes are those of the products that use it; kernels without
-    inputs and outputs of their own, such as depthwise ones, only move along.
+    inputs and outputs of their own, such as depthwise and tied ones, only move along. The sum of
+    all kernels does not fall, but a single one may lose.
+
+    That units may change places is tried, see `permuted`: the traced program runs some 25 times or
+    more on the CPU, so read the groups with a small batch.
 
     Args:
       coupled: the groups of the network; units that a norm runs over may move where they were read
@@ -87,7 +91,8 @@ def pivot_network(
     """
     arguments.least(0, seed=seed, restarts=restarts)
     tree.check_masks(params, masks)
-    axes = product_axes(coupled, masks)
+    # A tied kernel, read both ways, has no inputs and outputs of its own.
+    axes = {path: own for path, own in product_axes(coupled, masks).items() if own[0] != own[1]}
     if not axes:
         raise PruneError('masks hold no kernel with inputs and outputs: there is nothing to gather')
     leaves = dict(tree.paths(params))
