@@ -24,25 +24,43 @@ def removal_curves(
     """A row for every point of every curve of a seed.
 
     Columns: `method`, `examples`, `draw`; `layer`, from which units go, or '*' for all layers;
-    `units` it has; `removed` of them; `loss` on the test images.
+    `units` it has; `removed` of them; `loss` on the test images. All layers together are measured
+    for the scores of all examples only.
     """
-    orders = {layer: [r.scores[layer] for r in rankings] for layer in net.units.shapes}
-    orders[WHOLE] = [np.concatenate(list(comparable(r).values())) for r in rankings]
     frames = []
-    for layer, scores in orders.items():
-        units = len(scores[0])
-        removed = np.arange(units + 1)
-        if layer == WHOLE:
-            removed = np.round(np.arange(0, 1 + 1e-9, settings.step) * units).astype(int)
-        losses = _losses(net, number, layer, [prefixes(s, removed) for s in scores], settings)
-        for ranking, own in zip(rankings, losses, strict=True):
-            frame = pl.DataFrame({'removed': removed, 'loss': own})
-            named = {
-                'method': ranking.method, 'examples': ranking.examples, 'draw': ranking.draw,
-                'layer': layer, 'units': units,
-            }  # fmt: skip
-            frames.append(frame.select(*(pl.lit(v).alias(k) for k, v in named.items()), pl.all()))
-    return pl.concat(frames)
+    for layer, (units,) in net.units.shapes.items():
+        scores = [ranking.scores[layer] for ranking in rankings]
+        frames += _curves(net, number, layer, rankings, scores, np.arange(units + 1), settings)
+    best = [r for r in rankings if r.examples in (0, max(settings.examples))]
+    scores = [np.concatenate(list(comparable(ranking).values())) for ranking in best]
+    shares = np.arange(0, 1 + 1e-9, settings.step)
+    removed = np.round(shares * len(scores[0])).astype(int)
+    return pl.concat([*frames, *_curves(net, number, WHOLE, best, scores, removed, settings)])
+
+
+def _curves(
+    net: Net,
+    number: int,
+    layer: str,
+    rankings: Sequence[Ranking],
+    scores: Sequence[np.ndarray],
+    removed: np.ndarray,
+    settings: Settings,
+) -> list[pl.DataFrame]:
+    """The curves of a layer, or of all, by some scores of its units."""
+    losses = _losses(net, number, layer, [prefixes(own, removed) for own in scores], settings)
+    frames = []
+    for ranking, own in zip(rankings, losses, strict=True):
+        named = {
+            'method': ranking.method,
+            'examples': ranking.examples,
+            'draw': ranking.draw,
+            'layer': layer,
+            'units': len(scores[0]),
+        }
+        frame = pl.DataFrame({'removed': removed, 'loss': own})
+        frames.append(frame.select(*(pl.lit(v).alias(k) for k, v in named.items()), pl.all()))
+    return frames
 
 
 def prefixes(scores: np.ndarray, removed: np.ndarray) -> np.ndarray:
