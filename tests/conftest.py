@@ -4,7 +4,6 @@ import gc
 import os
 import shutil
 import tempfile
-import threading
 from pathlib import Path
 
 import jax
@@ -40,21 +39,6 @@ _OPTIONS = {
 for name, value in _OPTIONS.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)  # for processes that tests start
-# JAX lowers each program in an MLIR context of its own, which takes a few milliseconds to make: here
-# the programs of a file share one.
-_contexts = {}
-if QUICK and jax.__version_info__[:2] == (0, 10):
-    from jax._src.interpreters import mlir
-
-    _made = mlir.make_ir_context
-
-    def _shared_context():
-        thread = threading.get_ident()
-        if thread not in _contexts:
-            _contexts[thread] = _made()
-        return _contexts[thread]
-
-    mlir.make_ir_context = _shared_context
 #: Beyond this the programs of changes long ago are thrown away.
 _MOST_BYTES = 4 * 2**30
 # What this machine was once found to be fast at is none of the tests' business.
@@ -119,7 +103,6 @@ def forgotten_programs():
     """Drops what a file compiled: by the end of a run it would fill gigabytes."""
     yield
     jax.clear_caches()
-    _contexts.clear()
 
 
 @pytest.fixture
