@@ -30,6 +30,8 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     assert '(3, 3, 784, 300)' in printed
     assert 'MACs' in printed and (tmp_path / 'groups.svg').exists()
     assert sum(m.sum() for m in names['synflow_masks'].values()) == 2662
+    in_place, pivoted = names['mass']
+    assert pivoted > 1.1 * in_place and names['outputs'].shape == (2, 100)
     assert (tmp_path / 'runs' / 'demo' / 'plan.json').exists()
     for path, weights in jaxprune.pick(names['state'].params).items():
         assert not weights[~names['step_masks'][path]].any(), 'TrainState keeps pruned weights'
