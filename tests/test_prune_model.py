@@ -150,11 +150,14 @@ def test_params_alone_are_enough_for_methods_of_the_weights():
     assert 'compression 3.33333' in text and 'untouched: first/bias, second/bias' in text
 
 
-@pytest.mark.parametrize('name', sorted(n for n, m in jp.METHODS.items() if not m.hooked))
+@pytest.mark.parametrize(
+    'name', sorted(n for n, m in jp.METHODS.items() if not (m.hooked or m.coupled))
+)
 def test_every_method(name):
     """Expectation: round(0.2 * 90) weights, also in few rounds; deterministic without a key.
 
     A second call where random numbers are drawn: what else a method does is in the contract.
+    Scores of coupled groups are in `test_coupled_score`.
     """
     asked = {'model': plain_apply, 'data': (X, Y), 'rounds': min(jp.METHODS[name].rounds, 2)}
     if 'fresh_init' in jp.METHODS[name].needs:
