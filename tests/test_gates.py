@@ -157,6 +157,8 @@ def test_scores_of_activations_are_those_of_the_authors(name, where, place):
     """Expectation: the file's values of each example; theirs are of a batch's mean loss, so they
     carry one over its size, and APoZ counts positions where we give their share."""
     file, meta, problem, view, units, _ = case(name)
+    if f'apoz/{meta["layers"][0]}/self/none' not in file:
+        pytest.skip('the slim copy beside the tests holds Shapley values only')
     x, y = jnp.asarray(file['x']), jnp.asarray(file['labels'], jnp.int32)
     size = meta['batch_size']
     batches = [size] * (len(y) // size) + [len(y) % size] * (len(y) % size > 0)
