@@ -1,6 +1,5 @@
 """The CIFAR-10 study of VGG-11: its specifications, and a small one from end to end."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from prepared import prepared
 
 from jaxprune.sweep import load_spec, make_plan, status, store
 
@@ -45,10 +45,7 @@ def test_a_small_one_runs_resumes_and_reports(tmp_path):
     """Expectation: killed after its first chunk, the same command finishes the rest and draws the
     curves that were recorded along training.
     """
-    beside = Path(__file__).parents[2] / 'shared' / 'tfds'
-    place = os.environ.get('TFDS_DATA_DIR') or str(beside)
-    if not (Path(place) / 'cifar10').is_dir():
-        pytest.skip('no prepared cifar10: set TFDS_DATA_DIR')
+    place = prepared('cifar10')
     out = tmp_path / 'out'
     command = [
         *(sys.executable, '-c', 'import sys; from jaxprune.cli import main; sys.exit(main())'),

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from prepared import prepared
 
 from jaxprune import data
 from jaxprune.data import array_record, draw_mnist_small, mnist_small
@@ -21,15 +21,6 @@ from jaxprune.errors import DataError
 
 FEW = settings(max_examples=10, deadline=None)  # every new shape is compiled anew
 SPLITS = ('train', 'test')
-
-
-def prepared(name: str) -> str:
-    """Where this machine keeps prepared data, or a skipped test."""
-    beside = Path(__file__).parents[2] / 'shared' / 'tfds'
-    place = os.environ.get('TFDS_DATA_DIR') or str(beside)
-    if not (Path(place) / name).is_dir():
-        pytest.skip(f'no prepared {name}: set TFDS_DATA_DIR')
-    return place
 
 
 @pytest.fixture(scope='module')

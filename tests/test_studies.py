@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from prepared import prepared
 
 from jaxprune.sweep.store import read_results
 
@@ -113,7 +114,8 @@ def test_shapley_and_taylor(tmp_path):
     same before and after a ReLU, which is homogeneous, and without a norm also before that; the
     second study trains nothing, and its exact changes are the scores that the first one has."""
     folder, out = EXPERIMENTS / 'shapley', tmp_path / 'shapley'
-    text = run(folder / 'study.py', '--quick', '--out', out)
+    place = ('--data-dir', prepared('cifar10', 'mnist'))
+    text = run(folder / 'study.py', '--quick', '--out', out, *place)
     drawn = {path.name for path in out.glob('*.png')}
     assert drawn == {'curves.png', 'areas.png', 'finetuning.png'} and text.count('\n## ') == 5
     (parts,) = out.glob('parts_*')
@@ -132,21 +134,14 @@ def test_shapley_and_taylor(tmp_path):
     assert line.split('|')[4].split()[0] == f'{both:.3f}'
     tuned = pl.read_parquet(parts / 'lenet5_finetuned.parquet')
     assert tuned['tuned_loss'].mean() < tuned['loss'].mean()
-    command = [sys.executable, folder / 'study.py', '--quick', '--out', out]
+    command = [sys.executable, folder / 'study.py', '--quick', '--out', out, *place]
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.stdout == text and ' of CPU time' not in again.stderr
 
     nets = sorted(path.name for path in (out / 'nets').iterdir())
     other = tmp_path / 'taylor'
-    taylor = [
-        EXPERIMENTS / 'taylor' / 'study.py',
-        '--quick',
-        '--out',
-        other,
-        '--nets',
-        out / 'nets',
-    ]
-    text = run(*taylor)
+    taylor = EXPERIMENTS / 'taylor' / 'study.py'
+    text = run(taylor, '--quick', '--out', other, '--nets', out / 'nets', *place)
     assert sorted(path.name for path in (out / 'nets').iterdir()) == nets
     assert {path.name for path in other.glob('*.png')} == {'correlations.png', 'scatter.png'}
     (folder,) = (path for path in other.iterdir() if path.is_dir())
