@@ -108,11 +108,12 @@ def parse() -> argparse.Namespace:
 
 
 class Turn(NamedTuple):
-    """One call: its values, and seconds without those that went into compiling."""
+    """One call: its values, seconds without those of compiling, these, and seconds of CPU."""
 
     values: np.ndarray
     seconds: float
     compiling: float
+    cpu: float
 
 
 class Compiling:
@@ -142,9 +143,10 @@ def speeds(settings, tables: list[Table], notes: list[str], publish: Callable) -
         'Units of one layer, removed after its activation. Evaluations: losses of all examples'
         ' without some units. x loop: times the JAX loop that runs the network. x PyTorch: times'
         ' the best PyTorch way. Compile s: of one call, not in the rates. map: compiled as one'
-        ' program; unrolled: called as it is, which compiles one block in each call.',
+        ' program; unrolled: called as it is, which compiles one block in each call. CPU ms: of all'
+        ' threads, for an evaluation; unknown where calls compile.',
         ('net', 'units', 'orders', 'examples', 'way', 'at once', 'threads', 'evaluations/s',
-         'x loop', 'x PyTorch', 'compile s', 'values'), [],
+         'x loop', 'x PyTorch', 'CPU ms', 'compile s', 'values'), [],
     )  # fmt: skip
     tables.append(table)
     compiling = Compiling()
@@ -174,11 +176,11 @@ def in_turns(
         for name, values in every.items():
             if not number and name.startswith('jaxprune unrolled'):
                 continue
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             made = np.asarray(values())
-            seconds = time.perf_counter() - began
+            seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
             spent = compiling.since(began)
-            turns[name] = Turn(made, seconds - spent, spent)
+            turns[name] = Turn(made, seconds - spent, spent, cpu)
         found.append(turns)
     first, *others = found
     return [
@@ -203,11 +205,13 @@ def rows_of(case: Case, rounds: list[dict[str, Turn]]) -> list[dict[str, Any]]:
     for name in names:
         turns = [turns[name] for turns in rounds]
         way, size, threads = described(name)
+        each = 1e3 * statistics.median(turn.cpu for turn in turns) / evaluations
         over = {'x loop': ['JAX loop, network'], 'x PyTorch': peers}
         rows.append({
             'net': case.name, 'units': case.n, 'orders': len(case.orders),
             'examples': len(case.batch.y), 'way': way, 'at once': size, 'threads': threads,
             'evaluations/s': f'{evaluations / statistics.median(t.seconds for t in turns):,.0f}',
+            'CPU ms': '' if 'unrolled' in name else f'{each:.3f}',
             'compile s': f'{statistics.median(t.compiling for t in turns):.1f}'
             if not name.startswith('PyTorch') else '',
             'values': agreement([t.values for t in turns], expected, scale),
@@ -261,11 +265,11 @@ def agreement(found: list[np.ndarray], expected: np.ndarray, scale: float) -> st
 def whole_scores(settings, tables: list[Table], publish: Callable) -> None:
     table = Table(
         'All layers in one program',
-        '`jax.jit(unit_shapley(...))` with 5 orders of each layer: the first call with its'
-        ' compilation, then one more. Units of all layers. Blocks: how often the network stands in'
-        ' the program. MiB: temporary arrays, as the compiler plans them.',
-        ('net', 'units', 'examples', 'loop', 'at once', 'blocks', 'compile s', 'run s', 'MiB',
-         'values'), [],
+        '`jax.jit(unit_shapley(...))` with 5 orders of each layer: seconds to compile it and to run'
+        ' it, medians; seconds of CPU to run it. Units of all layers. Blocks: how often the network'
+        ' stands in the program. MiB: temporary arrays, as the compiler plans them.',
+        ('net', 'units', 'examples', 'loop', 'at once', 'blocks', 'compile s', 'run s', 'CPU s',
+         'MiB', 'values'), [],
     )  # fmt: skip
     tables.append(table)
     permutations = 1 if settings.quick else 5
@@ -299,12 +303,18 @@ def compiled_score(
     arguments = jax.random.key(0), case.view, jax.tree.map(lambda leaf: leaf[None], case.batch)
     began = time.perf_counter()
     program = jax.jit(score).lower(*arguments).compile()
-    compiled = time.perf_counter()
-    found = jax.block_until_ready(program(*arguments))
-    ended = time.perf_counter()
+    compiling = time.perf_counter() - began
+    seconds, cpu = [], []
+    for _ in range(3):
+        began, used = time.perf_counter(), time.process_time()
+        found = jax.block_until_ready(program(*arguments))
+        seconds.append(time.perf_counter() - began)
+        cpu.append(time.process_time() - used)
     memory = program.memory_analysis().temp_size_in_bytes / MIB
-    times = {'compile s': f'{compiled - began:.1f}', 'run s': f'{ended - compiled:.2f}'}
-    return jax.tree.map(np.asarray, found), times | {'MiB': f'{memory:,.0f}'}
+    return jax.tree.map(np.asarray, found), {
+        'compile s': f'{compiling:.1f}', 'run s': f'{statistics.median(seconds):.2f}',
+        'CPU s': f'{statistics.median(cpu):.2f}', 'MiB': f'{memory:,.0f}',
+    }  # fmt: skip
 
 
 # --- cost -----------------------------------------------------------------------------------------
