@@ -213,7 +213,7 @@ for ax, layer in zip(axes, (first, second), strict=True):
 plt.show()
 
 # %% [markdown]
-# Without half of the units, Shapley values with `mean + 2 std` leave the lowest loss in both layers.
+# Without half of the units, the loss is lowest with `mean + 2 std`, in both layers.
 # On average over all removals they are the best in the second layer and close to it in the first.
 # Two things to know before you use them:
 #
