@@ -61,9 +61,10 @@ def errors(settings, tables: list[Table], notes: list[str], publish: Callable) -
         'Error against evaluations',
         'Root mean squared error over the units, averaged over seeds, in % of the root mean square'
         ' of the exact values. x permutation: over the error of independent orders with as many'
-        ' evaluations (their power law). Truncated: the tolerance in % of the loss without all'
-        ' units, less that with all; evaluations on average.',
-        ('layer', 'estimator', 'orders', 'evaluations', 'error %', 'x permutation'), [],
+        ' evaluations (by their power law). Power: of evaluations, fitted to the error. Truncated:'
+        ' the tolerance in % of the loss without all units, less that with all; evaluations on'
+        ' average.',
+        ('layer', 'estimator', 'orders', 'evaluations', 'error %', 'x permutation', 'power'), [],
     )  # fmt: skip
     tables.append(table)
     curves: dict[str, dict[str, list[Point]]] = {}
@@ -77,27 +78,28 @@ def errors(settings, tables: list[Table], notes: list[str], publish: Callable) -
         law = curves[name]['permutation']
         constant = np.exp(np.mean([np.log(p.error * p.evaluations**0.5) for p in law]))
         for estimator, points in curves[name].items():
-            for point in points:
-                beside = point.error * point.evaluations**0.5 / constant
-                table.rows.append({
-                    'layer': name, 'estimator': estimator, 'orders': point.orders,
-                    'evaluations': f'{point.evaluations:,.0f}',
-                    'error %': f'{100 * point.error:.3g}', 'x permutation': f'{beside:.2f}',
-                })  # fmt: skip
-            slope = power(points)
-            if slope is not None:
-                notes.append(f'{name}, {estimator}: the error falls with power {slope:.2f}')
+            some = points[::-1][:: 2 if len(points) > 3 else 1][2::-1]
+            beside = [p.error * p.evaluations**0.5 / constant for p in some]
+            table.rows.append({
+                'layer': name, 'estimator': estimator,
+                'orders': ', '.join(str(p.orders) for p in some),
+                'evaluations': ', '.join(f'{p.evaluations:.0f}' for p in some),
+                'error %': ', '.join(f'{100 * p.error:.3g}' for p in some),
+                'x permutation': ', '.join(f'{each:.2f}' for each in beside),
+                'power': power(points),
+            })  # fmt: skip
+            print(table.rows[-1], flush=True)
         publish()
     if settings.out:
         figure_of(curves, Path(settings.out).with_suffix('.png'))
 
 
-def power(points: list[Point]) -> float | None:
+def power(points: list[Point]) -> str:
     """Of evaluations, fitted to the error."""
     if len(points) < 2:
-        return None
+        return ''
     logs = np.log([(point.evaluations, point.error) for point in points])
-    return float(np.polyfit(*logs.T, 1)[0])
+    return f'{np.polyfit(*logs.T, 1)[0]:.2f}'
 
 
 def trained_game(make: Callable[[], Any], layer: int, steps: int) -> tuple[np.ndarray, float]:
@@ -172,12 +174,12 @@ def measured(
             points.append(Point(count, float(np.mean(evaluations)), float(error / scale)))
             count *= factor
         found[name] = points
-        print(name, points, flush=True)
     return found
 
 
 def figure_of(curves: dict[str, dict[str, list[Point]]], path: Path) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(5 * len(curves), 3.9), layout='constrained')
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
@@ -186,6 +188,10 @@ def figure_of(curves: dict[str, dict[str, list[Point]]], path: Path) -> None:
             x, y = [p.evaluations for p in points], [100 * p.error for p in points]
             ax.loglog(x, y, f'{"os^vDX"[number]}-', markersize=4, label=name)
         ax.set(title=title, xlabel='evaluations')
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter('{x:g}')
+            axis.set_minor_locator(NullLocator())
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel('error (% of the root mean square value)')
