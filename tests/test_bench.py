@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 BENCH = Path(__file__).parents[1] / 'experiments' / 'bench'
@@ -98,6 +99,50 @@ def test_the_block_benchmark_runs_and_products_agree(tmp_path):
         assert 0 < before < after <= 100
     [accuracies] = [row for row in rows if row and row[0] == '32']
     assert len(accuracies) == 8 and all(cell.endswith('%') for cell in accuracies[2:])
+
+
+@pytest.mark.script
+def test_the_shapley_benchmark_runs_and_all_ways_agree(tmp_path):
+    """Expectation: the script's own check that all ways get the same values along the same orders,
+    PyTorch among them where it is installed; errors that fall; the figure beside the tables.
+    """
+    out = tmp_path / 'shapley.md'
+    command = [sys.executable, BENCH / 'shapley.py', '--quick', '--out', out]
+    done = subprocess.run(command, env=QUICK, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = out.read_text()
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines()]
+    ways = 4 if 'not installed' in text else 7
+    for net in ('LeNet-300-100', 'LeNet-5', 'small VGG'):
+        own = [row for row in rows if row and row[0] == net and len(row) > 11]
+        assert len(own) == ways and {row[-1] for row in own} == {'equal'}
+    falls = {
+        row[1]: row[4].split(', ') for row in rows if len(row) == 7 and row[0].startswith('MLP (')
+    }
+    assert len(falls) == 6
+    for errors in falls.values():
+        assert [float(error) for error in errors] == sorted(map(float, errors), reverse=True)
+    assert out.with_suffix('.png').stat().st_size > 10_000
+
+
+def test_the_shapley_benchmark_marks_other_values(monkeypatch):
+    """Expectation: by hand. A loss of 2 rounds at 2e-7, so a difference of 1e-4 is a mistake, one
+    of 1e-6 is not. An array of another shape is one, and a value that is no number.
+    """
+    monkeypatch.syspath_prepend(BENCH)
+    spec = importlib.util.spec_from_file_location('shapley_bench', BENCH / 'shapley.py')
+    shapley = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(shapley)
+    expected = np.linspace(0, 1, 6).reshape(3, 2)
+    missing = np.where(expected > 0, expected, np.nan)
+
+    def told(*found):
+        return shapley.agreement(found, expected, 2.0)
+
+    assert told(expected, expected + 1e-6) == 'equal'
+    assert told(expected, expected + 1e-4) == 'WRONG: 5e-05 of the loss'
+    assert told(expected[:2]).startswith('WRONG: shapes')
+    assert told(expected, missing) == told(missing, expected) == 'WRONG: nan of the loss'
 
 
 def test_a_failure_is_told_and_the_rest_goes_on():

@@ -542,3 +542,79 @@ def test_scores_by_the_loss_without_units():
         close(squared[layer], alone[layer] ** 2, 1e-6)
     spread = jax.jit(unit_shapley(problem, by=units, permutations=2, aggregate='mean_plus_2std'))
     assert all((s >= found[n]).all() for n, s in spread(KEY, view, whole).items())
+
+
+#: Layouts of inputs, kernel and outputs of a convolution, and the axes of the kernel HWIO in them.
+LAYOUTS = {
+    'last': (('NHWC', 'HWIO', 'NHWC'), (0, 1, 2, 3)),
+    'first': (('NCHW', 'OIHW', 'NCHW'), (3, 2, 0, 1)),
+    'kernel': (('NHWC', 'OIHW', 'NHWC'), (3, 2, 0, 1)),
+    'outputs': (('NHWC', 'HWIO', 'NCHW'), (0, 1, 2, 3)),
+}
+
+
+def convolutional(name, checkpoint=False):
+    """Two convolutions, the second one in this layout, and a dense layer; and what competes."""
+    layout, axes = LAYOUTS[name]
+    sizes = {'conv1': (3, 3, 2, 4), 'conv2': (3, 3, 4, 3), 'dense': (48, 5)}
+    draw = np.random.default_rng(0)
+    params = {
+        layer: {'kernel': draw.standard_normal(size).astype('float32')}
+        for layer, size in sizes.items()
+    }
+    params['conv2']['kernel'] = params['conv2']['kernel'].transpose(axes)
+
+    def conv(x, kernel, layout):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=layout)
+
+    def apply(params, stats, x, *, train, key):
+        x = jax.nn.relu(conv(x, params['conv1']['kernel'], LAYOUTS['last'][0]))
+        x = x.transpose(0, 3, 1, 2) if layout[0] == 'NCHW' else x
+        inner = functools.partial(conv, layout=layout)
+        inner = jax.checkpoint(inner) if checkpoint else inner
+        x = jax.nn.relu(inner(x, params['conv2']['kernel']))
+        x = x.transpose(0, 2, 3, 1) if layout[2] == 'NCHW' else x
+        return x.reshape(len(x), -1) @ params['dense']['kernel'], stats
+
+    x = jnp.asarray(draw.standard_normal((6, 4, 4, 2)).astype('float32'))
+    problem = Problem(None, apply, jp.cross_entropy, jp.kernels)
+    shapes = {path: leaf.shape for path, leaf in tree.paths(params)}
+    units = jp.competing('unit', shapes, lambda: structure.groups(problem, params, x, {}))
+    return problem, units, jp.view(problem, params), [Batch(x, jnp.arange(6) % 5)]
+
+
+def scans(traced):
+    """Loops of a program, those within them left out."""
+    return sum(equation.primitive.name == 'scan' for equation in traced.jaxpr.eqns)
+
+
+@pytest.mark.parametrize(
+    ('layout', 'checkpoint', 'loops'),
+    [('last', False, 4), ('first', False, 2), ('outputs', False, 2), ('kernel', True, 0)],
+)
+def test_convolutions_in_another_layout_are_not_put_into_loops(layout, checkpoint, loops):
+    """Expectation: XLA's CPU is slow at these, and only at these (see `experiments/bench`). So the
+    units of the second convolution are scored in loops by both scores, and those of the first one
+    if the second has its channels last. A checkpoint is computed again for its own units as well.
+    Values do not depend on the loop, nor on the layout.
+    """
+    problem, units, view, data = convolutional(layout, checkpoint)
+    counts, found = {}, {}
+    for loop in ('auto', 'map', 'unrolled'):
+        scores = [
+            unit_shapley(problem, by=units, permutations=2, loop=loop),
+            unit_leave_one_out(problem, by=units, loop=loop),
+        ]
+
+        def both(key, view, data, scores=scores):
+            return [score(key, view, data) for score in scores]
+
+        counts[loop] = scans(jax.make_jaxpr(both)(KEY, view, data))
+        found[loop] = jax.jit(both)(KEY, view, data)
+    assert counts == {'auto': loops, 'map': 4, 'unrolled': 0}
+    problem, units, view, data = convolutional('last')
+    score = unit_shapley(problem, by=units, permutations=2, loop='unrolled')
+    expected = jax.jit(score)(KEY, view, data)
+    for shapley_values, alone in found.values():
+        jax.tree.map(lambda a, b: close(a, b, 1e-5), shapley_values, expected)
+        jax.tree.map(lambda a, b: close(a, b, 1e-5), alone, found['unrolled'][1])

@@ -6,6 +6,7 @@ the network was trained. Only the part of the network behind a layer is computed
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,8 @@ def unit_shapley(
       aggregate: of examples: 'mean', or 'mean_plus_2std', the authors' better one.
       place: where units are removed, see `structure.gates`; the authors' choice is 'activation'.
       at_once: forward passes that are computed together; each holds all examples of all batches.
-      loop: how the rest follow one another, see `LOOPS`; 'auto' is 'unrolled' on the CPU and 'map'
-        elsewhere.
+      loop: how the rest follow one another, see `LOOPS`. 'auto' is 'map', but 'unrolled' on the CPU
+        where the rest of the network has convolutions whose channels are not last.
       train: must be False.
 
     Raises:
@@ -95,14 +96,15 @@ def unit_shapley_values(
     def values(key: Key, view: View, batches: Batches | None) -> dict[str, ShapleyValues]:
         made = {}
         for number, (layer, units) in enumerate(gated.sizes.items()):
+            game = unit_game(problem, gated, layer, view, batches)
             made[layer] = shapley(
-                unit_game(problem, gated, layer, view, batches),
+                game,
                 units,
                 jax.random.fold_in(key, number),
                 permutations=permutations,
                 estimator=estimator,
                 batch_size=at_once,
-                loop=_loop(loop),
+                loop=_loop(loop, game, units),
                 per_example=per_example,
             )
         return made
@@ -138,7 +140,8 @@ def unit_leave_one_out(
         changes = {}
         for layer, units in gated.sizes.items():
             game = unit_game(problem, gated, layer, view, batches)
-            each = leave_one_out(game, units, batch_size=at_once, loop=_loop(loop))
+            chosen = _loop(loop, game, units)
+            each = leave_one_out(game, units, batch_size=at_once, loop=chosen)
             changes[layer] = each.mean(1)
         return signed(changes, sign)
 
@@ -166,8 +169,33 @@ def unit_game(
     return joined([of_batch(batch) for batch in split(batches)])
 
 
-def _loop(loop: str) -> str:
-    """In a loop of a compiled program XLA's CPU runs convolutions 25 to 40 times slower."""
+def _loop(loop: str, game: Game, units: int) -> str:
+    """What 'auto' stands for.
+
+    XLA's CPU puts convolutions into its own layout, channels last, but not inside of loops. There
+    a forward pass in another layout takes 5 to 45 times as long. One with channels last takes as
+    long as outside, and a loop compiles sooner and needs a fraction of the memory.
+    """
     if loop != 'auto':
         return loop
-    return 'unrolled' if jax.default_backend() == 'cpu' else 'map'
+    if jax.default_backend() != 'cpu':
+        return 'map'
+    traced = jax.make_jaxpr(game)(jax.ShapeDtypeStruct((units,), bool))
+    return 'unrolled' if _has_other_layout(traced.jaxpr) else 'map'
+
+
+def _has_other_layout(jaxpr: Any) -> bool:
+    """Is there a convolution, also in functions that are called, without channels last?"""
+    for equation in jaxpr.eqns:
+        layout = equation.params.get('dimension_numbers')
+        if isinstance(layout, jax.lax.ConvDimensionNumbers):
+            rank = len(layout.lhs_spec) - 2
+            arrays, kernel = (0, rank + 1, *range(1, rank + 1)), (rank + 1, rank, *range(rank))
+            if tuple(layout) != (arrays, kernel, arrays):
+                return True
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, 'jaxpr', inner)
+                if hasattr(inner, 'eqns') and _has_other_layout(inner):
+                    return True
+    return False
