@@ -10,8 +10,8 @@ from scores import AT_ONCE, Ranking
 from trained import Net, Settings, tested_on, view_of
 
 from jaxprune.score.coalitions import Game, evaluated
-from jaxprune.score.gate_taylor import gated_loss
 from jaxprune.score.unit_loss import unit_game
+from jaxprune.tree import put
 from jaxprune.types import Masks
 
 #: What a table of this study calls all layers together.
@@ -115,13 +115,15 @@ def layer_game(net: Net, number: int, layer: str, settings: Settings) -> Game:
 
 def whole_game(net: Net, number: int, settings: Settings) -> Game:
     """The same for all layers together, one after the other in the mask."""
-    batch = tested_on(net, settings.tested)
-    losses = gated_loss(net.problem, net.units.gates('activation'), view_of(net, number))
+    batch, view = tested_on(net, settings.tested), view_of(net, number)
     sizes = {layer: shape[0] for layer, shape in net.units.shapes.items()}
     ends = np.cumsum(list(sizes.values()))[:-1].tolist()
+    # What comes before all gates is computed once, here: else XLA does so while it compiles.
+    gated = net.units.gates('activation')
+    tail = gated.tail(list(sizes), put(view.params, view.weights), batch.x, view.model_state)
 
     def game(mask: jax.Array) -> jax.Array:
         parts = jnp.split(mask.astype(jnp.float32), ends)
-        return losses(dict(zip(sizes, parts, strict=True)), batch)
+        return net.problem.loss(tail(dict(zip(sizes, parts, strict=True))), batch.y)
 
     return game
