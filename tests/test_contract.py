@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import KINDS, MORE, POINTS, SETTLED, more_unless
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sweeps import pruned
@@ -37,56 +38,9 @@ COUPLED = {name for name in METHODS if method.METHODS[name].coupled}
 #: The dense net has no norm, which this one scores.
 OF_WEIGHTS = [name for name in METHODS if name not in COUPLED]
 ON_DENSE = [name for name in METHODS if name != 'bn_scale']
-MORE = pytest.mark.more
 
-#: Points of `importance`, which stands for them: the same code with other options.
-POINTS = (
-    'loss_preservation',
-    'biased_loss_preservation',
-    'gradient_norm_increase',
-    'gradient_norm_preservation',
-)
 #: A published number of rounds costs minutes here and proves nothing more than two do.
 ROUNDS = {name: min(method.METHODS[name].rounds, 2) for name in METHODS}
-
-#: One method of each kind that the engine tells apart: what its events are given, how many there
-#: are, whether weights return. Where a law is about the engine, the others are slow tests.
-KINDS = ('random', 'snip', 'grasp', 'synflow', 'force', 'gate_taylor')
-
-
-#: Methods that most laws hold to in slow tests only: they passed, and their code does not change. A
-#: method that is not in this list, such as one registered a minute ago, gets every law by default.
-SETTLED = frozenset(
-    {
-        *POINTS,
-        'random',
-        'magnitude',
-        'lamp',
-        'snip',
-        'iter_snip',
-        'force',
-        'grasp',
-        'synflow',
-        'taylor',
-        'fisher',
-        'gradient_norm',
-        'ntk_sap',
-        'prospr',
-        'importance',
-        'lookahead',
-        'gate_taylor',
-        'shapley',
-        'leave_one_out',
-        'apoz',
-        'sensitivity',
-        'taylor_output',
-        'group_score',
-        'fpgm',
-        'bn_scale',
-        'sipp',
-        'pfp',
-    }
-)
 
 
 def slow_unless(fast, *values):
@@ -96,8 +50,9 @@ def slow_unless(fast, *values):
 
 
 def test_a_new_method_gets_every_law_by_default():
-    """Expectation: no case of a method that is not in the list of settled ones is slow."""
-    made = [slow_unless(False, 'mine'), *(f('mine') for f in (on_dense, on_conv))]
+    """Expectation: no case of a method that is not in the list of settled ones has a mark."""
+    made = [f(False, 'mine') for f in (slow_unless, more_unless)]
+    made += [f('mine') for f in (on_dense, on_conv)]
     assert not any(case.marks for case in made)
     assert slow_unless(False, 'lamp').marks
 
@@ -417,7 +372,7 @@ def test_density_one_is_the_dense_control(benches, engines, name):
 @pytest.mark.parametrize(
     ('strategy', 'methods'),
     [
-        ('vmap', KINDS),
+        ('vmap', ['snip', 'force', 'gate_taylor']),
         *(pytest.param(s, ON_DENSE, marks=pytest.mark.slow) for s in ('map', 'vmap', 'host')),
     ],
 )
@@ -489,7 +444,8 @@ def test_segment_on_two_devices_has_no_collective(benches, net, strategy):
     ('how', 'allocation', 'name'),
     [
         *(slow_unless(m == 'synflow', 'vmap', 'erk', m) for m in OF_WEIGHTS),
-        *(slow_unless(m not in POINTS, 'jit', 'global', m) for m in ON_DENSE),
+        *(slow_unless(False, 'jit', 'global', m) for m in POINTS),
+        *(more_unless(m in KINDS, 'jit', 'global', m) for m in ON_DENSE if m not in POINTS),
         *(slow_unless(False, *case, m) for case in OTHER_WAYS for m in OF_WEIGHTS),
     ],
 )
@@ -549,7 +505,8 @@ def test_any_density_is_met_exactly_and_nested(benches, how, allocation, name):
 @pytest.mark.parametrize(
     ('net', 'name'),
     [
-        *(slow_unless(m not in POINTS, 'dense', m) for m in ON_DENSE),
+        *(slow_unless(False, 'dense', m) for m in POINTS),
+        *(more_unless(m in KINDS, 'dense', m) for m in ON_DENSE if m not in POINTS),
         *(slow_unless(m in ('grasp', 'bn_scale'), 'conv', m) for m in METHODS if m != 'prospr'),
         pytest.param('conv', 'prospr', marks=MORE),
     ],

@@ -85,6 +85,7 @@ def test_mnist_small_is_balanced_and_complete():
         np.testing.assert_array_equal(np.bincount(split.labels), [size // 10] * 10)
 
 
+@pytest.mark.more  # reads 70,000 images; the embedded file does not change
 @pytest.mark.parametrize('split', SPLITS)
 def test_mnist_small_is_mnist_bit_for_bit(mnist, split):
     """Expectation: the full set's own images and labels at the positions the file keeps."""

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import more_but
 from published import golden
 
 import jaxprune as jp
@@ -123,6 +124,11 @@ MODULES = {
     'resnet20_w4': ResNet20(),
 }
 SMALL = ['lenet300100', 'convbn', 'convbn_initstats']
+
+
+def more(*values):
+    """Further instances of what the default run tests once."""
+    return pytest.param(*values, marks=pytest.mark.more)
 
 
 def slow(*values):
@@ -296,7 +302,7 @@ def normalised(ours, score: str, batches: int):
     [
         *(('lenet300100', score) for score in LENET_SCORES),
         *(('convbn', score) for score in CONV_SCORES),
-        *(('convbn_initstats', score) for score in CONV_SCORES),
+        *more_but([], (('convbn_initstats', score) for score in CONV_SCORES)),
         *(slow('resnet20_w4', score) for score in RESNET_SCORES),
     ],
 )
@@ -428,7 +434,7 @@ def their_rounds(
     ('name', 'k', 'rounds', 'over', 'key', 'how'),
     [
         slow('lenet300100', 2, 100, 'exponential', 'synflow_iter100_c1e2_f64', 'loop'),
-        ('lenet300100', 2, 100, 'exponential', 'synflow_iter100_c1e2_f64', 'scan'),
+        more('lenet300100', 2, 100, 'exponential', 'synflow_iter100_c1e2_f64', 'scan'),
         ('lenet300100', 3, 100, 'exponential', 'synflow_iter100_c1e3_f64', 'scan'),
         ('lenet300100', 2, 10, 'linear', 'synflow_linear10_c1e2_f64', 'loop'),
         slow('convbn', 1, 100, 'exponential', 'synflow_iter100_c1e1_f64', 'loop'),
@@ -514,7 +520,10 @@ def synflow_by_hand(c: Case, counts: np.ndarray) -> dict[str, np.ndarray]:
 @pytest.mark.optimised
 @pytest.mark.parametrize(
     ('rounds', 'over', 'key', 'swaps'),
-    [(10, 'linear', 'linear10_c1e2_f64', 0), (100, 'exponential', 'iter100_c1e2_f64', 40)],
+    [
+        (10, 'linear', 'linear10_c1e2_f64', 0),
+        more(100, 'exponential', 'iter100_c1e2_f64', 40),
+    ],
 )
 def test_synflow_rounds_of_our_plan(rounds, over, key, swaps):
     """Expectation: a NumPy loop with the counts of `plan_rounds`, all bits; the file to rounding.

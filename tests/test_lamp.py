@@ -63,7 +63,8 @@ def test_scale_of_a_layer(weights, power, factor):
     np.testing.assert_allclose(score(weights * np.float32(factor)), once, rtol=3e-6)
 
 
-@pytest.mark.parametrize('values', ['normal', pytest.param('equal', marks=pytest.mark.more)])
+@pytest.mark.more
+@pytest.mark.parametrize('values', ['normal', 'equal'])
 def test_millions_of_weights_in_single_precision(values):
     """Expectation: the definition in extended precision, to 1e-6; the order of the magnitudes."""
     draw = np.random.default_rng(0)

@@ -770,6 +770,7 @@ def test_what_cannot_be_pruned(wrong, message):
         jp.prune(params, 'magnitude', 0.2, granularity='kernels')
 
 
+@pytest.mark.more
 def test_a_sweep_of_single_kernels(tmp_path):
     """Expectation: exact counts of kernels, 1 x 3 + 3 x 3 + 147 x 10; rounds fall geometrically."""
     table = {

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import polars as pl
 import pytest
+from cases import MORE
 from fake_engine import nothing_trained
 from polars.testing import assert_frame_equal
 from sweeps import engine_of, group_of
@@ -33,7 +34,6 @@ TABLE = {
     'grid': {'compression': [4], 'seed': [0, 1]},
 }
 EPOCH = 10
-MORE = pytest.mark.more
 
 
 def chunk_of(table):
@@ -133,7 +133,9 @@ def test_taking_back_the_rate_keeps_the_weights():
             id='steps',
             marks=MORE,
         ),
-        pytest.param({'name': 'force', 'start': 0.5, 'every': 0.9, 'rounds': 3}, id='force'),
+        pytest.param(
+            {'name': 'force', 'start': 0.5, 'every': 0.9, 'rounds': 3}, id='force', marks=MORE
+        ),
         pytest.param(
             {'name': 'snip', 'start': 1.3, 'score_on': 'train_batch'}, id='train batch', marks=MORE
         ),

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import more_but
 from structured_nets import load
 from test_sipp import CNN, NETS, batch_of, of_functions, published
 
@@ -248,9 +249,8 @@ def expected_units(groups, edges):
     return scores
 
 
-SOME = ('convnet', 'densenet', 'grouped', 'encoder')
-MORE = ('resnet20', 'vgg', 'mobilenet')
-SOME += tuple(pytest.param(name, marks=pytest.mark.slow) for name in MORE)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('resnet20', 'vgg', 'mobilenet')]
+SOME = [*more_but(['grouped', 'encoder'], ['convnet', 'densenet', 'grouped', 'encoder']), *SLOW]
 
 
 @pytest.mark.parametrize('name', SOME)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import KINDS, more_unless
 from flax import nnx
 
 import jaxprune as jp
@@ -151,7 +152,12 @@ def test_params_alone_are_enough_for_methods_of_the_weights():
 
 
 @pytest.mark.parametrize(
-    'name', sorted(n for n, m in jp.METHODS.items() if not (m.hooked or m.coupled))
+    'name',
+    [
+        more_unless(n in (*KINDS, 'ntk_sap'), n)
+        for n, m in sorted(jp.METHODS.items())
+        if not (m.hooked or m.coupled)
+    ],
 )
 def test_every_method(name):
     """Expectation: round(0.2 * 90) weights, also in few rounds; deterministic without a key.

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import polars as pl
 import pytest
+from cases import MORE
 from matplotlib.colors import to_rgb
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -30,7 +31,6 @@ from jaxprune.stats import student_interval
 from jaxprune.sweep import store
 from jaxprune.sweep.timing import PHASES
 
-MORE = pytest.mark.more
 PATHS = {'dense_0/kernel': 235_200, 'dense_1/kernel': 30_000, 'dense_2/kernel': 1_000}
 LABELS = ['random (uniform)', 'random (ERK)', 'magnitude', 'SNIP', 'GraSP', 'SynFlow']
 GRID = [2, 5, 10, 20, 50, 100, 200, 500, 1000]
@@ -951,7 +951,7 @@ def test_texts_of_any_grid_do_not_touch(count):
         )
 
 
-@pytest.mark.parametrize('count', some(12, [1], 6))
+@pytest.mark.parametrize('count', some(6, [1, 12]))
 def test_texts_of_learning_curves_and_layers_do_not_touch(count):
     sweep = Sweep(names(count), seeds=2, epochs=12)
     learning = tables.learning(sweep.results)
@@ -960,6 +960,7 @@ def test_texts_of_learning_curves_and_layers_do_not_touch(count):
     check_no_overlap(heatmap.layers(tables.densities(sweep.results, sweep.layers))[0])
 
 
+@MORE
 def test_texts_of_many_settings_do_not_touch():
     extra = [{'learning_rate': 0.1 / i, 'weight_decay': 1e-4, 'momentum': 0.9} for i in range(1, 4)]
     sweep = Sweep(LABELS[:2], [10, 500, 1000], seeds=2, epochs=2, extra=extra)
@@ -992,7 +993,7 @@ def test_texts_of_effective_compression_do_not_touch():
         check_no_overlap(effective_compression.compressions(frame, settings, styles))
 
 
-@pytest.mark.parametrize('count', some(161, [], 13))
+@pytest.mark.parametrize('count', some(13, [161]))
 def test_texts_of_deep_networks_do_not_touch(count):
     paths = {f'stage_{i // 9}/block_{i % 9}/conv/kernel': 1000 * (i + 1) for i in range(count)}
     sweep = Sweep(LABELS[:2], GRID[::2], seeds=1, paths=paths)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import KINDS, more_unless
 
 import jaxprune as jp
 from jaxprune.errors import JaxpruneError, PruneError
@@ -288,19 +289,10 @@ def test_scores_without_data_say_so():
         jp.synflow(problem)(KEY, view, None)
 
 
-#: The same code as `importance` with other options: slow tests.
-POINTS = (
-    'loss_preservation',
-    'biased_loss_preservation',
-    'gradient_norm_increase',
-    'gradient_norm_preservation',
-)
-
-
 @pytest.mark.parametrize(
     'method',
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in POINTS))
+        more_unless(name in KINDS, name)
         for name, entry in jp.METHODS.items()
         if not (entry.hooked or entry.coupled)  # gates are in the network in evaluation mode
     ],
