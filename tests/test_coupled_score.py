@@ -137,6 +137,9 @@ def test_scales_count_by_their_size():
     plain = chain([np.ones((2, 3)), np.ones((3, 2))])
     with pytest.raises(PruneError, match=r"parameters: 'scale\$' matches no parameter"):
         scored(*plain, **options)
+    deeper = chain([np.ones((2, 3)), np.ones((3, 4)), np.ones((4, 2))], **{'0_scale': scale})
+    with pytest.raises(PruneError, match=r"layer '1/kernel' is among 'scale\$'; choose others"):
+        scored(*deeper, **options)
 
 
 OF_WEIGHTS = {

@@ -252,11 +252,13 @@ def draw_curves(curves: pl.DataFrame, nets: Sequence[str], settings: Settings) -
                 ((layer_curve, 'one layer at a time'), (whole_curve, 'all layers in one ranking'))
             ):
                 axes = drawing.add_subplot(grid[row, column])
+                means = []
                 for method in METHODS:
                     count = 0 if method in WITHOUT_DATA else max(settings.examples)
                     share, losses = of(curves, net, method, count)
                     _band(axes, share, losses, styles[method], method)
-                axes.set_yscale('symlog', linthresh=1)
+                    means.append(losses.mean(0))
+                _loss_axis(axes, np.stack(means))
                 axes.set_title(f'{TITLES[net]}: {title}')
                 axes.set_xlabel('units removed (%)')
                 axes.set_ylabel('increase of the test loss')
@@ -307,6 +309,17 @@ def _band(axes: Axes, x: np.ndarray, values: np.ndarray, props: dict, label: str
     every = max(len(x) // 8, 1)
     axes.plot(x, values.mean(0), **props, markersize=4, markevery=every, label=label)
     axes.fill_between(x, low, high, color=props['color'], alpha=0.13, linewidth=0)
+
+
+def _loss_axis(axes: Axes, means: np.ndarray) -> None:
+    """Logarithmic above 0.1, linear below; made for the means, as intervals may be much wider."""
+    low, high = 1.5 * min(means.min(), -0.02), 1.5 * max(means.max(), 0.1)
+    axes.set_yscale('symlog', linthresh=0.1)
+    axes.set_ylim(low, high)
+    decades = [sign * 10.0**power for sign in (1, -1) for power in range(-1, 6)]
+    ticks = [value for value in (0, *decades) if low <= value <= high]
+    axes.set_yticks(ticks, [f'{value:g}' for value in ticks])
+    axes.set_yticks([], minor=True)
 
 
 def draw_areas(curves: pl.DataFrame, nets: Sequence[str], settings: Settings) -> bytes:

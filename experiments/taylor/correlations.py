@@ -206,8 +206,9 @@ def _scatter(axes: Axes, exact: pl.DataFrame, of: pl.DataFrame) -> None:
         here, shade = depth == layer, 0.75 - 0.75 * layer / max(depth.max(), 1)
         x, y = exact['signed'].to_numpy()[here], of['signed'].to_numpy()[here]
         axes.plot(x, y, '.', markersize=4, color=str(shade))
-    axes.ticklabel_format(scilimits=(-2, 3))
     axes.locator_params(nbins=4)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter('{x:.3g}')
 
 
 def _identity(axes: Axes) -> None:

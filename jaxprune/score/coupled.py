@@ -102,7 +102,7 @@ def coupled_score(
         values = _values(problem, key, view, batches, weights, measure, train)
         made = {}
         for layer, family in by.families.items():
-            part = _part(family, members, values, layer)
+            part = _part(family, members, values, layer, parameters)
             scores = _reduced(values, part, slices, reduce)
             scores = jnp.sqrt(scores) if root else scores
             made[layer] = reduced(scores[None], reduce='first', normalise=normalise)
@@ -122,12 +122,17 @@ def _reduced(
     return local.sum(0) / local_scores(ones, family).sum(0)
 
 
-def _part(family: object, members: str, values: Mapping[str, jax.Array], layer: str) -> _Members:
+def _part(
+    family: object, members: str, values: Mapping[str, jax.Array], layer: str, parameters: str
+) -> _Members:
     """The members of a family that count."""
     roles = ('out', 'along') if members == 'out' else ('out', 'along', 'in')
     part = tuple(m for m in family.members if m.role in roles and m.path in values)
     if not part:
-        raise PruneError(f'no parameter of {quoted(layer)} counts: see parameters= and members=')
+        raise PruneError(
+            f'parameters: no {members!r} parameter of layer {quoted(layer)} is among '
+            f'{quoted(parameters)}; choose others, or keep that layer whole (prunable=)'
+        )
     return _Members(family.size, part)
 
 
