@@ -166,7 +166,7 @@ def test_a_chunk_goes_on_where_it_stopped(tmp_path, strategy, first, second, aft
 @pytest.mark.parametrize(
     ('label', 'after'),
     [
-        ('hooked', 4),
+        pytest.param('hooked', 4, marks=pytest.mark.more),
         ('rewound', 4),
         pytest.param('along', 3, marks=pytest.mark.more),
         pytest.param('returning', 3, marks=pytest.mark.more),

