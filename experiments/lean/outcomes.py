@@ -206,56 +206,57 @@ def figures(rounds: pl.DataFrame, examples: pl.DataFrame, side: int) -> dict[str
 
 def draw_curves(rounds: pl.DataFrame, examples: pl.DataFrame) -> bytes:
     """Quality against the share left, and the share left against the target."""
-    names = (LEAN, *(m for m in METHODS if m != LEAN))
-    styles = style.lines(names)
+    styles = style.lines(tuple(METHODS))
+    every = np.sort(rounds['target'].unique().to_numpy())[::-1]
+    nothing = examples['background'][0] / len(CLASSES)
     with style.context():
         drawing = style.figure(style.WIDTH, 4.4)
         grid = drawing.add_gridspec(1, 2, width_ratios=(3, 2))
         left, right = (drawing.add_subplot(grid[0, k]) for k in range(2))
-        every = np.sort(rounds['target'].unique().to_numpy())[::-1]
-        for name in names:
+        for name in METHODS:
             iou, share = (
                 np.stack([values(rounds, name, t, column) for t in every])
                 for column in ('iou', 'share')
             )
-            _band(left, share.mean(1), iou, styles[name], name)
-            _band(right, every, share, styles[name], name)
+            _band(left, share.mean(1), iou, student_interval(iou), styles[name], name)
+            _band(right, every, share, (share.min(1), share.max(1)), styles[name], name)
         dense = values(rounds, DENSE, float(every[-1]), 'iou').mean()
         left.axhline(dense, color=style.INK, linewidth=0.8, label=f'{DENSE}, trained as long')
-        nothing = examples['background'][0] / len(CLASSES)
-        left.axhline(
-            nothing, color=style.QUIET, linewidth=0.8, linestyle=':', label='all background'
-        )
-        right.plot(every, every, color=style.QUIET, linewidth=0.8, linestyle='--')
-        right.annotate(
-            'all that was to be kept', (8, 9.5), color=style.QUIET, rotation=38, fontsize=8.5,
-            ha='center', rotation_mode='anchor',
-        )  # fmt: skip
-        right.set_yscale('log')
-        right.set_ylim(0.18, 120)
+        quiet = {'color': style.QUIET, 'linewidth': 0.8}
+        left.axhline(nothing, **quiet, linestyle=':', label='all background')
+        right.plot(every, every, **quiet, linestyle='--')
+        left.set_ylim(nothing - 6, dense + 6)
         left.set_ylabel('mean IoU (%)')
         right.set_ylabel('convolutions on a path (%)')
         left.set_xlabel('convolutions on a path (%)')
-        right.set_xlabel('convolutions to keep (%)')
-        ticks = [100, 50, 20, 10, 5, 2, 1, 0.5]
+        right.set_xlabel('convolutions to keep (%); dashed: no more lost')
+        ticks = [100, 50, 20, 10, 5, 2, 1, 0.5, 0.2]
+        right.set_yscale('log')
+        right.set_ylim(0.15, 120)
+        right.set_yticks(ticks, [f'{t:g}' for t in ticks])
         for axes in (left, right):
             axes.set_xscale('log')
             axes.invert_xaxis()
-            axes.set_xticks(ticks, [f'{t:g}' for t in ticks])
+            shown = [t for t in ticks if t >= 0.5]
+            axes.set_xticks(shown, [f'{t:g}' for t in shown])
             axes.minorticks_off()
-        right.set_yticks([*ticks, 0.2], [f'{t:g}' for t in [*ticks, 0.2]])
-        right.minorticks_off()
         handles, labels = left.get_legend_handles_labels()
         drawing.legend(handles, labels, loc='outside upper center', ncols=4)
         return style.png(drawing)
 
 
-def _band(axes: Axes, x: np.ndarray, found: np.ndarray, props: dict, label: str) -> None:
-    """The mean over seeds with its interval; a logarithmic axis has no place for zero."""
+def _band(
+    axes: Axes,
+    x: np.ndarray,
+    found: np.ndarray,
+    ends: tuple[np.ndarray, np.ndarray],
+    props: dict,
+    label: str,
+) -> None:
+    """The mean over seeds in a band; a logarithmic axis has no place for zero."""
     at = x > 0
-    low, high = student_interval(found)
+    low, high = np.maximum(ends, 1e-3)
     axes.plot(x[at], found.mean(1)[at], **props, markersize=4.5, label=label)
-    low = np.maximum(low, 1e-3)  # one axis is logarithmic
     axes.fill_between(x[at], low[at], high[at], color=props['color'], alpha=0.13, linewidth=0)
 
 
