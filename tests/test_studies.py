@@ -172,10 +172,12 @@ def test_lean_study(tmp_path):
     command = [EXPERIMENTS / 'lean' / 'study.py', '--quick', '--out', out, *place]
     text = run(*command)
     assert {path.name for path in out.glob('*.png')} == {'lean.png', 'examples.png'}
-    assert text == (out / 'outcomes.md').read_text() + '\n' and text.count('\n## ') == 5
+    assert text == (out / 'outcomes.md').read_text() + '\n' and text.count('\n## ') == 6
     (parts,) = out.glob('parts_*')
     found = {path.stem: pl.read_parquet(path) for path in parts.glob('*_[01].parquet')}
-    assert len(found) == 12
+    where = pl.concat([found.pop('where_0'), found.pop('where_1')])
+    assert len(found) == 12 and where.filter(pl.col('method') == 'dense')['kept'].sum() == 2 * 3288
+    assert where.filter(pl.col('method') == 'LEAN')['kept'].sum() <= 2 * 164
     background = pl.read_parquet(parts / 'examples.parquet')['background'][0]
     for name, rounds in found.items():
         dense = found[f'not_pruned_{name[-1]}']

@@ -1,11 +1,14 @@
 """Tables, verdicts and figures of the study, from its measurements."""
 
+from typing import NamedTuple
+
 import numpy as np
 import polars as pl
 from descent import DENSE, METHODS
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from shapes import CLASSES
+from where import KEPT
 
 from jaxprune.report import markdown, style
 from jaxprune.report.text import number
@@ -27,6 +30,20 @@ LEVELS = (98, 95, 90, 80, 70, 60)
 SHOWN = (5, 1)
 
 
+class Tables(NamedTuple):
+    """What was measured.
+
+    Attributes:
+      rounds: the columns of `descent`, with `method` and `seed`.
+      where: those of `where_kept`, with `seed`.
+      examples: some test images and facts, see `examples_of`.
+    """
+
+    rounds: pl.DataFrame
+    where: pl.DataFrame
+    examples: pl.DataFrame
+
+
 def targets(rounds: pl.DataFrame) -> list[float]:
     """The targets nearest to `SHARES`, each once, falling."""
     every = rounds.filter(pl.col('target') < 99.9)['target'].unique().to_numpy()
@@ -40,15 +57,17 @@ def values(rounds: pl.DataFrame, method: str, target: float, column: str) -> np.
     return own.sort('seed')[column].to_numpy()
 
 
-def written(rounds: pl.DataFrame, examples: pl.DataFrame) -> str:
+def written(tables: Tables) -> str:
     """Everything as markdown."""
+    rounds = tables.rounds
     parts = [
         HEAD,
-        quality_text(rounds, examples),
+        quality_text(rounds, tables.examples),
         shares_text(rounds),
         better_text(rounds),
         fewer_text(rounds),
         lost_text(rounds),
+        where_text(tables.where),
     ]
     return '\n\n'.join(parts) + '\n'
 
@@ -193,14 +212,38 @@ def lost_text(rounds: pl.DataFrame) -> str:
     )
 
 
+def where_text(where: pl.DataFrame) -> str:
+    """The dense network has all of the convolutions."""
+    rows, scales = [], sorted(where['scale'].unique())
+    for method in ('dense', *METHODS):
+        own = where.filter(pl.col('method') == method)
+        of_seed = [frame.sort('scale') for _, frame in own.group_by('seed', maintain_order=True)]
+        kept = np.stack([frame['kept'].to_numpy() for frame in of_seed])
+        skips = np.array([frame['skips'].sum() for frame in of_seed])
+        total = np.maximum(kept.sum(1), 1)
+        cells = [mean_interval(100 * kept[:, k] / total, 0) for k in range(len(scales))]
+        rows.append([method, f'{total.mean():.0f}', *cells, mean_interval(100 * skips / total, 0)])
+    head = ['', 'kept', *(f'at 1/{2**k} of the side (%)' for k in scales), 'read a skip (%)']
+    return '\n'.join(
+        [
+            f'## Where are {100 * KEPT:g} %, kept in one round?',
+            '',
+            'Of the trained networks, before any retraining. The last column: convolutions that '
+            'read what the way down passed on, and not what comes from below.',
+            '',
+            markdown.table(head, rows),
+        ]
+    )
+
+
 # --- figures ------------------------------------------------------------------------------------
 
 
-def figures(rounds: pl.DataFrame, examples: pl.DataFrame, side: int) -> dict[str, bytes]:
+def figures(tables: Tables, side: int) -> dict[str, bytes]:
     """Name -> PNG."""
     return {
-        'lean': draw_curves(rounds, examples),
-        'examples': draw_examples(rounds, examples, side),
+        'lean': draw_curves(tables.rounds, tables.examples),
+        'examples': draw_examples(tables.rounds, tables.examples, side),
     }
 
 

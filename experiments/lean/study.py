@@ -22,11 +22,12 @@ import polars as pl
 sys.path.append(str(Path(__file__).parent.parent / 'shapley'))
 
 from descent import DENSE, METHODS, Schedule, convolutions, descent, make_shrink
-from outcomes import figures, written
+from outcomes import Tables, figures, written
 from parts import part
 from shapes import CLASSES, Drawn, drawn_sets
 from training import Net, make_measure, make_train
 from unet import unet_problem
+from where import where_kept
 
 import jaxprune as jp
 from jaxprune import data
@@ -93,25 +94,19 @@ def main() -> int:
     keep_compiled()
     settings = QUICK if arguments.quick else FULL
     try:
-        rounds, examples = measured(settings, arguments.out, arguments.data_dir)
+        tables = measured(settings, arguments.out, arguments.data_dir)
     except JaxpruneError as error:
         raise SystemExit(str(error)) from None
-    text = written(rounds, examples)
+    text = written(tables)
     write_whole(arguments.out / 'outcomes.md', text.encode())
-    for name, drawn in figures(rounds, examples, SIDE).items():
+    for name, drawn in figures(tables, SIDE).items():
         write_whole(arguments.out / f'{name}.png', drawn)
     print(text)
     return 0
 
 
-def measured(
-    settings: Settings, out: Path, data_dir: str | None
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """All rounds, and some test images; parts that are on disk are read.
-
-    Returns:
-      The columns of `descent` with `method` and `seed`; and those of `examples_of`.
-    """
+def measured(settings: Settings, out: Path, data_dir: str | None) -> Tables:
+    """All tables; parts that are on disk are read."""
     folder = out / f'parts_{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}'
     problem = unet_problem(settings.widths, len(CLASSES), SIDE)
 
@@ -143,8 +138,14 @@ def measured(
         key = jax.random.key(seed)
         return descent(dense, key, draw, settings.schedule, by, train, measure, masks)
 
-    frames = []
+    def where(seed: int) -> pl.DataFrame:
+        shrinks = {method: shrink(method) for method in METHODS}
+        return where_kept(*trained(seed), jax.random.key(seed), shrinks, settings.widths)
+
+    frames, places = [], []
     for seed in settings.seeds:
+        frame = part(folder / f'where_{seed}.parquet', functools.partial(where, seed))
+        places.append(frame.with_columns(seed=seed))
         for method in (DENSE, *METHODS):
             name = f'{method.replace(" ", "_")}_{seed}.parquet'
             frame = part(folder / name, functools.partial(rounds_of, method, seed))
@@ -155,7 +156,8 @@ def measured(
         masks = {p: np.ones(s.shape, bool) for p, s in jp.pick(net, problem.prunable).items()}
         return examples_of(sets()[1], settings.schedule.shown, convolutions(masks))
 
-    return pl.concat(frames), part(folder / 'examples.parquet', examples)
+    shown = part(folder / 'examples.parquet', examples)
+    return Tables(pl.concat(frames), pl.concat(places), shown)
 
 
 def examples_of(test: Drawn, count: int, size: int) -> pl.DataFrame:
