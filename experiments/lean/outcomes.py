@@ -57,7 +57,7 @@ def values(rounds: pl.DataFrame, method: str, target: float, column: str) -> np.
     return own.sort('seed')[column].to_numpy()
 
 
-def written(tables: Tables) -> str:
+def written(tables: Tables, side: int) -> str:
     """Everything as markdown."""
     rounds = tables.rounds
     parts = [
@@ -67,7 +67,7 @@ def written(tables: Tables) -> str:
         better_text(rounds),
         fewer_text(rounds),
         lost_text(rounds),
-        where_text(tables.where),
+        where_text(tables.where, side),
     ]
     return '\n\n'.join(parts) + '\n'
 
@@ -212,24 +212,24 @@ def lost_text(rounds: pl.DataFrame) -> str:
     )
 
 
-def where_text(where: pl.DataFrame) -> str:
-    """The dense network has all of the convolutions."""
+def where_text(where: pl.DataFrame, side: int) -> str:
     rows, scales = [], sorted(where['scale'].unique())
     for method in ('dense', *METHODS):
         own = where.filter(pl.col('method') == method)
         of_seed = [frame.sort('scale') for _, frame in own.group_by('seed', maintain_order=True)]
         kept = np.stack([frame['kept'].to_numpy() for frame in of_seed])
         skips = np.array([frame['skips'].sum() for frame in of_seed])
-        total = np.maximum(kept.sum(1), 1)
-        cells = [mean_interval(100 * kept[:, k] / total, 0) for k in range(len(scales))]
-        rows.append([method, f'{total.mean():.0f}', *cells, mean_interval(100 * skips / total, 0)])
-    head = ['', 'kept', *(f'at 1/{2**k} of the side (%)' for k in scales), 'read a skip (%)']
+        rows.append([method, *(f'{count:.1f}' for count in (kept.sum(1).mean(), *kept.mean(0)))])
+        rows[-1].append(f'{skips.mean():.1f}')
+    sides = [side // 2**k for k in scales]
+    head = ['', 'all', *(f'on {n} x {n}' for n in sides), 'read a skip connection']
     return '\n'.join(
         [
             f'## Where are {100 * KEPT:g} %, kept in one round?',
             '',
-            'Of the trained networks, before any retraining. The last column: convolutions that '
-            'read what the way down passed on, and not what comes from below.',
+            'Convolutions of the trained networks on a path before any retraining, the mean over '
+            'seeds: all, those on maps of each size, and those that read what the way down passed '
+            'on.',
             '',
             markdown.table(head, rows),
         ]
@@ -280,7 +280,7 @@ def draw_curves(rounds: pl.DataFrame, examples: pl.DataFrame) -> bytes:
         for axes in (left, right):
             axes.set_xscale('log')
             axes.invert_xaxis()
-            shown = [t for t in ticks if t >= 0.5]
+            shown = ticks if axes is left else ticks[:-1]
             axes.set_xticks(shown, [f'{t:g}' for t in shown])
             axes.minorticks_off()
         handles, labels = left.get_legend_handles_labels()

@@ -97,7 +97,7 @@ def main() -> int:
         tables = measured(settings, arguments.out, arguments.data_dir)
     except JaxpruneError as error:
         raise SystemExit(str(error)) from None
-    text = written(tables)
+    text = written(tables, SIDE)
     write_whole(arguments.out / 'outcomes.md', text.encode())
     for name, drawn in figures(tables, SIDE).items():
         write_whole(arguments.out / f'{name}.png', drawn)
