@@ -166,7 +166,8 @@ def test_shapley_and_taylor(tmp_path):
 def test_lean_study(tmp_path):
     """Expectation: all methods of a seed begin at the same dense network; no round leaves more than
     its target or brings anything back, and the control keeps all; tables have the means of the
-    measurements; the dense networks find shapes; a second call measures nothing anew."""
+    measurements; the dense networks find shapes, and with half of the convolutions those find more
+    that were not pruned at random; a second call measures nothing anew."""
     out = tmp_path / 'lean'
     place = ('--data-dir', prepared('cifar10'))
     command = [EXPERIMENTS / 'lean' / 'study.py', '--quick', '--out', out, *place]
@@ -186,8 +187,10 @@ def test_lean_study(tmp_path):
             assert (rounds['share'] == 100).all()
             continue
         assert (rounds['share'] <= rounds['target'] + 0.02).all()  # half a convolution of 3288
-        assert (rounds['share'].diff().drop_nulls() <= 0).all() and rounds['share'][-1] < 2.1
-    assert found['LEAN_0']['labels'][2] != found['random_0']['labels'][2]
+        assert (rounds['share'].diff().drop_nulls() <= 0).all() and rounds['share'][-1] < 5.1
+    for seed in (0, 1):
+        half = {name: found[f'{name}_{seed}']['iou'][1] for name in ('LEAN', 'L1_norm', 'random')}
+        assert min(half['LEAN'], half['L1_norm']) > half['random'] + 2
     line = next(line for line in text.splitlines() if line.startswith('| L1 norm | '))
     mean = sum(found[f'L1_norm_{seed}']['iou'][1] for seed in (0, 1)) / 2
     assert line.split('|')[3].split()[0] == f'{mean:.1f}'

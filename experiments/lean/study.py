@@ -78,7 +78,7 @@ QUICK = FULL._replace(
     train=400,
     test=100,
     steps=100,
-    schedule=FULL.schedule._replace(last=0.02, rounds=4, steps=4),
+    schedule=FULL.schedule._replace(last=0.05, rounds=4, steps=12),
     seeds=(0, 1),
 )
 
