@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import polars as pl
 import pytest
 from prepared import prepared
 
+import jaxprune as jp
 from jaxprune.sweep.store import read_results
 
 EXPERIMENTS = Path(__file__).parent.parent / 'experiments'
@@ -158,6 +160,98 @@ def test_shapley_and_taylor(tmp_path):
         left = scores.filter((pl.col('method') == 'leave one out') & (pl.col('examples') == 200))
         exact = left.sort('layer', 'unit')['score'].to_numpy()
         np.testing.assert_allclose(values['oracle'], exact, atol=1e-6)
+
+
+@pytest.mark.script
+def test_lean_study(tmp_path):
+    """Expectation: all methods of a seed begin at the same dense network; no round leaves more than
+    its target or brings anything back, and the control keeps all; tables have the means of the
+    measurements; the dense networks find shapes, and with half of the convolutions those find more
+    that were not pruned at random; a second call measures nothing anew."""
+    out = tmp_path / 'lean'
+    place = ('--data-dir', prepared('cifar10'))
+    command = [EXPERIMENTS / 'lean' / 'study.py', '--quick', '--out', out, *place]
+    text = run(*command)
+    assert {path.name for path in out.glob('*.png')} == {'lean.png', 'examples.png'}
+    assert text == (out / 'outcomes.md').read_text() + '\n' and text.count('\n## ') == 6
+    (parts,) = out.glob('parts_*')
+    found = {path.stem: pl.read_parquet(path) for path in parts.glob('*_[01].parquet')}
+    where = pl.concat([found.pop('where_0'), found.pop('where_1')])
+    assert len(found) == 12 and where.filter(pl.col('method') == 'dense')['kept'].sum() == 2 * 3288
+    assert where.filter(pl.col('method') == 'LEAN')['kept'].sum() <= 2 * 164
+    background = pl.read_parquet(parts / 'examples.parquet')['background'][0]
+    for name, rounds in found.items():
+        dense = found[f'not_pruned_{name[-1]}']
+        assert rounds.row(0) == dense.row(0) and rounds['accuracy'][0] > background + 5
+        if name.startswith('not_pruned'):
+            assert (rounds['share'] == 100).all()
+            continue
+        assert (rounds['share'] <= rounds['target'] + 0.02).all()  # half a convolution of 3288
+        assert (rounds['share'].diff().drop_nulls() <= 0).all() and rounds['share'][-1] < 5.1
+    for seed in (0, 1):
+        half = {name: found[f'{name}_{seed}']['iou'][1] for name in ('LEAN', 'L1_norm', 'random')}
+        assert min(half['LEAN'], half['L1_norm']) > half['random'] + 2
+    line = next(line for line in text.splitlines() if line.startswith('| L1 norm | '))
+    mean = sum(found[f'L1_norm_{seed}']['iou'][1] for seed in (0, 1)) / 2
+    assert line.split('|')[3].split()[0] == f'{mean:.1f}'
+    again = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert again.stdout == text and ' of CPU time' not in again.stderr
+
+
+@pytest.fixture
+def lean_study(monkeypatch):
+    """Imports a module of the study by its name."""
+    monkeypatch.syspath_prepend(EXPERIMENTS / 'lean')
+    return importlib.import_module
+
+
+def test_lean_study_prunes_and_cuts_off(lean_study):
+    """Expectation: NumPy. The largest kernels by the sum of absolute values are kept; those that
+    are dropped beyond these do nothing, as norms have no shift yet and outputs stay the same. Of
+    filters every layer keeps the largest by the same sum over all its inputs."""
+    problem = lean_study('unet').unet_problem((2, 4), 3, 8)
+    descent, training = lean_study('descent'), lean_study('training')
+    net = training.Net(*jax.jit(problem.init)(jax.random.key(3)))
+    weights = jax.device_get(jp.pick(net.params, problem.prunable))
+    assert 'head/kernel' not in weights and len(weights) == 6
+    dense = {path: np.ones(w.shape, bool) for path, w in weights.items()}
+    total = descent.convolutions(dense)
+    assert total == 2 * 3 + 2 * 2 + 4 * 2 + 4 * 4 + 2 * (2 + 4) + 2 * 2
+    key, wanted = jax.random.key(0), 20
+    masks = descent.make_shrink(problem, 'L1 norm', 8)(key, net, dense, wanted)
+    norms = {path: abs(w).sum((0, 1), keepdims=True) for path, w in weights.items()}
+    bound = np.sort(np.concatenate([n.ravel() for n in norms.values()]))[-wanted]
+    largest = {p: np.broadcast_to(norms[p] >= bound, w.shape) for p, w in weights.items()}
+    assert all((masks[path] <= largest[path]).all() for path in masks)
+    assert 0 < descent.convolutions(masks) < descent.convolutions(largest) == wanted
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype('f')
+    scores = jax.jit(lambda p: problem.apply(p, net.model_state, x, train=False, key=None)[0])
+    one, other = (scores(jp.apply_masks(net.params, m)) for m in (masks, largest))
+    assert np.ptp(one) > 0.01
+    np.testing.assert_allclose(one, other, atol=1e-6)
+    again = descent.make_shrink(problem, 'LEAN', 8)(key, net, masks, wanted)
+    assert again is masks  # fewer are left than are to be kept
+
+    masks = descent.make_shrink(problem, 'filters by L1 norm', 8)(key, net, dense, 10)
+    assert descent.convolutions(masks) == 3 + 1 + 1 + 1 + 2 + 1
+    for path, mask in masks.items():
+        (kept,) = mask.any((0, 1, 2)).nonzero()
+        assert kept.tolist() == [norms[path].sum((0, 1, 2)).argmax()]
+
+
+def test_lean_study_scores_pixels(lean_study):
+    """Expectation: by hand. Of the pixels that have or get a class 2 of 3, 3 of 4 and none are
+    right. Outside of shapes an image is itself and noise, inside of circles it is not."""
+    labels, truth = np.array([[0, 1, 1], [0, 1, 0]]), np.array([[0, 1, 1], [1, 1, 0]])
+    mean_iou = lean_study('training').mean_iou
+    assert mean_iou(labels, truth) == pytest.approx(100 * (2 / 3 + 3 / 4 + 0) / 3)
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    drawn = lean_study('shapes').drawn_over(images, draw)
+    change = (0.25 * drawn.images + 0.5) - images / 255
+    outside = change[drawn.truth == 0]
+    assert abs(outside.std() - 0.05) < 2e-3 and change[drawn.truth == 1].std() > 0.2
+    assert set(np.unique(drawn.truth)) == {0, 1, 2} and 0.1 < (drawn.truth > 0).mean() < 0.4
 
 
 def _areas(curves: pl.DataFrame) -> float:
