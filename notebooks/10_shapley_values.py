@@ -106,7 +106,7 @@ digits = data.load('mnist_small')
 
 
 def batch(split, count):
-    """So many digits as a `Batch`."""
+    """The first `count` digits as a `Batch`."""
     images = split.images[:count].reshape(count, -1).astype('float32')
     return jp.Batch(jnp.asarray((images / 255 - 0.13) / 0.31), jnp.asarray(split.labels[:count]))
 

@@ -7,7 +7,7 @@ import pytest
 
 MORE = pytest.mark.more
 
-#: Points of `importance`, which stands for them: the same code with other options.
+#: The same code as `importance` with other options: most laws take `importance` alone.
 POINTS = (
     'loss_preservation',
     'biased_loss_preservation',
@@ -19,8 +19,8 @@ POINTS = (
 KINDS = ('random', 'snip', 'grasp', 'synflow', 'force', 'gate_taylor')
 
 
-#: Methods that most laws hold to in slow tests only: they passed, and their code does not change. A
-#: method that is not in this list, such as one registered a minute ago, gets every law by default.
+#: Methods that most laws test in slow cases, or with `-m more`. A method that is not in this list, such
+#: as a new one, gets every law by default.
 SETTLED = frozenset(
     {
         *POINTS,

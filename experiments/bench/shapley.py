@@ -292,8 +292,8 @@ def whole_scores(settings, tables: list[Table], publish: Callable) -> None:
                 continue
             found, times = compiled_score(case, loop, size, permutations)
             expected = found if expected is None else expected
-            told = [agreement([found[k]], expected[k], scale) for k in expected]
-            values = next((each for each in told if each != 'equal'), 'equal')
+            verdicts = [agreement([found[k]], expected[k], scale) for k in expected]
+            values = next((each for each in verdicts if each != 'equal'), 'equal')
             table.rows[-1] |= times | {'values': values}
             print(table.rows[-1], flush=True)
             publish()
@@ -374,8 +374,8 @@ def costs(settings, tables: list[Table], notes: list[str], publish: Callable) ->
         for field, own in axes.items():
             points = [(getattr(each, field), middle[each]) for each in own]
             powers[field] = np.polyfit(*np.log(np.array(points)).T, 1)[0]
-        told = ', '.join(f'{field} to the power {power:.2f}' for field, power in powers.items())
-        notes.append(f'{name}: seconds go with {told}')
+        found = ', '.join(f'{field} to the power {power:.2f}' for field, power in powers.items())
+        notes.append(f'{name}: seconds go with {found}')
         publish()
 
 

@@ -24,7 +24,7 @@ class Net(NamedTuple):
     Attributes:
       make: the flax module, or None for `channels_first`.
       layer: number of the layer whose units are removed, in forward order.
-      orders, examples: so many for the tables.
+      orders, examples: how many the tables take.
     """
 
     make: Callable[[], Any] | None

@@ -40,7 +40,7 @@ METHODS = {
 #: Trained as long as the others, nothing is pruned.
 DENSE = 'not pruned'
 
-#: `(key, net, masks, wanted) -> masks` of at most so many convolutions.
+#: `(key, net, masks, wanted) -> masks` of at most `wanted` convolutions.
 ShrinkFn = Callable[[Key, Net, Masks, int], Masks]
 
 

@@ -26,7 +26,7 @@ LEAN = 'LEAN'
 SINGLE = ('operator norm', 'L1 norm')
 #: Levels of IoU, in % of the dense network's.
 LEVELS = (98, 95, 90, 80, 70, 60)
-#: Shares in % of the figure with examples, and its methods.
+#: Shares in % of the figure with examples.
 SHOWN = (5, 1)
 
 
@@ -72,23 +72,24 @@ def written(tables: Tables, side: int) -> str:
     return '\n\n'.join(parts) + '\n'
 
 
-def mean_interval(found: np.ndarray, digits: int = 1) -> str:
-    low, high = student_interval(found)
-    return f'{found.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]'
-
-
 def quality_text(rounds: pl.DataFrame, examples: pl.DataFrame) -> str:
     background = examples['background'][0]
     lines = [
         f'## Quality by share of the {examples["convolutions"][0]:,} convolutions',
         '',
-        'Columns: the share that a round is to keep. Less is left where that cut off others, see '
+        'Columns: the target of a round. Fewer are left where some are on no path any more: see '
         'the next table. A network that calls everything background has a mean IoU of '
         f'{background / len(CLASSES):.1f} % and an accuracy of {background:.1f} %.',
     ]
     for column, what in (('iou', 'Mean IoU (%)'), ('accuracy', 'Pixel accuracy (%)')):
         rows = [
-            [method, *(mean_interval(values(rounds, method, t, column)) for t in _columns(rounds))]
+            [
+                method,
+                *(
+                    markdown.interval(values(rounds, method, t, column), 1)
+                    for t in _columns(rounds)
+                ),
+            ]
             for method in (DENSE, *METHODS)
         ]
         lines += ['', f'{what}:', '', markdown.table(['', *_heads(rounds)], rows)]
@@ -148,13 +149,16 @@ def better_text(rounds: pl.DataFrame) -> str:
 
 
 def fewest(rounds: pl.DataFrame, method: str, level: float) -> np.ndarray:
-    """The smallest share of any round with at least `level` % of the dense IoU; by seed."""
+    """The share left by the last round before the IoU first falls below `level` % of that before
+    pruning; by seed."""
     found = []
     for _, own in (
         rounds.filter(pl.col('method') == method).sort('seed').group_by('seed', maintain_order=True)
     ):
-        dense = own.filter(pl.col('target') > 99.9)['iou'][0]
-        found.append(own.filter(pl.col('iou') >= level / 100 * dense)['share'].min())
+        own = own.sort('target', descending=True)
+        enough = own['iou'].to_numpy() >= level / 100 * own['iou'][0]
+        last = len(own) if enough.all() else int(np.argmin(enough))
+        found.append(own['share'][last - 1])
     return np.array(found, float)
 
 
@@ -169,14 +173,14 @@ def fewer_text(rounds: pl.DataFrame) -> str:
             word = 'holds' if low > 1 else 'reversed' if high < 1 else 'open'
             cells.append(f'{word}, {np.exp(gain.mean()):.2f} [{low:.2f}, {high:.2f}]')
         rows.append([f'{level} %', *cells])
-    head = ['of the dense IoU', *METHODS, *(f'{other} / {LEAN}' for other in SINGLE)]
+    head = ['of the IoU before pruning', *METHODS, *(f'{other} / {LEAN}' for other in SINGLE)]
     return '\n'.join(
         [
             '## How many convolutions does a quality need?',
             '',
-            'The smallest share really left (%) of any round with at least this part of the IoU of '
-            'the dense network, the geometric mean over seeds. Last: how many times fewer LEAN '
-            'needs than pruning of single kernels; "holds" if the interval lies above 1. '
+            'The share really left (%) by the last round before the IoU first falls below this '
+            'part of that before pruning, the geometric mean over seeds. Last: how many times '
+            'fewer LEAN needs than single kernels do; "holds" if the interval lies above 1. '
             'Published: 1.7 to 12.',
             '',
             markdown.table(head, rows),
@@ -187,7 +191,7 @@ def fewer_text(rounds: pl.DataFrame) -> str:
 def lost_text(rounds: pl.DataFrame) -> str:
     rows = []
     for column, what in (('iou', 'mean IoU'), ('accuracy', 'pixel accuracy')):
-        for base, name in ((None, 'the dense network'), (DENSE, f'{DENSE}, trained as long')):
+        for base, name in ((None, 'before pruning'), (DENSE, f'{DENSE}, trained as long')):
             cells = []
             for target in targets(rounds):
                 before = (
@@ -263,16 +267,16 @@ def draw_curves(rounds: pl.DataFrame, examples: pl.DataFrame) -> bytes:
             )
             _band(left, share.mean(1), iou, student_interval(iou), styles[name], name)
             _band(right, every, share, (share.min(1), share.max(1)), styles[name], name)
-        dense = values(rounds, DENSE, float(every[-1]), 'iou').mean()
-        left.axhline(dense, color=style.INK, linewidth=0.8, label=f'{DENSE}, trained as long')
+        dense = np.array([values(rounds, DENSE, t, 'iou').mean() for t in every])
+        left.plot(every, dense, color=style.INK, linewidth=0.8, label=f'{DENSE}, trained as long')
         quiet = {'color': style.QUIET, 'linewidth': 0.8}
         left.axhline(nothing, **quiet, linestyle=':', label='all background')
         right.plot(every, every, **quiet, linestyle='--')
-        left.set_ylim(nothing - 6, dense + 6)
+        left.set_ylim(nothing - 6, dense.max() + 6)
         left.set_ylabel('mean IoU (%)')
         right.set_ylabel('convolutions on a path (%)')
         left.set_xlabel('convolutions on a path (%)')
-        right.set_xlabel('convolutions to keep (%); dashed: no more lost')
+        right.set_xlabel('target (%); dashed: none is redundant')
         ticks = [100, 50, 20, 10, 5, 2, 1, 0.5, 0.2]
         right.set_yscale('log')
         right.set_ylim(0.15, 120)

@@ -4,13 +4,12 @@
 
 Trains U-Nets that find shapes drawn over CIFAR-10 images, and prunes them in rounds down to 0.5 %
 of their convolutions: by LEAN, by norms of single kernels, by norms of whole filters, at random.
-What is finished lies in the output folder, and a second call goes on from there. Prints markdown,
+Finished parts are kept in the output folder: a second call goes on from there. Prints markdown,
 and writes it with two figures into the folder.
 """
 
 import argparse
 import functools
-import hashlib
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -19,11 +18,11 @@ import jax
 import numpy as np
 import polars as pl
 
-sys.path.append(str(Path(__file__).parent.parent / 'shapley'))
+sys.path.append(str(Path(__file__).parent.parent / 'common'))
 
 from descent import DENSE, METHODS, Schedule, convolutions, descent, make_shrink
 from outcomes import Tables, figures, written
-from parts import part
+from parts import folder_of, part
 from shapes import CLASSES, Drawn, drawn_sets
 from training import Net, make_measure, make_train
 from unet import unet_problem
@@ -107,7 +106,7 @@ def main() -> int:
 
 def measured(settings: Settings, out: Path, data_dir: str | None) -> Tables:
     """All tables; parts that are on disk are read."""
-    folder = out / f'parts_{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}'
+    folder = folder_of(out, settings)
     problem = unet_problem(settings.widths, len(CLASSES), SIDE)
 
     @functools.cache

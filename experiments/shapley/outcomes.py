@@ -15,9 +15,12 @@ from jaxprune.stats import student_interval
 HEAD = """\
 # Outcomes of the study of Shapley values
 
-Intervals: Student's, of 95 %, for the mean over seeds; differences are paired by seed. The
-networks, and what all this says: [README](README.md)."""
+Intervals: Student's, of 95 %, for the mean over seeds; differences are paired by seed. A seed
+is a network: all of them are scored on the same examples. The networks, and what all this says:
+[README](README.md)."""
 SHAPLEY, SPARED, RANDOM = 'Shapley', 'Shapley, mean + 2 std', 'random'
+#: Methods whose intervals are drawn: nine of them would hide each other.
+BANDS = (SPARED, RANDOM)
 #: Shares at which curves of layers of different sizes are averaged.
 GRID = np.linspace(0, 1, 41)
 
@@ -30,6 +33,7 @@ def written(tables: dict[str, pl.DataFrame], settings: Settings) -> str:
         areas_text(tables['curves'], nets, settings),
         claims_text(tables['curves'], nets, settings),
         global_text(tables['finetuned'], nets, settings),
+        left_text(tables['left'], nets, settings),
         random_text(tables['finetuned'], nets, settings),
         untrained_text(tables['untrained'], settings),
     ]
@@ -63,7 +67,7 @@ def areas_text(curves: pl.DataFrame, nets: Sequence[str], settings: Settings) ->
     for net in nets:
         for method in METHODS:
             counts = [0] if method in WITHOUT_DATA else settings.examples
-            cells = [mean_interval(areas(curves, net, method, count), 3) for count in counts]
+            cells = [markdown.interval(areas(curves, net, method, count), 3) for count in counts]
             rows.append(
                 [TITLES[net], method, *(cells * len(settings.examples))[: len(settings.examples)]]
             )
@@ -79,11 +83,6 @@ def areas_text(curves: pl.DataFrame, nets: Sequence[str], settings: Settings) ->
     )
 
 
-def mean_interval(values: np.ndarray, digits: int) -> str:
-    low, high = student_interval(values)
-    return f'{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]'
-
-
 def claims_text(curves: pl.DataFrame, nets: Sequence[str], settings: Settings) -> str:
     """The paper's order of areas, one difference after another."""
     pairs = [(SHAPLEY, other) for other in METHODS if other not in (SHAPLEY, SPARED)]
@@ -92,6 +91,7 @@ def claims_text(curves: pl.DataFrame, nets: Sequence[str], settings: Settings) -
         (SPARED, RANDOM),
         ('Taylor, absolute', 'Taylor, signed'),
         (RANDOM, 'APoZ'),
+        (RANDOM, 'Taylor, signed'),
         ('weight norm', RANDOM),
         ('sensitivity', RANDOM),
         ('Taylor, absolute', RANDOM),
@@ -151,13 +151,13 @@ def global_text(frame: pl.DataFrame, nets: Sequence[str], settings: Settings) ->
     rows = []
     for net in nets:
         dense = [
-            mean_interval(tuned(frame, net, 'dense', 0, column), 1)
+            markdown.interval(tuned(frame, net, 'dense', 0, column), 1)
             for column in ('accuracy', 'tuned_accuracy')
         ]
         rows.append([TITLES[net], 'nothing removed', *(dense * len(settings.shares))])
         for method in METHODS:
             cells = [
-                mean_interval(tuned(frame, net, method, share, column), 1)
+                markdown.interval(tuned(frame, net, method, share, column), 1)
                 for share in settings.shares
                 for column in ('accuracy', 'tuned_accuracy')
             ]
@@ -169,9 +169,32 @@ def global_text(frame: pl.DataFrame, nets: Sequence[str], settings: Settings) ->
         [
             '## All layers in one ranking: test accuracy (%) before and after fine-tuning',
             '',
-            f'Scores of {max(settings.examples)} examples; every layer keeps its best unit.',
+            f'Scores of {max(settings.examples)} examples, one random ranking. Weight norms are '
+            'divided by the mean of their layer, other scores are compared as is. Every layer '
+            'keeps its best unit.',
             '',
             markdown.table(head, rows),
+        ]
+    )
+
+
+def left_text(frame: pl.DataFrame, nets: Sequence[str], settings: Settings) -> str:
+    """Units of each layer that a ranking of all layers leaves."""
+    share = settings.shares[len(settings.shares) // 2]
+    rows = []
+    for net in nets:
+        own = frame.filter((pl.col('net') == net) & ((pl.col('share') - share).abs() < 1e-6))
+        for method in METHODS:
+            of = own.filter(pl.col('method') == method)
+            layers = of.group_by('layer', maintain_order=True).agg(pl.col('units').mean())
+            rows.append([TITLES[net], method, ', '.join(f'{n:.1f}' for n in layers['units'])])
+    return '\n'.join(
+        [
+            f'## Units left in each layer at {100 * share:g} %',
+            '',
+            'From the input to the output, means over seeds.',
+            '',
+            markdown.table(['net', 'ranked by', 'units'], rows),
         ]
     )
 
@@ -214,7 +237,7 @@ def untrained_text(frame: pl.DataFrame, settings: Settings) -> str:
     rows = []
     for (stage,), own in frame.group_by('stage', maintain_order=True):
         values = [own.sort('seed')[c].to_numpy() for c in ('accuracy', 'left', 'first', 'last')]
-        rows.append([stage, *(mean_interval(v, 1) for v in values)])
+        rows.append([stage, *(markdown.interval(v, 1) for v in values)])
     head = ['', 'test accuracy (%)', 'parameters left (%)', 'units of layer 1', 'units of layer 2']
     width = settings.untrained_width
     return '\n'.join(
@@ -256,12 +279,12 @@ def draw_curves(curves: pl.DataFrame, nets: Sequence[str], settings: Settings) -
                 for method in METHODS:
                     count = 0 if method in WITHOUT_DATA else max(settings.examples)
                     share, losses = of(curves, net, method, count)
-                    _band(axes, share, losses, styles[method], method)
+                    _band(axes, share, losses, styles[method], method, method in BANDS)
                     means.append(losses.mean(0))
                 _loss_axis(axes, np.stack(means))
                 axes.set_title(f'{TITLES[net]}: {title}')
                 axes.set_xlabel('units removed (%)')
-                axes.set_ylabel('increase of the test loss')
+                axes.set_ylabel('increase of the loss (log above 0.1)')
         handles, labels = axes.get_legend_handles_labels()
         drawing.legend(handles, labels, loc='outside upper center', ncols=5)
         return style.png(drawing)
@@ -303,12 +326,15 @@ def _of(curves: pl.DataFrame, net: str, method: str, examples: int) -> pl.DataFr
     )
 
 
-def _band(axes: Axes, x: np.ndarray, values: np.ndarray, props: dict, label: str) -> None:
-    """The mean over seeds with its interval."""
+def _band(
+    axes: Axes, x: np.ndarray, values: np.ndarray, props: dict, label: str, filled: bool
+) -> None:
+    """The mean over seeds, with its interval if asked."""
     low, high = student_interval(values.T)
     every = max(len(x) // 8, 1)
     axes.plot(x, values.mean(0), **props, markersize=4, markevery=every, label=label)
-    axes.fill_between(x, low, high, color=props['color'], alpha=0.13, linewidth=0)
+    if filled:
+        axes.fill_between(x, low, high, color=props['color'], alpha=0.13, linewidth=0)
 
 
 def _loss_axis(axes: Axes, means: np.ndarray) -> None:

@@ -3,13 +3,12 @@
     python experiments/shapley/study.py --out runs/shapley
 
 Trains small VGGs on CIFAR-10 and LeNet-5s on digits, ranks their units by nine methods on 100, 300
-and 1000 training examples, removes them in that order, and measures what is lost. What is finished
-lies in the output folder, and a second call goes on from there. Prints markdown, and writes it with
+and 1000 training examples, removes them in that order, and measures what is lost. Finished parts
+are kept in the output folder: a second call goes on from there. Prints markdown, and writes it with
 three figures into the folder.
 """
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -17,16 +16,20 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+
+sys.path.append(str(Path(__file__).parent.parent / 'common'))
+
 from curves import kept_units, removal_curves
 from outcomes import figures, written
-from parts import part
-from scores import make_rankings, rankings_of, table_of
-from trained import FULL, QUICK, TITLES, Net, Settings, finetuned, trained_net
+from parts import folder_of, part
+from scores import Ranking, make_rankings, rankings_of, table_of
+from trained import FULL, QUICK, TITLES, Net, Settings, finetuned, spec_of, trained_net
 from untrained import demonstration
 
 from jaxprune.errors import JaxpruneError
 from jaxprune.files import write_whole
 from jaxprune.sweep import keep_compiled, use_all_cores
+from jaxprune.sweep.load import spec_hash
 
 
 def main() -> int:
@@ -58,9 +61,9 @@ def main() -> int:
 def measured(
     settings: Settings, names: Sequence[str], out: Path, data_dir: str | None
 ) -> dict[str, pl.DataFrame]:
-    """The tables 'curves', 'finetuned' and 'untrained'; parts that are on disk are read."""
-    folder = out / f'parts_{hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}'
-    curves, finetuned_rows = [], []
+    """The tables 'curves', 'finetuned', 'left', 'untrained'; parts that are on disk are read."""
+    folder = folder_of(out, settings, *(spec_hash(spec_of(name, settings)) for name in TITLES))
+    curves, finetuned_rows, left = [], [], []
     for name in names:
         net = trained_net(name, settings, out / 'nets', data_dir)
         scored, scores = make_rankings(net, settings), []
@@ -73,12 +76,32 @@ def measured(
         make = partial(after_finetuning, net, scores, settings)
         frame = part(folder / f'{name}_finetuned.parquet', make)
         finetuned_rows.append(frame.with_columns(net=pl.lit(name)))
+        left.append(units_left(net, scores, settings).with_columns(net=pl.lit(name)))
     untrained = part(folder / 'untrained.parquet', partial(demonstration, settings))
     return {
         'curves': pl.concat(curves),
         'finetuned': pl.concat(finetuned_rows),
+        'left': pl.concat(left),
         'untrained': untrained,
     }
+
+
+def tuned_rankings(scores: pl.DataFrame, settings: Settings) -> list[Ranking]:
+    """Those of all examples; the first of the random ones."""
+    most = (0, max(settings.examples))
+    return [r for r in rankings_of(scores) if not r.draw and r.examples in most]
+
+
+def units_left(net: Net, scores: Sequence[pl.DataFrame], settings: Settings) -> pl.DataFrame:
+    """A row per seed, method, share of the units removed and layer: `units` that are left."""
+    rows = [
+        (seed, ranking.method, share, layer, int(own.sum()))
+        for seed, table in zip(net.seeds, scores, strict=True)
+        for ranking in tuned_rankings(table, settings)
+        for share in settings.shares
+        for layer, own in kept_units(ranking, share).items()
+    ]
+    return pl.DataFrame(rows, schema=['seed', 'method', 'share', 'layer', 'units'], orient='row')
 
 
 def after_finetuning(net: Net, scores: Sequence[pl.DataFrame], settings: Settings) -> pl.DataFrame:
@@ -92,9 +115,7 @@ def after_finetuning(net: Net, scores: Sequence[pl.DataFrame], settings: Setting
     for number, seed in enumerate(net.seeds):
         names.append((seed, 'dense', 0.0))
         kept.append((number, dense))
-        for ranking in rankings_of(scores[number]):
-            if ranking.draw or ranking.examples not in (0, max(settings.examples)):
-                continue
+        for ranking in tuned_rankings(scores[number], settings):
             for share in settings.shares:
                 names.append((seed, ranking.method, share))
                 kept.append((number, kept_units(ranking, share)))

@@ -108,7 +108,7 @@ class Net(NamedTuple):
       problem: network and loss.
       units: what competes.
       params: trained parameters, stacked over seeds.
-      model_state: batch statistics, likewise.
+      model_state: batch statistics, stacked as well.
       dataset: what it was trained on.
     """
 
@@ -122,6 +122,11 @@ class Net(NamedTuple):
     dataset: Dataset
 
 
+def spec_of(name: str, settings: Settings) -> SweepSpec:
+    """How a network of this folder is trained."""
+    return load_spec(HERE / f'{name}.toml', settings.sets[name])
+
+
 def trained_net(name: str, settings: Settings, nets: Path, data_dir: str | None = None) -> Net:
     """The network of a specification of this folder, trained unless it was before.
 
@@ -129,7 +134,7 @@ def trained_net(name: str, settings: Settings, nets: Path, data_dir: str | None 
       nets: folder of the trained parameters.
       data_dir: where prepared TFDS data lie.
     """
-    spec = load_spec(HERE / f'{name}.toml', settings.sets[name])
+    spec = spec_of(name, settings)
     dataset = data.load(spec.data.name, data_dir)
     program, engine, rows = engine_of(spec, runs(spec), dataset)
     like = jax.eval_shape(program.init, jax.random.key(0), program.hyper)

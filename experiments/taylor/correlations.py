@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
-from estimates import BATCHES, ESTIMATES, EXAMPLES, FIRST, NORM, ORACLE, SECOND, SHAPLEY
+from estimates import BATCHES, BEFORE, ESTIMATES, EXAMPLES, FIRST, NORM, ORACLE, SECOND, SHAPLEY
 from matplotlib.axes import Axes
 from scipy.stats import pearsonr, spearmanr
 from trained import TITLES
@@ -87,13 +87,16 @@ def _tables(table: pl.DataFrame, nets: Sequence[str]) -> list[str]:
             ]
             if any(cells):
                 rows.append([name, *cells])
-        head = ['', *(f'{kind}, {what}' for what in ('squares', 'as it is') for kind in KINDS)]
+        head = [
+            '',
+            *(f'{kind}, {what}' for what in ('squares', 'signed changes') for kind in KINDS),
+        ]
         parts.append(
             '\n'.join(
                 [
                     f'## Correlations with the oracle: {TITLES[net]}',
                     '',
-                    'Over all units: of squared changes, as the paper has them, and of changes.',
+                    'Over all units: of squared changes, as in the paper, and of signed ones.',
                     '',
                     markdown.table(head, rows),
                 ]
@@ -105,8 +108,7 @@ def _tables(table: pl.DataFrame, nets: Sequence[str]) -> list[str]:
 def _cell(values: np.ndarray) -> str:
     if not np.isfinite(values).all():
         return ''
-    low, high = student_interval(values)
-    return f'{values.mean():.3f} [{low:.3f}, {high:.3f}]'
+    return markdown.interval(values, 3)
 
 
 def claims_text(table: pl.DataFrame, nets: Sequence[str]) -> str:
@@ -126,7 +128,10 @@ def claims_text(table: pl.DataFrame, nets: Sequence[str]) -> str:
                 f'{SECOND} above {FIRST}, {kind}': of(SECOND, kind) - of(FIRST, kind),
                 f'{FIRST} above {NORM}, {kind}': of(FIRST, kind) - of(NORM, kind),
                 f'{FIRST} above {SHAPLEY}, {kind}': of(FIRST, kind) - of(SHAPLEY, kind),
+                f'{BATCHES} above {FIRST}, {kind}': of(BATCHES, kind) - of(FIRST, kind),
+                f'{EXAMPLES} above {FIRST}, {kind}': of(EXAMPLES, kind) - of(FIRST, kind),
                 f'{BATCHES} above {EXAMPLES}, {kind}': of(BATCHES, kind) - of(EXAMPLES, kind),
+                f'{FIRST} above {BEFORE}, {kind}': of(FIRST, kind) - of(BEFORE, kind),
             }
         rows += [[TITLES[net], claim, markdown.verdict(v, 3)] for claim, v in claims.items()]
     return '\n'.join(
@@ -171,7 +176,7 @@ def draw_correlations(table: pl.DataFrame, nets: Sequence[str]) -> bytes:
             axes.set_yticks(
                 range(len(ESTIMATES)), ESTIMATES if column == 0 else [''] * len(ESTIMATES)
             )
-            axes.invert_yaxis()
+            axes.set_ylim(len(ESTIMATES) - 0.5, -0.5)
             axes.set_xlim(-0.4, 1.03)
             axes.set_title(TITLES[net])
             axes.set_xlabel(f'correlation of squares with the oracle; dotted: {PUBLISHED}')
@@ -195,11 +200,13 @@ def draw_scatter(table: pl.DataFrame, nets: Sequence[str]) -> bytes:
                 of = own.filter(pl.col('estimate') == name).sort('depth', 'unit')
                 _scatter(axes, exact, of)
                 axes.set_title(f'{TITLES[net].split(",")[0]}: {name}')
-                axes.set_xlabel('change of the loss')
+                axes.set_xlabel('exact change of the loss')
+                axes.set_ylabel('weight norm' if name == NORM else 'estimate')
                 if name != NORM:
                     _identity(axes)
         drawing.suptitle(
-            'Sizes of changes, a point per unit; paler: nearer to the input; line: equal',
+            f'A point per unit, without its sign, at least {LEAST:g}; paler: nearer to the input; '
+            'line: equal',
             fontsize=10,
         )
         return style.png(drawing)

@@ -2,29 +2,29 @@
 
     python experiments/taylor/study.py --out runs/taylor --nets runs/shapley/nets
 
-The networks are those of `experiments/shapley`, trained here unless they are there. What is
-finished lies in the output folder, and a second call goes on from there. Prints markdown, and
+The networks are those of `experiments/shapley`, trained here unless they are there. Finished
+parts are kept in the output folder: a second call goes on from there. Prints markdown, and
 writes it with two figures into the folder.
 """
 
 import argparse
-import hashlib
 import sys
 from functools import partial
 from pathlib import Path
 
 import polars as pl
 
-sys.path.insert(0, str(Path(__file__).parent.parent / 'shapley'))
+sys.path += [str(Path(__file__).parent.parent / other) for other in ('shapley', 'common')]
 
 from correlations import figures, written
 from estimates import make_estimates
-from parts import part
+from parts import folder_of, part
 from trained import FULL, QUICK, TITLES, Settings, trained_net
 
 from jaxprune.errors import JaxpruneError
 from jaxprune.files import write_whole
 from jaxprune.sweep import keep_compiled, use_all_cores
+from jaxprune.sweep.load import spec_hash
 
 
 def main() -> int:
@@ -60,7 +60,7 @@ def measured(settings: Settings, arguments: argparse.Namespace) -> pl.DataFrame:
     for name in arguments.net or TITLES:
         net = trained_net(name, settings, arguments.nets, arguments.data_dir)
         estimates = make_estimates(net, settings)
-        folder = arguments.out / hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+        folder = folder_of(arguments.out, settings, spec_hash(net.spec))
         for number, seed in enumerate(net.seeds):
             frame = part(folder / f'{name}_{seed}.parquet', partial(estimates, number))
             frames.append(frame.with_columns(net=pl.lit(name), seed=seed))

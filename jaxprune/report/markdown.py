@@ -19,6 +19,12 @@ def spread(values: np.ndarray, digits: int = 2) -> str:
     return f'{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}'
 
 
+def interval(values: np.ndarray, digits: int = 2) -> str:
+    """Mean over seeds with its 95 % Student interval: `95.31 [95.10, 95.52]`."""
+    low, high = _interval(values)
+    return f'{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]'
+
+
 def difference(values: np.ndarray, digits: int = 2) -> str:
     """The mean of paired differences with its 95 % Student interval: `+0.19 [+0.03, +0.40]`."""
     low, high = _interval(values)

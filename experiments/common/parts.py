@@ -1,5 +1,6 @@
-"""Tables that are measured once and kept."""
+"""Tables of studies that are measured once and kept."""
 
+import hashlib
 import sys
 import time
 from collections.abc import Callable
@@ -8,6 +9,11 @@ from pathlib import Path
 import polars as pl
 
 from jaxprune.sweep.store import write_frame
+
+
+def folder_of(out: Path, *facts: object) -> Path:
+    """Where the tables of a study lie whose settings are these; others lie elsewhere."""
+    return out / f'parts_{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}'
 
 
 def part(path: Path, make: Callable[[], pl.DataFrame]) -> pl.DataFrame:
