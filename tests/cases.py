@@ -19,8 +19,8 @@ POINTS = (
 KINDS = ('random', 'snip', 'grasp', 'synflow', 'force', 'gate_taylor')
 
 
-#: Methods that most laws test in slow cases, or with `-m more`. A method that is not in this list, such
-#: as a new one, gets every law by default.
+#: Methods that most laws test in slow cases, or with `-m more`. A method that is not in this list,
+#: such as a new one, gets every law by default.
 SETTLED = frozenset(
     {
         *POINTS,

@@ -25,6 +25,7 @@ def test_verdicts():
     assert markdown.verdict(np.array([1.0, 2.0, 3.0])) == 'open, +2.00 [-0.48, +4.48]'
     assert markdown.verdict(np.array([3.0, 4.0, 5.0]), 1) == 'holds, +4.0 [+1.5, +6.5]'
     assert markdown.verdict(np.array([1.0, np.nan])).startswith('open, ')
+    assert markdown.interval(np.array([1.0, 2.0, 3.0])) == '2.00 [-0.48, 4.48]'
     assert markdown.verdict(-np.array([3.0, 4.0, 5.0]), 1) == 'reversed, -4.0 [-6.5, -1.5]'
 
 
