@@ -111,7 +111,7 @@ def test_isometry(tmp_path):
 @pytest.mark.script
 def test_shapley_and_taylor(tmp_path):
     """Expectation: every curve of a layer begins at the dense loss and ends at that without the
-    layer, whatever ranks it; areas are sums over a layer's removals; what is fine-tuned is better
+    layer, whatever ranks it; half of all 226 units are left at 50 %; areas are sums over a layer's removals; what is fine-tuned is better
     than what was just pruned; a second call measures nothing anew. The slope along a gate is the
     same before and after a ReLU, which is homogeneous, and without a norm also before that; the
     second study trains nothing, and its exact changes are the scores that the first one has."""
@@ -119,7 +119,7 @@ def test_shapley_and_taylor(tmp_path):
     place = ('--data-dir', prepared('cifar10', 'mnist'))
     text = run(folder / 'study.py', '--quick', '--out', out, *place)
     drawn = {path.name for path in out.glob('*.png')}
-    assert drawn == {'curves.png', 'areas.png', 'finetuning.png'} and text.count('\n## ') == 5
+    assert drawn == {'curves.png', 'areas.png', 'finetuning.png'} and text.count('\n## ') == 6
     (parts,) = out.glob('parts_*')
     found = pl.read_parquet(parts / 'lenet5_curves_1.parquet')
     layers = found.filter(pl.col('layer') != '*').group_by('layer', 'removed')
@@ -134,6 +134,9 @@ def test_shapley_and_taylor(tmp_path):
     ) / 2
     line = next(line for line in text.splitlines() if line.startswith('| LeNet-5, MNIST | APoZ |'))
     assert line.split('|')[4].split()[0] == f'{both:.3f}'
+    rows = [line.split('|') for line in text.splitlines() if line.count('|') == 4]
+    left = [row[3].split(',') for row in rows if row[1].strip() == 'LeNet-5, MNIST']
+    assert len(left) == 9 and all(abs(sum(map(float, row)) - 226 / 2) < 0.3 for row in left)
     tuned = pl.read_parquet(parts / 'lenet5_finetuned.parquet')
     assert tuned['tuned_loss'].mean() < tuned['loss'].mean()
     command = [sys.executable, folder / 'study.py', '--quick', '--out', out, *place]
