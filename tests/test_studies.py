@@ -111,10 +111,11 @@ def test_isometry(tmp_path):
 @pytest.mark.script
 def test_shapley_and_taylor(tmp_path):
     """Expectation: every curve of a layer begins at the dense loss and ends at that without the
-    layer, whatever ranks it; half of all 226 units are left at 50 %; areas are sums over a layer's removals; what is fine-tuned is better
-    than what was just pruned; a second call measures nothing anew. The slope along a gate is the
-    same before and after a ReLU, which is homogeneous, and without a norm also before that; the
-    second study trains nothing, and its exact changes are the scores that the first one has."""
+    layer, whatever ranks it; half of all 226 units are left at 50 %; areas are sums over a layer's
+    removals; what is fine-tuned is better than what was just pruned; a second call measures nothing
+    anew. The slope along a gate is the same before and after a ReLU, which is homogeneous, and
+    without a norm also before that; the second study trains nothing, and its exact changes are the
+    scores that the first one has."""
     folder, out = EXPERIMENTS / 'shapley', tmp_path / 'shapley'
     place = ('--data-dir', prepared('cifar10', 'mnist'))
     text = run(folder / 'study.py', '--quick', '--out', out, *place)

@@ -19,7 +19,7 @@ sys.path += [str(Path(__file__).parent.parent / other) for other in ('shapley', 
 from correlations import figures, written
 from estimates import make_estimates
 from parts import folder_of, part
-from trained import FULL, QUICK, TITLES, Settings, trained_net
+from trained import FULL, QUICK, TITLES, Settings, spec_of, trained_net
 
 from jaxprune.errors import JaxpruneError
 from jaxprune.files import write_whole
@@ -56,11 +56,11 @@ def main() -> int:
 
 def measured(settings: Settings, arguments: argparse.Namespace) -> pl.DataFrame:
     """The estimates of all units, networks and seeds; parts that are on disk are read."""
-    frames = []
+    specs = (spec_of(name, settings) for name in TITLES)
+    folder, frames = folder_of(arguments.out, settings, *map(spec_hash, specs)), []
     for name in arguments.net or TITLES:
         net = trained_net(name, settings, arguments.nets, arguments.data_dir)
         estimates = make_estimates(net, settings)
-        folder = folder_of(arguments.out, settings, spec_hash(net.spec))
         for number, seed in enumerate(net.seeds):
             frame = part(folder / f'{name}_{seed}.parquet', partial(estimates, number))
             frames.append(frame.with_columns(net=pl.lit(name), seed=seed))
