@@ -162,9 +162,6 @@ def global_text(frame: pl.DataFrame, nets: Sequence[str], settings: Settings) ->
                 for column in ('accuracy', 'tuned_accuracy')
             ]
             rows.append([TITLES[net], method, *cells])
-    head = ['net', 'ranked by']
-    for share in settings.shares:
-        head += [f'{100 * share:g} % removed', f'{100 * share:g} %, fine-tuned']
     return '\n'.join(
         [
             '## All layers in one ranking: test accuracy (%) before and after fine-tuning',
@@ -173,7 +170,7 @@ def global_text(frame: pl.DataFrame, nets: Sequence[str], settings: Settings) ->
             'divided by the mean of their layer, other scores are compared as is. Every layer '
             'keeps its best unit.',
             '',
-            markdown.table(head, rows),
+            markdown.table(_share_head(settings), rows),
         ]
     )
 
@@ -216,18 +213,23 @@ def random_text(frame: pl.DataFrame, nets: Sequence[str], settings: Settings) ->
                 for column in ('accuracy', 'tuned_accuracy')
             ]
             rows.append([TITLES[net], method, *cells])
-    head = ['net', 'ranked by']
-    for share in settings.shares:
-        head += [f'{100 * share:g} % removed', f'{100 * share:g} %, fine-tuned']
     return '\n'.join(
         [
             '## More accurate than random?',
             '',
             'Points of test accuracy above the network pruned at random.',
             '',
-            markdown.table(head, rows),
+            markdown.table(_share_head(settings), rows),
         ]
     )
+
+
+def _share_head(settings: Settings) -> list[str]:
+    """Of a table with a column before and after fine-tuning for each share."""
+    head = ['net', 'ranked by']
+    for share in settings.shares:
+        head += [f'{100 * share:g} % removed', f'{100 * share:g} %, fine-tuned']
+    return head
 
 
 # --- the untrained network ----------------------------------------------------------------------
