@@ -7,7 +7,7 @@ where there is none, so a rule only ever meets primitive operations.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -181,6 +181,17 @@ class _Rules(NamedTuple):
     constant: ConstantRule
     scan: ScanRule | None
     call: CallRule | None
+
+
+def equations(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """All equations of a program, those of calls, loops and branches too; nothing is computed."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, 'jaxpr', inner)
+                if isinstance(inner, Jaxpr):
+                    yield from equations(inner)
 
 
 #: The equations of the calls that lead to a place, outermost first.

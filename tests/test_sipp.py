@@ -19,6 +19,7 @@ from structured_nets import load
 import jaxprune as jp
 from jaxprune import score, tree
 from jaxprune.errors import PruneError
+from jaxprune.jaxpr import equations
 
 KEY = jax.random.key(0)
 NETS = ('mlp', 'conv')
@@ -442,13 +443,7 @@ def test_many_seeds_at_once():
 
 def sizes_in(jaxpr):
     """The sizes of all arrays that a program makes, through calls, loops and branches."""
-    for equation in jaxpr.eqns:
-        yield from (var.aval.size for var in equation.outvars)
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, 'jaxpr', inner)
-                if hasattr(inner, 'eqns'):
-                    yield from sizes_in(inner)
+    return [var.aval.size for equation in equations(jaxpr) for var in equation.outvars]
 
 
 def edges_by(problem, reduce):

@@ -6,13 +6,13 @@ the network was trained. Only the part of the network behind a layer is computed
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune.arguments import least
 from jaxprune.errors import check_choice
+from jaxprune.jaxpr import equations
 from jaxprune.score.coalitions import LOOPS, Game, joined, leave_one_out
 from jaxprune.score.gate_taylor import SIGNS, gates_of, signed
 from jaxprune.score.loss import split
@@ -181,21 +181,12 @@ def _loop(loop: str, game: Game, units: int) -> str:
     if jax.default_backend() != 'cpu':
         return 'map'
     traced = jax.make_jaxpr(game)(jax.ShapeDtypeStruct((units,), bool))
-    return 'unrolled' if _has_other_layout(traced.jaxpr) else 'map'
+    found = (equation.params.get('dimension_numbers') for equation in equations(traced.jaxpr))
+    layouts = (each for each in found if isinstance(each, jax.lax.ConvDimensionNumbers))
+    return 'map' if all(map(_channels_last, layouts)) else 'unrolled'
 
 
-def _has_other_layout(jaxpr: Any) -> bool:
-    """Is there a convolution, also in functions that are called, without channels last?"""
-    for equation in jaxpr.eqns:
-        layout = equation.params.get('dimension_numbers')
-        if isinstance(layout, jax.lax.ConvDimensionNumbers):
-            rank = len(layout.lhs_spec) - 2
-            arrays, kernel = (0, rank + 1, *range(1, rank + 1)), (rank + 1, rank, *range(rank))
-            if tuple(layout) != (arrays, kernel, arrays):
-                return True
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, 'jaxpr', inner)
-                if hasattr(inner, 'eqns') and _has_other_layout(inner):
-                    return True
-    return False
+def _channels_last(layout: jax.lax.ConvDimensionNumbers) -> bool:
+    rank = len(layout.lhs_spec) - 2
+    arrays, kernel = (0, rank + 1, *range(1, rank + 1)), (rank + 1, rank, *range(rank))
+    return tuple(layout) == (arrays, kernel, arrays)
