@@ -21,7 +21,6 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import sparse
-from structure import Table, machine_line, markdown
+from tables import Table, check_out, measure
 
 import jaxprune as jp
 from jaxprune import data, nn, structure, tree
@@ -50,23 +49,8 @@ PRUNED_TO = 0.05
 
 
 def main() -> None:
-    settings = parse()
-    head, tables, notes = machine_line(), [], []
-    print(head, flush=True)
-
-    def publish() -> None:
-        if settings.out:
-            Path(settings.out).write_text(markdown(head, tables, notes))
-
-    if settings.products:
-        products(settings, tables, publish)
-    if settings.pivoting:
-        pivoting(settings, tables, notes, publish)
-    publish()
-    text = markdown(head, tables, notes)
-    print('\n' + text)
-    if 'WRONG' in text:
-        raise SystemExit('a product is wrong, see the tables')
+    parts = {'products': products, 'pivoting': pivoting}
+    measure(parse(), parts, 'a product is wrong, see the tables')
 
 
 def parse() -> argparse.Namespace:
@@ -82,21 +66,18 @@ def parse() -> argparse.Namespace:
     add('--out', help='a markdown file for the tables, written anew after every row')
     add('--quick', action='store_true', help='a minute, to see whether all runs')
     settings = parser.parse_args()
-    if not (settings.products or settings.pivoting):
-        settings.products = settings.pivoting = True
     if settings.quick:
         settings.repeats = 2
     if settings.repeats < 1:
         parser.error('--repeats must be above 0')
-    if settings.out and not Path(settings.out).parent.is_dir():
-        parser.error(f'--out: there is no folder {Path(settings.out).parent}')
+    check_out(parser, settings.out)
     return settings
 
 
 # --- products -------------------------------------------------------------------------------------
 
 
-def products(settings, tables: list[Table], publish: Callable) -> None:
+def products(settings, tables: list[Table], notes: list[str], publish: Callable) -> None:
     table = Table(
         'Block-sparse against dense products',
         'Square matrices, blocks at random. How many times as fast as the dense product: medians of'

@@ -27,7 +27,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -35,13 +34,14 @@ import jax.numpy as jnp
 import numpy as np
 from shapley_error import errors
 from shapley_ways import NETS, Case, case_from, case_of, game_of, images, problem_of, ways
-from structure import MIB, Table, machine_line, markdown
+from tables import Table, check_out, measure
 
 from jaxprune import data, nn
 from jaxprune.score.coalitions import LOOPS
 from jaxprune.score.shapley import shapley
 from jaxprune.score.unit_loss import unit_shapley
 
+MIB = 2**20
 AT_ONCE = (1, 4, 16, 64)
 THREADS = (1, 2)
 #: Of the largest loss; credits are differences of losses, float32 rounds at 1e-7 of them.
@@ -54,26 +54,8 @@ def main() -> None:
     settings = parse()
     # Else a second call would report the time to read a file as the time to compile.
     jax.config.update('jax_enable_compilation_cache', False)
-    head, tables, notes = machine_line(), [], []
-    print(head, flush=True)
-
-    def publish() -> None:
-        if settings.out:
-            Path(settings.out).write_text(markdown(head, tables, notes))
-
-    if settings.speed:
-        speeds(settings, tables, notes, publish)
-    if settings.scores:
-        whole_scores(settings, tables, publish)
-    if settings.cost:
-        costs(settings, tables, notes, publish)
-    if settings.error:
-        errors(settings, tables, notes, publish)
-    publish()
-    text = markdown(head, tables, notes)
-    print('\n' + text)
-    if 'WRONG' in text:
-        raise SystemExit('values do not agree, see the tables')
+    parts = {'speed': speeds, 'scores': whole_scores, 'cost': costs, 'error': errors}
+    measure(settings, parts, 'values do not agree, see the tables')
 
 
 def parse() -> argparse.Namespace:
@@ -92,15 +74,12 @@ def parse() -> argparse.Namespace:
     add('--out', help='a markdown file for the tables; the figure lies beside it')
     add('--quick', action='store_true', help='a minute, to see whether all runs')
     settings = parser.parse_args()
-    if not (settings.speed or settings.scores or settings.cost or settings.error):
-        settings.speed = settings.scores = settings.cost = settings.error = True
     if settings.quick:
         settings.rounds, settings.keys = 1, 16
         settings.nets = settings.nets[:3]
     if min(settings.rounds, settings.keys) < 1:
         parser.error('--rounds and --keys must be above 0')
-    if settings.out and not Path(settings.out).parent.is_dir():
-        parser.error(f'--out: there is no folder {Path(settings.out).parent}')
+    check_out(parser, settings.out)
     return settings
 
 
@@ -267,7 +246,7 @@ def agreement(found: list[np.ndarray], expected: np.ndarray, scale: float) -> st
 # --- all layers -----------------------------------------------------------------------------------
 
 
-def whole_scores(settings, tables: list[Table], publish: Callable) -> None:
+def whole_scores(settings, tables: list[Table], notes: list[str], publish: Callable) -> None:
     table = Table(
         'All layers in one program',
         '`jax.jit(unit_shapley(...))` with 5 orders of each layer: seconds to compile it and to run'

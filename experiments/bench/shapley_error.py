@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from shapley_ways import case_from, game_of, images, problem_of
-from structure import Table
+from tables import Table
 
 from jaxprune import data, nn
 from jaxprune.score.coalitions import evaluated, exact_shapley

@@ -24,23 +24,21 @@ import argparse
 import functools
 import importlib.util
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
 import numpy as np
 from structure_nets import PAIRS, chosen, masks_of
+from tables import Table, check_out, measure
 
 import jaxprune as jp
 from jaxprune import nn, structure, tree
@@ -50,7 +48,6 @@ from jaxprune.nn.conv import native
 from jaxprune.nn.initial import kaiming_normal
 from jaxprune.nn.resnet import ResNet, cifar_blocks
 from jaxprune.nn.transformer import Encoder
-from jaxprune.sweep.devices import cores
 
 MIB = 2**20
 #: The issue's target for one network.
@@ -61,15 +58,6 @@ FRACTIONS = (0.3, 0.5, 0.8)
 LARGEST_ERROR = 1e-3
 
 
-class Table(NamedTuple):
-    """Lines of a table; a line is column -> cell."""
-
-    title: str
-    note: str
-    columns: tuple[str, ...]
-    rows: list[dict[str, Any]]
-
-
 def main() -> None:
     settings = parse()
     if settings.one:
@@ -77,24 +65,8 @@ def main() -> None:
         return
     # Else a second call would report the time to read a file as the time to compile.
     jax.config.update('jax_enable_compilation_cache', False)
-    head, tables, notes = machine_line(), [], []
-    print(head, flush=True)
-
-    def publish() -> None:
-        if settings.out:
-            Path(settings.out).write_text(markdown(head, tables, notes))
-
-    if settings.tracing:
-        tracing(settings, tables, notes, publish)
-    if settings.latency:
-        latencies(settings, tables, publish)
-    if settings.peers:
-        peers(settings, tables, notes, publish)
-    publish()
-    text = markdown(head, tables, notes)
-    print('\n' + text)
-    if 'WRONG' in text:
-        raise SystemExit('a smaller network is wrong, see the tables')
+    parts = {'tracing': tracing, 'latency': latencies, 'peers': peers}
+    measure(settings, parts, 'a smaller network is wrong, see the tables')
 
 
 def parse() -> argparse.Namespace:
@@ -114,14 +86,11 @@ def parse() -> argparse.Namespace:
     add('--quick', action='store_true', help='a minute, to see whether all runs')
     add('--one', nargs=4, metavar=('NET', 'BATCH', 'SIDE', 'ROUNDS'), help=argparse.SUPPRESS)
     settings = parser.parse_args()
-    if not (settings.tracing or settings.latency or settings.peers):
-        settings.tracing = settings.latency = settings.peers = True
     if settings.quick:
         settings.rounds, settings.repeats = 1, 2
     if min(settings.rounds, settings.repeats) < 1:
         parser.error('--rounds and --repeats must be above 0')
-    if settings.out and not Path(settings.out).parent.is_dir():
-        parser.error(f'--out: there is no folder {Path(settings.out).parent}')
+    check_out(parser, settings.out)
     return settings
 
 
@@ -319,7 +288,7 @@ TIMED = {
 }
 
 
-def latencies(settings, tables: list[Table], publish: Callable) -> None:
+def latencies(settings, tables: list[Table], notes: list[str], publish: Callable) -> None:
     columns = ('net', 'batch', 'removed', 'params', 'MACs', 'FLOPs', 'time', 'time, masked',
                'dense ms', 'error')  # fmt: skip
     table = Table(
@@ -421,30 +390,6 @@ def peers(settings, tables: list[Table], notes: list[str], publish: Callable) ->
 
 
 # --- telling --------------------------------------------------------------------------------------
-
-
-def machine_line() -> str:
-    packages = ('jax', 'flax', 'torch', 'torch-pruning', 'torch-kirigami')
-    names = [p for p in packages if importlib.util.find_spec(p.replace('-', '_'))]
-    load = f', load {os.getloadavg()[0]:.1f} at the start' if hasattr(os, 'getloadavg') else ''
-    return (
-        f'{jax.local_devices()[0].device_kind}, {cores()} cores{load}, {platform.machine()}; '
-        f'{", ".join(f"{p} {version(p)}" for p in names)}, Python {platform.python_version()}.'
-    )
-
-
-def markdown(head: str, tables: list[Table], notes: list[str]) -> str:
-    parts = [head, '']
-    for table in tables:
-        parts += [f'### {table.title}', '', table.note, '']
-        # A column that no row has anything to say in is left out.
-        shown = [c for c in table.columns if any(str(row.get(c, '')) for row in table.rows)]
-        parts += ['| ' + ' | '.join(shown) + ' |', '|' + '---|' * len(shown)]
-        for row in table.rows:
-            parts.append('| ' + ' | '.join(str(row.get(c, '')) for c in shown) + ' |')
-        parts.append('')
-    parts += [f'- {note}' for note in notes]
-    return '\n'.join(parts) + '\n'
 
 
 if __name__ == '__main__':
