@@ -8,7 +8,6 @@ Finished parts are kept in the output folder: a second call goes on from there. 
 and writes it with two figures into the folder.
 """
 
-import argparse
 import functools
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ import polars as pl
 
 sys.path.append(str(Path(__file__).parent.parent / 'common'))
 
+from command import parser_of, publish
 from descent import DENSE, METHODS, Schedule, convolutions, descent, make_shrink
 from outcomes import Tables, figures, written
 from parts import folder_of, part
@@ -31,9 +31,8 @@ from where import where_kept
 import jaxprune as jp
 from jaxprune import data
 from jaxprune.errors import JaxpruneError
-from jaxprune.files import write_whole
 from jaxprune.sweep import keep_compiled
-from jaxprune.types import Masks
+from jaxprune.types import Masks, PyTree
 
 SIDE = 32
 
@@ -83,12 +82,7 @@ QUICK = FULL._replace(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('--out', type=Path, default=Path('runs/lean'), help='a folder')
-    parser.add_argument('--data-dir', help='where prepared TFDS data lie')
-    parser.add_argument('--quick', action='store_true', help='tiny: shows that all of it runs')
+    parser = parser_of(__doc__, 'runs/lean')
     arguments = parser.parse_args()
     keep_compiled()
     settings = QUICK if arguments.quick else FULL
@@ -96,11 +90,7 @@ def main() -> int:
         tables = measured(settings, arguments.out, arguments.data_dir)
     except JaxpruneError as error:
         raise SystemExit(str(error)) from None
-    text = written(tables, SIDE)
-    write_whole(arguments.out / 'outcomes.md', text.encode())
-    for name, drawn in figures(tables, SIDE).items():
-        write_whole(arguments.out / f'{name}.png', drawn)
-    print(text)
+    publish(arguments.out, written(tables, SIDE), figures(tables, SIDE))
     return 0
 
 
@@ -108,6 +98,10 @@ def measured(settings: Settings, out: Path, data_dir: str | None) -> Tables:
     """All tables; parts that are on disk are read."""
     folder = folder_of(out, settings)
     problem = unet_problem(settings.widths, len(CLASSES), SIDE)
+
+    def all_kept(params: PyTree) -> Masks:
+        shapes = jp.shapes(jp.pick(params, problem.prunable))
+        return {path: np.ones(shape, bool) for path, shape in shapes.items()}
 
     @functools.cache
     def sets() -> tuple[Drawn, Drawn]:
@@ -122,8 +116,7 @@ def measured(settings: Settings, out: Path, data_dir: str | None) -> Tables:
     def trained(seed: int) -> tuple[Net, Masks]:
         """The network of a seed, and masks of all ones."""
         net = Net(*jax.jit(problem.init)(jax.random.key(seed)))
-        shapes = jp.shapes(jp.pick(net.params, problem.prunable))
-        masks = {path: np.ones(shape, bool) for path, shape in shapes.items()}
+        masks = all_kept(net.params)
         draw = np.random.default_rng([seed, 0])
         return tools()[0](net, masks, draw, settings.steps, settings.rate), masks
 
@@ -151,9 +144,8 @@ def measured(settings: Settings, out: Path, data_dir: str | None) -> Tables:
             frames.append(frame.with_columns(method=pl.lit(method), seed=seed))
 
     def examples() -> pl.DataFrame:
-        net = jax.eval_shape(problem.init, jax.random.key(0))[0]
-        masks = {p: np.ones(s.shape, bool) for p, s in jp.pick(net, problem.prunable).items()}
-        return examples_of(sets()[1], settings.schedule.shown, convolutions(masks))
+        params, _ = jax.eval_shape(problem.init, jax.random.key(0))
+        return examples_of(sets()[1], settings.schedule.shown, convolutions(all_kept(params)))
 
     shown = part(folder / 'examples.parquet', examples)
     return Tables(pl.concat(frames), pl.concat(places), shown)

@@ -8,7 +8,6 @@ are kept in the output folder: a second call goes on from there. Prints markdown
 three figures into the folder.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -19,27 +18,21 @@ import polars as pl
 
 sys.path.append(str(Path(__file__).parent.parent / 'common'))
 
+from command import parser_of, publish
 from curves import kept_units, removal_curves
 from outcomes import figures, written
 from parts import folder_of, part
 from scores import Ranking, make_rankings, rankings_of, table_of
-from trained import FULL, QUICK, TITLES, Net, Settings, finetuned, spec_of, trained_net
+from trained import FULL, QUICK, TITLES, Net, Settings, finetuned, spec_hashes, trained_net
 from untrained import demonstration
 
 from jaxprune.errors import JaxpruneError
-from jaxprune.files import write_whole
 from jaxprune.sweep import keep_compiled, use_all_cores
-from jaxprune.sweep.load import spec_hash
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('--out', type=Path, default=Path('runs/shapley'), help='a folder')
+    parser = parser_of(__doc__, 'runs/shapley')
     parser.add_argument('--net', action='append', choices=TITLES, help='these only; both without')
-    parser.add_argument('--data-dir', help='where prepared TFDS data lie')
-    parser.add_argument('--quick', action='store_true', help='tiny: shows that all of it runs')
     arguments = parser.parse_args()
     use_all_cores()
     keep_compiled()
@@ -50,11 +43,7 @@ def main() -> int:
         )
     except JaxpruneError as error:
         raise SystemExit(str(error)) from None
-    text = written(tables, settings)
-    write_whole(arguments.out / 'outcomes.md', text.encode())
-    for name, drawn in figures(tables, settings).items():
-        write_whole(arguments.out / f'{name}.png', drawn)
-    print(text)
+    publish(arguments.out, written(tables, settings), figures(tables, settings))
     return 0
 
 
@@ -62,7 +51,7 @@ def measured(
     settings: Settings, names: Sequence[str], out: Path, data_dir: str | None
 ) -> dict[str, pl.DataFrame]:
     """The tables 'curves', 'finetuned', 'left', 'untrained'; parts that are on disk are read."""
-    folder = folder_of(out, settings, *(spec_hash(spec_of(name, settings)) for name in TITLES))
+    folder = folder_of(out, settings, *spec_hashes(settings))
     curves, finetuned_rows, left = [], [], []
     for name in names:
         net = trained_net(name, settings, out / 'nets', data_dir)

@@ -127,6 +127,11 @@ def spec_of(name: str, settings: Settings) -> SweepSpec:
     return load_spec(HERE / f'{name}.toml', settings.sets[name])
 
 
+def spec_hashes(settings: Settings) -> tuple[str, ...]:
+    """Of both networks: what is measured on them depends on these."""
+    return tuple(spec_hash(spec_of(name, settings)) for name in TITLES)
+
+
 def trained_net(name: str, settings: Settings, nets: Path, data_dir: str | None = None) -> Net:
     """The network of a specification of this folder, trained unless it was before.
 

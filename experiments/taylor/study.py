@@ -16,28 +16,22 @@ import polars as pl
 
 sys.path += [str(Path(__file__).parent.parent / other) for other in ('shapley', 'common')]
 
+from command import parser_of, publish
 from correlations import figures, written
 from estimates import make_estimates
 from parts import folder_of, part
-from trained import FULL, QUICK, TITLES, Settings, spec_of, trained_net
+from trained import FULL, QUICK, TITLES, Settings, spec_hashes, trained_net
 
 from jaxprune.errors import JaxpruneError
-from jaxprune.files import write_whole
 from jaxprune.sweep import keep_compiled, use_all_cores
-from jaxprune.sweep.load import spec_hash
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('--out', type=Path, default=Path('runs/taylor'), help='a folder')
+    parser = parser_of(__doc__, 'runs/taylor')
     parser.add_argument(
         '--nets', type=Path, default=Path('runs/shapley/nets'), help='folder of trained networks'
     )
     parser.add_argument('--net', action='append', choices=TITLES, help='these only; both without')
-    parser.add_argument('--data-dir', help='where prepared TFDS data lie')
-    parser.add_argument('--quick', action='store_true', help='tiny: shows that all of it runs')
     arguments = parser.parse_args()
     use_all_cores()
     keep_compiled()
@@ -46,18 +40,13 @@ def main() -> int:
         table = measured(settings, arguments)
     except JaxpruneError as error:
         raise SystemExit(str(error)) from None
-    text = written(table)
-    write_whole(arguments.out / 'outcomes.md', text.encode())
-    for name, drawn in figures(table).items():
-        write_whole(arguments.out / f'{name}.png', drawn)
-    print(text)
+    publish(arguments.out, written(table), figures(table))
     return 0
 
 
 def measured(settings: Settings, arguments: argparse.Namespace) -> pl.DataFrame:
     """The estimates of all units, networks and seeds; parts that are on disk are read."""
-    specs = (spec_of(name, settings) for name in TITLES)
-    folder, frames = folder_of(arguments.out, settings, *map(spec_hash, specs)), []
+    folder, frames = folder_of(arguments.out, settings, *spec_hashes(settings)), []
     for name in arguments.net or TITLES:
         net = trained_net(name, settings, arguments.nets, arguments.data_dir)
         estimates = make_estimates(net, settings)
