@@ -74,7 +74,12 @@ def more_but(few: Collection[Any], cases: Iterable[Any]) -> list[Any]:
 
 
 def _further(case: Any) -> Any:
-    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=MORE)
+    return more(*(case if isinstance(case, tuple) else (case,)))
+
+
+def more(*values: Any) -> Any:
+    """A further instance of a law that the default run tests once."""
+    return pytest.param(*values, marks=MORE)
 
 
 def more_unless(fast: bool, *values: Any) -> Any:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import more_but
+from cases import more, more_but
 from published import golden
 
 import jaxprune as jp
@@ -124,11 +124,6 @@ MODULES = {
     'resnet20_w4': ResNet20(),
 }
 SMALL = ['lenet300100', 'convbn', 'convbn_initstats']
-
-
-def more(*values):
-    """Further instances of what the default run tests once."""
-    return pytest.param(*values, marks=pytest.mark.more)
 
 
 def slow(*values):

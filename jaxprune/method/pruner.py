@@ -98,17 +98,8 @@ def pruner(
         if not remembers:
             return ()
         first = jnp.zeros((), jnp.int32)
-        ranking = average = None
-        if momentum is not None:
-            shapes = jax.tree.map(jnp.shape, view.weights) if groups is None else groups.shapes
-            dtype = jnp.result_type(*view.weights.values())
-            average = {layer: jnp.zeros(shape, dtype) for layer, shape in shapes.items()}
-        if final_masks is not None:
-            # Weights that are pruned before the first round stay so.
-            never = {path: jnp.full(w.shape, -jnp.inf, w.dtype) for path, w in view.weights.items()}
-            ranking = Ranking(
-                {path: jnp.zeros(w.shape, jnp.int32) for path, w in view.weights.items()}, never
-            )
+        average = None if momentum is None else _no_average(view, groups)
+        ranking = None if final_masks is None else _no_ranking(view)
         initial, masks = (view.weights, view.masks) if returns else ({}, {})
         return Memory(initial, masks, first, ranking, average)
 
@@ -133,13 +124,7 @@ def pruner(
         if remembers:
             state = state._replace(round=state.round + 1)
         if final_masks is not None:
-            before = state.ranking
-            last = {p: jnp.where(in_play[p], state.round, n) for p, n in before.last.items()}
-            latest = {
-                p: jnp.where(in_play[p], scores[p], s).astype(s.dtype)
-                for p, s in before.scores.items()
-            }
-            state = state._replace(ranking=Ranking(last, latest))
+            state = state._replace(ranking=_ranked(state, scores, in_play))
         return state, masks, PruneInfo(kept, nonfinite, nonzero)
 
     def regrown_values(state: Memory, view: View) -> Weights:
@@ -159,6 +144,29 @@ def pruner(
         regrown_values if returns else None,
         masks_at_the_end if final_masks is not None else None,
     )
+
+
+def _no_average(view: View, groups: Groups | None) -> Scores:
+    """Zeros for each score."""
+    shapes = jax.tree.map(jnp.shape, view.weights) if groups is None else groups.shapes
+    dtype = jnp.result_type(*view.weights.values())
+    return {layer: jnp.zeros(shape, dtype) for layer, shape in shapes.items()}
+
+
+def _no_ranking(view: View) -> Ranking:
+    """Before the first round; weights that are pruned already stay so."""
+    never = {path: jnp.full(w.shape, -jnp.inf, w.dtype) for path, w in view.weights.items()}
+    return Ranking({path: jnp.zeros(w.shape, jnp.int32) for path, w in view.weights.items()}, never)
+
+
+def _ranked(state: Memory, scores: Scores, in_play: Masks) -> Ranking:
+    """The ranking with this round's scores of what is in play."""
+    before = state.ranking
+    last = {p: jnp.where(in_play[p], state.round, n) for p, n in before.last.items()}
+    latest = {
+        p: jnp.where(in_play[p], scores[p], s).astype(s.dtype) for p, s in before.scores.items()
+    }
+    return Ranking(last, latest)
 
 
 def _averaged(state: Memory, scores: Scores, in_play: Masks, momentum: ArrayLike) -> Scores:

@@ -125,10 +125,8 @@ def shapley(
         raise PruneError("'truncated' decides as it goes: loop='map'")
     if orders is not None:
         orders = check_orders(orders, n)
-    elif key is None:
-        raise PruneError('shapley needs a key, or orders')
     else:
-        orders = removal_orders(key, n, permutations, estimator=estimator, strata=strata)
+        orders = _drawn(key, n, permutations, estimator, strata)
     count = len(orders)
     draws = number_of_draws(count, together, estimator)
     evaluations = count * (n + 1)
@@ -183,6 +181,14 @@ def _walk(game: Game, order: jax.Array) -> tuple[jax.Array, int]:
     rank = jnp.argsort(order)
     losses = jax.lax.map(lambda gone: game(rank >= gone), jnp.arange(len(order) + 1))
     return jnp.diff(losses, axis=0)[rank], len(order) + 1
+
+
+def _drawn(
+    key: Key | None, n: int, permutations: int, estimator: str, strata: int | None
+) -> jax.Array:
+    if key is None:
+        raise PruneError('shapley needs a key, or orders')
+    return removal_orders(key, n, permutations, estimator=estimator, strata=strata)
 
 
 def _from_table(game: Game, orders: jax.Array, at_once: int) -> tuple[jax.Array, jax.Array]:
