@@ -125,6 +125,13 @@ def _quantities() -> Iterator[Entry]:
     for name, entry in flow.QUANTITIES.items():
         snippet = f'[record]\nevery = 20\nflow = ["{name}"]'
         yield Entry('quantity', name, f'{entry.description}.', snippet=snippet)
+    for name, text in method.WATCHED.items():
+        snippet = (
+            f'[record]\nevery = 20\nflow = ["{name}"]\n[grid]\nmethod = [{{ name = "hesso", '
+            'granularity = "unit", start = 1, end = 4 }]'
+        )
+        where = 'by layer, of methods that change training'
+        yield Entry('quantity', name, f'{_capital(text)}; {where}.', snippet=snippet)
 
 
 def _allocations() -> Iterator[Entry]:

@@ -30,6 +30,13 @@ def harmonic(density: float, rounds: int) -> list[float]:
     return [1 / (1 + (1 / density - 1) * i / rounds) for i in range(1, rounds)] + [density]
 
 
+def linear_early(density: float, rounds: int) -> list[float]:
+    """`linear` that gets there a round early: for methods that remove in a round what they chose
+    in the one before.
+    """
+    return [*linear(density, rounds - 1), density] if rounds > 1 else [density]
+
+
 def constant(density: float, rounds: int) -> list[float]:
     """The final density in every round: for methods whose rounds do not prune step by step."""
     return [density] * rounds
@@ -38,6 +45,7 @@ def constant(density: float, rounds: int) -> list[float]:
 SCHEDULES: dict[str, Schedule] = {
     'exponential': exponential,
     'linear': linear,
+    'linear_early': linear_early,
     'harmonic': harmonic,
     'constant': constant,
 }

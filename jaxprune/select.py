@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxprune.errors import PruneError
 from jaxprune.tree import check_same_paths
-from jaxprune.types import GLOBAL, Counts, Masks, Scores
+from jaxprune.types import GLOBAL, Counts, Masks, Scores, SelectFn
 
 
 def top_k_mask(scores: jax.Array, k: ArrayLike) -> jax.Array:
@@ -160,6 +160,24 @@ def layerwise_top_k(scores: Scores, counts: Counts) -> Masks:
     """
     check_same_paths('counts of a layerwise selection', counts, scores)
     return {path: top_k_mask(leaf, counts[path]) for path, leaf in sorted(scores.items())}
+
+
+def divisible(kept: jax.Array, multiple: int, size: int) -> jax.Array:
+    """A number kept of `size`, rounded up to a multiple: one multiple at least, or all."""
+    return jnp.clip(-(-kept // multiple) * multiple, min(multiple, size), size)
+
+
+def in_multiples(select: SelectFn, multiple: int) -> SelectFn:
+    """The selection with the next best of each leaf, so that each keeps a multiple."""
+
+    def selected(scores: Scores, counts: Counts) -> Masks:
+        found = count_kept(select(scores, counts))
+        wanted = {
+            path: divisible(found[path], multiple, leaf.size) for path, leaf in scores.items()
+        }
+        return layerwise_top_k(scores, wanted)
+
+    return select if multiple == 1 else selected
 
 
 def unit_norm(scores: Scores) -> Scores:

@@ -146,7 +146,8 @@ def train_step(
             )
         params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.params, updates)
         if hook.project is not None:
-            now = hyper._replace(learning_rate=rate)
+            apart = jnp.zeros(()) if optimizer.coupled_decay else hyper.weight_decay
+            now = hyper._replace(learning_rate=rate, weight_decay=apart)
             method_state, params = hook.project(
                 method_state, state.params, params, state.masks, clock, now
             )

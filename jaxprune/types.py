@@ -212,6 +212,7 @@ class Groups(NamedTuple):
       own: path -> what makes or follows units, biases and norms as well; {} for other kinds.
       families: layer -> what belongs to its groups, for coupled groups; see `structure.Family`.
       gates: place -> the network with gates on these groups; None for other kinds.
+      kinds: `() -> layer -> 'conv', 'dense', 'head' or 'head_dim'`; None for other kinds.
     """
 
     kind: str
@@ -224,6 +225,7 @@ class Groups(NamedTuple):
     own: dict[str, Own] = {}  # noqa: RUF012 (nobody changes it)
     families: dict[str, Any] = {}  # noqa: RUF012
     gates: Callable[[str], Gates] | None = None
+    kinds: Callable[[], dict[str, str]] | None = None
 
 
 class ScoreFn(Protocol):
@@ -273,7 +275,8 @@ class ProjectHook(Protocol):
         """Returns `(state, params)`, from the parameters before and after the optimizer's step.
 
         Args:
-          hyper: the run's numbers; its learning rate is that of this step.
+          hyper: the run's numbers; its learning rate is that of this step, its weight decay what
+            the optimizer itself takes off (decoupled, as AdamW), times that rate.
         """
 
 
@@ -318,6 +321,8 @@ class Pruner(NamedTuple):
       dense: stored weights stay dense in that time: no gradient is masked, nothing is zeroed, and
         `regrown_values` are not used. What `hook.weights` returns must be zero where the mask
         prunes; a hook with `weights` must be dense.
+      watch: `(method_state, params) -> quantity -> layer -> scalar`, what can be recorded while the
+        hook is at work; None for nothing.
     """
 
     init: Callable[[Key, View], PyTree]
@@ -328,3 +333,4 @@ class Pruner(NamedTuple):
     repaired_values: Callable[[Weights, Masks], Weights] | None = None
     hook: StepHook | None = None
     dense: bool = False
+    watch: Callable[[PyTree, PyTree], dict[str, dict[str, jax.Array]]] | None = None

@@ -34,7 +34,7 @@ REGISTRIES = {
     'methods': method.METHODS,
     'models': nn.MODELS,
     'data': [*data.FACTS, *AUGMENTATIONS],
-    'quantities': flow.QUANTITIES,
+    'quantities': {**flow.QUANTITIES, **method.WATCHED},
     'allocations': [*SHARED, *LAYERWISE],
     'schedules': [*SCHEDULES, *optim.RATE_SCHEDULES],
     'optimizers': optim.names(),

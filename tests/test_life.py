@@ -316,7 +316,7 @@ def test_directories_of_earlier_formats_are_refused_with_the_reason(tmp_path):
     # As an earlier version wrote it, with keys that are no more.
     spec = (tmp_path / 'spec.toml').read_text()
     (tmp_path / 'spec.toml').write_text(spec.replace('start = 0.0', 'after_epochs = 0'))
-    with pytest.raises(StoreError, match=r'format 2.*writes format 4: it says when rounds happen'):
+    with pytest.raises(StoreError, match=r'format 2.*writes format 5: it says when rounds happen'):
         jp.run_sweep(table, tmp_path)
 
 

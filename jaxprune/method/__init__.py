@@ -11,6 +11,7 @@ from jaxprune.method.granularity import (
     limits,
     plural,
 )
+from jaxprune.method.lasting import WATCHED, Asked, watched
 from jaxprune.method.methods import METHODS, Method, method
 from jaxprune.method.options import OPTIONS
 from jaxprune.method.pruner import pruner
@@ -24,6 +25,8 @@ __all__ = [
     'OPTIONS',
     'REPAIRS',
     'SCORED_ON',
+    'WATCHED',
+    'Asked',
     'Choices',
     'Method',
     'OnView',
@@ -41,4 +44,5 @@ __all__ = [
     'prune_rounds',
     'pruner',
     'run_rounds',
+    'watched',
 ]

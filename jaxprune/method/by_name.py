@@ -1,6 +1,6 @@
 """A pruner from the name of a method and what the caller chooses."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxprune import arguments, score
@@ -8,11 +8,12 @@ from jaxprune.allocation import SHARED, Shape, bounds
 from jaxprune.errors import PruneError, nearest
 from jaxprune.method.choices import Choices, check_choices
 from jaxprune.method.granularity import limits
+from jaxprune.method.lasting import Asked
 from jaxprune.method.methods import Method, method
 from jaxprune.method.options import OPTIONS
 from jaxprune.method.pruner import FinalMasksFn, pruner
 from jaxprune.method.repair import repair_of
-from jaxprune.select import global_top_k, layerwise_top_k
+from jaxprune.select import global_top_k, in_multiples, layerwise_top_k
 from jaxprune.structure import Connect, chain, prune_to_active
 from jaxprune.types import Groups, Problem, Pruner
 
@@ -31,6 +32,8 @@ def get_pruner(
     repair: str = '',
     repair_gain: str = 'linear',
     score_on: str = 'balanced',
+    events: Sequence[int] = (),
+    multiple: int = 1,
     **options: Any,
 ) -> Pruner:
     """The pruner of a registered method.
@@ -54,6 +57,8 @@ def get_pruner(
       repair: what happens to kept weights after the last round, one of `REPAIRS`; '' for nothing.
       repair_gain: the activation whose gain repaired kernels have.
       score_on: 'balanced' or 'train_batch', what an event hands to scores that need data.
+      events: where the clock stands in each round, for methods that change training.
+      multiple: of so many units every layer keeps a multiple, rounded up.
       **options: the method's own options; numbers may be traced.
 
     Raises:
@@ -71,11 +76,14 @@ def get_pruner(
         score_on=score_on,
         repair=repair,
         repair_gain=repair_gain,
+        multiple=multiple,
         apart=True,  # when its events happen is the caller's affair
     )
     check_choices(entry, choices)
     train = (batch_norm or entry.batch_norm) == 'train'
-    request = _Request(problem, entry, choices, shapes, connect, groups, floor, train, own)
+    request = _Request(
+        problem, entry, choices, shapes, connect, groups, floor, train, tuple(events), own
+    )
     of_weights = groups is None or groups.kind == 'weight'
     made = _of_weights(request) if of_weights else _of_groups(request)
     for option, value in own.items():  # what the score itself has not refused
@@ -98,6 +106,7 @@ class _Request(NamedTuple):
     groups: Groups | None
     floor: int | Mapping[str, int]
     train: bool
+    events: tuple[int, ...]
     options: Mapping[str, Any]
 
 
@@ -116,7 +125,7 @@ def _own_options(entry: Method, name: str, given: Mapping[str, Any]) -> dict[str
 
 def _of_weights(request: _Request) -> Pruner:
     """A pruner of single weights."""
-    problem, entry, choices, shapes, connect, _, floor, train, options = request
+    problem, entry, choices, shapes, connect, _, floor, train, _, options = request
     cap, allocation = choices.cap, choices.allocation
     if shapes is None and (floor or cap != 1.0 or connect is not None):
         raise PruneError('floor, cap and connect need shapes: path -> shape of every prunable leaf')
@@ -145,17 +154,18 @@ def _of_weights(request: _Request) -> Pruner:
 
 def _of_groups(request: _Request) -> Pruner:
     """A pruner of anything else than single weights."""
-    problem, entry, choices, _, _, groups, floor, train, options = request
+    problem, entry, choices, _, _, groups, floor, train, events, options = request
     floor, cap = limits(groups, floor, cap=choices.cap)
     shared = choices.allocation in SHARED
     fewest, most = bounds(groups.shapes, floor, cap) if shared else ({}, {})
     if entry.make is not None:
-        return entry.make(problem, groups, fewest if any(fewest.values()) else None, **options)
+        bounded = fewest if any(fewest.values()) else None
+        return entry.make(Asked(groups, bounded, events, choices.multiple), **options)
     by_group = {'by': groups} if entry.grouped else {}
     own = {name: value for name, value in options.items() if name != 'momentum'}
     return pruner(
         entry.score(problem, train, **own, **by_group),
-        global_top_k if shared else layerwise_top_k,
+        in_multiples(global_top_k if shared else layerwise_top_k, choices.multiple),
         monotone=entry.monotone,
         needs=entry.needs,
         fewest=fewest if any(fewest.values()) else None,

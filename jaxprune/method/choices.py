@@ -35,6 +35,7 @@ class Choices(NamedTuple):
     score_on: str = 'balanced'
     repair: str = ''
     repair_gain: str = 'linear'
+    multiple: int = 1
     apart: bool | None = None
 
 
@@ -91,6 +92,8 @@ def _group_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
     if granularity not in COUPLED:
         if choices.keep_all_units:
             yield 'keep_all_units', f'names layers that keep all units, with granularity {coupled}'
+        if choices.multiple > 1:
+            yield 'multiple', f'goes with granularity {coupled}: it counts the units of a layer'
         if choices.repair:
             needs = f'with granularity {coupled}: it needs whole rows and columns of kernels'
             yield 'repair', f"'{choices.repair}' goes {needs}"

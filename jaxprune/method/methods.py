@@ -9,6 +9,10 @@ from typing import Any, NamedTuple
 
 from jaxprune import score
 from jaxprune.errors import lookup
+from jaxprune.method.dhspg import dhspg
+from jaxprune.method.group_penalties import group_norm, proximal, slimming
+from jaxprune.method.hesso import hesso
+from jaxprune.method.hspg import hspg
 from jaxprune.method.lean import lean, operator_norm
 from jaxprune.method.tpp import tpp
 from jaxprune.types import Problem, Pruner, ScoreFn
@@ -34,8 +38,8 @@ class Method(NamedTuple):
       options: further options of the method with their published values. Numbers are traced, so
         runs that differ in them share a program; whole numbers and words are not.
       example: the inside of a table of `grid.method` with what the method cannot do without.
-      make: builds the whole pruner, for methods that change training: `(problem, groups, fewest of
-        each layer, **options) -> pruner`. Such a method prunes coupled groups, and acts between its
+      make: builds the whole pruner, for methods that change training: `(asked, **options) ->
+        pruner`, see `lasting.Asked`. Such a method prunes coupled groups, and acts between its
         first round and its last.
     """
 
@@ -86,6 +90,30 @@ def _units(make: Callable[..., ScoreFn], title: str, doc: str, paper: str, **res
     """A score of coupled groups."""
     entry = {'example': 'granularity = "unit"', 'needs': _data, **rest}
     return Method(title, _of(make), doc, paper, grouped=True, coupled=True, **entry)
+
+
+def _training(
+    make: Callable[..., Pruner],
+    title: str,
+    doc: str,
+    paper: str,
+    *,
+    rounds: int = 2,
+    density_schedule: str = 'constant',
+    **options: Any,
+) -> Method:
+    """A method that changes training."""
+    return Method(
+        title,
+        None,
+        doc,
+        paper,
+        rounds=rounds,
+        density_schedule=density_schedule,
+        options=options,
+        example='granularity = "unit", start = 2, end = 6',
+        make=make,
+    )
 
 
 def _preset(make: Callable[..., ScoreFn], **settings: Any) -> Callable[..., ScoreFn]:
@@ -369,17 +397,81 @@ METHODS: dict[str, Method] = {
         options={'side': 16, 'scaled': True},
         example='granularity = "kernel"',
     ),
-    'tpp': Method(
+    'tpp': _training(
+        tpp,
         'TPP',
-        None,
         'Units: chosen in the first round by the mean of abs(w), pruned in the last; in between a '
         'growing penalty pulls them to zero and decorrelates them from the rest.',
         'Wang & Fu 2023, arXiv:2207.12534',
-        rounds=2,
-        density_schedule='constant',
-        options={'weight': 1000.0, 'interval': 10, 'increment': 1e-4, 'ceiling': 1.0},
-        example='granularity = "unit", start = 2, end = 6',
-        make=tpp,
+        weight=1000.0,
+        interval=10,
+        increment=1e-4,
+        ceiling=1.0,
+    ),
+    'hspg': _training(
+        hspg,
+        'HSPG',
+        'OTO: a penalty on the lengths of groups; later a group that a step would turn around '
+        'becomes exactly zero. The last round removes the shortest.',
+        'Chen et al. 2021, arXiv:2107.07467',
+        penalty=1e-3,
+        half_space=0.0,
+        half_space_dense=0.0,
+        second_at=0.25,
+        cut='target',
+    ),
+    'dhspg': _training(
+        dhspg,
+        'DHSPG',
+        'OTOv2: redundant groups are chosen in the first step, penalised as strongly as each '
+        'needs, and projected to zero until the target is met.',
+        'Chen et al. 2023, arXiv:2303.06862',
+        penalty=1e-3,
+        half_space=0.0,
+        half_space_dense=0.0,
+        second_at=0.0,
+        tolerance=0.05,
+        amplify=2.0,
+        most_times=10.0,
+        exact=True,
+    ),
+    # Ten periods, and the round that removes what is zero.
+    'hesso': _training(
+        hesso,
+        'HESSO',
+        'OTOv3: after each round but the last the redundant groups, by five criteria together, '
+        'shrink to exactly zero until the next one.',
+        'Chen et al. 2024, arXiv:2409.09085',
+        rounds=11,
+        density_schedule='linear_early',
+        variant='paper',
+    ),
+    'proximal': _training(
+        proximal,
+        'group lasso',
+        'A penalty on the lengths of groups by proximal steps, which make groups exactly zero. The '
+        'last round removes the shortest.',
+        'Yuan & Lin 2006; Parikh & Boyd 2014',
+        penalty=1e-3,
+        cut='target',
+    ),
+    'group_norm': _training(
+        group_norm,
+        'group norm',
+        'All groups decay, weak ones up to 16 times as fast, what reads them included; the last '
+        'round removes the weakest.',
+        'Fang et al. 2023, arXiv:2301.12900',
+        penalty=5e-4,
+        strongest=16.0,
+        scales='scale$',
+    ),
+    'slimming': _training(
+        slimming,
+        'slimming',
+        'A penalty on the scales of norms; the last round removes the groups with the smallest.',
+        'Liu et al. 2017, arXiv:1708.06519',
+        penalty=1e-4,
+        scales='scale$',
     ),
 }
 

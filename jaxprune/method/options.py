@@ -4,6 +4,8 @@ Whole numbers that a program is unrolled over have a bound: above it, compiling 
 """
 
 from jaxprune.arguments import Option
+from jaxprune.method.hesso import VARIANTS
+from jaxprune.method.lasting import CUTS
 from jaxprune.score.coupled import AGGREGATIONS, COUPLED_MEASURES, MEMBERS
 from jaxprune.score.fisher import LABELS
 from jaxprune.score.gate_taylor import PER, SHARED, SIGNS
@@ -51,5 +53,29 @@ OPTIONS: dict[str, Option] = {
     'weight': Option('of the decorrelation against the pull to zero', above=0),
     'interval': Option('training steps after which the penalty grows', low=1),
     'increment': Option('by how much the penalty grows', above=0),
+    'penalty': Option('factor of the penalty', above=0),
+    'half_space': Option(
+        'a group x that becomes y is projected to zero if y.x is below this share of x.x; of '
+        'convolutions and heads',
+        low=0,
+        high=1,
+    ),
+    'half_space_dense': Option('the same of dense layers', low=0, high=1),
+    'second_at': Option(
+        'where projections begin, as a share of the way from the first round to the last',
+        low=0,
+        high=1,
+    ),
+    'cut': Option(
+        "what the last round removes: as many as the 'target' asks for, or what is 'zero'",
+        choices=CUTS,
+    ),
+    'tolerance': Option('share of all groups penalised beyond the target', low=0, high=1),
+    'amplify': Option('how much more than needed a growing group is penalised', above=0),
+    'most_times': Option('the largest penalty, in units of penalty', low=1),
+    'exact': Option('never project more groups than the target asks for'),
+    'variant': Option("ramp and choice as in the 'paper', or as in the authors' 'code'", VARIANTS),
+    'strongest': Option('how many times as fast the weakest group decays', low=1),
+    'scales': Option('a regular expression of the paths of scales of norms'),
     'ceiling': Option('how far the penalty grows', above=0),
 }

@@ -13,17 +13,16 @@ from jax.typing import ArrayLike
 from jaxprune import tree
 from jaxprune.arguments import least, positive
 from jaxprune.flow.orthogonal import tpp_gradients, tpp_strength
+from jaxprune.method.lasting import Asked
 from jaxprune.method.pruner import tallied
 from jaxprune.select import count_kept, global_top_k, layerwise_top_k, within_bounds
 from jaxprune.types import (
     GLOBAL,
     Batches,
     Counts,
-    Groups,
     Hyper,
     Key,
     Masks,
-    Problem,
     PruneInfo,
     Pruner,
     PyTree,
@@ -47,9 +46,7 @@ class Chosen(NamedTuple):
 
 
 def tpp(
-    problem: Problem,
-    groups: Groups,
-    fewest: Counts | None,
+    asked: Asked,
     *,
     weight: ArrayLike = 1000.0,
     interval: int = 10,
@@ -65,9 +62,7 @@ def tpp(
     The authors zero one layer every 100 iterations at the end; here all go in the last round.
 
     Args:
-      problem: the network.
-      groups: what is pruned: whole units, or other coupled groups.
-      fewest: layer -> groups that it keeps at least, in one ranking over all layers.
+      asked: what is pruned: whole units, or other coupled groups.
       weight: of the decorrelation against the pull to zero.
       interval: steps after which the penalty grows.
       increment: by how much.
@@ -76,7 +71,7 @@ def tpp(
     Raises:
       PruneError: an interval below 1, another number that is not above 0.
     """
-    del problem
+    groups, fewest = asked.groups, asked.fewest
     least(1, interval=interval)
     for name, value in (('weight', weight), ('increment', increment), ('ceiling', ceiling)):
         positive(f'{name} of tpp', value)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune import arguments, structure, tree
 from jaxprune import problem as problems
-from jaxprune import structure, tree
 from jaxprune.allocation import ORDERED
 from jaxprune.errors import PruneError
 from jaxprune.method import (
@@ -70,6 +70,7 @@ def prune(
     keep_all_units: str = '',
     floor: int | Mapping[str, int] = 0,
     cap: float | Mapping[str, float] = 1.0,
+    multiple: int = 1,
     rounds: int | None = None,
     density_schedule: str | None = None,
     batch_norm: str | None = None,
@@ -115,6 +116,8 @@ def prune(
       keep_all_units: regular expression of layers that keep all units.
       floor: fewest weights (or units, ...) of a layer, one number or path -> number.
       cap: largest density of a layer, one number or path -> number.
+      multiple: of units every layer keeps a multiple of so many, rounded up: 8 or 128, which matrix
+        hardware needs to be fast.
       rounds: pruning rounds; None for the published number.
       density_schedule: schedule of densities over the rounds; None for the published one.
       **options: the method's own options.
@@ -131,6 +134,7 @@ def prune(
     extent = _Extent(density, compression, floor, cap, rounds, density_schedule)
     what = (method_name, allocation, target, granularity, keep_all_units, 0.0, cap)
     how = {'batch_norm': batch_norm, 'repair': repair, 'repair_gain': repair_gain}
+    how['multiple'] = arguments.whole('multiple', multiple)
     return _pruned(given, Choices(*what, **how), extent, options)
 
 
@@ -180,12 +184,13 @@ def _pruned(given: _Given, choices: Choices, extent: _Extent, options: Mapping[s
         groups=groups,
         repair=choices.repair,
         repair_gain=choices.repair_gain,
+        multiple=choices.multiple,
         **options,
     )
     size = sum(math.prod(shape) for shape in shapes.values())
     wanted = structure.active_wanted(size, 1 / density)
     found, kept = _in_rounds(pruner, choices.name, given.key, view, plan, batches, wanted)
-    if pruner.final_masks is None:
+    if pruner.final_masks is None and choices.multiple == 1:
         check.kept(kept, plan, plural(choices.granularity))
     rounds = len(plan.steps)
     if 'data' in entry.needs and rounds > 1 and len(split(batches)) == 1:

@@ -4,7 +4,7 @@ import polars as pl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxprune import flow
+from jaxprune import flow, method
 from jaxprune.report import style, tables, text
 from jaxprune.report.curves import CONTROL
 from jaxprune.types import GLOBAL
@@ -22,6 +22,7 @@ def whole(recorded: pl.DataFrame) -> pl.DataFrame:
       recorded: rows of `store.read_flow`.
     """
     together = {name: entry.together for name, entry in flow.QUANTITIES.items()}
+    together |= dict.fromkeys(method.WATCHED, 'sum')
     how = pl.col('quantity').replace_strict(together, default='mean')
     own = (pl.col('path') == GLOBAL).any().over('run_id', 'step', 'rounds', 'quantity')
     rows = recorded.with_columns(how=how).filter((pl.col('path') == GLOBAL) | ~own)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.errors import PruneError, quoted
+from jaxprune.structure.channel_graph import graph_of, window_sides
 from jaxprune.structure.coupling import may_go, walk
 from jaxprune.structure.gates import gates
 from jaxprune.structure.groups import Coupled, Family, Member
@@ -73,7 +74,19 @@ def unit_groups(
     return _groups_of(competing, shapes, lengths, name)._replace(
         families={family.name: family for family in competing},
         gates=functools.cache(lambda place: gates(coupled, place, names)),
+        kinds=functools.cache(lambda: _kinds(coupled, competing)),
     )
+
+
+def _kinds(coupled: Coupled, families: Sequence[Family]) -> dict[str, str]:
+    """Layer -> what it is; a convolution if a kernel that makes it has a window."""
+    windows = {path for path, sides in window_sides(graph_of(coupled.coupling)).items() if sides}
+
+    def kind(family: Family) -> str:
+        makers = {m.path for m in family.members if m.role == 'out'}
+        return 'conv' if makers & windows else 'dense'
+
+    return {f.name: kind(f) if f.kind == 'unit' else f.kind for f in families}
 
 
 def _groups_of(

@@ -13,6 +13,7 @@ from jaxprune.sweep.grid import DENSE, event_program
 from jaxprune.sweep.groups import Group, library_errors
 from jaxprune.sweep.program import Program, method_numbers
 from jaxprune.sweep.spec import MethodSpec, SweepSpec
+from jaxprune.sweep.timeline import clocks_of
 from jaxprune.types import GLOBAL, RunState
 
 
@@ -77,7 +78,9 @@ def _check_numbers(program: Program, spec) -> None:
     """Checks the values of options that programs trace."""
     entry = method.method(spec.name)
     if entry.make is not None:
-        entry.make(program.problem, program.competing(spec), None, **spec.options)
+        clocks = clocks_of(program.timeline)
+        asked = method.Asked(program.competing(spec), None, clocks, spec.multiple)
+        entry.make(asked, **spec.options)
     else:
         own = {k: v for k, v in spec.options.items() if not (entry.averages and k == 'momentum')}
         by = {'by': program.competing(spec)} if entry.coupled else {}

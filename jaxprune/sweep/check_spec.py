@@ -75,7 +75,7 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
         small = f'{facts.shape} of {spec.data.name}'
         fail('model.name', f"'{model.name}' needs larger images than {small}")
     for i, name in enumerate(spec.record.flow):
-        known(f'record.flow[{i}]', name, flow.QUANTITIES)
+        known(f'record.flow[{i}]', name, {**flow.QUANTITIES, **method.WATCHED})
     for seed in spec.record.latency_seeds:
         if seed not in spec.grid.seed:
             fail('record.latency_seeds', f'{seed} is not among grid.seed')

@@ -25,7 +25,7 @@ from jaxprune.sweep.compact_costs import latency_ratio, unknown
 from jaxprune.sweep.compiled_events import EventCall
 from jaxprune.sweep.counts import active_of, counts_of
 from jaxprune.sweep.engine import Engine, stacked
-from jaxprune.sweep.grid import DENSE, Run, event_program, has_lasting_state
+from jaxprune.sweep.grid import DENSE, Run, event_program, has_lasting_state, keeps_exactly
 from jaxprune.sweep.program import Program, hyper_of, method_facts, method_numbers
 from jaxprune.sweep.progress import Shown, ignored
 from jaxprune.sweep.spec import SweepSpec
@@ -445,8 +445,7 @@ def _score_errors(
         wanted = {path: int(leaf[place][-1]) for path, leaf in counts.items()}
         if GLOBAL in wanted:
             got = {GLOBAL: sum(got.values())}
-        direct = run.method.target == 'direct'
-        if direct and not bad and got != wanted:
+        if keeps_exactly(run.method) and not bad and got != wanted:
             raise PruneError(
                 f'run {run.run_id} ({run.method.label}, compression {run.compression:g}, seed '
                 f'{run.seed}) would keep {got} weights, not {wanted}'

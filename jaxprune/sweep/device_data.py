@@ -63,7 +63,9 @@ def scores_need_data(spec: SweepSpec) -> bool:
     scores = any(
         'data' in method.method(m.name).needs and m.score_on == 'balanced' for m in spec.grid.method
     )
-    return scores or any(flow.quantity(name).needs_data for name in spec.record.flow)
+    return scores or any(
+        name not in method.WATCHED and flow.quantity(name).needs_data for name in spec.record.flow
+    )
 
 
 class Examples(NamedTuple):

@@ -124,6 +124,12 @@ def has_lasting_state(spec: MethodSpec) -> bool:
     return apart and (remembers or entry.hooked)
 
 
+def keeps_exactly(spec: MethodSpec) -> bool:
+    """Does a method keep just as many weights, or groups, as its counts say?"""
+    to_target = spec.options.get('cut', 'target') == 'target'
+    return spec.target == 'direct' and spec.multiple == 1 and to_target
+
+
 def split_options(train: TrainSpec) -> tuple[dict[str, float], dict[str, bool]]:
     """The optimizer's arguments: numbers, which are traced, and flags, which are static."""
     flags = {k: v for k, v in train.options.items() if isinstance(v, bool)}

@@ -18,7 +18,7 @@ from jaxprune.sweep.device_data import DeviceData, Examples, examples_of
 from jaxprune.sweep.grid import DENSE, Run, has_lasting_state, method_options, split_options
 from jaxprune.sweep.initial_params import starting_from
 from jaxprune.sweep.spec import FinetuneSpec, MethodSpec, RecordSpec, SweepSpec, TrainSpec
-from jaxprune.sweep.timeline import Timeline, timeline_of
+from jaxprune.sweep.timeline import Timeline, clocks_of, timeline_of
 from jaxprune.types import (
     Batch,
     Batches,
@@ -116,6 +116,7 @@ class _Parts(NamedTuple):
       plain: fetches the same without augmentation.
       batch_of: `(data, key, clock) -> Batch` of the next training step, `(1, batch, ...)`.
       initial: `key -> initial weights`, drawn again rather than carried along.
+      clocks: where the clock stands in each round of a method that changes training.
     """
 
     net: Problem
@@ -130,6 +131,7 @@ class _Parts(NamedTuple):
     plain: data.FetchFn
     batch_of: Callable[[DeviceData, Key, jax.Array], Batch]
     initial: Callable[[Key], Weights]
+    clocks: tuple[int, ...]
 
 
 def network(spec: SweepSpec) -> flax.linen.Module:
@@ -185,6 +187,7 @@ def make_program(
         plain=plain_fetch,
         batch_of=batch_of,
         initial=lambda key: tree.pick(net.init(stream(key, 'init'))[0], net.prunable),
+        clocks=clocks_of(timeline),
     )
     return Program(
         problem=net,
@@ -251,6 +254,8 @@ def _pruner(parts: _Parts, spec: MethodSpec, hyper: Hyper) -> Pruner:
         repair=spec.repair,
         repair_gain=spec.repair_gain,
         score_on=spec.score_on,
+        events=parts.clocks if method.method(spec.name).hooked else (),
+        multiple=spec.multiple,
         **method_options(spec)[1],
         **hyper.method,
     )
@@ -289,20 +294,37 @@ def _events(parts: _Parts, spec: MethodSpec) -> EventsFn:
 
 def _stages(parts: _Parts, record: RecordSpec, spec: MethodSpec) -> dict[bool, Stage]:
     """What a run does without a hook, and with that of its method if it has one."""
-    stages = {False: _stage(parts, record, lambda hyper: (None, False))}
-    if has_lasting_state(spec):
+    if not has_lasting_state(spec):
+        return {False: _stage(parts, record, None, lambda hyper: None)}
+    groups = None
+    if method.method(spec.name).hooked:
 
-        def hooked(hyper: Hyper) -> tuple[StepHook | None, bool]:
-            pruner = _pruner(parts, spec, hyper)
-            return pruner.hook, pruner.dense
+        def groups() -> Groups:
+            return parts.competing(spec)
 
-        stages[True] = _stage(parts, record, hooked)
-    return stages
+    return {
+        False: _stage(parts, record, groups, lambda hyper: None),
+        True: _stage(parts, record, groups, lambda hyper: _pruner(parts, spec, hyper)),
+    }
 
 
 def _stage(
-    parts: _Parts, record: RecordSpec, hook_of: Callable[[Hyper], tuple[StepHook | None, bool]]
+    parts: _Parts,
+    record: RecordSpec,
+    groups: Callable[[], Groups] | None,
+    pruner_of: Callable[[Hyper], Pruner | None],
 ) -> Stage:
+    """What a run does in a part of its life.
+
+    Args:
+      groups: reads those of a method that changes training.
+      pruner_of: the numbers of a run -> the method at work; None where none is.
+    """
+
+    def hook_of(hyper: Hyper) -> tuple[StepHook | None, bool]:
+        pruner = pruner_of(hyper)
+        return (None, False) if pruner is None else (pruner.hook, pruner.dense)
+
     def step(clock, data_: DeviceData, key: Key, hyper: Hyper, indices, state: RunState):
         hook, dense = hook_of(hyper)
         one = train.train_step(parts.trained, parts.optimizer, hook, dense=dense)
@@ -314,7 +336,8 @@ def _stage(
         sums = train.evaluate_batch(parts.trained, parts.plain, hook_of(hyper)[0])
         return sums(clock, data_.test, state, indices, valid)
 
-    entries = {name: flow.quantity(name) for name in record.flow}
+    watched = [name for name in record.flow if name in method.WATCHED and groups is not None]
+    entries = {n: flow.quantity(n) for n in record.flow if n not in method.WATCHED}
     quantities = {name: q.make(parts.trained, tuple(parts.shapes)) for name, q in entries.items()}
     needs_data = any(entry.needs_data for entry in entries.values())
     needs_initial = any(entry.needs_initial for entry in entries.values())
@@ -325,12 +348,16 @@ def _stage(
         if needs_initial:
             view = view._replace(initial=parts.initial(key))
         noise = stream(key, 'dropout')
-        return {name: measure(noise, view, rows) for name, measure in quantities.items()}
+        found = {name: measure(noise, view, rows) for name, measure in quantities.items()}
+        if watched:
+            seen = method.watched(groups(), pruner_of(hyper), state)
+            found |= {name: seen[name] for name in watched if name in seen}
+        return found
 
     def rewind(hyper: Hyper, state: RunState, anchor: RunState) -> RunState:
         return train.rewind(parts.optimizer, dense=hook_of(hyper)[1])(hyper, state, anchor)
 
-    return Stage(step, evaluate, flows if quantities else None, rewind)
+    return Stage(step, evaluate, flows if quantities or watched else None, rewind)
 
 
 class MethodFacts(NamedTuple):

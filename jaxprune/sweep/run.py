@@ -33,7 +33,11 @@ from jaxprune.sweep.timing import stopwatch
 from jaxprune.sweep.trials import measure
 
 #: Why a directory of an older format does not go on.
-_OLDER = {2: 'it says when rounds happen with other keys', 3: 'it records nothing at step 0'}
+_OLDER = {
+    2: 'it says when rounds happen with other keys',
+    3: 'it records nothing at step 0',
+    4: 'its methods have fewer keys, and its tables fewer columns',
+}
 #: The part of a device's memory that a training program may take, by the compiler's own account.
 _COMPILED_SHARE = 0.85
 #: Seconds that a call of a compiled training program should last: what progress waits for.

@@ -24,7 +24,7 @@ from jaxprune.sweep.strategy import BATCHINGS, STEPPINGS
 REWINDS = ('weights', 'rate')
 
 #: Bumped when the meaning of a stored result changes.
-FORMAT = 4
+FORMAT = 5
 
 
 def _key(doc: str, *, default=dataclasses.MISSING, example: str = '', later=False, **limits):
@@ -170,7 +170,8 @@ class FinetuneSpec:
 class MethodSpec:
     """An entry of grid.method: a name, or a table; open for the method's options.
 
-    What is pruned: allocation, target, granularity, keep_all_units, floor, floor_share, cap.
+    What is pruned: allocation, target, granularity, keep_all_units, floor, floor_share, cap,
+    multiple.
     When: start, every, end, time_unit, rounds, density_schedule, rewind, restart, finetune.
     How: name, batch_norm, score_on, repair and the method's own options.
     """
@@ -209,6 +210,13 @@ class MethodSpec:
     )
     floor: int = _key('fewest weights (or units, ...) that any layer keeps', default=0, low=0)
     cap: float = _key('largest density of any layer', default=1.0, above=0, high=1)
+    multiple: int = _key(
+        'every layer keeps a multiple of so many units, rounded up, as matrix hardware needs it: 8 '
+        'or 128',
+        default=1,
+        low=1,
+        example='granularity = "unit", multiple = 8',
+    )
     label: str = _key(
         'how figures and tables call it', default='', example='label = "by magnitude"'
     )

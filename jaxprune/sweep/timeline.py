@@ -163,6 +163,11 @@ def timeline_of(train: TrainSpec, method: MethodSpec | None, epoch: int) -> Time
     return Timeline(tuple(events), tuple(spans), total, anchor, length)
 
 
+def clocks_of(timeline: Timeline) -> tuple[int, ...]:
+    """Where the clock stands in each round."""
+    return tuple(event.clock for event in timeline.events for _ in range(event.count))
+
+
 def _rewind_to(method: MethodSpec, epoch: int, first: int) -> int:
     """The clock to which rewinding goes back."""
     back = round(method.rewind_to * (epoch if method.time_unit == 'epochs' else 1))

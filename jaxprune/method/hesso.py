@@ -1,0 +1,168 @@
+"""HESSO, the hybrid efficient structured sparse optimizer of OTOv3 (Chen et al., 2024,
+arXiv:2409.09085).
+
+In each of several periods some groups are found redundant, by five criteria together. Then they
+shrink to exactly zero while training goes on. There is no penalty, and the target is met exactly.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxprune.errors import PruneError, check_choice
+from jaxprune.method.lasting import Asked, Lasting, lasting, lowest, norms, room_left
+from jaxprune.method.own_slices import PerGroup, Vectors, cosines, direction, shares, vectors
+from jaxprune.select import count_kept, divisible, top_k_mask
+from jaxprune.types import GLOBAL, Hyper, Masks, Pruner, PyTree, Scores, StepHook
+
+#: How the ramp and the choice go: as the paper has them, or as the authors' code does.
+VARIANTS = ('paper', 'code')
+
+
+class Redundant(NamedTuple):
+    """What HESSO carries; masks are layer -> bool `(groups,)`.
+
+    Attributes:
+      found: groups that were ever found redundant.
+      shrinking: those of them that this period removes.
+      gone: those that stay at zero.
+      before: how many might be gone in the period before, in all.
+    """
+
+    found: Masks
+    shrinking: Masks
+    gone: Masks
+    before: jax.Array
+
+
+def hesso(asked: Asked, *, variant: str = 'paper') -> Pruner:
+    """Chooses redundant groups in every round but the last, and shrinks them until the next one.
+
+    In the first step after a round the groups with the lowest `saliency` are chosen, as many as the
+    counts of the round let go. With D steps until the next round, step j of them multiplies these
+    groups by `(D - j - 1) / (D - j)` after the optimizer's step: they fall along a line and are
+    exactly zero in the last one. From then on they stay there.
+
+    Args:
+      asked: the groups, all zero-invariant, and when its rounds happen.
+      variant: 'code' does as the authors' code. Its ramp has one step less. It ranks groups that
+        are gone along with the others and, where that leaves too many, takes those that come first
+        in the network. It never takes up again what it once found redundant and kept for the sake
+        of a multiple.
+
+    Raises:
+      PruneError: an unknown variant; rounds that lie too close for a ramp.
+    """
+    check_choice('variant', variant, VARIANTS)
+    groups, events = asked.groups, np.array(asked.events)
+    early = int(variant == 'code')
+    if np.diff(events).min() < 1 + early:
+        raise PruneError(f'hesso needs {1 + early} steps or more from round to round')
+    own = vectors(groups)
+    lengths = np.append(np.diff(events), 1)
+
+    def project(
+        state: Lasting, before: PyTree, after: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
+    ) -> tuple[Lasting, PyTree]:
+        del masks
+        # The clock is the same for all runs: the choice is made in one step of a period alone.
+        period = (jnp.asarray(clock) >= events).sum() - 1
+        step = clock - jnp.asarray(events)[period]
+        ramp = jnp.asarray(lengths)[period] - early
+        kept = jax.lax.cond(
+            step == 0,
+            lambda: _chosen(asked, variant, own, before, direction(before, after, hyper), state),
+            lambda: state.own,
+        )
+        factor = (ramp - step - 1) / jnp.maximum(ramp - step, 1)
+        factors = {
+            n: jnp.where(kept.gone[n], 0.0, jnp.where(shrinking, factor, 1.0))
+            for n, shrinking in kept.shrinking.items()
+        }
+        ends = step == ramp - 1
+        gone = {n: mask | (kept.shrinking[n] & ends) for n, mask in kept.gone.items()}
+        shrinking = {n: mask & ~ends for n, mask in kept.shrinking.items()}
+        kept = kept._replace(gone=gone, shrinking=shrinking)
+        return state._replace(own=kept), own.times(factors, after)
+
+    def begin() -> Redundant:
+        none = {name: jnp.zeros(shape, bool) for name, shape in groups.shapes.items()}
+        return Redundant(none, none, none, jnp.zeros((), jnp.int32))
+
+    def watch(state: Lasting, params: PyTree) -> dict[str, PerGroup]:
+        del params
+        return {'penalised_groups': count_kept(state.own.shrinking)}
+
+    return lasting(asked, StepHook(project=project), norms(own), begin=begin, watch=watch)
+
+
+def saliency(own: Vectors, params: PyTree, v: PyTree) -> Scores:
+    """Five criteria of each group x, each divided by its length over all groups, and their mean.
+
+    Size, mean size of an entry, `cos(x, v) + 1`, first and second order of the change of the loss:
+    `|x.v|` and `(x.v)² / 2`. High = keep.
+
+    Args:
+      params: before the step.
+      v: the direction of the optimizer's step.
+    """
+    length, sizes, along = norms(own)(params), own.sizes(params), own.dot(params, v)
+    cosine = cosines(own, params, v, length)
+    criteria = (
+        length,
+        {name: leaf / (sizes[name] + 1e-6) for name, leaf in length.items()},
+        {name: leaf + 1 for name, leaf in cosine.items()},
+        {name: jnp.abs(leaf) for name, leaf in along.items()},
+        {name: leaf**2 / 2 for name, leaf in along.items()},
+    )
+    parts = [shares(values) for values in criteria]
+    return {name: sum(part[name] for part in parts) / len(parts) for name in length}
+
+
+def _chosen(
+    asked: Asked, variant: str, own: Vectors, params: PyTree, v: PyTree, state: Lasting
+) -> Redundant:
+    """The state with the groups of a new period."""
+    score, kept = saliency(own, params, v), state.own
+    if variant == 'code':
+        new = _lowest_first(list(asked.groups.shapes), score, kept, state.most[GLOBAL])
+    else:
+        candidates = {name: ~mask for name, mask in kept.found.items()}
+        new = lowest(score, candidates, room_left(state.most, kept.found))
+    found = {name: mask | new[name] for name, mask in kept.found.items()}
+    if asked.multiple > 1 or variant == 'code':
+        new = {n: _refined(asked.multiple, variant, kept.gone[n], new[n], score[n]) for n in new}
+    if variant == 'paper':
+        found = {name: mask | new[name] for name, mask in kept.found.items()}
+    return Redundant(found, new, kept.gone, state.most[GLOBAL])
+
+
+def _lowest_first(layers: list[str], score: Scores, kept: Redundant, most: jax.Array) -> Masks:
+    """As the authors' code: of the lowest, gone ones included, the first that are not gone yet.
+
+    Args:
+      layers: in the order of the network.
+    """
+    every = jnp.concatenate([score[name] for name in layers])
+    found = jnp.concatenate([kept.found[name] for name in layers])
+    new = most - kept.before
+    low = top_k_mask(-every, found.sum(dtype=jnp.int32) + new)
+    candidates = low & ~found
+    first = candidates & (jnp.cumsum(candidates) <= new)
+    ends = np.cumsum([score[name].size for name in layers])
+    return dict(zip(layers, jnp.split(first, ends[:-1]), strict=True))
+
+
+def _refined(
+    multiple: int, variant: str, gone: jax.Array, new: jax.Array, score: jax.Array
+) -> jax.Array:
+    """Of a layer's new groups as many as leave it a multiple."""
+    size = new.size
+    left = divisible(size - (gone | new).sum(dtype=jnp.int32), multiple, size)
+    wanted = size - gone.sum(dtype=jnp.int32) - left
+    if variant == 'code':
+        return new & (jnp.cumsum(new) <= wanted)
+    return top_k_mask(jnp.where(new, -score, -jnp.inf), wanted)
