@@ -78,6 +78,7 @@ def make_fake_engine(strategy, program, data, devices, steps_per_call=0):
         rewind=None,
         evaluate=evaluate,
         record=record,
+        tests=None,
         counts=lambda states: (states.kept, states.kept, {}),
         pack=lambda states: states,
         unpack=lambda states: states,

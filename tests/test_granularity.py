@@ -109,7 +109,7 @@ TABLE = {
     'model': {'name': 'mlp', 'widths': [12, 8]},
     'data': {'name': 'mnist_small', 'train_examples': 200, 'test_examples': 100},
     'train': {'epochs': 1, 'batch_size': 50},
-    'record': {'latency_seeds': [1]},
+    'record': {'compact_seeds': [1]},
     'grid': {
         'method': [
             {'name': 'magnitude', 'granularity': 'unit', 'allocation': 'uniform'},
@@ -149,6 +149,11 @@ def test_a_sweep_of_granularities(tmp_path):
     assert units['flops_compact'].to_list() == [flops[1]] * 2
     assert (last['latency_ratio'].is_null() == (last['seed'] == 0)).all()
     assert (last['latency_ratio'].drop_nulls() > 0).all()
+    cut = last.drop_nulls('compact_accuracy')
+    assert len(cut) == (last['seed'] == 1).sum()
+    for column in ('compact_accuracy', 'full_accuracy'):
+        assert cut[column].to_list() == pytest.approx(cut['test_accuracy'].to_list())
+    assert cut['compact_difference'].max() < 1e-4
     summary = tables.summary(frame, read_layers(tmp_path / 'runs')).filter(
         pl.col('target') == 'units'
     )

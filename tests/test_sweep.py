@@ -26,6 +26,7 @@ from jaxprune import plan, report
 from jaxprune.report import tables
 from jaxprune.report.terminal import summary_table
 from jaxprune.sweep import make_plan, make_spec, store, to_toml
+from jaxprune.sweep.chunk_tables import COMPACT_COLUMNS
 from jaxprune.sweep.load import spec_hash
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +77,8 @@ def test_columns_and_rows(finished):
     assert results.columns == [
         *('run_id', 'model', 'dataset', 'label', 'method', 'allocation', 'seed'),
         *('target', 'target_compression', 'density', 'compression', 'effective_compression'),
-        *('params_compact', 'flops_compact', 'speedup_theoretical', 'latency_ratio'),
+        *('params_compact', 'flops_compact', 'speedup_theoretical'),
+        *COMPACT_COLUMNS,
         *('learning_rate', 'weight_decay'),
         *('step', 'epoch', 'train_loss', 'test_loss', 'test_accuracy', 'error'),
     ]
@@ -86,7 +88,7 @@ def test_columns_and_rows(finished):
     assert results['run_id'].n_unique() == pruned + dense
     assert not results.select('run_id', 'epoch').is_duplicated().any()
     assert results['error'].is_null().all()
-    assert not any(results.drop('error', 'latency_ratio').null_count().row(0))
+    assert not any(results.drop('error', *COMPACT_COLUMNS).null_count().row(0))
     assert set(results['epoch']) == {1, 2}
     assert (results['step'] == results['epoch'] * 6).all()
     for column in ('train_loss', 'test_loss'):

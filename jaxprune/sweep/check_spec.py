@@ -76,9 +76,9 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
         fail('model.name', f"'{model.name}' needs larger images than {small}")
     for i, name in enumerate(spec.record.flow):
         known(f'record.flow[{i}]', name, {**flow.QUANTITIES, **method.WATCHED})
-    for seed in spec.record.latency_seeds:
+    for seed in spec.record.compact_seeds:
         if seed not in spec.grid.seed:
-            fail('record.latency_seeds', f'{seed} is not among grid.seed')
+            fail('record.compact_seeds', f'{seed} is not among grid.seed')
     recorded = spec.record.flow or spec.record.evaluate
     if recorded and not (spec.record.every or spec.record.rounds):
         fail('record.every', 'expected after how many steps to record')

@@ -21,7 +21,8 @@ from jaxprune.sweep.chunk_tables import (
     layers_table,
     results_rows,
 )
-from jaxprune.sweep.compact_costs import latency_ratio, unknown
+from jaxprune.sweep.compact_costs import unknown
+from jaxprune.sweep.compact_nets import compact_outcome
 from jaxprune.sweep.compiled_events import EventCall
 from jaxprune.sweep.counts import active_of, counts_of
 from jaxprune.sweep.engine import Engine, stacked
@@ -199,13 +200,14 @@ def _reach(context: Context, walk: Walk, border: Border, stretch: Stretch | None
     pruned_first = border.record and not border.step and not rounds_too
     if border.event is None:
         return _recorded(context, walk, 0, False, after_round=True) if pruned_first else walk
+    full = context.engine.pack(walk.states) if last and _cut_out(context) else None
     walk = _after_event(context, walk, border.event)
     if rounds_too or pruned_first:
         going_on = True in context.program.stages and not border.event.finish
         walk = _recorded(context, walk, border.event.clock, going_on, after_round=True)
         if border.epoch_end:  # or a checkpoint would lose it
             walk = _filed(context, walk, [moment() for moment in walk.moments])
-    return _evaluated(context, walk, clock, False) if border.evaluate and last else walk
+    return _evaluated(context, walk, clock, False, full) if border.evaluate and last else walk
 
 
 def _trained(context: Context, walk: Walk, stretch: Stretch) -> Walk:
@@ -243,7 +245,9 @@ def _recorded(context: Context, walk: Walk, clock: int, hooked: bool, *, after_r
     return walk._replace(moments=[*walk.moments, moment])
 
 
-def _evaluated(context: Context, walk: Walk, clock: int, hooked: bool) -> Walk:
+def _evaluated(
+    context: Context, walk: Walk, clock: int, hooked: bool, full: PyTree | None = None
+) -> Walk:
     """Rows of results; test values are those that were recorded at this step if there are any."""
     test, latest = None, walk.latest
     if latest is not None and latest.step == walk.step and not latest.after_round:
@@ -262,24 +266,32 @@ def _evaluated(context: Context, walk: Walk, clock: int, hooked: bool) -> Walk:
         test,
     )
     if walk.step == context.program.timeline.steps:
-        records = _with_latencies(context, walk, records)
+        records = _with_compact(context, walk, records, full)
     return walk._replace(means=[], records=[*walk.records, *records])
 
 
-def _with_latencies(
-    context: Context, walk: Walk, records: list[dict[str, Any]]
+def _cut_out(context: Context) -> list[int]:
+    """The runs whose networks are cut out at the end, where [record] asks for it."""
+    seeds = context.spec.record.compact_seeds
+    return [i for i, r in enumerate(context.members) if r.seed in seeds and r.method != DENSE]
+
+
+def _with_compact(
+    context: Context, walk: Walk, records: list[dict[str, Any]], full: PyTree | None
 ) -> list[dict[str, Any]]:
-    """The last rows of runs, timed on their compact networks where [record] asks for it."""
-    seeds, program = context.spec.record.latency_seeds, context.program
-    asked = [i for i, r in enumerate(context.members) if r.seed in seeds and r.method != DENSE]
-    if not asked:
+    """The last rows of runs with what their compact networks do.
+
+    Args:
+      full: the states before the rounds after the last step, packed; None if there are none.
+    """
+    if not (asked := _cut_out(context)):
         return records
     with context.watch.phase('evaluate'):
-        states = context.engine.pack(walk.states)
+        states, tests = context.engine.pack(walk.states), context.engine.tests()
         for i in asked:
-            state = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), states)
-            ratio = latency_ratio(program.problem, program.input_shape, state)
-            records[i] = {**records[i], 'latency_ratio': ratio}
+            row, before = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), (states, full))
+            found = compact_outcome(context.program.problem, tests, row, before)
+            records[i] = {**records[i], **found}
     return records
 
 

@@ -16,6 +16,9 @@ from jaxprune.sweep.program import Program
 from jaxprune.sweep.spec import MethodSpec, SweepSpec
 from jaxprune.sweep.timeline import recorded_steps, round_steps
 
+#: Columns of a run's last row, see `compact_nets`.
+COMPACT_COLUMNS = ('latency_ratio', 'full_accuracy', 'compact_accuracy', 'compact_difference')
+
 
 class Moment(NamedTuple):
     """What was recorded of all runs of a chunk at one moment.
@@ -213,7 +216,7 @@ def identity_columns(
         'compression': size / left if left else math.inf,
         'effective_compression': size / working if working else math.inf,
         **counted.compact,
-        'latency_ratio': None,
+        **dict.fromkeys(COMPACT_COLUMNS),
         'learning_rate': run.train.learning_rate,
         'weight_decay': run.train.weight_decay,
         **{key: _cell(settings[key]) for key in grid_columns(spec)},

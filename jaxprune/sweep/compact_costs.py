@@ -13,8 +13,7 @@ import numpy as np
 from jaxprune import structure
 from jaxprune.errors import PruneError
 from jaxprune.structure import Cost, Family
-from jaxprune.structure.function import function_of
-from jaxprune.types import Masks, Problem, RunState
+from jaxprune.types import Masks
 
 
 class CompactCosts(NamedTuple):
@@ -80,30 +79,3 @@ def _unread(family: Family, masks: Masks) -> jax.Array:
         lines = mask.any(tuple(i for i in range(mask.ndim) if i != member.axis))
         lost &= ~lines[np.stack(member.indices)].any(1)
     return lost
-
-
-#: Examples in a batch that a latency is measured on.
-_BATCH = 64
-
-
-def latency_ratio(net: Problem, input_shape: tuple[int, ...], state: RunState) -> float | None:
-    """How many times longer the dense network takes than its compact one, on this machine.
-
-    Args:
-      net: the network.
-      input_shape: of one example.
-      state: of a run, host arrays.
-
-    Returns:
-      The median of calls in turns on 64 examples; None where the network cannot be compacted.
-    """
-    apply, model_state = function_of(net, state.model_state)
-    x = np.random.default_rng(0).normal(size=(_BATCH, *input_shape)).astype(np.float32)
-    try:
-        small = structure.compact(
-            apply, state.params, state.masks, x, model_state=model_state, partial='keep'
-        )
-    except PruneError:
-        return None
-    dense = apply, state.params, model_state
-    return structure.latency_ratio(dense, (small.apply, small.params, small.model_state), x)

@@ -24,7 +24,7 @@ from jaxprune.sweep.observe import Recorded, make_observers
 from jaxprune.sweep.program import Program, hyper_of
 from jaxprune.sweep.slots import make_slots
 from jaxprune.sweep.strategy import Strategy
-from jaxprune.types import PyTree
+from jaxprune.types import Batch, PyTree
 
 
 def stacked(runs: Sequence[Run]) -> Rows:
@@ -45,6 +45,7 @@ class Engine(NamedTuple):
         optimizer states of a packed anchor, under today's masks.
       evaluate: `(clock, rows, states, hooked=False) -> (test losses (runs,), accuracies (runs,))`.
       record: `(clock, rows, states, hooked=False) -> () -> Recorded`, see `observe`.
+      tests: `() -> Batch` of all test examples as the network sees them, host arrays.
       counts: `states -> (kept, active, gone)`: path -> weights (runs,) that the mask keeps, and
         those of them on a path from input to output; family of groups -> bool (runs, groups), see
         `CompactCosts`.
@@ -62,6 +63,7 @@ class Engine(NamedTuple):
     rewind: Callable[..., Any]
     evaluate: Callable[..., tuple[np.ndarray, np.ndarray]]
     record: Callable[..., Callable[[], Recorded]]
+    tests: Callable[[], Batch]
     counts: Callable[[Any], tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]
     pack: Callable[[Any], PyTree]
     unpack: Callable[[PyTree], Any]
@@ -123,6 +125,7 @@ def make_engine(
         rewind=rewind,
         evaluate=observers.evaluate,
         record=observers.record,
+        tests=observers.tests,
         counts=observers.counts,
         pack=slots.join,
         unpack=slots.split,

@@ -15,6 +15,7 @@ from jaxprune.sweep.layout import jitted
 from jaxprune.sweep.program import EVAL_BATCH, Program, Stage
 from jaxprune.sweep.slots import Slots, in_parts
 from jaxprune.sweep.strategy import Strategy
+from jaxprune.types import Batch
 
 
 class Recorded(NamedTuple):
@@ -38,12 +39,14 @@ class Observers(NamedTuple):
         on the devices until the function that comes back is called.
       counts: `states -> (kept, active)`, each path -> weights (runs,): those the mask keeps, and
         those of them on a path from input to output.
+      tests: `() -> Batch` of all test examples, host arrays.
       compiled: the compiled functions by name.
     """
 
     evaluate: Callable[..., tuple[np.ndarray, np.ndarray]]
     record: Callable[..., Callable[[], Recorded]]
     counts: Callable[[Any], tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]
+    tests: Callable[[], Batch]
     compiled: dict[str, Callable]
 
 
@@ -136,6 +139,12 @@ def make_observers(
                 found.append(jax.tree.map(lambda leaf, real=real: leaf[:real], each))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
+    def tests() -> Batch:
+        fetch = jax.jit(program.tests)
+        parts = [jax.device_get(fetch(data, jnp.asarray(at))) for at in indices]
+        whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        return jax.tree.map(lambda leaf: leaf[: valid.sum()], whole)
+
     compiled = {'counts': counting}
     compiled |= {f'evaluate{" hooked" * hooked}': fn for hooked, fn in evaluations.items()}
     return Observers(
@@ -144,6 +153,7 @@ def make_observers(
         ),
         record=record,
         counts=counts,
+        tests=tests,
         compiled=compiled,
     )
 

@@ -79,6 +79,7 @@ class Program(NamedTuple):
       timeline: when things happen.
       init: `(key, hyper) -> state`.
       order: `(key, epoch) -> indices (steps, batch)`.
+      tests: `(data, indices) -> Batch`, test examples as the network sees them.
       stages: whether a method's hook is at work -> what a run does then.
       events: method -> its rounds on a run.
       size: number of prunable weights.
@@ -97,6 +98,7 @@ class Program(NamedTuple):
     timeline: Timeline
     init: Callable[[Key, Hyper], RunState]
     order: Callable[[Key, jax.Array], jax.Array]
+    tests: Callable[[DeviceData, jax.Array], Batch]
     stages: dict[bool, Stage]
     events: Callable[[MethodSpec], EventsFn]
     size: int
@@ -200,6 +202,7 @@ def make_program(
         timeline=timeline,
         init=train.init_run(net, parts.optimizer),
         order=order,
+        tests=lambda data_, indices: plain_fetch(data_.test, None, indices),
         stages=_stages(parts, spec.record, run.method),
         events=lambda method_spec: _events(parts, method_spec),
         size=sum(math.prod(shape) for shape in parts.shapes.values()),

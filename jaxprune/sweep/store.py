@@ -44,6 +44,9 @@ RESULTS = {
     'flops_compact': pl.Int64,
     'speedup_theoretical': pl.Float64,
     'latency_ratio': pl.Float64,
+    'full_accuracy': pl.Float64,
+    'compact_accuracy': pl.Float64,
+    'compact_difference': pl.Float64,
     'learning_rate': pl.Float64,
     'weight_decay': pl.Float64,
     'step': pl.Int64,
@@ -60,11 +63,12 @@ RESULTS = {
 and after: 'units', 'heads', 'head dimensions', 'groups', 'blocks'. `effective_compression` is
 infinite where the network is cut in two. `params_compact` and `flops_compact` (of one example) are
 those of the network without the groups that no kept weight reads, `speedup_theoretical` is the
-operations of the dense network over these; `latency_ratio`, at a run's end, is the measured time of
-the dense network over that of the compact one, for the seeds of `record.latency_seeds`. They are
-null where they are not known. `error` is null, or says what went wrong: scores that cannot be
-ranked (losses and accuracy are then NaN), or losses that diverged (the numbers are those of the
-broken network).
+operations of the dense network over these. For the seeds of `record.compact_seeds` there are, at a
+run's end, `latency_ratio`, the measured time of the dense network over that of the compact one,
+`full_accuracy` of the network as training left it, `compact_accuracy`, and `compact_difference`,
+the largest difference of their logits. All these are null where they are not known. `error` is
+null, or says what went wrong: scores that cannot be ranked (losses and accuracy are then NaN), or
+losses that diverged (the numbers are those of the broken network).
 """
 
 LAYERS = {
@@ -263,7 +267,10 @@ def _read(out: Path | str, where, schema: dict, *, everywhere: bool = True) -> p
 
 
 #: Columns that earlier versions did not write.
-_LATER = ('params_compact', 'flops_compact', 'speedup_theoretical', 'latency_ratio')
+_LATER = (
+    *('params_compact', 'flops_compact', 'speedup_theoretical', 'latency_ratio'),
+    *('full_accuracy', 'compact_accuracy', 'compact_difference'),
+)
 
 
 def _read_frame(path: Path, schema: dict) -> pl.DataFrame:
