@@ -151,9 +151,13 @@ def test_a_sweep_of_granularities(tmp_path):
     assert (last['latency_ratio'].drop_nulls() > 0).all()
     cut = last.drop_nulls('compact_accuracy')
     assert len(cut) == (last['seed'] == 1).sum()
-    for column in ('compact_accuracy', 'full_accuracy'):
-        assert cut[column].to_list() == pytest.approx(cut['test_accuracy'].to_list())
-    assert cut['compact_difference'].max() < 1e-4
+    assert cut['compact_accuracy'].to_list() == cut['test_accuracy'].to_list()
+    # Two were pruned before training. One after it: the full network is that before its round.
+    before, after = (
+        cut.filter((pl.col('label') == 'magnitude (2:4)') == late) for late in (False, True)
+    )
+    assert before['full_accuracy'].to_list() == before['test_accuracy'].to_list()
+    assert before['compact_difference'].max() < 1e-5 < after['compact_difference'].item()
     summary = tables.summary(frame, read_layers(tmp_path / 'runs')).filter(
         pl.col('target') == 'units'
     )
