@@ -33,6 +33,7 @@ from jaxprune.types import Batch, Problem, Pruner, View
 if TYPE_CHECKING:
     from jaxprune.export import load_compact, save_compact
     from jaxprune.optim import mask_opt_state, sparse
+    from jaxprune.prune_model.train_once import train_once
     from jaxprune.report.groups_figure import draw_groups
     from jaxprune.sweep import compact_spec, load_spec, make_spec, run_sweep, use_all_cores
 
@@ -43,6 +44,7 @@ _LAZY = {
     'draw_groups': 'jaxprune.report.groups_figure',
     'mask_opt_state': 'jaxprune.optim',
     'sparse': 'jaxprune.optim',
+    'train_once': 'jaxprune.prune_model.train_once',
     'compact_spec': 'jaxprune.sweep',
     'load_spec': 'jaxprune.sweep',
     'make_spec': 'jaxprune.sweep',
@@ -101,6 +103,7 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     'view',
     'cross_entropy',
     # training and sweeps
+    'train_once',
     'sparse',
     'mask_opt_state',
     'load_spec',

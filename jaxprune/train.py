@@ -114,10 +114,9 @@ def train_step(
         `hook.weights` makes of them is zero where pruned.
     """
     hook = StepHook() if hook is None else hook
+    update = gradient_step(optimizer, hook, dense=dense)
 
     def step(clock, key: Key, hyper: Hyper, state: RunState, batch: Batch):
-        method_state = state.method_state
-
         def loss(params):
             logits, model_state = problem.apply(
                 computed_with(hook, state, clock, params),
@@ -129,32 +128,51 @@ def train_step(
             return problem.loss(logits, batch.y).mean(), model_state
 
         (value, model_state), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        state = state._replace(model_state=model_state)
+        return update(clock, hyper, state, grads), value
+
+    return step
+
+
+def gradient_step(
+    optimizer: Optimizer, hook: StepHook | None = None, *, dense: bool = False
+) -> Callable[[ArrayLike, Hyper, RunState, PyTree], RunState]:
+    """`(clock, hyper, state, gradients) -> state` after one masked optimizer step.
+
+    Args:
+      hook: see `train_step`.
+      dense: see `train_step`.
+    """
+    hook = StepHook() if hook is None else hook
+
+    def update(clock: ArrayLike, hyper: Hyper, state: RunState, grads: PyTree) -> RunState:
+        method_state, masks = state.method_state, state.masks
+        rate = optimizer.rate(clock, hyper)
         if hook.gradient is not None:
-            now = hyper._replace(learning_rate=optimizer.rate(clock, hyper))
+            now = hyper._replace(learning_rate=rate)
             method_state, grads = hook.gradient(
-                method_state, grads, state.params, state.masks, clock, now
+                method_state, grads, state.params, masks, clock, now
             )
         if optimizer.coupled_decay:
             grads = jax.tree.map(lambda g, p: g + hyper.weight_decay * p, grads, state.params)
-        rate = optimizer.rate(clock, hyper)
         tx = optimizer.make(hyper, rate)
         if dense:
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
         else:
             updates, opt_state = sparse(tx).update(
-                grads, state.opt_state, state.params, masks=state.masks
+                grads, state.opt_state, state.params, masks=masks
             )
         params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.params, updates)
         if hook.project is not None:
             apart = jnp.zeros(()) if optimizer.coupled_decay else hyper.weight_decay
             now = hyper._replace(learning_rate=rate, weight_decay=apart)
             method_state, params = hook.project(
-                method_state, state.params, params, state.masks, clock, now
+                method_state, state.params, params, masks, clock, now
             )
-            params = params if dense else tree.apply_masks(params, state.masks)
-        return RunState(params, model_state, opt_state, state.masks, method_state), value
+            params = params if dense else tree.apply_masks(params, masks)
+        return state._replace(params=params, opt_state=opt_state, method_state=method_state)
 
-    return step
+    return update
 
 
 def computed_with(hook: StepHook, state: RunState, clock: ArrayLike, params: PyTree) -> PyTree:

@@ -212,6 +212,8 @@ class Groups(NamedTuple):
       own: path -> what makes or follows units, biases and norms as well; {} for other kinds.
       families: layer -> what belongs to its groups, for coupled groups; see `structure.Family`.
       gates: place -> the network with gates on these groups; None for other kinds.
+      shares: `() -> (groups kept -> cost -> share of the network's)`, see `structure.cost_shares`;
+        None for other kinds.
       kinds: `() -> layer -> 'conv', 'dense', 'head' or 'head_dim'`; None for other kinds.
     """
 
@@ -225,6 +227,7 @@ class Groups(NamedTuple):
     own: dict[str, Own] = {}  # noqa: RUF012 (nobody changes it)
     families: dict[str, Any] = {}  # noqa: RUF012
     gates: Callable[[str], Gates] | None = None
+    shares: Callable[[], Callable[[Masks], dict[str, jax.Array]]] | None = None
     kinds: Callable[[], dict[str, str]] | None = None
 
 

@@ -7,18 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import more
+from cases import more, more_but
 from published import described
 from structured_nets import load
 
 import jaxprune as jp
-from jaxprune import tree
-from jaxprune.method.dhspg import dhspg
+from jaxprune import nn, tree
+from jaxprune.method import competing
+from jaxprune.method.dhspg import dhspg, strength
+from jaxprune.method.group_penalties import proximal
 from jaxprune.method.hesso import hesso
 from jaxprune.method.hspg import hspg
 from jaxprune.method.lasting import Asked
+from jaxprune.structure import Family
+from jaxprune.structure.function import function_of
+from jaxprune.structure.groups import Member
 from jaxprune.structure.unit_groups import unit_groups
-from jaxprune.types import GLOBAL, Hyper, View
+from jaxprune.types import GLOBAL, Groups, Hyper, View
 
 KEY = jax.random.key(0)
 
@@ -337,3 +342,273 @@ def together(groups, one, other):
         alive=lambda masks: {name: jnp.ones(shape, bool) for name, shape in shapes.items()},
         spread=lambda kept: groups.spread({**kept, second: kept[first]}),
     )
+
+
+# --- by analysis --------------------------------------------------------------------------------
+
+RATE = jnp.float32(0.1)
+NOW = Hyper(RATE, jnp.float32(0.0), {})
+
+
+def columns(*sizes):
+    """Groups that are the columns of matrices `a`, `b`, ...: so many in each."""
+    names = 'abc'[: len(sizes)]
+    families = {
+        name: Family(
+            name, 'unit', n, (Member(name, 1, 'out', tuple(np.arange(n)[:, None])),), '', True, ()
+        )
+        for name, n in zip(names, sizes, strict=True)
+    }
+    return Groups(
+        'unit',
+        {name: (n,) for name, n in zip(names, sizes, strict=True)},
+        gather=lambda values: {name: leaf.sum(0) for name, leaf in values.items()},
+        alive=lambda masks: {name: mask.any(0) for name, mask in masks.items()},
+        spread=lambda kept: {name: jnp.stack([mask, mask]) for name, mask in kept.items()},
+        families=families,
+        kinds=lambda: dict.fromkeys(names, 'dense'),
+    )
+
+
+def view_of(params):
+    return View(params, params, {}, {n: np.ones(leaf.shape, bool) for n, leaf in params.items()})
+
+
+def begun(pruner, params, kept):
+    """The state after the first round, keeping so many groups in the end."""
+    view = view_of(params)
+    return pruner.update(KEY, pruner.init(KEY, view), view, {GLOBAL: jnp.int32(kept)}, None)[0]
+
+
+@pytest.mark.parametrize(('epsilon', 'stays'), [(0.0, True), (0.5, False)])
+def test_half_space(epsilon, stays):
+    """Expectation: by hand. From (1, 0) to (0.3, 1): 0.3 of the way along the old direction. The
+    other group goes straight on."""
+    pruner = hspg(Asked(columns(2), None, (0, 9)), half_space_dense=epsilon, second_at=0.0)
+    before = {'a': jnp.array([[1.0, 1.0], [0.0, 0.0]])}
+    after = {'a': jnp.array([[0.3, 1.0], [1.0, 0.0]])}
+    state = begun(pruner, before, 1)
+    _, ended = pruner.hook.project(state, before, after, {}, 0, NOW)
+    expected = np.array(after['a']) * ([1, 1] if stays else [0, 1])
+    np.testing.assert_array_equal(ended['a'], expected)
+
+
+@pytest.mark.parametrize('penalty', [2.0, 6.0])
+def test_proximal_steps_end_at_the_lasso_solution(penalty):
+    """Expectation: of |x - a|² / 2 + penalty |x| it is a (1 - penalty / |a|), and 0 for
+    penalty >= |a|; |a| is 5 here and 0.5."""
+    goal = jnp.array([[3.0, 0.3], [4.0, 0.4]])
+    pruner = proximal(Asked(columns(2), None, (0, 500)), penalty=penalty)
+    params = {'a': jnp.ones((2, 2))}
+    state = begun(pruner, params, 1)
+
+    def step(params, _):
+        after = jax.tree.map(lambda x: x - RATE * (x - goal), params)
+        return pruner.hook.project(state, params, after, {}, 0, NOW)[1], None
+
+    found = jax.jit(lambda p: jax.lax.scan(step, p, length=400)[0])(params)['a']
+    lengths = np.linalg.norm(goal, axis=0)
+    expected = np.array(goal) * np.maximum(0, 1 - penalty / lengths)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert (np.asarray(found)[expected == 0] == 0).all()
+
+
+def test_a_penalised_group_ends_where_its_penalty_says():
+    """Expectation: as for proximal steps, for a penalty below |a| = 5; above it the group turns
+    around zero in the first stage, and is exactly zero in the second."""
+    goal = jnp.array([[3.0, 0.3], [4.0, 0.4]])
+    pruner = hspg(Asked(columns(2), None, (0, 800)), penalty=2.0, second_at=0.5, cut='zero')
+    params = {'a': jnp.ones((2, 2))}
+
+    def step(carried, clock):
+        params, state = carried
+        state, grads = pruner.hook.gradient(state, {'a': params['a'] - goal}, params, {}, 0, NOW)
+        after = jax.tree.map(lambda x, g: x - RATE * g, params, grads)
+        state, after = pruner.hook.project(state, params, after, {}, clock, NOW)
+        return (after, state), after['a']
+
+    carried = params, begun(pruner, params, 1)
+    (found, state), path = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(800)))(carried)
+    np.testing.assert_allclose(found['a'][:, 0], [1.8, 2.4], atol=1e-4)
+    np.testing.assert_array_equal(found['a'][:, 1], [0, 0])
+    first = np.asarray(path)[:400, :, 1]
+    assert np.abs(first[-50:]).min() > 0, 'the first stage projects nothing'
+    assert int(state.own.count['a']) == 1
+
+
+def test_hesso_shrinks_along_a_line():
+    """Expectation: with nothing but the ramp 1, 3/4, 1/2, 1/4, 0, and 0 from then on; the authors'
+    code has a step less. The shortest group is the redundant one."""
+    start = jnp.array([[4.0, 1.0], [0.0, 0.0]])
+    for variant, expected in (
+        ('paper', [0.75, 0.5, 0.25, 0, 0]),
+        ('code', [2 / 3, 1 / 3, 0, 0, 0]),
+    ):
+        pruner = hesso(Asked(columns(2), None, (0, 4, 8)), variant=variant)
+        params, found = {'a': start}, []
+        state = begun(pruner, params, 1)
+        for clock in range(5):
+            if clock == 4:
+                state = pruner.update(KEY, state, view_of(params), {GLOBAL: jnp.int32(1)}, None)[0]
+            state, params = pruner.hook.project(state, params, params, {}, clock, NOW)
+            found.append(float(params['a'][0, 1]))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        np.testing.assert_array_equal(params['a'][:, 0], start[:, 0])
+
+
+def test_strength_of_dhspg():
+    """Expectation: x = (1, 0), v = (-2, 1): a penalty above 2 shrinks x, one below 2.5 lowers the
+    loss. Twice 2 is too much, so 2.25; 1.1 times 2 is right; never below the penalty, nor above ten
+    times it; and the penalty where v shrinks x anyway."""
+    asks = [(0.5, 2, 10), (0.5, 1.1, 10), (2.3, 1.1, 10), (0.1, 1.1, 10)]
+    found = [strength(jnp.array(-2.0), 1.0, 5.0, p, amplify, most) for p, amplify, most in asks]
+    np.testing.assert_allclose(found, [2.25, 2.2, 2.3, 1.0], rtol=1e-6)
+    assert strength(jnp.array(2.0), 1.0, 5.0, 0.5, 2, 10) == 0.5
+
+
+@pytest.mark.parametrize('name', ['hspg', 'dhspg', 'hesso'])
+def test_what_is_zero_stays_zero_and_no_more_goes_than_asked(name):
+    """Expectation: the definitions, along random steps that would end elsewhere. HSPG begins to
+    project in its second stage. In one ranking every layer keeps a group."""
+    groups, events = columns(7, 5), (0, 20, 40) if name == 'hesso' else (0, 40)
+    options = {'half_space_dense': 0.98, 'second_at': 0.25}
+    make = {'hspg': hspg, 'dhspg': dhspg, 'hesso': hesso}[name]
+    pruner = make(Asked(groups, None, events), **({} if name == 'hesso' else options))
+    shapes = {name: (2, *shape) for name, shape in groups.shapes.items()}
+    draw = np.random.default_rng(0)
+    params = {n: draw.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+    project, update, now = jax.jit(pruner.hook.project), jax.jit(pruner.update), {GLOBAL: 4}
+    state, before = update(KEY, pruner.init(KEY, None), view_of(params), now, None)[0], 0
+    for clock in range(40):
+        if clock == 20 and name == 'hesso':
+            state = update(KEY, state, view_of(params), now, None)[0]
+        step = {n: 0.3 * draw.normal(size=s).astype(np.float32) for n, s in shapes.items()}
+        after = {n: params[n] + step[n] for n in params}
+        zero = {n: ~np.asarray(leaf).any(0) for n, leaf in params.items()}
+        state, params = jax.device_get(project(state, params, after, {}, clock, NOW))
+        still = {n: ~np.asarray(leaf).any(0) for n, leaf in params.items()}
+        assert all((still[n] >= zero[n]).all() for n in zero), clock
+        total = sum(int(mask.sum()) for mask in still.values())
+        assert total >= before and not (name == 'hspg' and clock < 10 and total)
+        assert total <= 8 and not any(mask.all() for mask in still.values())
+        before = total
+    assert before == 8
+    _, masks, info = update(KEY, state, view_of(params), now, None)
+    assert sum(int(n) for n in info.kept.values()) == 4
+    for n, mask in masks.items():
+        np.testing.assert_array_equal(np.asarray(mask).any(0), ~still[n])
+
+
+@pytest.mark.parametrize(('cost', 'dearest'), [('params', 0.01), ('flops', 0.05)])
+@pytest.mark.parametrize('name', ['hesso', 'dhspg'])
+def test_a_share_of_the_cost_is_met(name, cost, dearest):
+    """Expectation: `jp.cost` of the compact network: at most the share, and short of it by no more
+    than a group costs. The dearest are units of `dense_0`, 485 of 61,706 parameters, and filters.
+    """
+    net = jp.problem_from_flax(nn.build('lenet5', 10), (28, 28, 1))
+    params, once, state = trained_once(net, (28, 28, 1), name, density=0.3, target=cost)
+    small = once.compact(params, state)
+    x = jax.ShapeDtypeStruct((1, 28, 28, 1), 'float32')
+    apply, model_state = function_of(net, {})
+    dense = getattr(jp.cost(apply, params, x, model_state), cost)
+    share = getattr(jp.cost(small.apply, small.params, x, {}), cost) / dense
+    assert 0.3 - dearest < share <= 0.3
+
+
+EVENTS = (2, 12)
+
+
+def trained_once(net, shape, name, *, steps=20, options=(), **extent):
+    """Random gradients in place of data: what a method does to groups does not depend on them."""
+    params, model_state = jax.jit(net.init)(KEY)
+    if name in ('hspg', 'dhspg'):
+        options = {'half_space': 0.99, 'half_space_dense': 0.99, **dict(options)}
+    rounds = 6 if name == 'hesso' else None
+    once = jp.train_once(
+        net,
+        params,
+        jax.ShapeDtypeStruct((1, *shape), 'float32'),
+        optax.sgd(0.1, 0.9),
+        learning_rate=0.1,
+        start=EVENTS[0],
+        stop=EVENTS[1],
+        method_name=name,
+        model_state=model_state,
+        rounds=rounds,
+        **extent,
+        **dict(options),
+    )
+
+    def drawn(leaf, key):
+        return 0.3 * leaf.std() * jax.random.normal(key, leaf.shape)
+
+    def step(carried, key):
+        params, state = carried
+        keys = jax.random.split(key, len(jax.tree.leaves(params)))
+        keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+        grads = jax.tree.map(
+            lambda p, k: 0.3 * p.std() * jax.random.normal(k, p.shape), params, keys
+        )
+        return once.update(grads, state, params), None
+
+    keys = jax.random.split(KEY, steps)
+    run = jax.jit(lambda carried: jax.lax.scan(step, carried, keys)[0])
+    params, state = run((params, once.init(params)))
+    return params, once, state
+
+
+ZOO = {
+    'mlp': ({}, (28, 28, 1)),
+    'lenet5': ({}, (28, 28, 1)),
+    'small_vgg': ({'widths': [6, 8]}, (16, 16, 3)),
+    'transformer': ({'dim': 16, 'depth': 1}, (8, 6, 1)),
+    'lenet300100': ({}, (28, 28, 1)),
+    'vgg11': ({'width': 0.125}, (32, 32, 3)),
+    'vgg13': ({'width': 0.125}, (32, 32, 3)),
+    'vgg16': ({'width': 0.125}, (32, 32, 3)),
+    'vgg19': ({'width': 0.125}, (32, 32, 3)),
+    'resnet20': ({'width': 0.25}, (16, 16, 3)),
+    'resnet32': ({'width': 0.25}, (16, 16, 3)),
+    'resnet56': ({'width': 0.25}, (16, 16, 3)),
+    'resnet18': ({'width': 0.125}, (16, 16, 3)),
+    'mobilenet': ({'width': 0.125}, (16, 16, 3)),
+    'vit': ({'dim': 24, 'depth': 2}, (16, 16, 3)),
+}
+DEEP = ('vgg16', 'vgg19', 'resnet18', 'resnet32', 'resnet56', 'mobilenet')
+#: By default.
+FIRST = (('hesso', 'small_vgg'), ('dhspg', 'transformer'))
+
+
+def test_the_zoo_is_whole():
+    assert sorted(ZOO) == sorted(nn.MODELS)
+
+
+@pytest.mark.parametrize(
+    ('method', 'model'),
+    [
+        pytest.param(*case.values, marks=pytest.mark.slow) if case.values[1] in DEEP else case
+        for case in more_but((), [(m, z) for m in ('hesso', 'dhspg') for z in ZOO])
+        if case.values not in FIRST
+    ]
+    + list(FIRST),
+)
+def test_the_target_is_met_exactly_and_the_compact_net_is_the_full_one(method, model):
+    """Expectation: the count asked for; HESSO has as many zero groups before anything is cut, DHSPG
+    no more. Where that is all of them the logits are those of the full network, up to rounding."""
+    options, shape = ZOO[model]
+    net = jp.problem_from_flax(nn.build(model, 10, **options), shape)
+    extent = {'density': 0.4, 'granularity': 'group'}
+    params, once, state = trained_once(net, shape, method, steps=12, **extent)
+    small = once.compact(params, state)
+    apply, model_state = function_of(net, jax.jit(net.init)(KEY)[1])
+    x = np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float32)
+    shapes = jp.shapes(jp.pick(params))
+    total = size_of(competing('group', shapes, lambda: jp.groups(net, params, x, model_state)))
+    wanted = total - round(0.4 * total)
+    assert sum(small.removed.values()) == wanted
+    zero = sum(int(n.sum()) for n in once.watch(state, params)['zero_groups'].values())
+    assert zero == wanted if method == 'hesso' else zero <= wanted
+    if zero == wanted:
+        full = jax.jit(apply)(params, model_state, x)
+        ours = jax.jit(small.apply)(small.params, small.model_state, x)
+        np.testing.assert_allclose(ours, full, atol=1e-5 * float(jnp.abs(full).max()))

@@ -1,5 +1,6 @@
 """Pruners: pure pairs `init`, `update`, called at pruning events; and their registry."""
 
+from jaxprune.method.budget import plan_shares
 from jaxprune.method.by_name import get_pruner
 from jaxprune.method.choices import SCORED_ON, Choices, broken_rules, check_choices
 from jaxprune.method.granularity import (
@@ -40,6 +41,7 @@ __all__ = [
     'host_loop',
     'limits',
     'method',
+    'plan_shares',
     'plural',
     'prune_rounds',
     'pruner',

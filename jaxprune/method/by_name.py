@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jaxprune import arguments, score
 from jaxprune.allocation import SHARED, Shape, bounds
 from jaxprune.errors import PruneError, nearest
+from jaxprune.method.budget import within_share
 from jaxprune.method.choices import Choices, check_choices
 from jaxprune.method.granularity import limits
 from jaxprune.method.lasting import Asked
@@ -15,7 +16,7 @@ from jaxprune.method.pruner import FinalMasksFn, pruner
 from jaxprune.method.repair import repair_of
 from jaxprune.select import global_top_k, in_multiples, layerwise_top_k
 from jaxprune.structure import Connect, chain, prune_to_active
-from jaxprune.types import Groups, Problem, Pruner
+from jaxprune.types import Groups, Problem, Pruner, SelectFn
 
 
 def get_pruner(
@@ -34,6 +35,7 @@ def get_pruner(
     score_on: str = 'balanced',
     events: Sequence[int] = (),
     multiple: int = 1,
+    cost: str = '',
     **options: Any,
 ) -> Pruner:
     """The pruner of a registered method.
@@ -59,6 +61,8 @@ def get_pruner(
       score_on: 'balanced' or 'train_batch', what an event hands to scores that need data.
       events: where the clock stands in each round, for methods that change training.
       multiple: of so many units every layer keeps a multiple, rounded up.
+      cost: 'params' or 'flops' where counts are shares of these, see `plan_shares`; '' for numbers
+        of what competes.
       **options: the method's own options; numbers may be traced.
 
     Raises:
@@ -77,6 +81,7 @@ def get_pruner(
         repair=repair,
         repair_gain=repair_gain,
         multiple=multiple,
+        target=cost or 'direct',
         apart=True,  # when its events happen is the caller's affair
     )
     check_choices(entry, choices)
@@ -152,20 +157,28 @@ def _of_weights(request: _Request) -> Pruner:
     )
 
 
+def _selection(groups: Groups, choices: Choices, shared: bool) -> SelectFn:
+    """How groups are selected."""
+    if choices.target != 'direct':
+        return within_share(groups, choices.target, choices.multiple)
+    return in_multiples(global_top_k if shared else layerwise_top_k, choices.multiple)
+
+
 def _of_groups(request: _Request) -> Pruner:
     """A pruner of anything else than single weights."""
     problem, entry, choices, _, _, groups, floor, train, events, options = request
     floor, cap = limits(groups, floor, cap=choices.cap)
+    cost = '' if choices.target == 'direct' else choices.target
     shared = choices.allocation in SHARED
     fewest, most = bounds(groups.shapes, floor, cap) if shared else ({}, {})
     if entry.make is not None:
         bounded = fewest if any(fewest.values()) else None
-        return entry.make(Asked(groups, bounded, events, choices.multiple), **options)
+        return entry.make(Asked(groups, bounded, events, choices.multiple, cost), **options)
     by_group = {'by': groups} if entry.grouped else {}
     own = {name: value for name, value in options.items() if name != 'momentum'}
     return pruner(
         entry.score(problem, train, **own, **by_group),
-        in_multiples(global_top_k if shared else layerwise_top_k, choices.multiple),
+        _selection(groups, choices, shared),
         monotone=entry.monotone,
         needs=entry.needs,
         fewest=fewest if any(fewest.values()) else None,

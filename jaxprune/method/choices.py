@@ -10,7 +10,7 @@ from jaxprune.flow.orthogonal import GAINS
 from jaxprune.method.granularity import COUPLED, GROUP_ALLOCATIONS, check_granularity, plural
 from jaxprune.method.methods import Method
 from jaxprune.method.repair import REPAIRS
-from jaxprune.structure import TARGETS
+from jaxprune.structure import SHARES, TARGETS
 
 #: What scores that need data may use.
 SCORED_ON = ('balanced', 'train_batch')
@@ -84,12 +84,16 @@ def _group_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
         if choices.allocation not in GROUP_ALLOCATIONS:
             shared = f'{plural(granularity)} are shared out by {", ".join(GROUP_ALLOCATIONS)}'
             yield 'allocation', f"'{choices.allocation}' {without}: {shared}"
-        if choices.target != 'direct':
+        if choices.target == 'effective':
             counted = f'a density of {plural(granularity)} is meant'
             yield 'target', f"'{choices.target}' {without}: {counted}"
     if not 0 <= choices.floor_share < 1:
         yield 'floor_share', f'expected a share below 1, not {choices.floor_share}'
+    if choices.target in SHARES and choices.allocation != 'global':
+        yield 'allocation', f"target '{choices.target}' goes by one ranking: expected global"
     if granularity not in COUPLED:
+        if choices.target in SHARES:
+            yield 'target', f"'{choices.target}' goes with granularity {coupled}"
         if choices.keep_all_units:
             yield 'keep_all_units', f'names layers that keep all units, with granularity {coupled}'
         if choices.multiple > 1:

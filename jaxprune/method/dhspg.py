@@ -11,11 +11,16 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxprune.arguments import positive
-from jaxprune.method.half_space import half_space_step, no_projections, second_stage
-from jaxprune.method.lasting import Asked, Lasting, lasting, lowest, norms
+from jaxprune.method.half_space import (
+    half_space_step,
+    no_projections,
+    room_to_project,
+    second_stage,
+)
+from jaxprune.method.lasting import Asked, Lasting, lasting, lowest, norms, reached, room_to_choose
 from jaxprune.method.own_slices import PerGroup, Vectors, cosines, direction, shares, vectors
 from jaxprune.select import count_kept, divisible, layerwise_top_k
-from jaxprune.types import GLOBAL, Counts, Hyper, Masks, Pruner, PyTree, Scores, StepHook
+from jaxprune.types import GLOBAL, Hyper, Masks, Pruner, PyTree, Scores, StepHook
 
 
 class Chosen(NamedTuple):
@@ -79,6 +84,7 @@ def dhspg(
     bound = {n: half_space_dense if kind == 'dense' else half_space for n, kind in kinds.items()}
     second, first = second_stage(asked, second_at), asked.events[0]
     sizes = {name: shape[0] for name, shape in groups.shapes.items()}
+    everything = {**sizes, GLOBAL: sum(sizes.values())}
 
     def project(
         state: Lasting, before: PyTree, after: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
@@ -87,22 +93,22 @@ def dhspg(
         v = direction(before, after, hyper)
         penalised = jax.lax.cond(
             jnp.asarray(clock) == first,
-            lambda: _redundant(asked, own, before, v, state.most, tolerance),
+            lambda: _redundant(asked, own, before, v, state, tolerance),
             lambda: state.own.penalised,
         )
         squares, along = own.dot(before, before), own.dot(before, v)
-        gone = sum((leaf == 0).sum(dtype=jnp.int32) for leaf in squares.values())
-        reached = gone >= state.most[GLOBAL] + (0 if exact else 1)
+        zero = {name: leaf == 0 for name, leaf in squares.items()}
+        over = reached(asked, state, zero, 0 if exact else 1)
         against = own.dot(v, v)
         factors = {}
         for name, square in squares.items():
             length = jnp.sqrt(square)
             value = strength(along[name], length, against[name], penalty, amplify, most_times)
-            on = penalised[name] & ~reached
+            on = penalised[name] & ~over
             factors[name] = jnp.where(on, -hyper.learning_rate * value / (length + 1e-8), 0)
         trial = own.plus(after, factors, before)
-        room = state.most if exact else {**sizes, GLOBAL: sum(sizes.values())}
-        begun = (clock >= second) & ~reached
+        room = room_to_project(asked, state) if exact else lambda zero: everything
+        begun = (clock >= second) & ~over
         found = half_space_step(own, before, trial, bound, penalised, begun, room)
         stay = {n: (~zero).astype(squares[n].dtype) for n, zero in found.zero.items()}
         count = {n: state.own.count[n] + new for n, new in count_kept(found.new).items()}
@@ -117,7 +123,13 @@ def dhspg(
         none = {name: jnp.zeros(shape, bool) for name, shape in groups.shapes.items()}
         return Chosen(none, no_projections(asked))
 
-    return lasting(asked, StepHook(project=project), norms(own), begin=begin, watch=watch)
+    def score(state: Chosen, params: PyTree) -> Scores:
+        """Those that were not penalised rank above all others."""
+        lengths = norms(own)(params)
+        longest = jnp.stack([leaf.max() for leaf in lengths.values()]).max()
+        return {n: leaf + jnp.where(state.penalised[n], 0, longest) for n, leaf in lengths.items()}
+
+    return lasting(asked, StepHook(project=project), score, begin=begin, watch=watch)
 
 
 def strength(
@@ -149,7 +161,7 @@ def strength(
 
 
 def _redundant(
-    asked: Asked, own: Vectors, params: PyTree, v: PyTree, most: Counts, tolerance: ArrayLike
+    asked: Asked, own: Vectors, params: PyTree, v: PyTree, state: Lasting, tolerance: ArrayLike
 ) -> Masks:
     """The groups to penalise."""
     lengths, sizes = norms(own)(params), own.sizes(params)
@@ -157,6 +169,8 @@ def _redundant(
     small = shares({n: 1 / (leaf / sizes[n] + 1e-6) for n, leaf in lengths.items()})
     score: Scores = {name: -(turned[name] + small[name]) / 2 for name in lengths}
     every = sum(leaf.size for leaf in score.values())
+    none = {name: jnp.zeros(leaf.shape, bool) for name, leaf in score.items()}
+    most = room_to_choose(asked, state, score, none)
 
     def more(wanted: jax.Array, size: int) -> jax.Array:
         allowed = jnp.minimum(wanted + jnp.floor(tolerance * size).astype(jnp.int32), size)
@@ -167,8 +181,7 @@ def _redundant(
         for name, leaf in score.items()
     }
     room[GLOBAL] = jnp.minimum(more(most[GLOBAL], every), int(0.999 * every))
-    everything = {name: jnp.ones(leaf.shape, bool) for name, leaf in score.items()}
-    found = lowest(score, everything, room)
+    found = lowest(score, {name: ~mask for name, mask in none.items()}, room)
     if asked.multiple == 1:
         return found
     kept = {

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxprune import tree
 from jaxprune.arguments import positive
 from jaxprune.errors import PruneError
-from jaxprune.method.lasting import Asked, Lasting, lasting, norms
+from jaxprune.method.lasting import Asked, Lasting, by_length, lasting, norms
 from jaxprune.method.own_slices import vectors
 from jaxprune.score.group_importance import group_decay, group_importance, group_values
 from jaxprune.types import GLOBAL, Hyper, Masks, Pruner, PyTree, Scores, StepHook
@@ -42,7 +42,7 @@ def proximal(asked: Asked, *, penalty: ArrayLike = 1e-3, cut: str = 'target') ->
         }
         return state, own.times(factors, after)
 
-    return lasting(asked, StepHook(project=project), norms(own), cut=cut)
+    return lasting(asked, StepHook(project=project), by_length(own), cut=cut)
 
 
 def group_norm(
@@ -82,7 +82,8 @@ def group_norm(
         loss = dict(tree.paths(grads))
         return state, tree.put(grads, {path: loss[path] + push for path, push in decay.items()})
 
-    def score(params: PyTree) -> Scores:
+    def score(state: tuple, params: PyTree) -> Scores:
+        del state
         squares = group_values('square', weights(params))
         return {name: group_importance(squares, family) for name, family in families.items()}
 
@@ -117,7 +118,8 @@ def slimming(asked: Asked, *, penalty: ArrayLike = 1e-4, scales: str = 'scale$')
     families = {n: f._replace(members=scale[n]) for n, f in groups.families.items()}
     own = vectors(groups._replace(families=families), silent=False)
 
-    def size(params: PyTree) -> Scores:
+    def size(state: tuple, params: PyTree) -> Scores:
+        del state
         absolute = {p: jnp.abs(leaf) for p, leaf in tree.paths(params)}
         ones = {p: jnp.ones_like(leaf) for p, leaf in absolute.items()}
         count = own.sizes(params)

@@ -1,15 +1,15 @@
 """What HSPG and DHSPG share: the half-space test, and where a second stage begins."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxprune.method.lasting import Asked, lowest, room_left
+from jaxprune.method.lasting import Asked, Lasting, lowest, reached, room_left
 from jaxprune.method.own_slices import PerGroup, Vectors
-from jaxprune.types import Counts, Masks, PyTree
+from jaxprune.types import GLOBAL, Counts, Masks, PyTree
 
 
 class Tested(NamedTuple):
@@ -33,7 +33,7 @@ def half_space_step(
     bound: Mapping[str, ArrayLike],
     candidates: Masks | None,
     begun: jax.Array,
-    most: Counts,
+    room: Callable[[Masks], Counts],
 ) -> Tested:
     """Projects groups to zero that leave their half-space.
 
@@ -47,7 +47,7 @@ def half_space_step(
       bound: layer -> epsilon.
       candidates: groups that may be projected; None for all.
       begun: nothing happens where this is False.
-      most: how many groups may be gone, see `Lasting`.
+      room: groups that are zero -> how many more may become so, see `lowest`.
     """
     squares, along = own.dot(before, before), own.dot(before, after)
     zero = {name: leaf == 0 for name, leaf in squares.items()}
@@ -58,9 +58,24 @@ def half_space_step(
     if candidates is not None:
         crossed = {name: mask & candidates[name] for name, mask in crossed.items()}
     share = {n: along[n] / jnp.where(zero[n], 1, leaf) for n, leaf in squares.items()}
-    new = lowest(share, crossed, room_left(most, zero))
+    new = lowest(share, crossed, room(zero))
     kept = {n: (~(new[n] | (zero[n] & begun))).astype(squares[n].dtype) for n in new}
     return Tested(own.times(kept, after), new, zero)
+
+
+def room_to_project(asked: Asked, state: Lasting) -> Callable[[Masks], Counts]:
+    """Groups that are zero -> how many more may become so in one step.
+
+    Where a cost is counted any number may, until the share is reached: one step may go too far.
+    """
+
+    def room(zero: Masks) -> Counts:
+        left = room_left(state.most, zero)
+        if asked.cost:
+            left[GLOBAL] = jnp.where(reached(asked, state, zero), 0, left[GLOBAL])
+        return left
+
+    return room
 
 
 def second_stage(asked: Asked, share: ArrayLike) -> jax.Array:

@@ -13,7 +13,15 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxprune.errors import PruneError, check_choice
-from jaxprune.method.lasting import Asked, Lasting, lasting, lowest, norms, room_left
+from jaxprune.method.lasting import (
+    Asked,
+    Lasting,
+    by_length,
+    lasting,
+    lowest,
+    norms,
+    room_to_choose,
+)
 from jaxprune.method.own_slices import PerGroup, Vectors, cosines, direction, shares, vectors
 from jaxprune.select import count_kept, divisible, top_k_mask
 from jaxprune.types import GLOBAL, Hyper, Masks, Pruner, PyTree, Scores, StepHook
@@ -96,7 +104,7 @@ def hesso(asked: Asked, *, variant: str = 'paper') -> Pruner:
         del params
         return {'penalised_groups': count_kept(state.own.shrinking)}
 
-    return lasting(asked, StepHook(project=project), norms(own), begin=begin, watch=watch)
+    return lasting(asked, StepHook(project=project), by_length(own), begin=begin, watch=watch)
 
 
 def saliency(own: Vectors, params: PyTree, v: PyTree) -> Scores:
@@ -131,7 +139,7 @@ def _chosen(
         new = _lowest_first(list(asked.groups.shapes), score, kept, state.most[GLOBAL])
     else:
         candidates = {name: ~mask for name, mask in kept.found.items()}
-        new = lowest(score, candidates, room_left(state.most, kept.found))
+        new = lowest(score, candidates, room_to_choose(asked, state, score, kept.found))
     found = {name: mask | new[name] for name, mask in kept.found.items()}
     if asked.multiple > 1 or variant == 'code':
         new = {n: _refined(asked.multiple, variant, kept.gone[n], new[n], score[n]) for n in new}

@@ -11,8 +11,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxprune.arguments import positive
-from jaxprune.method.half_space import half_space_step, no_projections, second_stage
-from jaxprune.method.lasting import Asked, Lasting, lasting, norms
+from jaxprune.method.half_space import (
+    half_space_step,
+    no_projections,
+    room_to_project,
+    second_stage,
+)
+from jaxprune.method.lasting import Asked, Lasting, by_length, lasting, norms
 from jaxprune.method.own_slices import PerGroup, vectors
 from jaxprune.select import count_kept
 from jaxprune.types import GLOBAL, Hyper, Masks, Pruner, PyTree, StepHook
@@ -75,7 +80,8 @@ def hspg(
         state: Lasting, before: PyTree, after: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
     ) -> tuple[Lasting, PyTree]:
         del masks, hyper
-        found = half_space_step(own, before, after, bound, None, clock >= second, state.most)
+        room = room_to_project(asked, state)
+        found = half_space_step(own, before, after, bound, None, clock >= second, room)
         count = {n: state.own.count[n] + new for n, new in count_kept(found.new).items()}
         return state._replace(own=Projected(count)), found.params
 
@@ -86,7 +92,7 @@ def hspg(
     return lasting(
         asked,
         StepHook(gradient=gradient, project=project),
-        norms(own),
+        by_length(own),
         begin=lambda: Projected(no_projections(asked)),
         cut=cut,
         watch=watch,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxprune import tree
 from jaxprune.arguments import least
 from jaxprune.errors import PruneError, check_choice
+from jaxprune.method.budget import within_share
 from jaxprune.method.own_slices import PerGroup, Vectors, vectors
 from jaxprune.method.pruner import tallied
 from jaxprune.select import (
@@ -59,12 +60,14 @@ class Asked(NamedTuple):
       fewest: layer -> groups that it keeps at least, in one ranking over all layers.
       events: where the clock stands in each of its rounds.
       multiple: layers keep a multiple of so many groups, all of them if they have fewer.
+      cost: counts are shares of the network's 'params' or 'flops'; '' for numbers of groups.
     """
 
     groups: Groups
     fewest: Counts | None
     events: tuple[int, ...]
     multiple: int = 1
+    cost: str = ''
 
 
 class Lasting(NamedTuple):
@@ -72,11 +75,13 @@ class Lasting(NamedTuple):
 
     Attributes:
       most: layer -> how many of its groups may be gone by the next round, int32; '*' in all.
+      share: of the network's cost that may be left by then; 0 where groups are counted.
       round: rounds so far, int32.
       own: of the method itself.
     """
 
     most: Counts
+    share: jax.Array
     round: jax.Array
     own: PyTree
 
@@ -84,7 +89,7 @@ class Lasting(NamedTuple):
 def lasting(
     asked: Asked,
     hook: StepHook,
-    score: Callable[[PyTree], Scores],
+    score: Callable[[PyTree, PyTree], Scores],
     *,
     begin: Callable[[], PyTree] = tuple,
     cut: str = 'target',
@@ -95,7 +100,8 @@ def lasting(
     Args:
       asked: see `Asked`.
       hook: of the step.
-      score: all parameters -> a score of each group, low = goes in the last round.
+      score: (the method's own state, all parameters) -> a score of each group; low = goes in the
+        last round.
       begin: makes the state of its own.
       cut: 'target' removes as many groups as the counts say. 'zero' removes those whose score is 0.
       watch: see `Pruner.watch`.
@@ -114,15 +120,15 @@ def lasting(
     def init(key: Key, view: View) -> Lasting:
         del key, view
         zero = jnp.zeros((), jnp.int32)
-        return Lasting(dict.fromkeys((*groups.shapes, GLOBAL), zero), zero, begin())
+        most = dict.fromkeys((*groups.shapes, GLOBAL), zero)
+        return Lasting(most, jnp.zeros((), jnp.float32), zero, begin())
 
     def update(
         key: Key, state: Lasting, view: View, counts: Counts, batches: Batches | None
     ) -> tuple[Lasting, Masks, PruneInfo]:
         del key, batches
-        scores = score(tree.put(view.params, view.weights))
+        scores = score(state.own, tree.put(view.params, view.weights))
         alive, last = groups.alive(view.masks), state.round == len(events) - 1
-        most = may_go(asked, counts)
         ranked = {name: jnp.where(alive[name], leaf, -jnp.inf) for name, leaf in scores.items()}
         if cut == 'zero':
             kept = {name: (leaf > 0) & alive[name] for name, leaf in scores.items()}
@@ -131,21 +137,47 @@ def lasting(
         whole = groups.spread(kept)
         in_force = {path: m & (whole[path] | ~last) for path, m in view.masks.items()}
         nonfinite, nonzero = tallied(scores, alive)
-        state = Lasting(most, state.round + 1, state.own)
+        share = jnp.asarray(counts.get(asked.cost, 0), jnp.float32)
+        state = Lasting(may_go(asked, counts), share, state.round + 1, state.own)
         return state, in_force, PruneInfo(count_kept(kept), nonfinite, nonzero)
 
     return Pruner(init, update, frozenset(), hook=hook, watch=watch)
 
 
 def may_go(asked: Asked, counts: Counts) -> Counts:
-    """Keep counts -> how many groups may go, by layer and in all."""
+    """Keep counts -> how many groups may go, by layer and in all.
+
+    Where a cost is counted that is any number, or none if all of it may be left.
+    """
     sizes = {name: shape[0] for name, shape in asked.groups.shapes.items()}
-    if set(counts) == {GLOBAL}:
-        fewest = asked.fewest or {}
-        most = {name: jnp.int32(n - max(fewest.get(name, 0), 1)) for name, n in sizes.items()}
-        return {**most, GLOBAL: sum(sizes.values()) - jnp.asarray(counts[GLOBAL], jnp.int32)}
+    total = sum(sizes.values())
+    if asked.cost or set(counts) == {GLOBAL}:
+        fewest = _fewest(asked)
+        most = {name: jnp.int32(n - fewest[name]) for name, n in sizes.items()}
+        if asked.cost:
+            return {**most, GLOBAL: jnp.where(counts[asked.cost] < 1, total, 0).astype(jnp.int32)}
+        return {**most, GLOBAL: total - jnp.asarray(counts[GLOBAL], jnp.int32)}
     most = {name: n - jnp.asarray(counts[name], jnp.int32) for name, n in sizes.items()}
     return {**most, GLOBAL: sum(most.values())}
+
+
+def _fewest(asked: Asked) -> dict[str, int]:
+    """How many groups each layer keeps in one ranking: at least one, or the network is cut."""
+    given = asked.fewest or {}
+    return {name: max(given.get(name, 0), 1) for name in asked.groups.shapes}
+
+
+def _kept(asked: Asked, scores: Scores, counts: Counts) -> Masks:
+    """The groups that counts keep."""
+    if not asked.cost and set(counts) != {GLOBAL}:
+        return in_multiples(layerwise_top_k, asked.multiple)(scores, counts)
+    lifted = within_bounds(scores, _fewest(asked), None)
+    if asked.cost:
+        return within_share(asked.groups, asked.cost, asked.multiple)(lifted, counts)
+    return in_multiples(global_top_k, asked.multiple)(lifted, counts)
+
+
+# --- for hooks ----------------------------------------------------------------------------------
 
 
 def lowest(scores: Scores, candidates: Masks, room: Counts) -> Masks:
@@ -168,18 +200,36 @@ def room_left(most: Counts, gone: Masks) -> Counts:
     return {name: n - lost[name] for name, n in most.items()}
 
 
-def _kept(asked: Asked, scores: Scores, counts: Counts) -> Masks:
-    """The groups that the last round keeps."""
-    if set(counts) == {GLOBAL}:
-        fewest = {name: max((asked.fewest or {}).get(name, 0), 1) for name in scores}
-        lifted = within_bounds(scores, fewest, None)
-        return in_multiples(global_top_k, asked.multiple)(lifted, counts)
-    return in_multiples(layerwise_top_k, asked.multiple)(scores, counts)
+def room_to_choose(asked: Asked, state: Lasting, scores: Scores, gone: Masks) -> Counts:
+    """How many more groups may go, those with the lowest scores first.
+
+    Where a cost is counted this is how many of them it takes to get there.
+    """
+    room = room_left(state.most, gone)
+    if not asked.cost:
+        return room
+    ranked = {name: jnp.where(gone[name], -jnp.inf, leaf) for name, leaf in scores.items()}
+    kept = count_kept(_kept(asked._replace(multiple=1), ranked, {asked.cost: state.share}))
+    left = count_kept({name: ~mask for name, mask in gone.items()})
+    return {**room, GLOBAL: sum(left.values()) - sum(kept.values())}
 
 
-def norms(own: Vectors) -> Callable[[PyTree], Scores]:
-    """The score of the last round: the length of each group."""
+def reached(asked: Asked, state: Lasting, zero: Masks, more: int = 0) -> jax.Array:
+    """Are as many groups zero as may go, and some more?"""
+    if asked.cost:
+        left = asked.groups.shares()({name: ~mask for name, mask in zero.items()})
+        return left[asked.cost] <= state.share
+    return sum(count_kept(zero).values()) >= state.most[GLOBAL] + more
+
+
+def norms(own: Vectors) -> Callable[[PyTree], PerGroup]:
+    """`params -> the length of each group`."""
     return lambda params: {name: jnp.sqrt(leaf) for name, leaf in own.dot(params, params).items()}
+
+
+def by_length(own: Vectors) -> Callable[[PyTree, PyTree], Scores]:
+    """The length of each group as the score of the last round."""
+    return lambda state, params: norms(own)(params)
 
 
 def watched(groups: Groups, pruner: Pruner | None, state: RunState) -> dict[str, PerGroup]:

@@ -24,6 +24,7 @@ from jaxprune.method import (
     host_loop,
     limits,
     method,
+    plan_shares,
     plural,
     prune_rounds,
 )
@@ -105,8 +106,9 @@ def prune(
       masks: masks already in force; what they prune never returns.
       key: for methods that draw random numbers; by default that of seed 0.
       allocation, batch_norm, repair, repair_gain: see `get_pruner`.
-      target: 'direct', or 'effective': the density is that of weights on a path from input to
-        output, see `structure.prune_to_active`.
+      target: 'direct'; 'effective': the density is that of weights on a path from input to output,
+        see `structure.prune_to_active`; 'params' or 'flops': it is the share of the network's
+        parameters or operations that its groups leave.
       granularity: 'weight'; 'kernel', all taps of a convolution from one input to one output;
         'unit' (neurons and filters), 'head', 'head_dim' or 'group' (units and heads), each with all
         that goes along, read off the traced model; '2:4' and the like, n of every m along the
@@ -185,12 +187,13 @@ def _pruned(given: _Given, choices: Choices, extent: _Extent, options: Mapping[s
         repair=choices.repair,
         repair_gain=choices.repair_gain,
         multiple=choices.multiple,
+        cost=choices.target if choices.target in structure.SHARES else '',
         **options,
     )
     size = sum(math.prod(shape) for shape in shapes.values())
     wanted = structure.active_wanted(size, 1 / density)
     found, kept = _in_rounds(pruner, choices.name, given.key, view, plan, batches, wanted)
-    if pruner.final_masks is None and choices.multiple == 1:
+    if pruner.final_masks is None and choices.multiple == 1 and choices.target == 'direct':
         check.kept(kept, plan, plural(choices.granularity))
     rounds = len(plan.steps)
     if 'data' in entry.needs and rounds > 1 and len(split(batches)) == 1:
@@ -254,6 +257,15 @@ def _planned(
     make = functools.partial(plan_rounds, what=counted_as(choices.granularity))
     if choices.target == 'effective':
         make = structure.rounds_before
+    if choices.target in structure.SHARES:
+        return plan_shares(
+            groups,
+            density,
+            choices.target,
+            rounds=entry.rounds if extent.rounds is None else extent.rounds,
+            density_schedule=extent.density_schedule or entry.density_schedule,
+            steps=[0] * (entry.rounds if extent.rounds is None else extent.rounds),
+        )
     floor, cap = limits(groups, extent.floor, cap=extent.cap)
     return make(
         groups.shapes,

@@ -13,6 +13,8 @@ from jaxprune.report import style, tables, text
 _AXIS = {
     'direct': 'compression (weights before / weights after)',
     'effective': 'effective compression (weights before / active weights after)',
+    'params': 'compression of parameters (before / after, in the compact network)',
+    'flops': 'compression of FLOPs (before / after, in the compact network)',
     'units': 'compression of units (neurons and filters before / after)',
     'heads': 'compression of heads (before / after)',
     'head dimensions': 'compression of head dimensions (before / after)',

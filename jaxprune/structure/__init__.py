@@ -4,7 +4,7 @@ from jaxprune.structure.block_product import Blocks, block_product, blocks_of
 from jaxprune.structure.channel_graph import ChannelGraph, channel_graph
 from jaxprune.structure.compact import Compact, compact
 from jaxprune.structure.connectivity import Connect, connectivity
-from jaxprune.structure.cost import Cost, cost, cost_of_kept
+from jaxprune.structure.cost import SHARES, Cost, cost, cost_of_kept, cost_shares
 from jaxprune.structure.effective_masks import (
     compression,
     connectivity_of,
@@ -41,6 +41,7 @@ from jaxprune.structure.unit_groups import silent_when_unread
 __all__ = [
     'KINDS',
     'PLACES',
+    'SHARES',
     'TARGETS',
     'Blocks',
     'Chain',
@@ -68,6 +69,7 @@ __all__ = [
     'connectivity_of',
     'cost',
     'cost_of_kept',
+    'cost_shares',
     'dead_units',
     'effective_compression',
     'effective_mask',

@@ -4,16 +4,22 @@ Every operation becomes a product of the sizes of axes. So the cost of a network
 its groups is the same sum with smaller sizes, and nothing is traced again.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
 from jaxprune.errors import PruneError
 from jaxprune.jaxpr import trace
 from jaxprune.structure.cost_terms import Fixed, Product, Size, Tally, counted
 from jaxprune.structure.coupling import Coupling
 from jaxprune.structure.function import function_of
-from jaxprune.structure.groups import Coupled, by_unit
+from jaxprune.structure.groups import Coupled, Family, by_unit
 from jaxprune.structure.units import Axis, found
 from jaxprune.types import Problem, PyTree
 
@@ -139,14 +145,7 @@ def cost_of_kept(
       PruneError: see `cost`; when called, groups that there are not, or that have to stay.
     """
     _check_tile(tile)
-    coupling, traced = read.coupling, read.coupling.traced
-    axes = _Axes(coupling)
-    arguments = [tuple(map(axes.size, own)) for own in coupling.axes]
-    ranks = dict(zip(traced.paths, map(len, arguments), strict=False))
-    sources = _sources(traced.paths, len(arguments), traced.constants)
-    tally = counted(traced.jaxpr, sources, ranks, coupling.visits, axes.size)
-    types = [var.aval.dtype.itemsize for var in traced.jaxpr.jaxpr.invars]
-    leaves = _Leaves(list(zip(arguments, types, strict=True)), len(traced.paths), traced.constants)
+    axes, leaves, tally = _read(read)
     families = {family.name: family for family in read.families}
 
     def without(removed: Mapping[str, Sequence[int]]) -> Cost:
@@ -164,6 +163,77 @@ def cost_of_kept(
         return _summed(leaves, tally, lambda size: left.get(size, size), tile)
 
     return without
+
+
+#: What `cost_shares` measures.
+SHARES = ('params', 'flops')
+
+
+def cost_shares(
+    read: Coupled, names: Sequence[str]
+) -> Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]:
+    """Prepares the cost of what is left of a network, as a share, for `jit` and `vmap`.
+
+    Args:
+      read: the groups.
+      names: the families of which groups may go.
+
+    Returns:
+      `kept -> {'params': share, 'flops': share}`, float32, where `kept` has family -> bool
+      `(groups,)`. Up to rounding they are those of `cost_of_kept`.
+    """
+    axes, leaves, tally = _read(read)
+    families = [family for family in read.families if family.name in names]
+    numbers = {axis: axes.numbers(axis, families) for axis in axes.known()}
+    dense = _summed(leaves, tally, lambda size: axes.left(set()).get(size, size), (1, 1))
+
+    def shares(kept: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        longer = {name: jnp.append(kept[name], True) for name in names}
+
+        def length(axis: Axis) -> jax.Array:
+            there = jnp.ones(axis.size, bool)
+            for name, groups in numbers[axis].items():
+                there &= longer[name][groups]
+            return there.sum(dtype=jnp.float32)
+
+        lengths = {axis: length(axis) for axis in numbers}
+
+        def size(one: Size) -> ArrayLike:
+            return (
+                lengths[one] if one in lengths else float(one if isinstance(one, int) else one.size)
+            )
+
+        params = sum(math.prod(map(size, sizes)) for sizes, _ in leaves.arrays[: leaves.params])
+        return {'params': params / dense.params, 'flops': _flops(tally, size) / dense.flops}
+
+    return shares
+
+
+def _flops(tally: Tally, size: Callable[[Size], ArrayLike]) -> ArrayLike:
+    """The operations at sizes that may be traced."""
+    total = 0.0
+    for product, times in tally.products.items():
+        sides = (*product.rows, *product.inner, *product.columns)
+        total += 2.0 * times * math.prod(map(size, sides))
+    for sizes, times in tally.entries.items():
+        total += float(times) * math.prod(map(size, sizes))
+    for branches, times in tally.choices:
+        each = [_flops(branch, size) for branch in branches]
+        total += float(times) * functools.reduce(jnp.maximum, each)
+    return total
+
+
+def _read(read: Coupled) -> tuple['_Axes', '_Leaves', Tally]:
+    """The axes, the arguments and the operations of a network."""
+    coupling, traced = read.coupling, read.coupling.traced
+    axes = _Axes(coupling)
+    arguments = [tuple(map(axes.size, own)) for own in coupling.axes]
+    ranks = dict(zip(traced.paths, map(len, arguments), strict=False))
+    sources = _sources(traced.paths, len(arguments), traced.constants)
+    tally = counted(traced.jaxpr, sources, ranks, coupling.visits, axes.size)
+    types = [var.aval.dtype.itemsize for var in traced.jaxpr.jaxpr.invars]
+    arrays = list(zip(arguments, types, strict=True))
+    return axes, _Leaves(arrays, len(traced.paths), traced.constants), tally
 
 
 def _check_tile(tile: tuple[int, int]) -> None:
@@ -207,6 +277,21 @@ class _Axes:
             for unit in at:
                 self._of.setdefault(unit, []).append(axis)
         return self._known[key]
+
+    def known(self) -> list[Axis]:
+        """The axes whose indices may go, one of all that are alike."""
+        return list(self._indices)
+
+    def numbers(self, axis: Axis, families: Sequence[Family]) -> dict[str, np.ndarray]:
+        """Family -> the group of each index; the number of groups where it belongs to none."""
+        made = {}
+        for family in families:
+            own = [self._indices[axis].get(unit, ()) for unit in family.units]
+            if any(own):
+                made[family.name] = np.full(axis.size, len(own), np.int32)
+                for group, indices in enumerate(own):
+                    made[family.name][list(indices)] = group
+        return made
 
     def left(self, removed: set[int]) -> dict[Size, int]:
         """The sizes of all axes without some units."""

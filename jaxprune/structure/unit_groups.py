@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxprune.errors import PruneError, quoted
 from jaxprune.structure.channel_graph import graph_of, window_sides
+from jaxprune.structure.cost import cost_shares
 from jaxprune.structure.coupling import may_go, walk
 from jaxprune.structure.gates import gates
 from jaxprune.structure.groups import Coupled, Family, Member
@@ -74,6 +75,7 @@ def unit_groups(
     return _groups_of(competing, shapes, lengths, name)._replace(
         families={family.name: family for family in competing},
         gates=functools.cache(lambda place: gates(coupled, place, names)),
+        shares=functools.cache(lambda: cost_shares(coupled, names)),
         kinds=functools.cache(lambda: _kinds(coupled, competing)),
     )
 

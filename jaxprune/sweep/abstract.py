@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import data, method
-from jaxprune.allocation import SHARED
+from jaxprune import data, method, structure
 from jaxprune.errors import JaxpruneError, SpecError
 from jaxprune.sweep.counts import active_of, counts_of
 from jaxprune.sweep.device_data import DeviceData, scores_need_data
@@ -14,7 +13,7 @@ from jaxprune.sweep.groups import Group, library_errors
 from jaxprune.sweep.program import Program, method_numbers
 from jaxprune.sweep.spec import MethodSpec, SweepSpec
 from jaxprune.sweep.timeline import clocks_of
-from jaxprune.types import GLOBAL, RunState
+from jaxprune.types import RunState
 
 
 def check_group(spec: SweepSpec, group: Group, source: str) -> None:
@@ -54,9 +53,7 @@ def _check_competing(program: Program, spec: MethodSpec, source: str) -> None:
 
 def _check_event(program: Program, run, on_device: DeviceData, state: RunState) -> None:
     """The rounds of a method, and the steps between them if it changes those."""
-    whole = run.method.allocation in SHARED
-    counted = program.competing(run.method).shapes
-    counts = dict.fromkeys([GLOBAL] if whole else counted, np.int32(1))
+    counts = {name: column[0] for name, column in counts_of(program, run).counts.items()}
     hyper = program.hyper._replace(method=method_numbers(run))
     indices = jax.ShapeDtypeStruct((run.train.batch_size,), jnp.int32)
 
@@ -79,7 +76,8 @@ def _check_numbers(program: Program, spec) -> None:
     entry = method.method(spec.name)
     if entry.make is not None:
         clocks = clocks_of(program.timeline)
-        asked = method.Asked(program.competing(spec), None, clocks, spec.multiple)
+        cost = spec.target if spec.target in structure.SHARES else ''
+        asked = method.Asked(program.competing(spec), None, clocks, spec.multiple, cost)
         entry.make(asked, **spec.options)
     else:
         own = {k: v for k, v in spec.options.items() if not (entry.averages and k == 'momentum')}

@@ -345,7 +345,7 @@ def _what_else(spec: MethodSpec) -> str:
     """What a label says beside the method's name."""
     titles = {'global': '', **{k: f' ({v})' for k, v in _ALLOCATION_TITLES.items()}}
     words = titles.get(spec.allocation, f' ({spec.allocation})')
-    words += ' to effective' if spec.target == 'effective' else ''
+    words += '' if spec.target == 'direct' else f' to {spec.target}'
     if spec.granularity != 'weight':
         coupled = spec.granularity in method.COUPLED
         words += f' ({method.plural(spec.granularity) if coupled else spec.granularity})'

@@ -226,7 +226,8 @@ def identity_columns(
 def _target(spec: MethodSpec) -> str:
     """What a compression of the grid counts."""
     counted = plural(spec.granularity)
-    return spec.target if counted == 'weights' else counted
+    counts_groups = spec.target == 'direct' and counted != 'weights'
+    return counted if counts_groups else spec.target
 
 
 def grid_columns(spec: SweepSpec) -> dict[str, Any]:

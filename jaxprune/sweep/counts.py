@@ -3,7 +3,7 @@
 import functools
 
 from jaxprune import plan, structure
-from jaxprune.method import counted_as, limits
+from jaxprune.method import counted_as, limits, plan_shares
 from jaxprune.sweep.grid import Run
 from jaxprune.sweep.program import Program
 from jaxprune.sweep.timeline import round_steps
@@ -21,6 +21,15 @@ def counts_of(program: Program, run: Run) -> plan.Plan:
     if spec.target == 'effective':
         make = structure.rounds_before
     floor, cap = limits(groups, spec.floor, spec.floor_share, spec.cap)
+    if spec.target in structure.SHARES:
+        return plan_shares(
+            groups,
+            1 / run.compression,
+            spec.target,
+            rounds=spec.rounds,
+            density_schedule=spec.density_schedule,
+            steps=round_steps(spec, program.steps),
+        )
     return make(
         groups.shapes,
         1 / run.compression,

@@ -183,8 +183,9 @@ class MethodSpec:
         choices=tuple(ALLOCATIONS),
     )
     target: str = _key(
-        "what a compression of the grid means: 'direct' (weights before / weights after) or "
-        "'effective' (only weights on a path from input to output count)",
+        "what a compression of the grid means: 'direct' (weights, or units, before and after), "
+        "'effective' (only weights on a path from input to output count), 'params' or 'flops' "
+        '(those of the compact network, with granularity unit, head, head_dim or group)',
         default='direct',
         choices=TARGETS,
     )
