@@ -147,14 +147,14 @@ def gradient_step(
 
     def update(clock: ArrayLike, hyper: Hyper, state: RunState, grads: PyTree) -> RunState:
         method_state, masks = state.method_state, state.masks
-        rate = optimizer.rate(clock, hyper)
         if hook.gradient is not None:
-            now = hyper._replace(learning_rate=rate)
+            now = hyper._replace(learning_rate=optimizer.rate(clock, hyper))
             method_state, grads = hook.gradient(
                 method_state, grads, state.params, masks, clock, now
             )
         if optimizer.coupled_decay:
             grads = jax.tree.map(lambda g, p: g + hyper.weight_decay * p, grads, state.params)
+        rate = optimizer.rate(clock, hyper)
         tx = optimizer.make(hyper, rate)
         if dense:
             updates, opt_state = tx.update(grads, state.opt_state, state.params)

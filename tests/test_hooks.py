@@ -17,7 +17,6 @@ from jaxprune.select import layerwise_top_k
 from jaxprune.structure import forward_shapes, groups_of
 from jaxprune.sweep.chunk import run_chunk
 from jaxprune.sweep.device_data import device_data
-from jaxprune.sweep.engine import stacked
 from jaxprune.sweep.program import hyper_of
 from jaxprune.sweep.strategy import Strategy
 from jaxprune.train import (
@@ -25,7 +24,6 @@ from jaxprune.train import (
     hooked_view,
     init_run,
     run_events,
-    train_segment,
     train_step,
 )
 from jaxprune.types import Batch, Hyper, Pruner, StepHook
@@ -435,36 +433,3 @@ def test_batch_norms_of_pruned_filters_are_pulled_too():
     net = jp.problem_from_flax(nn.build('small_vgg', 10, widths=[4, 6]), (28, 28, 1))
     norms = {path for path in units_of(net).own if path.startswith('bn')}
     assert norms == {f'bn_{i}/{leaf}' for i in range(4) for leaf in ('scale', 'bias')}
-
-
-def test_many_hooked_runs_equal_single_runs():
-    """Law: N vmapped runs of a method with a hook = the same runs one by one (float64)."""
-    spec, group = made()
-    program = group.program
-    on_device = device_data(spec, data.load('mnist_small'))
-    events = program.events(group.runs[0].method)
-    stage = program.stages[True]
-    counts = {'dense_0/kernel': np.array([6], np.int32), 'dense_1/kernel': np.array([4], np.int32)}
-
-    def life(key, hyper):
-        state = jax.tree.map(
-            lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf,
-            program.init(key, hyper),
-        )
-        rounds = events(0, on_device, key, hyper)
-        state, _ = run_rounds(rounds, state, counts, finish=False)
-        order = program.order(key, 0)[:3]
-        state, losses = train_segment(stage.step)(0, on_device, key, hyper, order, state)
-        state, _ = run_rounds(rounds, state, counts, before=1, begin=False)
-        return state, losses
-
-    with jax.enable_x64(True):
-        runs = [r._replace(seed=seed) for seed, r in enumerate(group.runs)]
-        rows = stacked(runs)
-        together = jax.jit(jax.vmap(life))(*rows)
-        for i in range(2):
-            alone = jax.jit(life)(*jax.tree.map(lambda leaf, i=i: leaf[i], rows))
-            row = jax.tree.map(lambda leaf, i=i: leaf[i], together)
-            jax.tree.map(
-                functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), row, alone
-            )

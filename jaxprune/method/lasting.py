@@ -46,7 +46,7 @@ CUTS = ('target', 'zero')
 
 #: What can be recorded of methods that change training, with what it is; by layer.
 WATCHED = {
-    'zero_groups': 'groups all of whose own weights are zero',
+    'zero_groups': 'groups all of whose own weights are zero, or that are pruned',
     'penalised_groups': 'groups that the method pulls to zero',
     'projected_groups': 'groups that half-space projections have made zero so far',
 }
@@ -133,7 +133,7 @@ def lasting(
         if cut == 'zero':
             kept = {name: (leaf > 0) & alive[name] for name, leaf in scores.items()}
         else:
-            kept = _kept(asked, ranked, counts)
+            kept = kept_groups(asked, ranked, counts)
         whole = groups.spread(kept)
         in_force = {path: m & (whole[path] | ~last) for path, m in view.masks.items()}
         nonfinite, nonzero = tallied(scores, alive)
@@ -152,7 +152,7 @@ def may_go(asked: Asked, counts: Counts) -> Counts:
     sizes = {name: shape[0] for name, shape in asked.groups.shapes.items()}
     total = sum(sizes.values())
     if asked.cost or set(counts) == {GLOBAL}:
-        fewest = _fewest(asked)
+        fewest = fewest_of(asked)
         most = {name: jnp.int32(n - fewest[name]) for name, n in sizes.items()}
         if asked.cost:
             return {**most, GLOBAL: jnp.where(counts[asked.cost] < 1, total, 0).astype(jnp.int32)}
@@ -161,17 +161,17 @@ def may_go(asked: Asked, counts: Counts) -> Counts:
     return {**most, GLOBAL: sum(most.values())}
 
 
-def _fewest(asked: Asked) -> dict[str, int]:
+def fewest_of(asked: Asked) -> dict[str, int]:
     """How many groups each layer keeps in one ranking: at least one, or the network is cut."""
     given = asked.fewest or {}
     return {name: max(given.get(name, 0), 1) for name in asked.groups.shapes}
 
 
-def _kept(asked: Asked, scores: Scores, counts: Counts) -> Masks:
-    """The groups that counts keep."""
+def kept_groups(asked: Asked, scores: Scores, counts: Counts) -> Masks:
+    """The groups that counts, or a share of the cost, keep: at least one of each layer."""
     if not asked.cost and set(counts) != {GLOBAL}:
         return in_multiples(layerwise_top_k, asked.multiple)(scores, counts)
-    lifted = within_bounds(scores, _fewest(asked), None)
+    lifted = within_bounds(scores, fewest_of(asked), None)
     if asked.cost:
         return within_share(asked.groups, asked.cost, asked.multiple)(lifted, counts)
     return in_multiples(global_top_k, asked.multiple)(lifted, counts)
@@ -209,7 +209,7 @@ def room_to_choose(asked: Asked, state: Lasting, scores: Scores, gone: Masks) ->
     if not asked.cost:
         return room
     ranked = {name: jnp.where(gone[name], -jnp.inf, leaf) for name, leaf in scores.items()}
-    kept = count_kept(_kept(asked._replace(multiple=1), ranked, {asked.cost: state.share}))
+    kept = count_kept(kept_groups(asked._replace(multiple=1), ranked, {asked.cost: state.share}))
     left = count_kept({name: ~mask for name, mask in gone.items()})
     return {**room, GLOBAL: sum(left.values()) - sum(kept.values())}
 
@@ -241,7 +241,9 @@ def watched(groups: Groups, pruner: Pruner | None, state: RunState) -> dict[str,
       state: of the run.
     """
     squares = vectors(groups, silent=False).dot(state.params, state.params)
-    found = {'zero_groups': count_kept({name: leaf == 0 for name, leaf in squares.items()})}
+    alive = groups.alive(state.masks)
+    gone = {name: (leaf == 0) | ~alive[name] for name, leaf in squares.items()}
+    found = {'zero_groups': count_kept(gone)}
     if pruner is not None and pruner.watch is not None:
         found |= pruner.watch(state.method_state, state.params)
     return found

@@ -115,7 +115,7 @@ def _owned(groups: Groups, silent: bool) -> list[Slice]:
                 'it in keep_all_units'
             )
         found += [
-            Slice(layer, member.path, member.axis, np.stack(member.indices))
+            Slice(layer, member.path, member.axis, np.stack(member.indices).astype(np.int32))
             for member in family.members
             if member.role in ('out', 'along')
         ]

@@ -13,11 +13,10 @@ from jax.typing import ArrayLike
 from jaxprune import tree
 from jaxprune.arguments import least, positive
 from jaxprune.flow.orthogonal import tpp_gradients, tpp_strength
-from jaxprune.method.lasting import Asked
+from jaxprune.method.lasting import Asked, kept_groups
 from jaxprune.method.pruner import tallied
-from jaxprune.select import count_kept, global_top_k, layerwise_top_k, within_bounds
+from jaxprune.select import count_kept
 from jaxprune.types import (
-    GLOBAL,
     Batches,
     Counts,
     Hyper,
@@ -71,7 +70,7 @@ def tpp(
     Raises:
       PruneError: an interval below 1, another number that is not above 0.
     """
-    groups, fewest = asked.groups, asked.fewest
+    groups = asked.groups
     least(1, interval=interval)
     for name, value in (('weight', weight), ('increment', increment), ('ceiling', ceiling)):
         positive(f'{name} of tpp', value)
@@ -88,8 +87,7 @@ def tpp(
         scores = groups.gather({path: jnp.abs(w) for path, w in view.weights.items()})
         alive, first = groups.alive(view.masks), state.round == 0
         ranked = {name: jnp.where(alive[name], leaf, -jnp.inf) for name, leaf in scores.items()}
-        select = global_top_k if set(counts) == {GLOBAL} else layerwise_top_k
-        found = select(within_bounds(ranked, fewest, None), counts)
+        found = kept_groups(asked, ranked, counts)
         kept = {name: jnp.where(first, found[name], m) for name, m in state.kept.items()}
         whole = groups.spread(kept)
         in_force = {path: m & (whole[path] | first) for path, m in view.masks.items()}

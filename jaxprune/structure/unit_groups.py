@@ -148,7 +148,7 @@ def _mask(
 
 def _table(member: Member) -> np.ndarray:
     """`(groups, indices of each)`."""
-    return np.stack(member.indices)
+    return np.stack(member.indices).astype(np.int32)
 
 
 def _numbers(member: Member, length: int) -> np.ndarray:

@@ -1,0 +1,138 @@
+"""The laws of `test_contract.py` for methods that change training: a new one gets all of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import more_unless
+from sweeps import engine_of, group_of
+
+from jaxprune import data, method, tree
+from jaxprune.method import run_rounds
+from jaxprune.sweep.chunk import run_chunk
+from jaxprune.sweep.counts import counts_of
+from jaxprune.sweep.device_data import device_data
+from jaxprune.sweep.engine import stacked
+from jaxprune.sweep.strategy import Strategy
+from jaxprune.train import train_segment
+
+METHODS = sorted(name for name, entry in method.METHODS.items() if entry.hooked)
+CASES = [more_unless(name in ('hesso', 'dhspg'), name) for name in METHODS]
+#: So strong that groups become zero within ten steps.
+OPTIONS = {
+    'hspg': {'penalty': 5.0, 'half_space': 0.9, 'half_space_dense': 0.9},
+    'dhspg': {'penalty': 5.0, 'half_space': 0.9, 'half_space_dense': 0.9},
+    'proximal': {'penalty': 2.0},
+    'tpp': {'interval': 1, 'increment': 0.01, 'weight': 1.0},
+}
+#: Slimming needs a norm behind every layer that it prunes.
+NORMED = {'name': 'small_vgg', 'widths': [4]}
+
+
+def table(name):
+    """A sweep of one method on a small net: with half of its units, and with all of them."""
+    entry = {
+        'name': name,
+        'label': name,
+        'granularity': 'unit',
+        'start': 1,
+        'end': 7,
+        'time_unit': 'steps',
+        **({'rounds': 3} if name == 'hesso' else {}),
+        **({'keep_all_units': 'dense'} if name == 'slimming' else {}),
+        **OPTIONS.get(name, {}),
+    }
+    return {
+        'name': 'hooked',
+        'model': NORMED if name == 'slimming' else {'name': 'mlp', 'widths': [8]},
+        'data': {'name': 'mnist_small', 'train_examples': 200, 'test_examples': 50},
+        'train': {'epochs': 2, 'batch_size': 25, 'momentum': 0.9, 'weight_decay': 1e-3},
+        'record': {'every': 8, 'flow': list(method.WATCHED)},
+        'grid': {'method': [entry], 'compression': [2], 'seed': [0]},
+    }
+
+
+def states_of(spec, group):
+    """The program of a group, the packed states of its runs at their end, and their tables."""
+    engine, program = engine_of(spec, group, Strategy('unroll', 'host', 'native', 1))
+    found = []
+
+    def keep(*args, **kwargs):
+        found.append(engine.pack(args[2]))
+        return engine.evaluate(*args, **kwargs)
+
+    chunk = run_chunk(spec, program, engine._replace(evaluate=keep), group.runs, len(group.runs))
+    return program, found[-1], chunk
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_counts_and_zeros(name):
+    """Laws: exact counts; pruned weights and their moments are zero. What is recorded at the end
+    are the groups that are gone."""
+    spec, group = group_of(table(name), name)
+    program, states, chunk = states_of(spec, group)
+    assert chunk.results['error'].is_null().all()
+    pruned = jax.tree.map(lambda leaf: leaf[0], states)
+    alive = jax.device_get(program.competing(group.runs[0].method).alive(pruned.masks))
+    wanted = counts_of(program, group.runs[0]).counts['*'][-1]
+    assert sum(int(mask.sum()) for mask in alive.values()) == wanted == 4
+    params, moments = (dict(tree.paths(t)) for t in (pruned.params, pruned.opt_state))
+    for path, mask in pruned.masks.items():
+        assert not np.any(params[path][~mask]), path
+        [moment] = [leaf for place, leaf in moments.items() if place.endswith(path)]
+        assert not np.any(moment[~mask]) and np.any(moment[mask]), path
+    zero = chunk.flow.filter(step=16, quantity='zero_groups')
+    assert zero['value'].sum() == 4
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_many_runs_equal_single_runs(name):
+    """Laws, in float64 and from the first round to the last: N vmapped runs = the same runs one by
+    one; a run that is to keep all groups = the dense control."""
+    spec, group = group_of(table(name), name)
+    program, run = group.program, group.runs[0]
+    on_device = device_data(spec, data.load('mnist_small'))
+    events, segment = program.events(run.method), train_segment(program.stages[True].step)
+    groups = program.competing(run.method)
+    few, every = np.int32(4), np.int32(sum(n for (n,) in groups.shapes.values()))
+
+    def init(key, hyper):
+        return jax.tree.map(
+            lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf,
+            program.init(key, hyper),
+        )
+
+    def life(key, hyper, kept):
+        state = init(key, hyper)
+        order, clocks = program.order(key, 0), program.timeline.events
+        for number, event in enumerate(clocks):
+            rounds = events(event.clock, on_device, key, hyper)
+            begin = {'begin': not number, 'before': number, 'finish': event.finish}
+            state, _ = run_rounds(rounds, state, {'*': kept[None]}, **begin)
+            if not event.finish:
+                steps = order[event.clock : clocks[number + 1].clock]
+                clock = np.int32(event.clock)
+                state, _ = segment(clock, on_device, key, hyper, steps, state)
+        return state
+
+    def dense(key, hyper):
+        first, last = (program.timeline.events[i].clock for i in (0, -1))
+        steps = program.order(key, 0)[first:last]
+        plain = train_segment(program.stages[False].step)
+        return plain(np.int32(first), on_device, key, hyper, steps, init(key, hyper))[0]
+
+    with jax.enable_x64(True):
+        rows, single = stacked([run._replace(seed=seed) for seed in range(2)]), jax.jit(life)
+        together = jax.jit(jax.vmap(life, (0, 0, None)))(*rows, few)
+        for i in range(2):
+            one = jax.tree.map(lambda leaf, i=i: leaf[i], rows)
+            close(jax.tree.map(lambda leaf, i=i: leaf[i], together), single(*one, few))
+        whole, plain = single(*one, every), jax.jit(dense)(*one)
+        close(whole.params, plain.params)
+        assert all(bool(mask.all()) for mask in whole.masks.values())
+
+
+def close(ours, theirs):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-8, atol=1e-11), ours, theirs)
