@@ -27,6 +27,7 @@ from jaxprune.report import tables
 from jaxprune.report.terminal import summary_table
 from jaxprune.sweep import make_plan, make_spec, store, to_toml
 from jaxprune.sweep.chunk_tables import COMPACT_COLUMNS
+from jaxprune.sweep.compact_costs import COST_COLUMNS
 from jaxprune.sweep.load import spec_hash
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +78,7 @@ def test_columns_and_rows(finished):
     assert results.columns == [
         *('run_id', 'model', 'dataset', 'label', 'method', 'allocation', 'seed'),
         *('target', 'target_compression', 'density', 'compression', 'effective_compression'),
-        *('params_compact', 'flops_compact', 'speedup_theoretical'),
+        *COST_COLUMNS,
         *COMPACT_COLUMNS,
         *('learning_rate', 'weight_decay'),
         *('step', 'epoch', 'train_loss', 'test_loss', 'test_accuracy', 'error'),

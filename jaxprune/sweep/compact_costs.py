@@ -15,6 +15,9 @@ from jaxprune.errors import PruneError
 from jaxprune.structure import Cost, Family
 from jaxprune.types import Masks
 
+#: Columns of results rows.
+COST_COLUMNS = ('params_compact', 'flops_compact', 'padded_flops_compact', 'speedup_theoretical')
+
 
 class CompactCosts(NamedTuple):
     """How a program counts compact networks.
@@ -31,7 +34,7 @@ class CompactCosts(NamedTuple):
 
 def unknown() -> CompactCosts:
     """For a network that cannot be read: no groups, and columns without numbers."""
-    nothing = dict.fromkeys(('params_compact', 'flops_compact', 'speedup_theoretical'))
+    nothing = dict.fromkeys(COST_COLUMNS)
     return CompactCosts(lambda masks: {}, lambda gone: nothing)
 
 
@@ -63,6 +66,7 @@ def compact_costs(
         return {
             'params_compact': small.params,
             'flops_compact': small.flops,
+            'padded_flops_compact': small.padded_flops,
             'speedup_theoretical': dense.flops / small.flops if small.flops else float('inf'),
         }
 

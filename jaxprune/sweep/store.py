@@ -42,6 +42,7 @@ RESULTS = {
     'effective_compression': pl.Float64,
     'params_compact': pl.Int64,
     'flops_compact': pl.Int64,
+    'padded_flops_compact': pl.Int64,
     'speedup_theoretical': pl.Float64,
     'latency_ratio': pl.Float64,
     'full_accuracy': pl.Float64,
@@ -62,11 +63,12 @@ RESULTS = {
 (weights before / weights that lie on a path from input to output), or what else is counted before
 and after: 'units', 'heads', 'head dimensions', 'groups', 'blocks'. `effective_compression` is
 infinite where the network is cut in two. `params_compact` and `flops_compact` (of one example) are
-those of the network without the groups that no kept weight reads, `speedup_theoretical` is the
-operations of the dense network over these. For the seeds of `record.compact_seeds` there are, at a
-run's end, `latency_ratio`, the measured time of the dense network over that of the compact one,
-`full_accuracy` of the network as training left it, `compact_accuracy`, and `compact_difference`,
-the largest difference of their logits. All these are null where they are not known. `error` is
+those of the network without the groups that no kept weight reads, `padded_flops_compact` those of
+its products with sides rounded up to a TPU's tiles of 8 x 128, `speedup_theoretical` is the
+operations of the dense network over `flops_compact`. For the seeds of `record.compact_seeds` there
+are, at a run's end, `latency_ratio`, the measured time of the dense network over that of the
+compact one, `full_accuracy` of the network as training left it, `compact_accuracy`, and
+`compact_difference`, the largest difference of their logits. All these are null where they are not known. `error` is
 null, or says what went wrong: scores that cannot be ranked (losses and accuracy are then NaN), or
 losses that diverged (the numbers are those of the broken network).
 """
@@ -268,7 +270,8 @@ def _read(out: Path | str, where, schema: dict, *, everywhere: bool = True) -> p
 
 #: Columns that earlier versions did not write.
 _LATER = (
-    *('params_compact', 'flops_compact', 'speedup_theoretical', 'latency_ratio'),
+    *('params_compact', 'flops_compact', 'padded_flops_compact', 'speedup_theoretical'),
+    'latency_ratio',
     *('full_accuracy', 'compact_accuracy', 'compact_difference'),
 )
 
