@@ -36,6 +36,7 @@ DepGraph
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from structured_nets import load, tree_of
@@ -301,3 +302,18 @@ def test_grouped_convolutions():
         members = depgraph_members(theirs)
         assert reader in members
         assert all(at == [[i] for i in range(theirs['num'])] for at in members.values())
+
+
+def test_a_copy_is_not_silenced_by_what_is_added_to_it():
+    """Expectation: by hand. Of `repeat(x a, 2) + x b` the second axis of copies can be cut, since
+    all that reads it would be; but with its slices of `b` at zero it still has those of `a`."""
+
+    def apply(params, x):
+        h = jnp.repeat(x @ params['a'], 2, axis=-1) + x @ params['b']
+        return jax.nn.relu(h) @ params['c']
+
+    shapes = {'a': (3, 4), 'b': (3, 8), 'c': (8, 2)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    families = {f.name: f for f in jp.groups(apply, params, jnp.ones((2, 3))).families}
+    assert families['a'].size == 4 and families['a'].zero_invariant
+    assert families['b'].size == 2 and not families['b'].zero_invariant

@@ -147,8 +147,8 @@ def walk(
             value = value._replace(zero=zero, sources=tuple(frozenset({s}) for s in sources))
         arguments.append(value)
     walker = _Walker(reading, [], read.unknown == 'freeze')
-    if silenced:
-        walker = walker._replace(before=read.visits, silenced=silenced)
+    if read.visits:
+        walker = walker._replace(before=read.visits, silenced=silenced or {})
     results = walker.through(read.traced.jaxpr, arguments)
     states = returned_states(read)
     for value in results[: len(results) - len(states)]:
@@ -219,6 +219,24 @@ class _Walker(NamedTuple):
         run(inner)
         return inner.visits
 
+    def known(self, results: list[Labelled]) -> list[Labelled]:
+        """The results of the next operation; axes that it makes are those of an earlier walk.
+
+        What an axis is united with decides whether its indices go. Of an axis made anew, as the
+        axis along which an array is repeated, nothing would be known yet.
+        """
+        if self.before is None:
+            return results
+        for i, (value, earlier) in enumerate(
+            zip(results, self.before[len(self.visits)].results, strict=True)
+        ):
+            axes = tuple(
+                old if found(axis).units is None and not found(axis).fixed else axis
+                for axis, old in zip(value.axes, earlier.axes, strict=True)
+            )
+            results[i] = value._replace(axes=axes)
+        return results
+
     def quiet(self, results: list[Labelled]) -> list[Labelled]:
         """The results of the next operation, zero where they are silenced."""
         if self.before is not None:
@@ -241,7 +259,7 @@ class _Walker(NamedTuple):
             if not self.freezes:
                 raise
             out = self._frozen(equation, values)
-        out = self.quiet(list(out))
+        out = self.quiet(self.known(list(out)))
         self.visits.append(Visit(list(values), out, inside, name))
         return out
 
