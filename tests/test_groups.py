@@ -315,5 +315,5 @@ def test_a_copy_is_not_silenced_by_what_is_added_to_it():
     shapes = {'a': (3, 4), 'b': (3, 8), 'c': (8, 2)}
     params = {name: jnp.ones(shape) for name, shape in shapes.items()}
     families = {f.name: f for f in jp.groups(apply, params, jnp.ones((2, 3))).families}
-    assert families['a'].size == 4 and families['a'].zero_invariant
-    assert families['b'].size == 2 and not families['b'].zero_invariant
+    assert families['a'].size == 4 and families['b'].size == 2
+    assert not families['b'].zero_invariant

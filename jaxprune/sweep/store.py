@@ -68,9 +68,9 @@ its products with sides rounded up to a TPU's tiles of 8 x 128, `speedup_theoret
 operations of the dense network over `flops_compact`. For the seeds of `record.compact_seeds` there
 are, at a run's end, `latency_ratio`, the measured time of the dense network over that of the
 compact one, `full_accuracy` of the network as training left it, `compact_accuracy`, and
-`compact_difference`, the largest difference of their logits. All these are null where they are not known. `error` is
-null, or says what went wrong: scores that cannot be ranked (losses and accuracy are then NaN), or
-losses that diverged (the numbers are those of the broken network).
+`compact_difference`, the largest difference of their logits. All these are null where they are not
+known. `error` is null, or says what went wrong: scores that cannot be ranked (losses and accuracy
+are then NaN), or losses that diverged (the numbers are those of the broken network).
 """
 
 LAYERS = {
