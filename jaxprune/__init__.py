@@ -24,7 +24,6 @@ from jaxprune.structure import (
     cost,
     effective_compression,
     effective_mask,
-    fold_constants,
     groups,
 )
 from jaxprune.tree import apply_masks, kernels, pick, put, rules, shapes
@@ -81,7 +80,6 @@ __all__ = [  # noqa: RUF022 (grouped by purpose)
     'connectivity',
     'effective_mask',
     'effective_compression',
-    'fold_constants',
     # what must be removed together, and a network without it
     'groups',
     'draw_groups',
