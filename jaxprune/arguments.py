@@ -5,7 +5,8 @@ Checks that return a value return it as a plain Python type.
 
 import numbers
 import operator
-from collections.abc import Collection
+import re
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,18 @@ def outside(value: Any, option: Option) -> str:
     if option.high is not None and not value <= option.high:
         return f'expected at most {option.high}, not {shown(value)}'
     return ''
+
+
+def expression(name: str, text: str) -> Callable[[str], Any]:
+    """The search of a regular expression.
+
+    Raises:
+      PruneError: the text is none.
+    """
+    try:
+        return re.compile(text).search
+    except re.error as error:
+        raise PruneError(f'{name}: {quoted(text)} is no regular expression: {error}') from None
 
 
 def real(name: str, value: Any) -> float:

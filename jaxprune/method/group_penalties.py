@@ -1,13 +1,11 @@
 """Penalties on all groups alike, which other methods are compared with."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxprune import tree
-from jaxprune.arguments import positive
+from jaxprune.arguments import expression, positive
 from jaxprune.errors import PruneError
 from jaxprune.method.lasting import Asked, Lasting, by_length, lasting, norms
 from jaxprune.method.own_slices import vectors
@@ -68,7 +66,8 @@ def group_norm(
     families = asked.groups.families
     members = [m for family in families.values() for m in family.members]
     counted = {m.path for m in members if m.role in ('out', 'in')}
-    counted |= {m.path for m in members if m.role == 'along' and re.search(scales, m.path)}
+    search = expression('scales', scales)
+    counted |= {m.path for m in members if m.role == 'along' and search(m.path)}
 
     def weights(params: PyTree) -> dict[str, jax.Array]:
         return {path: leaf for path, leaf in tree.paths(params) if path in counted}
@@ -106,8 +105,9 @@ def slimming(asked: Asked, *, penalty: ArrayLike = 1e-4, scales: str = 'scale$')
     """
     positive('penalty of slimming', penalty)
     groups = asked.groups
+    search = expression('scales', scales)
     scale = {
-        name: tuple(m for m in f.members if re.search(scales, m.path) and m.role == 'along')
+        name: tuple(m for m in f.members if m.role == 'along' and search(m.path))
         for name, f in groups.families.items()
     }
     if without := [name for name, members in scale.items() if not members]:

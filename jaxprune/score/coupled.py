@@ -6,14 +6,13 @@ norms (Li et al., 2017, arXiv:1608.08710), the scale of batch norm (Liu et al., 
 arXiv:1708.06519), FPGM (He et al., 2019, arXiv:1811.00250) and LAMP on groups are points of it.
 """
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arguments import flag
+from jaxprune.arguments import expression, flag
 from jaxprune.errors import PruneError, check_choice, nearest, quoted
 from jaxprune.score.derivatives import derivatives
 from jaxprune.score.derivatives import parameters as every_parameter
@@ -141,12 +140,8 @@ def _counting(view: View, parameters: str) -> Weights:
     if parameters == 'kernels':
         return view.weights
     leaves = every_parameter(view)
-    try:
-        found = {path: leaf for path, leaf in leaves.items() if re.search(parameters, path)}
-    except re.error as error:
-        raise PruneError(
-            f'parameters: {quoted(parameters)} is no regular expression: {error}'
-        ) from None
+    search = expression('parameters', parameters)
+    found = {path: leaf for path, leaf in leaves.items() if search(path)}
     if not found:
         raise PruneError(
             f'parameters: {quoted(parameters)} matches no parameter, {nearest(parameters, leaves)}'

@@ -1,13 +1,13 @@
 """Coupled units and heads as what competes: sums over what makes them, masks of all that goes."""
 
 import functools
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import arguments
 from jaxprune.errors import PruneError, quoted
 from jaxprune.structure.channel_graph import graph_of, window_sides
 from jaxprune.structure.cost import cost_shares
@@ -197,12 +197,7 @@ def _matching(families: Sequence[Family], pattern: str) -> set[str]:
     """The families with a maker whose path a regular expression matches."""
     if not pattern:
         return set()
-    try:
-        search = re.compile(pattern).search
-    except re.error as error:
-        raise PruneError(
-            f'keep_all_units: {quoted(pattern)} is no regular expression: {error}'
-        ) from None
+    search = arguments.expression('keep_all_units', pattern)
     makers = {f.name: [m.path for m in f.members if m.role == 'out'] for f in families}
     matched = {name for name, paths in makers.items() if any(map(search, paths))}
     if not matched:

@@ -33,6 +33,8 @@ def check_group(spec: SweepSpec, group: Group, source: str) -> None:
         pruned = [r for r in group.runs if r.method != DENSE]
         for each in {repr(r.method): r.method for r in pruned}.values():
             _check_competing(program, each, source)
+    _check_counts(group, source)
+    with library_errors(source):
         for each in {event_program(r.method): r for r in pruned}.values():
             _check_event(program, each, on_device, state)
         for each in {repr(r.method): r.method for r in pruned}.values():
@@ -104,18 +106,22 @@ def abstract_data(spec: SweepSpec) -> DeviceData:
     )
 
 
-def _check_runs(spec: SweepSpec, group: Group, source: str) -> None:
-    """Raises SpecError where a run would keep no weight or its scores have too little data."""
-    program = group.program
+def _check_counts(group: Group, source: str) -> None:
+    """Raises SpecError where a run would keep nothing, or more or less than there can be."""
     for run in group.runs:
         if run.method == DENSE:
             continue
         try:
-            counts_of(program, run)
+            counts_of(group.program, run)
         except JaxpruneError as error:
             raise SpecError(
                 f'{source}: grid.compression: {run.compression:g} with {run.method.label}: {error}'
             ) from None
+
+
+def _check_runs(spec: SweepSpec, group: Group, source: str) -> None:
+    """Raises SpecError where a run has too few active weights, or its scores too little data."""
+    program = group.program
     most = _most_active(program, group)
     for run in group.runs:
         if run.method.target == 'effective' and active_of(program, run) > most:

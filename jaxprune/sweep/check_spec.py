@@ -329,6 +329,9 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
     rounds = spec.rounds or (rounds_until(spec) if spec.every and spec.end else entry.rounds)
     if rounds > MOST_ROUNDS:
         fail(f'{at}.every', f'makes {rounds:,} rounds up to end, more than {MOST_ROUNDS:,}')
+    if entry.hooked and (spec.rewind or spec.finetune.each_round):
+        key = 'rewind' if spec.rewind else 'finetune.each_round'
+        fail(f'{at}.{key}', f"sets the clock while '{spec.name}' is at work")
     if entry.hooked and rounds < 2:
         fail(f'{at}.rounds', f"'{spec.name}' needs two rounds: the first and the last")
     return dataclasses.replace(
