@@ -96,6 +96,7 @@ def test_mnist_small_is_mnist_bit_for_bit(mnist, split):
     np.testing.assert_array_equal(labels, mnist[split][1][places])
 
 
+@pytest.mark.more
 def test_drawing_again_gives_the_embedded_file(mnist):
     """Expectation: the shipped file is what the shipped script draws."""
     again = draw_mnist_small.draw(mnist, draw_mnist_small.SEED)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import more_but
+from cases import more, more_but
 from structured_nets import load
 
 import jaxprune as jp
@@ -597,7 +597,12 @@ def scans(traced):
 
 @pytest.mark.parametrize(
     ('layout', 'checkpoint', 'loops'),
-    [('last', False, 4), ('first', False, 2), ('outputs', False, 2), ('kernel', True, 0)],
+    [
+        ('last', False, 4),
+        ('first', False, 2),
+        more('outputs', False, 2),
+        more('kernel', True, 0),
+    ],
 )
 def test_convolutions_in_another_layout_are_not_put_into_loops(layout, checkpoint, loops):
     """Expectation: XLA's CPU is slow at these, and only at these (see `experiments/bench`). So the

@@ -180,6 +180,7 @@ def test_orders_zero_and_one_are_those_of_the_authors(temperature):
             assert (name, temperature) == ('biased_loss_init', 5)
 
 
+@pytest.mark.more
 @pytest.mark.optimised
 def test_order_two_is_that_of_the_authors():
     """Expectation: their code's numbers; gradient and Hessian of all parameters, class batches."""

@@ -851,6 +851,7 @@ def test_nothing_finished_or_no_sweep_is_a_clear_error(tmp_path):
         report.write(out)
 
 
+@pytest.mark.more
 def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
     code = f"""
 import sys
@@ -938,7 +939,7 @@ def test_texts_of_the_headline_do_not_touch(count):
     assert {'0', '50', '90', '99', '99.9'} <= words
 
 
-@pytest.mark.parametrize('count', some(40, [2], 1, 5, 17))
+@pytest.mark.parametrize('count', some(2, [40], 1, 5, 17))
 def test_texts_of_any_grid_do_not_touch(count):
     grid = sorted({float(value) for value in np.geomspace(1.3, 12_345, count)})
     sweep = Sweep(LABELS[:3], grid, seeds=2, epochs=2)

@@ -66,6 +66,7 @@ def trained(strategy, steps_per_call=0):
     return packed, losses, evaluated, info, kept
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(('strategy', 'steps'), OTHERS, ids=str)
 def test_all_strategies_train_the_same(strategy, steps):
     """Expectation: runs one after another, convolved by XLA, stepped from the host."""

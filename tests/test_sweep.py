@@ -433,6 +433,7 @@ def test_import_is_light():
     assert done.stdout.strip() == '[]', done.stderr
 
 
+@pytest.mark.more
 def test_plan_of_quickstart_takes_seconds(tmp_path):
     """Expectation: seconds of the processor, since a clock on the wall counts what else runs."""
     code = (
