@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from jaxprune.method import METHODS
+
 BENCH = Path(__file__).parents[1] / 'experiments' / 'bench'
 SCORING = BENCH / 'scoring.py'
 QUICK = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
@@ -177,3 +179,18 @@ def test_a_failure_is_told_and_the_rest_goes_on():
     assert results['works'].turns == 3
     late = scoring.in_turns(settings, 'toy', makers, 0.0, len)
     assert late['works'] == scoring.Left('no time left (--minutes)')
+
+
+@pytest.mark.script
+def test_the_cost_of_pruning_while_training_is_measured(tmp_path):
+    """Expectation: the script's own check that rows of one program end as runs one by one; a row
+    for every method that a net without norms has."""
+    out = tmp_path / 'once.md'
+    command = [sys.executable, BENCH / 'once.py', '--quick', '--out', out]
+    done = subprocess.run(command, env=QUICK, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps, together = out.read_text().split('### ')[1:]
+    hooked = [name for name, entry in METHODS.items() if entry.hooked and name != 'slimming']
+    rows = [row for row in cells(steps) if row and row[0] == 'LeNet-300-100']
+    assert len(rows) == len(hooked) and all(float(row[5]) > 0 for row in rows)
+    assert [row[-1] for row in cells(together) if row and row[0] == 'LeNet-300-100'] == ['equal']

@@ -290,3 +290,40 @@ def test_what_a_ranking_leaves(shapley_study):
     assert {k: v.tolist() for k, v in kept.items()} == {'a': [True, True], 'b': [False, True]}
     kept = kept_units(ranking('Shapley', 100, 0, scores), 1.0)
     assert {k: v.tolist() for k, v in kept.items()} == {'a': [False, True], 'b': [False, True]}
+
+
+@pytest.mark.script
+def test_only_train_once(tmp_path):
+    """Expectation: HESSO's groups are zero before anything is cut, so that the compact network is
+    the full one; all sections and figures are there; a second call trains nothing."""
+    folder, out = EXPERIMENTS / 'oto', tmp_path / 'oto'
+    command = [folder / 'study.py', '--quick', '--out', out]
+    command += ['--data-dir', prepared('cifar10', 'fashion_mnist')]
+    text = run(*command)
+    assert text.count('\n## ') == 4
+    assert {path.stem for path in out.glob('*.png')} == {'accuracy', 'zero_groups', 'penalties'}
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines()]
+    hesso = [row for row in rows if len(row) == 9 and row[0] == 'HESSO']
+    assert len(hesso) == 3
+    for row in hesso:
+        assert row[5] == '100 %' and row[6] == row[7] and float(row[8]) < 1e-4
+    stamps = {path: path.stat().st_mtime for path in out.rglob('results/*')}
+    assert run(*command) == text
+    assert stamps == {path: path.stat().st_mtime for path in out.rglob('results/*')}
+
+
+@pytest.mark.script
+def test_tpu_alignment(tmp_path):
+    """Expectation: rounding up costs operations, and what a tile of 128 has is paid anyway: of
+    512 units a multiple of 128 has no more padded operations than any number in its place."""
+    folder, out = EXPERIMENTS / 'tpu_alignment', tmp_path / 'tpu'
+    text = run(
+        folder / 'study.py', '--quick', '--out', out, '--data-dir', prepared('fashion_mnist')
+    )
+    assert text.count('\n## ') == 2 and (out / 'alignment.png').exists()
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in text.splitlines()]
+    rows = [row for row in rows if len(row) == 7 and row[0].endswith('%')]
+    assert len(rows) == 2 * 3 + 2 * 2
+    for target in ('70 %', '50 %'):
+        free, *_, wide = (row for row in rows[:6] if row[0] == target)
+        assert float(free[4]) <= float(wide[4]) and float(wide[5]) <= float(free[5])
