@@ -10,9 +10,9 @@
 # # Train once
 #
 # The usual way to a small network is to train, to prune and to fine-tune. Only-Train-Once (OTO)
-# wants one training. Meanwhile whole neurons are driven to exactly zero. At the end they are cut out, and
-# nothing changes: a neuron at zero computes nothing. This notebook watches neurons die under two
-# methods, cuts the networks, and compares.
+# wants one training. Meanwhile whole neurons are driven to exactly zero. At the end they are cut
+# out, and nothing changes: a neuron at zero computes nothing. This notebook watches neurons die
+# under two methods, cuts the networks, and compares.
 
 # %%
 import jax
@@ -100,8 +100,8 @@ found = {label: train(0.3, **own) for label, own in options.items()}
 
 # %% [markdown]
 # Each line is a neuron; those that die are red. HESSO's fall in groups, straight to zero, one
-# period after the other. HSPG's fall together, pulled by the penalty, and jump to zero at the end of their
-# way. The dashed lines are where the method ends, and the number of neurons to remove.
+# period after the other. HSPG's fall together, pulled by the penalty, and jump to zero at the end
+# of their way. The dashed lines are where the method ends, and the number of neurons to remove.
 
 # %%
 figure, panels = plt.subplots(1, 3, figsize=(11, 3.2))
