@@ -52,6 +52,13 @@ SETTLED = frozenset(
         'operator_norm',
         'sipp',
         'pfp',
+        'tpp',
+        'hspg',
+        'dhspg',
+        'hesso',
+        'proximal',
+        'group_norm',
+        'slimming',
     }
 )
 

@@ -461,6 +461,7 @@ def trials(spec, on_trial):
     return measure(spec, groups, make_plan(spec, groups=groups), on_trial)
 
 
+@pytest.mark.more
 @nothing_trained()
 def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch, quick_trials):
     """Expectation: with the threshold at nothing any sweep is long: all ways are tried, reported,

@@ -19,7 +19,7 @@ from jaxprune.sweep.strategy import Strategy
 from jaxprune.train import train_segment
 
 METHODS = sorted(name for name, entry in method.METHODS.items() if entry.hooked)
-CASES = [more_unless(name in ('hesso', 'dhspg'), name) for name in METHODS]
+CASES = [more_unless(name == 'hesso', name) for name in METHODS]
 #: So strong that groups become zero within ten steps.
 OPTIONS = {
     'hspg': {'penalty': 5.0, 'half_space': 0.9, 'half_space_dense': 0.9},

@@ -85,6 +85,7 @@ assert np.isfinite(found).all()
 """
 
 
+@pytest.mark.more
 def test_many_decompositions_on_several_devices_end():
     """Expectation: the program ends. A batch of eight 100 x 100 QRs per device, or of a hundred
     decompositions of 10 x 100, hung with jnp.linalg (jaxlib 0.10.2, two devices on two cores)."""

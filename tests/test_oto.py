@@ -560,7 +560,7 @@ def trained_once(net, shape, name, *, steps=20, options=(), **extent):
 
     keys = jax.random.split(KEY, steps)
     run = jax.jit(lambda carried: jax.lax.scan(step, carried, keys)[0])
-    params, state = run((params, once.init(params)))
+    params, state = run((params, jax.jit(once.init)(params)))
     return params, once, state
 
 

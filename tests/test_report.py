@@ -972,6 +972,7 @@ def test_texts_of_many_settings_do_not_touch():
             check_no_overlap(drawing)
 
 
+@pytest.mark.more
 def test_texts_of_effective_compression_do_not_touch():
     """Expectation: figures with strips at their fullest, several settings with narrow panels."""
 

@@ -444,7 +444,7 @@ def test_mutated_quickstart_is_read_or_refused(data):
     assert make_spec(tomllib.loads(to_toml(spec))) == spec
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.fixed_dictionaries(
         {},

@@ -209,6 +209,7 @@ def lean_study(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.more
 def test_lean_study_prunes_and_cuts_off(lean_study):
     """Expectation: NumPy. The largest kernels by the sum of absolute values are kept; those that
     are dropped beyond these do nothing, as norms have no shift yet and outputs stay the same. Of

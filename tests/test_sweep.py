@@ -199,6 +199,7 @@ def test_values_agree_between_strategies(finished, tmp_path, strategy):
     assert_frame_equal(one.select(floats), other.select(floats), rel_tol=1e-5, abs_tol=0)
 
 
+@pytest.mark.more
 def test_training_grid(finished, tmp_path):
     """Numbers share a program; shapes make another. Each swept key is a column."""
     grid = {'learning_rate': [0.1, 0.05], 'momentum': [0.9, 0.5], 'batch_size': [100, 150]}
@@ -221,6 +222,7 @@ def test_training_grid(finished, tmp_path):
     assert_frame_equal(same.select(before.columns), before, check_exact=True)
 
 
+@pytest.mark.more
 def test_schedules(tmp_path):
     def rows(swept, **train):
         table = changed(grid__method=ONE, grid__compression=[5], grid__seed=[0], grid__train=swept)

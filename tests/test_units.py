@@ -76,6 +76,7 @@ def test_units_by_hand():
     assert kept == {'a': 2, 'b': 2} and not found['a'][:, 0].any()
 
 
+@pytest.mark.more
 def test_layers_whose_units_compete():
     """Expectation: all that may go, once for each set that goes together; what is named stays."""
     assert units_of('lenet5').shapes == {
@@ -223,6 +224,7 @@ def swept(tmp_path_factory):
     return jp.run_sweep(TABLE, out=out / 'runs'), out / 'runs'
 
 
+@pytest.mark.more
 def test_pruning_along_training(swept):
     """Expectation: up to its first round a run is the dense control, bit for bit; densities fall
     as planned, and nothing else is pruned later; the round at the end of an epoch follows what is
@@ -269,6 +271,7 @@ def test_units_in_a_sweep(swept):
     ]
 
 
+@pytest.mark.more
 def test_uniform_units_and_a_broken_run(tmp_path):
     """Expectation: with 'uniform' every layer but the last loses half of its units; a run that
     diverges before its rounds has an error, and the others of its chunk their results."""
