@@ -666,6 +666,7 @@ def test_masks_are_beginnings_of_one_order():
         assert sorted(np.concatenate(edges)) == sorted(order[:count])
 
 
+@pytest.mark.more
 def test_what_lean_is_compared_with():
     """Expectation: operator norms, with and without the scale of batch norm, in NumPy; and the
     largest sums of abs(w), with a model and without one."""

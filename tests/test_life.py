@@ -274,6 +274,7 @@ def test_pruning_after_training_is_evaluated_after_the_round(tmp_path):
     assert pruned['train_loss'].to_list() == dense['train_loss'].to_list()
 
 
+@pytest.mark.more
 def test_recording_rounds_changes_no_number():
     """Expectation: the same results; at a step with a round, a row from before and one from after,
     the first of which is the control's."""

@@ -189,6 +189,7 @@ def test_options_that_are_not_there():
             nn.build(name, 10, **options).init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     'name', ['vit', *(pytest.param(n, marks=SLOW) for n in ('resnet20', 'mobilenet', 'vgg11'))]
 )

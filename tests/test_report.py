@@ -771,6 +771,7 @@ def test_a_finished_sweep(tmp_path, few_pixels):
     assert not list(tmp_path.rglob('*.tmp'))
 
 
+@pytest.mark.more
 def test_equal_sweeps_give_equal_bytes(tmp_path):
     sweep = Sweep(['SNIP'], [10], seeds=2)
     for name in 'ab':
@@ -795,6 +796,7 @@ def test_stale_figures_go_and_foreign_ones_stay(tmp_path, words_only):
     assert 'mine.png' in names and 'layers_3.png' not in names
 
 
+@pytest.mark.more
 @pytest.mark.parametrize(
     'sweep',
     [

@@ -357,6 +357,7 @@ def test_command_line_sweep(finished, copied, tmp_path, command):
     assert 'tiny: 18/18 runs, not running' in stdout and 'report.html' in stdout
 
 
+@pytest.mark.more
 def test_diverged_runs_are_stored_and_reported(tmp_path):
     """A rate so high that float32 overflows: a row of NaN, not a crash."""
     table = changed(
