@@ -25,6 +25,7 @@ ONCE = ('HSPG', 'DHSPG', 'HESSO')
 LASSO, BASE = 'group lasso', 'prune, then fine-tune'
 METHODS = (*ONCE, LASSO, BASE)
 SHORT = ('HSPG', LASSO)
+TICKS = (1, 2, 5, 10, 20, 50, 100)
 ACCURACY, COSTS = 'compact_accuracy', ('flops_compact', 'params_compact')
 
 
@@ -214,6 +215,8 @@ def accuracy_figure(sweeps: Mapping[str, Sweep]) -> Figure:
                     )[0]
                 axes.axhline(100 * dense['test_accuracy'].mean(), color='0.5', linewidth=0.8)
                 axes.set_xscale('log')
+                axes.set_xticks(TICKS, labels=map(str, TICKS))
+                axes.set_xticks([], minor=True)
                 axes.set_xlabel(f'{"FLOPs" if column.startswith("f") else "parameters"} left (%)')
             grid[0, place].set_title(title)
         for row in grid:
