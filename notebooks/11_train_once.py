@@ -121,6 +121,7 @@ panels[2].set_xlabel('step')
 panels[2].set_title('neurons at zero, of 96')
 panels[2].legend()
 figure.tight_layout()
+plt.show()
 
 # %% [markdown]
 # Now cut. The compact network has 30 % of the neurons and computes the same logits, since nothing
@@ -189,6 +190,7 @@ axes.set_xlabel('neurons left (%)')
 axes.set_ylabel('test accuracy (%)')
 axes.legend()
 figure.tight_layout()
+plt.show()
 
 # %% [markdown]
 # One seed of a small network on digits proves little. `experiments/oto` asks the question with

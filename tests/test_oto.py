@@ -311,7 +311,7 @@ def test_hspg_is_that_of_its_authors(name):
     epsilon = {g['type_name']: g['epsilon'] for g in meta['groups']}
     switch = meta['n_sgd_steps']
     pruner = hspg(
-        Asked(case.groups, None, (0, meta['T'])),
+        Asked(case.groups, None, (0, meta['T']), shared=False),
         penalty=meta['lmbda'],
         half_space=epsilon.get('conv', epsilon.get('multi_head', 0.0)),
         half_space_dense=epsilon['linear'],
@@ -606,8 +606,8 @@ def test_the_target_is_met_exactly_and_the_compact_net_is_the_full_one(method, m
     net = jp.problem_from_flax(nn.build(model, 10, **options), shape)
     extent = {'density': 0.4, 'granularity': 'group'}
     params, once, state = trained_once(net, shape, method, steps=12, **extent)
-    small = once.compact(params, state)
     apply, model_state = function_of(net, jax.jit(net.init)(KEY)[1])
+    small = once.compact(params, state, model_state)
     x = np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float32)
     shapes = jp.shapes(jp.pick(params))
     total = size_of(competing('group', shapes, lambda: jp.groups(net, params, x, model_state)))

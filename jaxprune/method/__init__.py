@@ -1,6 +1,6 @@
 """Pruners: pure pairs `init`, `update`, called at pruning events; and their registry."""
 
-from jaxprune.method.budget import plan_shares
+from jaxprune.method.budget import cost_of, plan_groups
 from jaxprune.method.by_name import get_pruner
 from jaxprune.method.choices import SCORED_ON, Choices, broken_rules, check_choices
 from jaxprune.method.granularity import (
@@ -12,7 +12,7 @@ from jaxprune.method.granularity import (
     limits,
     plural,
 )
-from jaxprune.method.lasting import WATCHED, Asked, watched
+from jaxprune.method.lasting import WATCHED, Asked, watched, zero_groups
 from jaxprune.method.methods import METHODS, Method, method
 from jaxprune.method.options import OPTIONS
 from jaxprune.method.pruner import pruner
@@ -36,15 +36,17 @@ __all__ = [
     'check_choices',
     'check_granularity',
     'competing',
+    'cost_of',
     'counted_as',
     'get_pruner',
     'host_loop',
     'limits',
     'method',
-    'plan_shares',
+    'plan_groups',
     'plural',
     'prune_rounds',
     'pruner',
     'run_rounds',
     'watched',
+    'zero_groups',
 ]

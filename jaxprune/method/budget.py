@@ -1,31 +1,37 @@
 """Selection by what is left of a network's parameters or operations, not by a number of groups."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.allocation import bounds, check_density
 from jaxprune.errors import PruneError
-from jaxprune.plan import Plan
+from jaxprune.method.granularity import counted_as
+from jaxprune.plan import Plan, plan_rounds
 from jaxprune.schedule import schedule
 from jaxprune.select import global_top_k, in_multiples
-from jaxprune.structure import SHARES
+from jaxprune.structure import COSTS
 from jaxprune.types import GLOBAL, Counts, Groups, Masks, Scores, SelectFn
 
 #: Shares are sums of products in float32.
 _ROUNDING = 1e-6
 
 
-def within_share(groups: Groups, cost: str, multiple: int = 1) -> SelectFn:
+def within_share(
+    groups: Groups, cost: str, multiple: int = 1, fewest: Mapping[str, int] | None = None
+) -> SelectFn:
     """Keeps the best groups of one ranking, as many as cost no more than a share of the network.
 
     The number is found by bisection: more groups never cost less.
 
     Args:
       groups: coupled groups.
-      cost: one of `SHARES`.
+      cost: one of `COSTS`.
       multiple: of so many groups every layer keeps a multiple, rounded up.
+      fewest: layer -> groups that it keeps at least; the scores are those of `within_bounds`.
 
     Returns:
       A selection whose counts are `{cost: share}`. If a share is too small even for the few groups
@@ -33,6 +39,7 @@ def within_share(groups: Groups, cost: str, multiple: int = 1) -> SelectFn:
     """
     select = in_multiples(global_top_k, multiple)
     total = sum(shape[0] for shape in groups.shapes.values())
+    least = sum(fewest.values()) if fewest else len(groups.shapes)
 
     def selected(scores: Scores, counts: Counts) -> Masks:
         shares, wanted = groups.shares(), counts[cost] * (1 + _ROUNDING)
@@ -46,51 +53,64 @@ def within_share(groups: Groups, cost: str, multiple: int = 1) -> SelectFn:
             good = fits(middle)
             return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
 
-        least = jnp.int32(min(len(groups.shapes), total))
-        bounds = least, jnp.int32(total)
+        bounds = jnp.int32(least), jnp.int32(total)
         number, _ = jax.lax.fori_loop(0, total.bit_length(), narrower, bounds)
         return select(scores, {GLOBAL: number})
 
     return selected
 
 
-def plan_shares(
+def plan_groups(
     groups: Groups,
     density: float,
-    cost: str,
     *,
-    rounds: int,
-    density_schedule: str,
-    steps: Sequence[int],
-    least: int = 1,
+    cost: str = '',
+    allocation: str = 'global',
+    floor: Any = 0,
+    cap: Any = 1.0,
+    multiple: int = 1,
+    **by_round: Any,
 ) -> Plan:
-    """The rounds of a method that counts parameters or operations.
+    """The rounds of a method, for any kind of groups.
 
     Args:
-      groups: coupled groups.
-      density: the share of the network's cost that is left.
-      cost: one of `SHARES`.
-      rounds, density_schedule, steps: see `plan.plan_rounds`.
-      least: groups that every layer keeps.
+      groups: what competes.
+      density: the share of them that is left, or of the network's cost.
+      cost: one of `COSTS`; '' counts groups.
+      allocation, floor, cap: see `plan.plan_rounds`.
+      multiple: of so many groups every layer keeps a multiple, rounded up.
+      **by_round: rounds, density_schedule and steps of `plan.plan_rounds`.
 
     Returns:
-      `counts` has shares, float32, under the name of the cost.
+      Where a cost counts, `counts` has shares of it, float32, under its name.
 
     Raises:
-      PruneError: a share that cannot be, since every layer keeps some groups.
+      PruneError: see `plan.plan_rounds`; a share that cannot be, since every layer keeps some
+        groups.
     """
-    few = {name: np.arange(shape[0]) < least for name, shape in groups.shapes.items()}
+    if not cost:
+        what = counted_as(groups.kind)
+        return plan_rounds(
+            groups.shapes, density, allocation=allocation, floor=floor, cap=cap, what=what,
+            **by_round,
+        )  # fmt: skip
+    check_density(density)
+    fewest = bounds(groups.shapes, floor, 1.0)[0]
+    few = {}
+    for name, (size,) in groups.shapes.items():
+        least = max(fewest[name], 1, min(multiple, size))
+        few[name] = np.arange(size) < -(-least // multiple) * multiple
     smallest = float(groups.shares()(few)[cost])
     if smallest > density * (1 + _ROUNDING):
         raise PruneError(
-            f'density {density:.3g} of the {cost} cannot be met: with {least} groups left of every '
-            f'layer that may lose some, it is {smallest:.3g}'
+            f'density {density:.3g} of the {cost} cannot be met: with the fewest groups that '
+            f'layers keep, it is {smallest:.3g}'
         )
-    shares = np.array(schedule(density_schedule)(density, rounds), np.float32)
+    rounds, steps = by_round['rounds'], by_round['steps']
+    shares = np.array(schedule(by_round['density_schedule'])(density, rounds), np.float32)
     return Plan(np.array(steps, np.int32), {cost: shares})
 
 
-def check_cost(cost: str) -> None:
-    """Raises PruneError unless it is '' or one of `SHARES`."""
-    if cost and cost not in SHARES:
-        raise PruneError(f'cost: expected one of {", ".join(SHARES)}, not {cost!r}')
+def cost_of(target: str) -> str:
+    """The cost that a target counts; '' if it counts something else."""
+    return target if target in COSTS else ''

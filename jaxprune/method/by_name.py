@@ -69,6 +69,7 @@ def get_pruner(
       PruneError: an unknown name or option, or options that do not go together; the message begins
         with the key.
     """
+    arguments.least(1, multiple=multiple)
     entry = method(name)
     own = _own_options(entry, name, options)
     choices = Choices(
@@ -157,11 +158,12 @@ def _of_weights(request: _Request) -> Pruner:
     )
 
 
-def _selection(groups: Groups, choices: Choices, shared: bool) -> SelectFn:
-    """How groups are selected."""
+def _selection(groups: Groups, choices: Choices, fewest: Mapping[str, int] | None) -> SelectFn:
+    """How groups are selected; by layer where there are no bounds for one ranking."""
     if choices.target != 'direct':
-        return within_share(groups, choices.target, choices.multiple)
-    return in_multiples(global_top_k if shared else layerwise_top_k, choices.multiple)
+        return within_share(groups, choices.target, choices.multiple, fewest)
+    select = layerwise_top_k if fewest is None else global_top_k
+    return in_multiples(select, choices.multiple)
 
 
 def _of_groups(request: _Request) -> Pruner:
@@ -173,12 +175,13 @@ def _of_groups(request: _Request) -> Pruner:
     fewest, most = bounds(groups.shapes, floor, cap) if shared else ({}, {})
     if entry.make is not None:
         bounded = fewest if any(fewest.values()) else None
-        return entry.make(Asked(groups, bounded, events, choices.multiple, cost), **options)
+        asked = Asked(groups, bounded, events, choices.multiple, cost, shared)
+        return entry.make(asked, **options)
     by_group = {'by': groups} if entry.grouped else {}
     own = {name: value for name, value in options.items() if name != 'momentum'}
     return pruner(
         entry.score(problem, train, **own, **by_group),
-        _selection(groups, choices, shared),
+        _selection(groups, choices, fewest if shared else None),
         monotone=entry.monotone,
         needs=entry.needs,
         fewest=fewest if any(fewest.values()) else None,

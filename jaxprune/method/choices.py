@@ -10,7 +10,7 @@ from jaxprune.flow.orthogonal import GAINS
 from jaxprune.method.granularity import COUPLED, GROUP_ALLOCATIONS, check_granularity, plural
 from jaxprune.method.methods import Method
 from jaxprune.method.repair import REPAIRS
-from jaxprune.structure import SHARES, TARGETS
+from jaxprune.structure import COSTS, TARGETS
 
 #: What scores that need data may use.
 SCORED_ON = ('balanced', 'train_batch')
@@ -89,10 +89,10 @@ def _group_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
             yield 'target', f"'{choices.target}' {without}: {counted}"
     if not 0 <= choices.floor_share < 1:
         yield 'floor_share', f'expected a share below 1, not {choices.floor_share}'
-    if choices.target in SHARES and choices.allocation != 'global':
+    if choices.target in COSTS and choices.allocation != 'global':
         yield 'allocation', f"target '{choices.target}' goes by one ranking: expected global"
     if granularity not in COUPLED:
-        if choices.target in SHARES:
+        if choices.target in COSTS:
             yield 'target', f"'{choices.target}' goes with granularity {coupled}"
         if choices.keep_all_units:
             yield 'keep_all_units', f'names layers that keep all units, with granularity {coupled}'

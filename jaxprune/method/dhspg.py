@@ -14,11 +14,18 @@ from jaxprune.arguments import positive
 from jaxprune.method.half_space import (
     half_space_step,
     no_projections,
-    room_to_project,
     second_stage,
+    within_target,
 )
-from jaxprune.method.lasting import Asked, Lasting, lasting, lowest, norms, reached, room_to_choose
-from jaxprune.method.own_slices import PerGroup, Vectors, cosines, direction, shares, vectors
+from jaxprune.method.lasting import Asked, Lasting, lasting, lowest, norms, reached, to_remove
+from jaxprune.method.own_slices import (
+    PerGroup,
+    Vectors,
+    cosines,
+    direction,
+    of_unit_length,
+    vectors,
+)
 from jaxprune.select import count_kept, divisible, layerwise_top_k
 from jaxprune.types import GLOBAL, Hyper, Masks, Pruner, PyTree, Scores, StepHook
 
@@ -83,8 +90,6 @@ def dhspg(
     own, kinds = vectors(groups), groups.kinds()
     bound = {n: half_space_dense if kind == 'dense' else half_space for n, kind in kinds.items()}
     second, first = second_stage(asked, second_at), asked.events[0]
-    sizes = {name: shape[0] for name, shape in groups.shapes.items()}
-    everything = {**sizes, GLOBAL: sum(sizes.values())}
 
     def project(
         state: Lasting, before: PyTree, after: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
@@ -107,9 +112,9 @@ def dhspg(
             on = penalised[name] & ~over
             factors[name] = jnp.where(on, -hyper.learning_rate * value / (length + 1e-8), 0)
         trial = own.plus(after, factors, before)
-        room = room_to_project(asked, state) if exact else lambda zero: everything
+        allowed = within_target(asked, state) if exact else lambda share, crossed, zero: crossed
         begun = (clock >= second) & ~over
-        found = half_space_step(own, before, trial, bound, penalised, begun, room)
+        found = half_space_step(own, before, trial, bound, penalised, begun, allowed)
         stay = {n: (~zero).astype(squares[n].dtype) for n, zero in found.zero.items()}
         count = {n: state.own.count[n] + new for n, new in count_kept(found.new).items()}
         return state._replace(own=Chosen(penalised, count)), own.times(stay, found.params)
@@ -165,12 +170,13 @@ def _redundant(
 ) -> Masks:
     """The groups to penalise."""
     lengths, sizes = norms(own)(params), own.sizes(params)
-    turned = shares(cosines(own, params, v, lengths))
-    small = shares({n: 1 / (leaf / sizes[n] + 1e-6) for n, leaf in lengths.items()})
+    turned = of_unit_length(cosines(own, params, v, lengths))
+    small = of_unit_length({n: 1 / (leaf / sizes[n] + 1e-6) for n, leaf in lengths.items()})
     score: Scores = {name: -(turned[name] + small[name]) / 2 for name in lengths}
     every = sum(leaf.size for leaf in score.values())
     none = {name: jnp.zeros(leaf.shape, bool) for name, leaf in score.items()}
-    most = room_to_choose(asked, state, score, none)
+    need = count_kept(to_remove(asked._replace(multiple=1), state, score, none))
+    most = {**state.most, GLOBAL: sum(need.values())}
 
     def more(wanted: jax.Array, size: int) -> jax.Array:
         allowed = jnp.minimum(wanted + jnp.floor(tolerance * size).astype(jnp.int32), size)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxprune.method.lasting import Asked, Lasting, lowest, reached, room_left
+from jaxprune.method.lasting import Asked, Lasting, lowest, room_left, to_remove
 from jaxprune.method.own_slices import PerGroup, Vectors
-from jaxprune.types import GLOBAL, Counts, Masks, PyTree
+from jaxprune.types import Masks, PyTree, Scores
 
 
 class Tested(NamedTuple):
@@ -33,7 +33,7 @@ def half_space_step(
     bound: Mapping[str, ArrayLike],
     candidates: Masks | None,
     begun: jax.Array,
-    room: Callable[[Masks], Counts],
+    allowed: Callable[[Scores, Masks, Masks], Masks],
 ) -> Tested:
     """Projects groups to zero that leave their half-space.
 
@@ -47,7 +47,7 @@ def half_space_step(
       bound: layer -> epsilon.
       candidates: groups that may be projected; None for all.
       begun: nothing happens where this is False.
-      room: groups that are zero -> how many more may become so, see `lowest`.
+      allowed: (y.x / |x|², groups that crossed, groups that are zero) -> those to project.
     """
     squares, along = own.dot(before, before), own.dot(before, after)
     zero = {name: leaf == 0 for name, leaf in squares.items()}
@@ -58,24 +58,23 @@ def half_space_step(
     if candidates is not None:
         crossed = {name: mask & candidates[name] for name, mask in crossed.items()}
     share = {n: along[n] / jnp.where(zero[n], 1, leaf) for n, leaf in squares.items()}
-    new = lowest(share, crossed, room(zero))
+    new = allowed(share, crossed, zero)
     kept = {n: (~(new[n] | (zero[n] & begun))).astype(squares[n].dtype) for n in new}
     return Tested(own.times(kept, after), new, zero)
 
 
-def room_to_project(asked: Asked, state: Lasting) -> Callable[[Masks], Counts]:
-    """Groups that are zero -> how many more may become so in one step.
+def within_target(asked: Asked, state: Lasting) -> Callable[[Scores, Masks, Masks], Masks]:
+    """Of the groups that crossed in a step, the first that the target has room for."""
 
-    Where a cost is counted any number may, until the share is reached: one step may go too far.
-    """
+    def allowed(share: Scores, crossed: Masks, zero: Masks) -> Masks:
+        if not asked.cost:
+            return lowest(share, crossed, room_left(state.most, zero))
+        # Ranked as if all others stayed: as many of them as it takes to reach the share.
+        first = {n: jnp.where(crossed[n], leaf, jnp.inf) for n, leaf in share.items()}
+        need = to_remove(asked._replace(multiple=1), state, first, zero)
+        return {name: mask & need[name] for name, mask in crossed.items()}
 
-    def room(zero: Masks) -> Counts:
-        left = room_left(state.most, zero)
-        if asked.cost:
-            left[GLOBAL] = jnp.where(reached(asked, state, zero), 0, left[GLOBAL])
-        return left
-
-    return room
+    return allowed
 
 
 def second_stage(asked: Asked, share: ArrayLike) -> jax.Array:

@@ -13,16 +13,15 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxprune.errors import PruneError, check_choice
-from jaxprune.method.lasting import (
-    Asked,
-    Lasting,
-    by_length,
-    lasting,
-    lowest,
-    norms,
-    room_to_choose,
+from jaxprune.method.lasting import Asked, Lasting, by_length, lasting, norms, to_remove
+from jaxprune.method.own_slices import (
+    PerGroup,
+    Vectors,
+    cosines,
+    direction,
+    of_unit_length,
+    vectors,
 )
-from jaxprune.method.own_slices import PerGroup, Vectors, cosines, direction, shares, vectors
 from jaxprune.select import count_kept, divisible, top_k_mask
 from jaxprune.types import GLOBAL, Hyper, Masks, Pruner, PyTree, Scores, StepHook
 
@@ -56,15 +55,19 @@ def hesso(asked: Asked, *, variant: str = 'paper') -> Pruner:
 
     Args:
       asked: the groups, all zero-invariant, and when its rounds happen.
-      variant: 'code' does as the authors' code. Its ramp has one step less. It ranks groups that
-        are gone along with the others and, where that leaves too many, takes those that come first
-        in the network. It never takes up again what it once found redundant and kept for the sake
-        of a multiple.
+      variant: 'code' does as the authors' code does, in one ranking of groups:
+        - its ramp has one step less;
+        - it ranks groups that are gone along with the others; if too many of the lowest are left,
+          it takes those that come first in the network;
+        - a group that it found redundant, and kept for the sake of a multiple, stays for good.
 
     Raises:
-      PruneError: an unknown variant; rounds that lie too close for a ramp.
+      PruneError: an unknown variant, or one that does not go with what is asked; rounds that lie
+        too close for a ramp.
     """
     check_choice('variant', variant, VARIANTS)
+    if variant == 'code' and (asked.cost or asked.fewest or not asked.shared):
+        raise PruneError("variant: 'code' goes by one ranking of groups, without a floor or a cost")
     groups, events = asked.groups, np.array(asked.events)
     early = int(variant == 'code')
     if np.diff(events).min() < 1 + early:
@@ -100,11 +103,16 @@ def hesso(asked: Asked, *, variant: str = 'paper') -> Pruner:
         none = {name: jnp.zeros(shape, bool) for name, shape in groups.shapes.items()}
         return Redundant(none, none, none, jnp.zeros((), jnp.int32))
 
+    def chosen(state: Redundant) -> Masks:
+        return {name: ~mask for name, mask in state.gone.items()}
+
     def watch(state: Lasting, params: PyTree) -> dict[str, PerGroup]:
         del params
         return {'penalised_groups': count_kept(state.own.shrinking)}
 
-    return lasting(asked, StepHook(project=project), by_length(own), begin=begin, watch=watch)
+    return lasting(
+        asked, StepHook(project=project), by_length(own), begin=begin, chosen=chosen, watch=watch
+    )
 
 
 def saliency(own: Vectors, params: PyTree, v: PyTree) -> Scores:
@@ -126,7 +134,7 @@ def saliency(own: Vectors, params: PyTree, v: PyTree) -> Scores:
         {name: jnp.abs(leaf) for name, leaf in along.items()},
         {name: leaf**2 / 2 for name, leaf in along.items()},
     )
-    parts = [shares(values) for values in criteria]
+    parts = [of_unit_length(values) for values in criteria]
     return {name: sum(part[name] for part in parts) / len(parts) for name in length}
 
 
@@ -136,19 +144,18 @@ def _chosen(
     """The state with the groups of a new period."""
     score, kept = saliency(own, params, v), state.own
     if variant == 'code':
-        new = _lowest_first(list(asked.groups.shapes), score, kept, state.most[GLOBAL])
+        new = _first_of_the_lowest(list(asked.groups.shapes), score, kept, state.most[GLOBAL])
+        found = {name: mask | new[name] for name, mask in kept.found.items()}
+        new = {name: _refined(asked.multiple, kept.gone[name], m) for name, m in new.items()}
     else:
-        candidates = {name: ~mask for name, mask in kept.found.items()}
-        new = lowest(score, candidates, room_to_choose(asked, state, score, kept.found))
-    found = {name: mask | new[name] for name, mask in kept.found.items()}
-    if asked.multiple > 1 or variant == 'code':
-        new = {n: _refined(asked.multiple, variant, kept.gone[n], new[n], score[n]) for n in new}
-    if variant == 'paper':
+        new = to_remove(asked, state, score, kept.found)
         found = {name: mask | new[name] for name, mask in kept.found.items()}
     return Redundant(found, new, kept.gone, state.most[GLOBAL])
 
 
-def _lowest_first(layers: list[str], score: Scores, kept: Redundant, most: jax.Array) -> Masks:
+def _first_of_the_lowest(
+    layers: list[str], score: Scores, kept: Redundant, most: jax.Array
+) -> Masks:
     """As the authors' code: of the lowest, gone ones included, the first that are not gone yet.
 
     Args:
@@ -164,13 +171,8 @@ def _lowest_first(layers: list[str], score: Scores, kept: Redundant, most: jax.A
     return dict(zip(layers, jnp.split(first, ends[:-1]), strict=True))
 
 
-def _refined(
-    multiple: int, variant: str, gone: jax.Array, new: jax.Array, score: jax.Array
-) -> jax.Array:
-    """Of a layer's new groups as many as leave it a multiple."""
+def _refined(multiple: int, gone: jax.Array, new: jax.Array) -> jax.Array:
+    """As the authors' code: the first of a layer's new groups, as many as leave it a multiple."""
     size = new.size
     left = divisible(size - (gone | new).sum(dtype=jnp.int32), multiple, size)
-    wanted = size - gone.sum(dtype=jnp.int32) - left
-    if variant == 'code':
-        return new & (jnp.cumsum(new) <= wanted)
-    return top_k_mask(jnp.where(new, -score, -jnp.inf), wanted)
+    return new & (jnp.cumsum(new) <= size - gone.sum(dtype=jnp.int32) - left)

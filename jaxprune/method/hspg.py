@@ -14,8 +14,8 @@ from jaxprune.arguments import positive
 from jaxprune.method.half_space import (
     half_space_step,
     no_projections,
-    room_to_project,
     second_stage,
+    within_target,
 )
 from jaxprune.method.lasting import Asked, Lasting, by_length, lasting, norms
 from jaxprune.method.own_slices import PerGroup, vectors
@@ -44,8 +44,8 @@ def hspg(
     """Penalises the lengths of groups, then projects to zero what crosses its half-space.
 
     Both stages add `penalty x / |x|` to the gradient of each group x. In the second stage groups
-    are projected, see `half_space_step`; no more of them than the target asks for. Where that
-    matters the authors' code projects random groups, and another number of them.
+    are projected, see `half_space_step`; no more of them than the target asks for. If a step would
+    exceed it, the authors' code projects random groups, and not the right number of them.
 
     A target that asks for nothing has no penalty either.
 
@@ -80,8 +80,8 @@ def hspg(
         state: Lasting, before: PyTree, after: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
     ) -> tuple[Lasting, PyTree]:
         del masks, hyper
-        room = room_to_project(asked, state)
-        found = half_space_step(own, before, after, bound, None, clock >= second, room)
+        allowed = within_target(asked, state)
+        found = half_space_step(own, before, after, bound, None, clock >= second, allowed)
         count = {n: state.own.count[n] + new for n, new in count_kept(found.new).items()}
         return state._replace(own=Projected(count)), found.params
 

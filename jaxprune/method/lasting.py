@@ -61,6 +61,7 @@ class Asked(NamedTuple):
       events: where the clock stands in each of its rounds.
       multiple: layers keep a multiple of so many groups, all of them if they have fewer.
       cost: counts are shares of the network's 'params' or 'flops'; '' for numbers of groups.
+      shared: one ranking over all layers; else each layer has a count of its own.
     """
 
     groups: Groups
@@ -68,6 +69,7 @@ class Asked(NamedTuple):
     events: tuple[int, ...]
     multiple: int = 1
     cost: str = ''
+    shared: bool = True
 
 
 class Lasting(NamedTuple):
@@ -92,6 +94,7 @@ def lasting(
     score: Callable[[PyTree, PyTree], Scores],
     *,
     begin: Callable[[], PyTree] = tuple,
+    chosen: Callable[[PyTree], Masks] | None = None,
     cut: str = 'target',
     watch: Callable[[Lasting, PyTree], dict[str, PerGroup]] | None = None,
 ) -> Pruner:
@@ -103,15 +106,21 @@ def lasting(
       score: (the method's own state, all parameters) -> a score of each group; low = goes in the
         last round.
       begin: makes the state of its own.
-      cut: 'target' removes as many groups as the counts say. 'zero' removes those whose score is 0.
+      chosen: its own state -> the groups that the last round keeps, for a method that has chosen
+        them itself; None for those with the best scores.
+      cut: 'target' removes as many groups as the counts say. 'zero' removes those whose score is 0,
+        but for one of each layer.
       watch: see `Pruner.watch`.
 
     Raises:
-      PruneError: fewer than two rounds, or two of them at once; an unknown cut.
+      PruneError: fewer than two rounds, or two of them at once; an unknown cut, or 'zero' with a
+        multiple.
     """
     groups, events = asked.groups, asked.events
     least(1, multiple=asked.multiple)
     check_choice('cut', cut, CUTS)
+    if cut == 'zero' and asked.multiple > 1:
+        raise PruneError("cut = 'zero' removes what is zero, whatever number is left: multiple = 1")
     if len(events) < 2 or any(b <= a for a, b in itertools.pairwise(events)):
         raise PruneError(
             f'events must be the clock of two rounds or more, one after another, not {events}'
@@ -130,10 +139,13 @@ def lasting(
         scores = score(state.own, tree.put(view.params, view.weights))
         alive, last = groups.alive(view.masks), state.round == len(events) - 1
         ranked = {name: jnp.where(alive[name], leaf, -jnp.inf) for name, leaf in scores.items()}
+        kept = kept_groups(asked, ranked, counts)
         if cut == 'zero':
-            kept = {name: (leaf > 0) & alive[name] for name, leaf in scores.items()}
-        else:
-            kept = kept_groups(asked, ranked, counts)
+            best = layerwise_top_k(ranked, fewest_of(asked))
+            kept = {name: alive[name] & ((leaf > 0) | best[name]) for name, leaf in scores.items()}
+        if chosen is not None:
+            own = chosen(state.own)
+            kept = {name: jnp.where(last, alive[name] & own[name], m) for name, m in kept.items()}
         whole = groups.spread(kept)
         in_force = {path: m & (whole[path] | ~last) for path, m in view.masks.items()}
         nonfinite, nonzero = tallied(scores, alive)
@@ -147,11 +159,11 @@ def lasting(
 def may_go(asked: Asked, counts: Counts) -> Counts:
     """Keep counts -> how many groups may go, by layer and in all.
 
-    Where a cost is counted that is any number, or none if all of it may be left.
+    With a cost as the target the total is not limited; it is 0 at share 1.
     """
     sizes = {name: shape[0] for name, shape in asked.groups.shapes.items()}
     total = sum(sizes.values())
-    if asked.cost or set(counts) == {GLOBAL}:
+    if asked.cost or asked.shared:
         fewest = fewest_of(asked)
         most = {name: jnp.int32(n - fewest[name]) for name, n in sizes.items()}
         if asked.cost:
@@ -169,11 +181,12 @@ def fewest_of(asked: Asked) -> dict[str, int]:
 
 def kept_groups(asked: Asked, scores: Scores, counts: Counts) -> Masks:
     """The groups that counts, or a share of the cost, keep: at least one of each layer."""
-    if not asked.cost and set(counts) != {GLOBAL}:
+    if not (asked.cost or asked.shared):
         return in_multiples(layerwise_top_k, asked.multiple)(scores, counts)
-    lifted = within_bounds(scores, fewest_of(asked), None)
+    fewest = fewest_of(asked)
+    lifted = within_bounds(scores, fewest, None)
     if asked.cost:
-        return within_share(asked.groups, asked.cost, asked.multiple)(lifted, counts)
+        return within_share(asked.groups, asked.cost, asked.multiple, fewest)(lifted, counts)
     return in_multiples(global_top_k, asked.multiple)(lifted, counts)
 
 
@@ -200,18 +213,21 @@ def room_left(most: Counts, gone: Masks) -> Counts:
     return {name: n - lost[name] for name, n in most.items()}
 
 
-def room_to_choose(asked: Asked, state: Lasting, scores: Scores, gone: Masks) -> Counts:
-    """How many more groups may go, those with the lowest scores first.
+def wanted(asked: Asked, state: Lasting) -> Counts:
+    """The keep counts of the next round, or the share of the cost."""
+    if asked.cost:
+        return {asked.cost: state.share}
+    sizes = {name: shape[0] for name, shape in asked.groups.shapes.items()}
+    if asked.shared:
+        return {GLOBAL: sum(sizes.values()) - state.most[GLOBAL]}
+    return {name: n - state.most[name] for name, n in sizes.items()}
 
-    Where a cost is counted this is how many of them it takes to get there.
-    """
-    room = room_left(state.most, gone)
-    if not asked.cost:
-        return room
+
+def to_remove(asked: Asked, state: Lasting, scores: Scores, gone: Masks) -> Masks:
+    """The groups with the lowest scores that have to go besides those that are gone."""
     ranked = {name: jnp.where(gone[name], -jnp.inf, leaf) for name, leaf in scores.items()}
-    kept = count_kept(kept_groups(asked._replace(multiple=1), ranked, {asked.cost: state.share}))
-    left = count_kept({name: ~mask for name, mask in gone.items()})
-    return {**room, GLOBAL: sum(left.values()) - sum(kept.values())}
+    kept = kept_groups(asked, ranked, wanted(asked, state))
+    return {name: ~(mask | gone[name]) for name, mask in kept.items()}
 
 
 def reached(asked: Asked, state: Lasting, zero: Masks, more: int = 0) -> jax.Array:
@@ -232,6 +248,12 @@ def by_length(own: Vectors) -> Callable[[PyTree, PyTree], Scores]:
     return lambda state, params: norms(own)(params)
 
 
+def zero_groups(groups: Groups, params: PyTree) -> Masks:
+    """The groups all of whose own weights are zero."""
+    squares = vectors(groups, silent=False).dot(params, params)
+    return {name: leaf == 0 for name, leaf in squares.items()}
+
+
 def watched(groups: Groups, pruner: Pruner | None, state: RunState) -> dict[str, PerGroup]:
     """Quantities of `WATCHED` of a run, those that there are.
 
@@ -240,9 +262,8 @@ def watched(groups: Groups, pruner: Pruner | None, state: RunState) -> dict[str,
       pruner: the method, where it is at work.
       state: of the run.
     """
-    squares = vectors(groups, silent=False).dot(state.params, state.params)
-    alive = groups.alive(state.masks)
-    gone = {name: (leaf == 0) | ~alive[name] for name, leaf in squares.items()}
+    alive, zero = groups.alive(state.masks), zero_groups(groups, state.params)
+    gone = {name: mask | ~alive[name] for name, mask in zero.items()}
     found = {'zero_groups': count_kept(gone)}
     if pruner is not None and pruner.watch is not None:
         found |= pruner.watch(state.method_state, state.params)

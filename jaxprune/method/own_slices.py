@@ -142,10 +142,11 @@ def direction(before: PyTree, after: PyTree, hyper: Hyper) -> PyTree:
       hyper: of a project hook: the step's learning rate, and the decay after the gradient.
     """
     rate = jnp.asarray(hyper.learning_rate)
-    inverse = jnp.where(rate == 0, 0, 1 / jnp.where(rate == 0, 1, rate))
+    inverse = 1 / jnp.where(rate == 0, 1, rate)
 
     def one(b: jax.Array, a: jax.Array) -> jax.Array:
-        return (b - a) * inverse.astype(b.dtype) - jnp.asarray(hyper.weight_decay, b.dtype) * b
+        v = (b - a) * inverse.astype(b.dtype) - jnp.asarray(hyper.weight_decay, b.dtype) * b
+        return jnp.where(rate == 0, jnp.zeros_like(v), v)
 
     return jax.tree.map(one, before, after)
 
@@ -163,7 +164,7 @@ def cosines(own: Vectors, a: PyTree, b: PyTree, lengths: PerGroup) -> PerGroup:
     }
 
 
-def shares(values: PerGroup) -> PerGroup:
-    """The values divided by their length as one vector over all layers."""
+def of_unit_length(values: PerGroup) -> PerGroup:
+    """The values of all layers as one vector of length one."""
     length = jnp.sqrt(in_all({name: leaf**2 for name, leaf in values.items()}) + 1e-8) + 1e-8
     return {name: leaf / length for name, leaf in values.items()}

@@ -19,16 +19,16 @@ from jaxprune.method import (
     Method,
     check_choices,
     competing,
-    counted_as,
+    cost_of,
     get_pruner,
     host_loop,
     limits,
     method,
-    plan_shares,
+    plan_groups,
     plural,
     prune_rounds,
 )
-from jaxprune.plan import Plan, density_of, plan_rounds
+from jaxprune.plan import Plan, density_of
 from jaxprune.prune_model import check_arguments as check
 from jaxprune.prune_model.costs import with_costs
 from jaxprune.prune_model.summary import Report, report_of
@@ -187,7 +187,7 @@ def _pruned(given: _Given, choices: Choices, extent: _Extent, options: Mapping[s
         repair=choices.repair,
         repair_gain=choices.repair_gain,
         multiple=choices.multiple,
-        cost=choices.target if choices.target in structure.SHARES else '',
+        cost=cost_of(choices.target),
         **options,
     )
     size = sum(math.prod(shape) for shape in shapes.values())
@@ -254,30 +254,20 @@ def _planned(
     density: float,
 ) -> Plan:
     """The keep counts of all rounds."""
-    make = functools.partial(plan_rounds, what=counted_as(choices.granularity))
-    if choices.target == 'effective':
-        make = structure.rounds_before
-    if choices.target in structure.SHARES:
-        return plan_shares(
-            groups,
-            density,
-            choices.target,
-            rounds=entry.rounds if extent.rounds is None else extent.rounds,
-            density_schedule=extent.density_schedule or entry.density_schedule,
-            steps=[0] * (entry.rounds if extent.rounds is None else extent.rounds),
-        )
     floor, cap = limits(groups, extent.floor, cap=extent.cap)
-    return make(
-        groups.shapes,
-        density,
-        allocation=choices.allocation,
-        floor=floor,
-        cap=cap,
-        rounds=entry.rounds if extent.rounds is None else extent.rounds,
-        density_schedule=entry.density_schedule
-        if extent.density_schedule is None
-        else extent.density_schedule,
-    )
+    rounds = entry.rounds if extent.rounds is None else extent.rounds
+    schedule = extent.density_schedule
+    shared = {
+        'allocation': choices.allocation,
+        'rounds': rounds,
+        'density_schedule': entry.density_schedule if schedule is None else schedule,
+        'floor': floor,
+        'cap': cap,
+    }
+    if choices.target == 'effective':
+        return structure.rounds_before(groups.shapes, density, **shared)
+    cost = cost_of(choices.target)
+    return plan_groups(groups, density, cost=cost, multiple=choices.multiple, **shared)
 
 
 def _in_rounds(

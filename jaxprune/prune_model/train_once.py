@@ -9,26 +9,28 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxprune import structure, tree
-from jaxprune.arguments import whole
-from jaxprune.errors import PruneError, nearest
+from jaxprune.arguments import least, whole
+from jaxprune.errors import PruneError, check_choice, nearest
 from jaxprune.method import (
     METHODS,
     competing,
-    counted_as,
+    cost_of,
     get_pruner,
     limits,
     method,
-    plan_shares,
+    plan_groups,
     watched,
+    zero_groups,
 )
 from jaxprune.optim import Optimizer
-from jaxprune.plan import plan_rounds
+from jaxprune.plan import Plan
 from jaxprune.prune_model import check_arguments as check
 from jaxprune.rng import run_key
+from jaxprune.select import count_kept
 from jaxprune.structure import Compact
 from jaxprune.structure.function import function_of
 from jaxprune.train import fresh_optimizer, gradient_step, run_events
-from jaxprune.types import Hyper, Problem, PyTree, Rule, RunState
+from jaxprune.types import Groups, Hyper, Problem, Pruner, PyTree, Rule, RunState
 
 
 class OnceState(NamedTuple):
@@ -37,8 +39,8 @@ class OnceState(NamedTuple):
     Attributes:
       step: steps taken, int32.
       rounds: rounds of the method so far, int32.
-      forced: groups that the last round removed although they were not zero, int32. Their removal
-        changes what the network computes.
+      forced: groups that were removed although they were not zero, int32. Their removal changed
+        what the network computes.
       run: masks, and the states of optimizer and method; without parameters.
     """
 
@@ -55,8 +57,11 @@ class Once(NamedTuple):
       init: `params -> state`.
       update: `(gradients, state, params) -> (params, state)`, one step of training, for `jit`; the
         gradients are those of the loss at `params`.
+      finish: `(params, state) -> (params, state)`: the last round, if training ends where the
+        method does and `update` did not come to it; else nothing.
       compact: `(params, state, model_state=None) -> Compact`, the smaller network, see
-        `jp.compact`; after the last step of the method.
+        `jp.compact`; after the last step of the method. It needs the state of a network that has
+        one, as it is after training.
       watch: `(state, params) -> quantity -> layer -> number`, what the method does: 'zero_groups',
         and what else `WATCHED` has for it.
       stop: steps after which the network is compact.
@@ -64,6 +69,7 @@ class Once(NamedTuple):
 
     init: Callable[[PyTree], OnceState]
     update: Callable[[PyTree, OnceState, PyTree], tuple[PyTree, OnceState]]
+    finish: Callable[[PyTree, OnceState], tuple[PyTree, OnceState]]
     compact: Callable[..., Compact]
     watch: Callable[[OnceState, PyTree], dict[str, dict[str, jax.Array]]]
     stop: int
@@ -93,7 +99,10 @@ def train_once(
     density_schedule: str | None = None,
     **options: Any,
 ) -> Once:
-    """Prunes groups while a network trains, so that it is compact at the end with equal outputs.
+    """Prunes groups while a network trains.
+
+    If the groups are zero before they are cut, the compact network has the outputs of the full one;
+    `OnceState.forced` counts those that were not.
 
         once = jp.train_once(apply, params, x, optax.sgd(0.1), learning_rate=0.1,
                              density=0.3, start=100, stop=800)
@@ -135,101 +144,125 @@ def train_once(
             f"'{method_name}' does not change training, see jp.prune: {nearest(method_name, valid)}"
         )
     check.options(options, entry.options, ())
+    check_choice('target', target, ('direct', *structure.COSTS))
     network, own_state = function_of(apply, model_state)
     coupled = structure.groups(network, params, x, own_state)
     shapes = {path: tuple(jnp.shape(leaf)) for path, leaf in tree.pick(params, prunable).items()}
     groups = competing(granularity, shapes, lambda: coupled, keep_all_units)
-    events = _spread(whole('start', start), whole('stop', stop), rounds or entry.rounds)
-    by_round = {
-        'rounds': len(events),
-        'density_schedule': density_schedule or entry.density_schedule,
-        'steps': events,
-    }
-    if target in structure.SHARES:
-        plan = plan_shares(groups, density, target, **by_round)
-    else:
-        bounds = {'floor': limits(groups, floor)[0], 'what': counted_as(granularity)}
-        plan = plan_rounds(groups.shapes, density, allocation=allocation, **by_round, **bounds)
-    problem = Problem(_unused, _unused, _unused, prunable)
+    events = _spread(start, stop, entry.rounds if rounds is None else rounds)
+    bounds, cost = limits(groups, floor)[0], cost_of(target)
+    plan = plan_groups(
+        groups,
+        density,
+        cost=cost,
+        allocation=allocation,
+        floor=bounds,
+        multiple=whole('multiple', multiple),
+        rounds=len(events),
+        density_schedule=density_schedule or entry.density_schedule,
+        steps=events,
+    )
     pruner = get_pruner(
-        problem,
+        Problem(_unused, _unused, _unused, prunable),
         method_name,
         allocation=allocation,
         shapes=shapes,
-        floor=limits(groups, floor)[0],
+        floor=bounds,
         groups=groups,
         events=events,
         multiple=multiple,
-        cost='' if target == 'direct' else target,
+        cost=cost,
         **options,
     )
-    rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
-    hyper = Hyper(0.0, weight_decay, {})
+    schedule = learning_rate if callable(learning_rate) else lambda step: learning_rate
     chain = Optimizer(
         make=lambda hyper, rate: optimizer,
         coupled_decay=False,
-        rate=lambda step, hyper: jnp.asarray(rate(step), jnp.float32),
+        rate=lambda step, hyper: jnp.asarray(schedule(step), jnp.float32),
     )
+    job = _Job(network, own_state, x, groups, pruner, chain, plan, prunable, weight_decay)
+    return _made(job)
+
+
+class _Job(NamedTuple):
+    """What is trained and pruned, checked; see `train_once`."""
+
+    network: Callable[..., PyTree]
+    model_state: PyTree
+    x: PyTree
+    groups: Groups
+    pruner: Pruner
+    chain: Optimizer
+    plan: Plan
+    prunable: Rule
+    weight_decay: float
+
+
+def _made(job: _Job) -> Once:
+    """The functions of a training."""
+    groups, pruner, chain, events = job.groups, job.pruner, job.chain, job.plan.steps
+    problem = Problem(_unused, _unused, _unused, job.prunable)
+    hyper = Hyper(0.0, job.weight_decay, {})
     at_work, after = (gradient_step(chain, hook) for hook in (pruner.hook, None))
-    key = run_key(0)
-    events_of = run_events(problem, chain, pruner, key, hyper, lambda number: None)
-    counts = {name: jnp.asarray(column) for name, column in plan.counts.items()}
+    rounds = run_events(problem, chain, pruner, run_key(0), hyper, lambda number: None)
+    counts = {name: jnp.asarray(column) for name, column in job.plan.counts.items()}
+    first, last = int(events[0]), int(events[-1])
 
     def init(params: PyTree) -> OnceState:
-        masks = tree.ones(tree.pick(params, prunable))
+        masks = tree.ones(tree.pick(params, job.prunable))
         state = RunState(params, {}, fresh_optimizer(chain, hyper, params), masks, ())
-        run = events_of.begin(state)._replace(params=())
         zero = jnp.zeros((), jnp.int32)
-        return OnceState(zero, zero, zero, run)
+        return OnceState(zero, zero, zero, rounds.begin(state)._replace(params=()))
 
-    def once(state: OnceState, params: PyTree) -> tuple[PyTree, OnceState]:
+    def once(params: PyTree, state: OnceState) -> tuple[PyTree, OnceState]:
         run = state.run._replace(params=params)
-        zero = watched(groups, None, run)['zero_groups']
+        before, zero = groups.alive(run.masks), zero_groups(groups, params)
         now = {name: column[state.rounds] for name, column in counts.items()}
-        run, info = events_of.once(state.rounds, now, run)
-        removed = sum(shape[0] for shape in groups.shapes.values()) - sum(info.kept.values())
-        forced = jnp.where(state.rounds == len(events) - 1, removed - sum(zero.values()), 0)
-        state = OnceState(state.step, state.rounds + 1, forced.clip(0), run._replace(params=()))
-        return run.params, state
+        run, _ = rounds.once(state.rounds, now, run)
+        left = groups.alive(run.masks)
+        forced = count_kept({n: before[n] & ~left[n] & ~mask for n, mask in zero.items()})
+        total = state.forced + sum(forced.values())
+        return run.params, OnceState(state.step, state.rounds + 1, total, run._replace(params=()))
 
     def update(grads: PyTree, state: OnceState, params: PyTree) -> tuple[PyTree, OnceState]:
         due = (jnp.asarray(events) == state.step).any()
-        params, state = jax.lax.cond(due, lambda: once(state, params), lambda: (params, state))
+        params, state = jax.lax.cond(due, lambda: once(params, state), lambda: (params, state))
         run = state.run._replace(params=params)
-        working = (state.step >= events[0]) & (state.step < events[-1])
         run = jax.lax.cond(
-            working,
+            (state.step >= first) & (state.step < last),
             lambda: at_work(state.step, hyper, run, grads),
             lambda: after(state.step, hyper, run, grads),
         )
         state = state._replace(step=state.step + 1, run=run._replace(params=()))
         return run.params, state
 
+    def finish(params: PyTree, state: OnceState) -> tuple[PyTree, OnceState]:
+        due = (state.step == last) & (state.rounds < len(events))
+        return jax.lax.cond(due, lambda: once(params, state), lambda: (params, state))
+
     def compact(params: PyTree, state: OnceState, model_state: PyTree = None) -> Compact:
-        taken = int(state.step)
-        if taken < events[-1]:
-            raise PruneError(f'the method ends after {events[-1]} steps, and {taken} were taken')
-        if int(state.rounds) < len(events):  # training ended where the method ends
-            params, state = jax.jit(once)(state, params)
-        used = own_state if model_state is None else model_state
-        return structure.compact(
-            network,
-            params,
-            state.run.masks,
-            x,
-            model_state=used,
-            opt_state=state.run.opt_state,
-            partial='keep',
-        )
+        if jnp.ndim(state.step):
+            raise PruneError('compact takes one run at a time: a row of params and of the state')
+        if int(state.step) < last:
+            raise PruneError(f'the method ends after {last} steps, and {state.step} were taken')
+        if model_state is None and jax.tree.leaves(job.model_state):
+            raise PruneError('compact needs model_state=, as it is after training')
+        params, state = jax.jit(finish)(params, state)
+        used = job.model_state if model_state is None else model_state
+        run = state.run
+        more = {'model_state': used, 'opt_state': run.opt_state, 'partial': 'keep'}
+        return structure.compact(job.network, params, run.masks, job.x, **more)
 
     def watch(state: OnceState, params: PyTree) -> dict[str, dict[str, jax.Array]]:
         return watched(groups, pruner, state.run._replace(params=params))
 
-    return Once(init, update, compact, watch, events[-1])
+    return Once(init, update, finish, compact, watch, last)
 
 
 def _spread(start: int, stop: int, rounds: int) -> tuple[int, ...]:
     """Where the rounds of a method happen."""
+    least(2, rounds=whole('rounds', rounds))
+    start, stop = whole('start', start), whole('stop', stop)
     if start < 0 or stop - start < rounds - 1:
         raise PruneError(
             f'{rounds} rounds need a stop at least {rounds - 1} steps after start, not '

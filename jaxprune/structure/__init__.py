@@ -4,7 +4,7 @@ from jaxprune.structure.block_product import Blocks, block_product, blocks_of
 from jaxprune.structure.channel_graph import ChannelGraph, channel_graph
 from jaxprune.structure.compact import Compact, compact
 from jaxprune.structure.connectivity import Connect, connectivity
-from jaxprune.structure.cost import SHARES, Cost, cost, cost_of_kept, cost_shares
+from jaxprune.structure.cost import COSTS, Cost, cost, cost_of_kept, cost_shares
 from jaxprune.structure.effective_masks import (
     compression,
     connectivity_of,
@@ -39,9 +39,9 @@ from jaxprune.structure.target import (
 from jaxprune.structure.unit_groups import silent_when_unread
 
 __all__ = [
+    'COSTS',
     'KINDS',
     'PLACES',
-    'SHARES',
     'TARGETS',
     'Blocks',
     'Chain',

@@ -166,7 +166,7 @@ def cost_of_kept(
 
 
 #: What `cost_shares` measures.
-SHARES = ('params', 'flops')
+COSTS = ('params', 'flops')
 
 
 def cost_shares(

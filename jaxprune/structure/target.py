@@ -21,12 +21,12 @@ from jaxprune.errors import PruneError
 from jaxprune.plan import Plan, density_of, keep_counts, plan_rounds
 from jaxprune.select import count_kept, flatten, unflatten
 from jaxprune.structure.connectivity import Connect
-from jaxprune.structure.cost import SHARES
+from jaxprune.structure.cost import COSTS
 from jaxprune.types import GLOBAL, Counts, Masks, Scores
 
 #: What a density or compression counts: all that is kept, the weights on a path; parameters or
 #: operations of the network without the groups that are gone.
-TARGETS = ('direct', 'effective', *SHARES)
+TARGETS = ('direct', 'effective', *COSTS)
 
 #: Nominal densities tabulated for a layerwise allocation, evenly on a logarithmic scale, and the
 #: steps between two of them, where counts are interpolated. The curve between two rows is straight

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import data, method, structure
+from jaxprune import data, method
+from jaxprune.allocation import SHARED
 from jaxprune.errors import JaxpruneError, SpecError
 from jaxprune.sweep.counts import active_of, counts_of
 from jaxprune.sweep.device_data import DeviceData, scores_need_data
@@ -78,8 +79,9 @@ def _check_numbers(program: Program, spec) -> None:
     entry = method.method(spec.name)
     if entry.make is not None:
         clocks = clocks_of(program.timeline)
-        cost = spec.target if spec.target in structure.SHARES else ''
-        asked = method.Asked(program.competing(spec), None, clocks, spec.multiple, cost)
+        cost, shared = method.cost_of(spec.target), spec.allocation in SHARED
+        groups = program.competing(spec)
+        asked = method.Asked(groups, None, clocks, spec.multiple, cost, shared)
         entry.make(asked, **spec.options)
     else:
         own = {k: v for k, v in spec.options.items() if not (entry.averages and k == 'momentum')}

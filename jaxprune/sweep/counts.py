@@ -1,9 +1,7 @@
 """How many weights a run keeps after each of its rounds."""
 
-import functools
-
 from jaxprune import plan, structure
-from jaxprune.method import counted_as, limits, plan_shares
+from jaxprune.method import cost_of, limits, plan_groups
 from jaxprune.sweep.grid import Run
 from jaxprune.sweep.program import Program
 from jaxprune.sweep.timeline import round_steps
@@ -17,29 +15,20 @@ def counts_of(program: Program, run: Run) -> plan.Plan:
     """
     spec = run.method
     groups = program.competing(spec)
-    make = functools.partial(plan.plan_rounds, what=counted_as(spec.granularity))
-    if spec.target == 'effective':
-        make = structure.rounds_before
     floor, cap = limits(groups, spec.floor, spec.floor_share, spec.cap)
-    if spec.target in structure.SHARES:
-        return plan_shares(
-            groups,
-            1 / run.compression,
-            spec.target,
-            rounds=spec.rounds,
-            density_schedule=spec.density_schedule,
-            steps=round_steps(spec, program.steps),
-        )
-    return make(
-        groups.shapes,
-        1 / run.compression,
-        allocation=spec.allocation,
-        rounds=spec.rounds,
-        density_schedule=spec.density_schedule,
-        steps=round_steps(spec, program.steps),
-        floor=floor,
-        cap=cap,
-    )
+    shared = {
+        'allocation': spec.allocation,
+        'rounds': spec.rounds,
+        'density_schedule': spec.density_schedule,
+        'steps': round_steps(spec, program.steps),
+        'floor': floor,
+        'cap': cap,
+    }
+    density = 1 / run.compression
+    if spec.target == 'effective':
+        return structure.rounds_before(groups.shapes, density, **shared)
+    cost = cost_of(spec.target)
+    return plan_groups(groups, density, cost=cost, multiple=spec.multiple, **shared)
 
 
 def active_of(program: Program, run: Run) -> int:

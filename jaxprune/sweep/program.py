@@ -259,7 +259,7 @@ def _pruner(parts: _Parts, spec: MethodSpec, hyper: Hyper) -> Pruner:
         score_on=spec.score_on,
         events=parts.clocks if method.method(spec.name).hooked else (),
         multiple=spec.multiple,
-        cost=spec.target if spec.target in structure.SHARES else '',
+        cost=method.cost_of(spec.target),
         **method_options(spec)[1],
         **hyper.method,
     )
