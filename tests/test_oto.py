@@ -553,10 +553,7 @@ def trained_once(net, shape, name, *, steps=20, options=(), **extent):
         params, state = carried
         keys = jax.random.split(key, len(jax.tree.leaves(params)))
         keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
-        grads = jax.tree.map(
-            lambda p, k: 0.3 * p.std() * jax.random.normal(k, p.shape), params, keys
-        )
-        return once.update(grads, state, params), None
+        return once.update(jax.tree.map(drawn, params, keys), state, params), None
 
     keys = jax.random.split(KEY, steps)
     run = jax.jit(lambda carried: jax.lax.scan(step, carried, keys)[0])

@@ -71,7 +71,7 @@ def dhspg(
     Args:
       asked: the groups, all zero-invariant, and when its rounds happen.
       penalty: 1e-3 for SGD and 1e-2 for Adam in the authors' code.
-      half_space: epsilon of convolutions and heads, in [0, 1).
+      half_space: epsilon of convolutions and heads, in [0, 1].
       half_space_dense: that of dense layers.
       second_at: where the second stage begins, as a share of the way from the first round to the
         last.

@@ -52,7 +52,7 @@ def hspg(
     Args:
       asked: the groups, all zero-invariant, and when its rounds happen.
       penalty: 5e-4 and 1e-3 in the paper's runs on CIFAR-10.
-      half_space: epsilon of convolutions and heads, in [0, 1); 0 projects only what turns away.
+      half_space: epsilon of convolutions and heads, in [0, 1]; 0 projects only what turns away.
       half_space_dense: that of dense layers; 0.9 in the paper's VGG-16.
       second_at: where the second stage begins, as a share of the way from the first round to the
         last: 75 of 300 epochs in the paper.
