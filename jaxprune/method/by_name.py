@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jaxprune import arguments, score
 from jaxprune.allocation import SHARED, Shape, bounds
 from jaxprune.errors import PruneError, nearest
-from jaxprune.method.budget import within_share
+from jaxprune.method.budget import cost_of, within_share
 from jaxprune.method.choices import Choices, check_choices
 from jaxprune.method.granularity import limits
 from jaxprune.method.lasting import Asked
@@ -170,7 +170,7 @@ def _of_groups(request: _Request) -> Pruner:
     """A pruner of anything else than single weights."""
     problem, entry, choices, _, _, groups, floor, train, events, options = request
     floor, cap = limits(groups, floor, cap=choices.cap)
-    cost = '' if choices.target == 'direct' else choices.target
+    cost = cost_of(choices.target)
     shared = choices.allocation in SHARED
     fewest, most = bounds(groups.shapes, floor, cap) if shared else ({}, {})
     if entry.make is not None:

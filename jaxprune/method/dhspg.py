@@ -17,7 +17,16 @@ from jaxprune.method.half_space import (
     second_stage,
     within_target,
 )
-from jaxprune.method.lasting import Asked, Lasting, lasting, lowest, norms, reached, to_remove
+from jaxprune.method.lasting import (
+    Asked,
+    Lasting,
+    lasting,
+    lowest,
+    may_go,
+    norms,
+    reached,
+    to_remove,
+)
 from jaxprune.method.own_slices import (
     PerGroup,
     Vectors,
@@ -114,10 +123,9 @@ def dhspg(
         trial = own.plus(after, factors, before)
         allowed = within_target(asked, state) if exact else lambda share, crossed, zero: crossed
         begun = (clock >= second) & ~over
-        found = half_space_step(own, before, trial, bound, penalised, begun, allowed)
-        stay = {n: (~zero).astype(squares[n].dtype) for n, zero in found.zero.items()}
-        count = {n: state.own.count[n] + new for n, new in count_kept(found.new).items()}
-        return state._replace(own=Chosen(penalised, count)), own.times(stay, found.params)
+        params, new = half_space_step(own, before, trial, bound, penalised, begun, True, allowed)
+        count = {n: state.own.count[n] + number for n, number in count_kept(new).items()}
+        return state._replace(own=Chosen(penalised, count)), params
 
     def watch(state: Lasting, params: PyTree) -> dict[str, PerGroup]:
         del params
@@ -176,7 +184,7 @@ def _redundant(
     every = sum(leaf.size for leaf in score.values())
     none = {name: jnp.zeros(leaf.shape, bool) for name, leaf in score.items()}
     need = count_kept(to_remove(asked._replace(multiple=1), state, score, none))
-    most = {**state.most, GLOBAL: sum(need.values())}
+    most = {**may_go(asked, state.counts), GLOBAL: sum(need.values())}
 
     def more(wanted: jax.Array, size: int) -> jax.Array:
         allowed = jnp.minimum(wanted + jnp.floor(tolerance * size).astype(jnp.int32), size)

@@ -7,10 +7,15 @@ from jax.typing import ArrayLike
 from jaxprune import tree
 from jaxprune.arguments import expression, positive
 from jaxprune.errors import PruneError
-from jaxprune.method.lasting import Asked, Lasting, by_length, lasting, norms
+from jaxprune.method.lasting import Asked, Lasting, by_length, lasting, may_go, norms
 from jaxprune.method.own_slices import vectors
 from jaxprune.score.group_importance import group_decay, group_importance, group_values
 from jaxprune.types import GLOBAL, Hyper, Masks, Pruner, PyTree, Scores, StepHook
+
+
+def _in_force(asked: Asked, state: Lasting, penalty: ArrayLike) -> jax.Array:
+    """The penalty; 0 where the target asks for nothing."""
+    return jnp.where(may_go(asked, state.counts)[GLOBAL] > 0, penalty, 0.0)
 
 
 def proximal(asked: Asked, *, penalty: ArrayLike = 1e-3, cut: str = 'target') -> Pruner:
@@ -33,7 +38,7 @@ def proximal(asked: Asked, *, penalty: ArrayLike = 1e-3, cut: str = 'target') ->
         state: Lasting, before: PyTree, after: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
     ) -> tuple[Lasting, PyTree]:
         del before, masks, clock
-        pull = jnp.where(state.most[GLOBAL] > 0, penalty, 0.0) * hyper.learning_rate
+        pull = _in_force(asked, state, penalty) * hyper.learning_rate
         factors = {
             name: jnp.where(length > pull, 1 - pull / jnp.where(length > pull, length, 1), 0)
             for name, length in norms(own)(after).items()
@@ -76,7 +81,7 @@ def group_norm(
         state: Lasting, grads: PyTree, params: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
     ) -> tuple[Lasting, PyTree]:
         del masks, clock, hyper
-        rate = jnp.where(state.most[GLOBAL] > 0, penalty, 0.0)
+        rate = _in_force(asked, state, penalty)
         decay = group_decay(weights(params), families.values(), rate=rate, strongest=strongest)
         loss = dict(tree.paths(grads))
         return state, tree.put(grads, {path: loss[path] + push for path, push in decay.items()})
@@ -118,18 +123,19 @@ def slimming(asked: Asked, *, penalty: ArrayLike = 1e-4, scales: str = 'scale$')
     families = {n: f._replace(members=scale[n]) for n, f in groups.families.items()}
     own = vectors(groups._replace(families=families), silent=False)
 
+    paths = {one.path for one in own.slices}
+
     def size(state: tuple, params: PyTree) -> Scores:
         del state
-        absolute = {p: jnp.abs(leaf) for p, leaf in tree.paths(params)}
-        ones = {p: jnp.ones_like(leaf) for p, leaf in absolute.items()}
-        count = own.sizes(params)
-        return {n: total / count[n] for n, total in own.dot(absolute, ones).items()}
+        found = {path: leaf for path, leaf in tree.paths(params) if path in paths}
+        values = group_values('magnitude', found)
+        return {n: group_importance(values, f, normalise='none') for n, f in families.items()}
 
     def gradient(
         state: Lasting, grads: PyTree, params: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
     ) -> tuple[Lasting, PyTree]:
         del masks, clock, hyper
-        strength = jnp.where(state.most[GLOBAL] > 0, penalty, 0.0)
+        strength = _in_force(asked, state, penalty)
         signs = jax.tree.map(jnp.sign, params)
         factors = {n: jnp.full(shape, strength) for n, shape in groups.shapes.items()}
         return state, own.plus(grads, factors, signs)

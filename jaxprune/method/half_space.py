@@ -1,29 +1,14 @@
 """What HSPG and DHSPG share: the half-space test, and where a second stage begins."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxprune.method.lasting import Asked, Lasting, lowest, room_left, to_remove
+from jaxprune.method.lasting import Asked, Lasting, lowest, may_go, room_left, to_remove
 from jaxprune.method.own_slices import PerGroup, Vectors
 from jaxprune.types import Masks, PyTree, Scores
-
-
-class Tested(NamedTuple):
-    """The end of a step.
-
-    Attributes:
-      params: with projected groups at zero.
-      new: groups that this step projected.
-      zero: groups that were zero before it.
-    """
-
-    params: PyTree
-    new: Masks
-    zero: Masks
 
 
 def half_space_step(
@@ -33,12 +18,13 @@ def half_space_step(
     bound: Mapping[str, ArrayLike],
     candidates: Masks | None,
     begun: jax.Array,
+    stays: ArrayLike,
     allowed: Callable[[Scores, Masks, Masks], Masks],
-) -> Tested:
+) -> tuple[PyTree, Masks]:
     """Projects groups to zero that leave their half-space.
 
     A group x that becomes y in a step is projected if `y.x < epsilon |x|²`. If that were more than
-    may go, those with the smallest `y.x / |x|²` are. What is zero stays zero.
+    may go, those with the smallest `y.x / |x|²` are.
 
     Args:
       own: the groups.
@@ -46,8 +32,12 @@ def half_space_step(
       after: and after it.
       bound: layer -> epsilon.
       candidates: groups that may be projected; None for all.
-      begun: nothing happens where this is False.
+      begun: nothing is projected where this is False.
+      stays: does what is zero stay zero?
       allowed: (y.x / |x|², groups that crossed, groups that are zero) -> those to project.
+
+    Returns:
+      The parameters with projected groups at zero, and these groups.
     """
     squares, along = own.dot(before, before), own.dot(before, after)
     zero = {name: leaf == 0 for name, leaf in squares.items()}
@@ -59,8 +49,8 @@ def half_space_step(
         crossed = {name: mask & candidates[name] for name, mask in crossed.items()}
     share = {n: along[n] / jnp.where(zero[n], 1, leaf) for n, leaf in squares.items()}
     new = allowed(share, crossed, zero)
-    kept = {n: (~(new[n] | (zero[n] & begun))).astype(squares[n].dtype) for n in new}
-    return Tested(own.times(kept, after), new, zero)
+    kept = {n: (~(new[n] | (zero[n] & stays))).astype(squares[n].dtype) for n in new}
+    return own.times(kept, after), new
 
 
 def within_target(asked: Asked, state: Lasting) -> Callable[[Scores, Masks, Masks], Masks]:
@@ -68,7 +58,7 @@ def within_target(asked: Asked, state: Lasting) -> Callable[[Scores, Masks, Mask
 
     def allowed(share: Scores, crossed: Masks, zero: Masks) -> Masks:
         if not asked.cost:
-            return lowest(share, crossed, room_left(state.most, zero))
+            return lowest(share, crossed, room_left(may_go(asked, state.counts), zero))
         # Ranked as if all others stayed: as many of them as it takes to reach the share.
         first = {n: jnp.where(crossed[n], leaf, jnp.inf) for n, leaf in share.items()}
         need = to_remove(asked._replace(multiple=1), state, first, zero)

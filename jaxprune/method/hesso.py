@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxprune.errors import PruneError, check_choice
-from jaxprune.method.lasting import Asked, Lasting, by_length, lasting, norms, to_remove
+from jaxprune.method.lasting import Asked, Lasting, by_length, lasting, may_go, norms, to_remove
 from jaxprune.method.own_slices import (
     PerGroup,
     Vectors,
@@ -143,14 +143,15 @@ def _chosen(
 ) -> Redundant:
     """The state with the groups of a new period."""
     score, kept = saliency(own, params, v), state.own
+    most = may_go(asked, state.counts)[GLOBAL]
     if variant == 'code':
-        new = _first_of_the_lowest(list(asked.groups.shapes), score, kept, state.most[GLOBAL])
-        found = {name: mask | new[name] for name, mask in kept.found.items()}
-        new = {name: _refined(asked.multiple, kept.gone[name], m) for name, m in new.items()}
+        new = _first_of_the_lowest(list(asked.groups.shapes), score, kept, most)
     else:
         new = to_remove(asked, state, score, kept.found)
-        found = {name: mask | new[name] for name, mask in kept.found.items()}
-    return Redundant(found, new, kept.gone, state.most[GLOBAL])
+    found = {name: mask | new[name] for name, mask in kept.found.items()}
+    if variant == 'code':
+        new = {name: _refined(asked.multiple, kept.gone[name], m) for name, m in new.items()}
+    return Redundant(found, new, kept.gone, most)
 
 
 def _first_of_the_lowest(

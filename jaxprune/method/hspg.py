@@ -17,7 +17,7 @@ from jaxprune.method.half_space import (
     second_stage,
     within_target,
 )
-from jaxprune.method.lasting import Asked, Lasting, by_length, lasting, norms
+from jaxprune.method.lasting import Asked, Lasting, by_length, lasting, may_go, norms
 from jaxprune.method.own_slices import PerGroup, vectors
 from jaxprune.select import count_kept
 from jaxprune.types import GLOBAL, Hyper, Masks, Pruner, PyTree, StepHook
@@ -71,7 +71,7 @@ def hspg(
         state: Lasting, grads: PyTree, params: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
     ) -> tuple[Lasting, PyTree]:
         del masks, clock, hyper
-        strength = jnp.where(state.most[GLOBAL] > 0, penalty, 0.0)
+        strength = jnp.where(may_go(asked, state.counts)[GLOBAL] > 0, penalty, 0.0)
         lengths = norms(own)(params)
         factors = {name: strength / (length + _TINY) for name, length in lengths.items()}
         return state, own.plus(grads, factors, params)
@@ -81,9 +81,10 @@ def hspg(
     ) -> tuple[Lasting, PyTree]:
         del masks, hyper
         allowed = within_target(asked, state)
-        found = half_space_step(own, before, after, bound, None, clock >= second, allowed)
-        count = {n: state.own.count[n] + new for n, new in count_kept(found.new).items()}
-        return state._replace(own=Projected(count)), found.params
+        begun = clock >= second
+        params, new = half_space_step(own, before, after, bound, None, begun, begun, allowed)
+        count = {n: state.own.count[n] + number for n, number in count_kept(new).items()}
+        return state._replace(own=Projected(count)), params
 
     def watch(state: Lasting, params: PyTree) -> dict[str, PerGroup]:
         del params

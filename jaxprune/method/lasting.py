@@ -76,14 +76,12 @@ class Lasting(NamedTuple):
     """What such a method carries from its first round to its last.
 
     Attributes:
-      most: layer -> how many of its groups may be gone by the next round, int32; '*' in all.
-      share: of the network's cost that may be left by then; 0 where groups are counted.
+      counts: of the last round, or before the first one those that keep everything.
       round: rounds so far, int32.
       own: of the method itself.
     """
 
-    most: Counts
-    share: jax.Array
+    counts: Counts
     round: jax.Array
     own: PyTree
 
@@ -128,9 +126,7 @@ def lasting(
 
     def init(key: Key, view: View) -> Lasting:
         del key, view
-        zero = jnp.zeros((), jnp.int32)
-        most = dict.fromkeys((*groups.shapes, GLOBAL), zero)
-        return Lasting(most, jnp.zeros((), jnp.float32), zero, begin())
+        return Lasting(_everything(asked), jnp.zeros((), jnp.int32), begin())
 
     def update(
         key: Key, state: Lasting, view: View, counts: Counts, batches: Batches | None
@@ -149,11 +145,20 @@ def lasting(
         whole = groups.spread(kept)
         in_force = {path: m & (whole[path] | ~last) for path, m in view.masks.items()}
         nonfinite, nonzero = tallied(scores, alive)
-        share = jnp.asarray(counts.get(asked.cost, 0), jnp.float32)
-        state = Lasting(may_go(asked, counts), share, state.round + 1, state.own)
+        now = {name: jnp.asarray(n, state.counts[name].dtype) for name, n in counts.items()}
+        state = Lasting(now, state.round + 1, state.own)
         return state, in_force, PruneInfo(count_kept(kept), nonfinite, nonzero)
 
     return Pruner(init, update, frozenset(), hook=hook, watch=watch)
+
+
+def _everything(asked: Asked) -> Counts:
+    """The counts that keep all groups."""
+    sizes = {name: shape[0] for name, shape in asked.groups.shapes.items()}
+    if asked.cost:
+        return {asked.cost: jnp.ones((), jnp.float32)}
+    kept = {GLOBAL: sum(sizes.values())} if asked.shared else sizes
+    return {name: jnp.int32(n) for name, n in kept.items()}
 
 
 def may_go(asked: Asked, counts: Counts) -> Counts:
@@ -213,20 +218,10 @@ def room_left(most: Counts, gone: Masks) -> Counts:
     return {name: n - lost[name] for name, n in most.items()}
 
 
-def wanted(asked: Asked, state: Lasting) -> Counts:
-    """The keep counts of the next round, or the share of the cost."""
-    if asked.cost:
-        return {asked.cost: state.share}
-    sizes = {name: shape[0] for name, shape in asked.groups.shapes.items()}
-    if asked.shared:
-        return {GLOBAL: sum(sizes.values()) - state.most[GLOBAL]}
-    return {name: n - state.most[name] for name, n in sizes.items()}
-
-
 def to_remove(asked: Asked, state: Lasting, scores: Scores, gone: Masks) -> Masks:
     """The groups with the lowest scores that have to go besides those that are gone."""
     ranked = {name: jnp.where(gone[name], -jnp.inf, leaf) for name, leaf in scores.items()}
-    kept = kept_groups(asked, ranked, wanted(asked, state))
+    kept = kept_groups(asked, ranked, state.counts)
     return {name: ~(mask | gone[name]) for name, mask in kept.items()}
 
 
@@ -234,8 +229,8 @@ def reached(asked: Asked, state: Lasting, zero: Masks, more: int = 0) -> jax.Arr
     """Are as many groups zero as may go, and some more?"""
     if asked.cost:
         left = asked.groups.shares()({name: ~mask for name, mask in zero.items()})
-        return left[asked.cost] <= state.share
-    return sum(count_kept(zero).values()) >= state.most[GLOBAL] + more
+        return left[asked.cost] <= state.counts[asked.cost]
+    return sum(count_kept(zero).values()) >= may_go(asked, state.counts)[GLOBAL] + more
 
 
 def norms(own: Vectors) -> Callable[[PyTree], PerGroup]:

@@ -13,6 +13,7 @@ from jaxprune.arguments import least, whole
 from jaxprune.errors import PruneError, check_choice, nearest
 from jaxprune.method import (
     METHODS,
+    Method,
     competing,
     cost_of,
     get_pruner,
@@ -119,8 +120,7 @@ def train_once(
       x: inputs, arrays or shapes.
       optimizer: any optax transformation that has the learning rate in it.
       density: share of the groups to keep, in (0, 1]; of what `target` says.
-      start: the step before which the method begins.
-      stop: the step before which it ends.
+      start, stop: the steps before which the method begins and ends.
       learning_rate: of the optimizer, a number or an optax schedule: methods look at its steps.
       weight_decay: what the optimizer takes off the weights itself, times the rate, as AdamW does.
       method_name: a method that changes training: 'hesso', 'dhspg', 'hspg', 'proximal', ...
@@ -137,13 +137,7 @@ def train_once(
       PruneError: an unknown name, a method that does not change training, too few steps for its
         rounds, a density that cannot be, groups that cannot go.
     """
-    entry = method(method_name)
-    if not entry.hooked:
-        valid = [name for name, other in METHODS.items() if other.hooked]
-        raise PruneError(
-            f"'{method_name}' does not change training, see jp.prune: {nearest(method_name, valid)}"
-        )
-    check.options(options, entry.options, ())
+    entry = _entry(method_name, options)
     check_choice('target', target, ('direct', *structure.COSTS))
     network, own_state = function_of(apply, model_state)
     coupled = structure.groups(network, params, x, own_state)
@@ -180,8 +174,17 @@ def train_once(
         coupled_decay=False,
         rate=lambda step, hyper: jnp.asarray(schedule(step), jnp.float32),
     )
-    job = _Job(network, own_state, x, groups, pruner, chain, plan, prunable, weight_decay)
-    return _made(job)
+    return _made(_Job(network, own_state, x, groups, pruner, chain, plan, prunable, weight_decay))
+
+
+def _entry(name: str, options: Mapping[str, Any]) -> Method:
+    """The entry of a method that changes training, which knows these options."""
+    entry = method(name)
+    if not entry.hooked:
+        valid = [other for other, known in METHODS.items() if known.hooked]
+        raise PruneError(f"'{name}' does not change training, see jp.prune: {nearest(name, valid)}")
+    check.options(options, entry.options, ())
+    return entry
 
 
 class _Job(NamedTuple):

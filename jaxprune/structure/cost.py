@@ -185,7 +185,8 @@ def cost_shares(
     axes, leaves, tally = _read(read)
     families = [family for family in read.families if family.name in names]
     numbers = {axis: axes.numbers(axis, families) for axis in axes.known()}
-    dense = _summed(leaves, tally, lambda size: axes.left(set()).get(size, size), (1, 1))
+    whole = axes.left(set())
+    dense = _summed(leaves, tally, lambda size: whole.get(size, size), (1, 1))
 
     def shares(kept: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         longer = {name: jnp.append(kept[name], True) for name in names}
@@ -199,9 +200,7 @@ def cost_shares(
         lengths = {axis: length(axis) for axis in numbers}
 
         def size(one: Size) -> ArrayLike:
-            return (
-                lengths[one] if one in lengths else float(one if isinstance(one, int) else one.size)
-            )
+            return lengths[one] if isinstance(one, Axis) else float(one)
 
         params = sum(math.prod(map(size, sizes)) for sizes, _ in leaves.arrays[: leaves.params])
         return {'params': params / dense.params, 'flops': _flops(tally, size) / dense.flops}
