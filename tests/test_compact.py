@@ -336,6 +336,58 @@ def test_heads_and_their_dimensions():
     )
 
 
+def grouped_attention(params, x, own, copies, repeat):
+    """`own` keys and values, each for `copies` heads: repeated, or read by a grouped product."""
+    n, t, _ = x.shape
+    q, k, v = (x @ params[name] for name in 'qkv')
+    k, v = (a.reshape(n, t, own, -1) for a in (k, v))
+    if repeat:
+        q = q.reshape(n, t, own * copies, -1)
+        k, v = (jnp.repeat(a, copies, axis=2) for a in (k, v))
+        weights = jax.nn.softmax(jnp.einsum('bthd,bshd->bhts', q, k))
+        heads = jnp.einsum('bhts,bshd->bthd', weights, v)
+    else:
+        q = q.reshape(n, t, own, copies, -1)
+        weights = jax.nn.softmax(jnp.einsum('btkrd,bskd->bkrts', q, k))
+        heads = jnp.einsum('bkrts,bskd->btkrd', weights, v)
+    return heads.reshape(n, t, -1) @ params['o']
+
+
+@pytest.mark.parametrize(
+    ('own', 'copies'), [pytest.param(1, 4, marks=pytest.mark.more), (2, 2), (2, 3)]
+)
+def test_repeated_keys_are_grouped_ones(own, copies):
+    """Expectation: by hand. Queries go with their key, or as the same head of every key; both
+    programs compute one function, so both have the same groups and the same compact network."""
+    rng, dim = np.random.default_rng(own), 3
+    shapes = {'q': own * copies * dim, 'k': own * dim, 'v': own * dim}
+    params = {name: rng.normal(size=(5, width)) for name, width in shapes.items()}
+    params['o'] = rng.normal(size=(own * copies * dim, 4))
+    params, x = as_floats((params, rng.normal(size=(2, 6, 5))), np.float32)
+    heads = np.arange(own * copies * dim).reshape(own, copies, dim)
+    of_copies = {tuple(heads[:, i].ravel()) for i in range(copies)}
+    of_keys = {tuple(heads[i].ravel()) for i in range(own)}
+    lost, outputs = None, []
+    for repeat in (True, False):
+        apply = functools.partial(grouped_attention, own=own, copies=copies, repeat=repeat)
+        families = [f for f in jp.groups(apply, params, x).families if not f.reason]
+        slices = [
+            {tuple(sorted(at)) for at in m.indices}
+            for f in families
+            for m in f.members
+            if m.path == 'q'
+        ]
+        assert of_copies in slices
+        assert of_keys in slices or own == 1  # the last key stays
+        if lost is None:
+            lost, _ = drawn(families)
+        masks = masks_of(params, lost)
+        small = jp.compact(apply, params, masks, x)
+        outputs.append(jax.jit(small.apply)(small.params, x))
+        assert_close(outputs[-1], jax.jit(apply)(masked_by(params, masks), x), 1e-5)
+    assert_close(*outputs, 1e-5)
+
+
 class Normed(nn.Module):
     norm: str
     width: int = 8

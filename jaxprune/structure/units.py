@@ -97,8 +97,36 @@ class Units:
         """Lets units go together, pair by pair; `reason` says why, where one of them stays."""
         a, b = self.roots(ones), self.roots(others)
         differ = a != b
-        for one, other in dict.fromkeys(zip(a[differ].tolist(), b[differ].tolist(), strict=True)):
+        pairs = dict.fromkeys(zip(a[differ].tolist(), b[differ].tolist(), strict=True))
+        if any(one in self._parts and other in self._parts for one, other in pairs):
+            self._unite_alike(a, b, reason)
+        for one, other in pairs:
             self._pair(one, other, reason)
+
+    def _unite_alike(self, ones: np.ndarray, others: np.ndarray, reason: str) -> None:
+        """Unites the parts that stand at the same indices, if that leaves nothing to unite.
+
+        Two keys that are repeated for two heads each have parts at the indices 01 and 23 (the keys)
+        and 02 and 13 (the copies). So have two values. Index 0 alone would leave open which of its
+        two parts is which.
+        """
+        mine, theirs = self._places(ones), self._places(others)
+        shared = mine.keys() & theirs.keys()
+        left = {at: part for part, at in mine.items() if part not in shared}
+        right = {at: part for part, at in theirs.items() if part not in shared}
+        distinct = len(left) + len(shared) == len(mine)
+        still = all(mine[part] == theirs[part] for part in shared)
+        if distinct and still and left.keys() == right.keys():
+            for at, part in left.items():
+                self._pair(part, right[at], reason)
+
+    def _places(self, units: np.ndarray) -> dict[int, tuple[int, ...]]:
+        """The indices at which each unit without parts stands."""
+        places: dict[int, list[int]] = {}
+        for i, unit in enumerate(units.tolist()):
+            for part in self.parts(unit):
+                places.setdefault(part, []).append(i)
+        return {part: tuple(at) for part, at in places.items()}
 
     def _pair(self, one: int, other: int, reason: str) -> None:
         one, other = self.root(one), self.root(other)
