@@ -4,19 +4,35 @@ import importlib.metadata
 import os
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from jaxprune.errors import JaxpruneError, nearest, quoted
+from jaxprune.errors import (
+    DataError,
+    Interrupted,
+    JaxpruneError,
+    SpecError,
+    StoreError,
+    WriteError,
+    nearest,
+    quoted,
+)
+from jaxprune.fleet.manifest_options import ManifestOptions
 
 #: Failed runs that a sweep lists at its end.
 _MOST_FAILED = 10
+#: Exit codes of `jaxprune chunk`, and what schedulers do with them: start it again, count it as a
+#: failure, or give up.
+_INTERRUPTED, _FAULT, _MISTAKE = 75, 1, 2
+#: Seconds between two looks of `jaxprune status --follow`.
+_FOLLOW = 5.0
 
 Spec = Annotated[Path, tyro.conf.Positional]
-Directory = Annotated[Path, tyro.conf.Positional]
+#: A string: `s3://bucket/sweep` is no `Path`.
+Directory = Annotated[str, tyro.conf.Positional]
 Set = Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar='KEY=VALUE')]
 
 
@@ -52,14 +68,99 @@ class Sweep:
     """Directory of the results; by default runs/<name>-<hash of the resolved file>."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
     """Where prepared TFDS data lie; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    plan_only: bool = False
+    """Write the plan into the directory and stop: other machines do its chunks."""
+    on: Literal['local', 'ray', 'slurm'] = 'local'
+    """Where the chunks are trained: here, by a Ray cluster, or by SLURM. All machines must see the
+    directory under the same name."""
+    cpus: int = 0
+    """Ray, SLURM: cores of each chunk; 0 for the engine's own."""
+    gpus: int = 0
+    """Ray, SLURM: GPUs of each chunk."""
+    tpus: int = 0
+    """Ray: TPU chips of each chunk, all those of a host."""
+    address: str = ''
+    """Ray: an existing cluster, as host:port or 'auto'; none starts one on this machine."""
+    slurm: Set = field(default_factory=list)
+    """SLURM: an option of sbatch such as partition=low or time=120; may be repeated."""
+    per_job: int = 1
+    """SLURM: chunks that one job trains, one after the other."""
+    at_once: int = 0
+    """SLURM: most jobs that run at the same time; 0 for no limit."""
+    grace: float = 25.0
+    """Seconds after a signal in which a chunk waits for the end of an epoch, to save there."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Train one chunk of a planned sweep, on any machine that sees its directory.
+
+    Exit codes: 0 the chunk is finished; 75 interrupted by SIGTERM or SIGUSR2, start it again; 2 a
+    mistake in what was asked; 1 a fault.
+
+    Example: jaxprune chunk runs/quickstart-... --index 0
+    """
+
+    directory: Directory
+    """A directory that `jaxprune sweep` wrote, perhaps with --plan-only; s3:// and gs:// too."""
+    id: Annotated[str, tyro.conf.Positional] = ''
+    """The chunk's id, as in plan.json."""
+    index: int | None = None
+    """The chunk's place in the plan, from 0."""
+    all: bool = False
+    """All chunks that nobody has finished or is at, one after the other."""
+    data_dir: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
+    """Where prepared TFDS data lie; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    grace: float = 25.0
+    """Seconds after a signal in which an end of an epoch is waited for, to save there."""
+    processes: int | None = None
+    """Processes that train the chunk together, each of which gets this command; by default
+    $JAX_NUM_PROCESSES or one."""
+    process: int | None = None
+    """The number of this one, from 0; by default $JAX_PROCESS_ID."""
+    coordinator: str = ''
+    """Where process 0 listens, host:port; by default $JAX_COORDINATOR_ADDRESS."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Write files that run the chunks of a planned sweep on Kubernetes, on TPUs or by SkyPilot.
+
+    Plan first: jaxprune sweep SPEC --out DIR --plan-only
+
+    Example: jaxprune launch k8s gs://bucket/sweep --image registry/jaxprune:1 --gpus 1
+    """
+
+    kind: Annotated[str, tyro.conf.Positional]
+    """k8s, tpu or sky."""
+    directory: Directory
+    """The directory of the sweep, as the machines see it."""
+    options: Annotated[ManifestOptions, tyro.conf.arg(name='')]
+    to: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
+    """Where the files go; by default launch-KIND in the working directory."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Unite sweeps of one specification, from several directories, in a new one.
+
+    Example: jaxprune merge runs/here runs/there --out runs/all
+    """
+
+    directories: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Directories that `jaxprune sweep` wrote."""
+    out: Annotated[str, tyro.conf.arg(metavar='DIR')]
+    """The new directory."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """Show how far a sweep directory is."""
+    """Show how far a sweep directory is: what is finished, who is at which chunk, what failed."""
 
     directory: Directory
     """A directory that `jaxprune sweep` wrote."""
+    follow: bool = False
+    """Look again every few seconds until all is finished."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +225,22 @@ def main(argv: list[str] | None = None) -> int:
     except JaxpruneError as error:
         # One line, even where it quotes a name that has line breaks in it.
         print('jaxprune:', ' '.join(str(error).split()), file=sys.stderr)
-        return 2
+        return _code(command, error)
     except KeyboardInterrupt:
         print('jaxprune: interrupted; the same command continues', file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _code(command: object, error: JaxpruneError) -> int:
+    if isinstance(error, Interrupted):
+        return _INTERRUPTED
+    asked = isinstance(error, (SpecError, DataError, StoreError))
+    if isinstance(command, Chunk) and (isinstance(error, WriteError) or not asked):
+        return _FAULT  # elsewhere, or later, it may work
+    return _MISTAKE
 
 
 def _plan(command: Plan) -> None:
@@ -140,6 +250,7 @@ def _plan(command: Plan) -> None:
     from jaxprune.sweep.plan_tables import plan_tables, probe_table
     from jaxprune.sweep.probe import trial_line
     from jaxprune.sweep.sweep_plan import checked_groups
+    from jaxprune.sweep.this_machine import machine_of
     from jaxprune.sweep.trials import measure
 
     use_all_cores()
@@ -154,8 +265,9 @@ def _plan(command: Plan) -> None:
 
         for found in measure(spec, groups, plan, on_trial, always=True).values():
             _print(probe_table(found))
-        plan = make_plan(spec, str(command.spec), chosen_anew(spec, groups))
-    _print(*plan_tables(plan, estimate(plan, spec)))
+        groups = chosen_anew(spec, groups)
+    here = machine_of(groups, plan)
+    _print(*plan_tables(plan, estimate(plan, spec, here), here))
 
 
 def _sweep(command: Sweep) -> None:
@@ -168,24 +280,37 @@ def _sweep(command: Sweep) -> None:
         default_out,
         keep_compiled,
         load_spec,
+        plan_sweep,
         run_sweep,
         store,
         use_all_cores,
     )
     from jaxprune.sweep.plan_tables import time_line
     from jaxprune.sweep.progress import shown_on
+    from jaxprune.sweep.stop import on_signals
 
     use_all_cores()
     keep_compiled()
     spec = load_spec(command.spec, command.set)
-    out = default_out(spec) if command.out is None else Path(command.out)
-    results = run_sweep(
-        spec,
-        command.out,
-        data_dir=command.data_dir,
-        progress=shown_on(sys.stderr),
-        source=str(command.spec),
-    )
+    out = default_out(spec) if command.out is None else store.directory(command.out)
+    if command.plan_only:
+        plan = plan_sweep(spec, out, str(command.spec))
+        print(f'{out}: {len(plan["chunks"])} chunks; for each: jaxprune chunk {out} --index N')
+        return
+    with on_signals(command.grace) as stop:
+        if command.on == 'local':
+            results = run_sweep(
+                spec,
+                out,
+                data_dir=command.data_dir,
+                progress=shown_on(sys.stderr),
+                source=str(command.spec),
+                stop=stop,
+            )
+        else:
+            plan_sweep(spec, out, str(command.spec))
+            _elsewhere(command, out, shown_on(sys.stderr), stop)
+            results = store.read_results(out)
     _print(summary_table(tables.summary(results, store.read_layers(out))))
     failed = tables.final(results).filter(pl.col('error').is_not_null())
     for run in failed.head(_MOST_FAILED).iter_rows(named=True):
@@ -199,17 +324,88 @@ def _sweep(command: Sweep) -> None:
     print(f'report: {report.write(out)}')
 
 
-def _status(command: Status) -> None:
-    from jaxprune.sweep import status
-    from jaxprune.sweep.plan_tables import time_line
+def _elsewhere(command: Sweep, out: Path, progress, stop) -> None:
+    """Has Ray or SLURM train what is missing."""
+    from jaxprune.files import is_remote
+    from jaxprune.fleet.coordinator import run_elsewhere
+    from jaxprune.fleet.launcher import Resources
 
-    found = status(command.directory)
+    out = out if is_remote(out) else out.absolute()
+    resources = Resources(command.cpus, command.gpus, command.tpus)
+    if command.on == 'ray':
+        from jaxprune.fleet.ray_cluster import ray_launcher
+
+        launcher = ray_launcher(resources, command.address)
+    else:
+        from jaxprune.fleet.slurm import slurm_launcher
+
+        if is_remote(out):
+            raise SpecError(f'--on slurm: {out} is no directory on a disk that the nodes share')
+        given = [option.partition('=') for option in command.slurm]
+        sbatch = {key: value for key, _, value in given}
+        launcher = slurm_launcher(
+            out, resources, sbatch, command.per_job, command.at_once, round(command.grace) + 35
+        )
+    options = ['--grace', f'{command.grace:g}']
+    if command.data_dir is not None:
+        options += ['--data-dir', str(command.data_dir.absolute())]
+    run_elsewhere(out, launcher, options, progress=progress, stop=stop)
+
+
+def _chunk(command: Chunk) -> None:
+    from jaxprune.sweep import keep_compiled, run_chunks, use_all_cores
+    from jaxprune.sweep.processes import from_environment, meet
+    from jaxprune.sweep.progress import shown_on
+    from jaxprune.sweep.stop import on_signals
+
+    given = [bool(command.id), command.index is not None, command.all]
+    if sum(given) != 1:
+        raise SpecError('chunk: give an id, --index N or --all')
+    wanted = None if command.all else command.id or command.index
+    asked = {
+        'JAX_NUM_PROCESSES': command.processes,
+        'JAX_PROCESS_ID': command.process,
+        'JAX_COORDINATOR_ADDRESS': command.coordinator or None,
+    }
+    asked = {name: str(value) for name, value in asked.items() if value is not None}
+    use_all_cores()
+    meet(from_environment({**os.environ, **asked}))
+    keep_compiled()
+    with on_signals(command.grace) as stop:
+        count = run_chunks(
+            command.directory,
+            wanted,
+            data_dir=command.data_dir,
+            progress=shown_on(sys.stderr),
+            stop=stop,
+        )
+    print('finished' if count else 'finished before')
+
+
+def _status(command: Status) -> None:
+    import time
+
+    from jaxprune.sweep import status, store
+
+    while True:
+        found = status(store.place(command.directory))
+        _show_status(found, command.directory)
+        if not command.follow or found['chunks_finished'] + len(found['broken']) == found['chunks']:
+            return
+        time.sleep(_FOLLOW)
+        print()
+
+
+def _show_status(found: dict, directory: str) -> None:
+    from jaxprune.sweep.plan_tables import time_line
+    from jaxprune.sweep.progress import clock
+
     state = 'running' if found['running'] else 'not running'
     print(f'{found["name"]}: {found["runs_finished"]}/{found["runs"]} runs, {state}')
-    print(f'chunks: {found["chunks_finished"]}/{found["chunks"]} finished')
-    for chunk, runs, step, steps in found['saved']:
-        share = f'{100 * step / steps:.0f} %'
-        print(f'chunk {chunk}, {runs} runs: saved after {step:,} of {steps:,} steps ({share})')
+    eta = found['eta'] and f', about {clock(found["eta"])} left'
+    print(f'chunks: {found["chunks_finished"]}/{found["chunks"]} finished{eta or ""}')
+    for chunk in found['unfinished']:
+        print(_chunk_line(chunk))
     for line in found['broken']:
         print(f'broken: {line}')
     print(f'sessions: {found["sessions"]}, last started {found["last_started"]}')
@@ -218,7 +414,46 @@ def _status(command: Status) -> None:
     if found['runs_finished'] < found['runs'] and not found['running']:
         print('to continue, give the same `jaxprune sweep` command again')
     if found['report']:
-        print(f'report: {command.directory / "report.html"}')
+        print(f'report: {directory.rstrip("/")}/report.html')
+
+
+def _chunk_line(chunk: dict) -> str:
+    """One line on a chunk that was begun and is not finished."""
+    from jaxprune.sweep.progress import clock
+
+    line = f'chunk {chunk["chunk"]}, {chunk["runs"]} runs: {chunk["state"]}'
+    if chunk['host']:
+        line += f' on {chunk["host"]} since {chunk["started"]}'
+    if chunk['state'] in ('running', 'lost'):
+        line += f', last sign of life {clock(chunk["silent"])} ago'
+        line += f', {100 * chunk["trained"]:.0f} % trained' if chunk['state'] == 'running' else ''
+    line += f', {100 * chunk["share"]:.0f} % saved'
+    if chunk['attempts'] > 1:
+        line += f', attempt {chunk["attempts"]}'
+    return line + (f': {chunk["error"]}' if chunk['error'] else '')
+
+
+def _launch(command: Launch) -> None:
+    from jaxprune.files import is_remote, write_whole
+    from jaxprune.fleet.manifests import manifests, name_of
+    from jaxprune.sweep import store
+
+    place = store.place(command.directory)
+    plan = store.read_plan(place)
+    sweep = command.directory if is_remote(place) else str(place.absolute())
+    name = name_of(plan['name'])
+    made = manifests(command.kind, sweep, len(plan['chunks']), name, command.options)
+    to = command.to or Path(f'launch-{command.kind}')
+    for file, text in made.items():
+        write_whole(to / file, text.encode())
+        print(to / file)
+
+
+def _merge(command: Merge) -> None:
+    from jaxprune.sweep.merge import merge
+
+    found = merge(command.directories, command.out)
+    print(f'{command.out}: {found.finished} of {found.chunks} chunks finished')
 
 
 def _report(command: Report) -> None:
@@ -292,6 +527,9 @@ def _print(*tables) -> None:
 _COMMANDS = {
     'plan': (Plan, _plan),
     'sweep': (Sweep, _sweep),
+    'chunk': (Chunk, _chunk),
+    'launch': (Launch, _launch),
+    'merge': (Merge, _merge),
     'status': (Status, _status),
     'report': (Report, _report),
     'list': (List, _list),

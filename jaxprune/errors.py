@@ -25,6 +25,14 @@ class StoreError(JaxpruneError):
     """A result directory or a file that lacks what is read, is broken, or cannot be written."""
 
 
+class WriteError(StoreError):
+    """A file that cannot be written now: a full disk, a lost network. The same call may work."""
+
+
+class Interrupted(JaxpruneError):
+    """Work that was left because a signal asked for it; the same command continues."""
+
+
 class PruneError(JaxpruneError):
     """Arguments for which there is no valid mask, score or measurement."""
 

@@ -91,5 +91,5 @@ def make_fake_engine(strategy, program, data, devices, steps_per_call=0):
 def nothing_trained():
     """Sweeps within it run on the fake engine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('jaxprune.sweep.run.make_engine', make_fake_engine)
+        patch.setattr('jaxprune.sweep.worker.make_engine', make_fake_engine)
         yield

@@ -3,13 +3,15 @@
 import jax
 
 from jaxprune import data
-from jaxprune.sweep import make_spec, timeline
+from jaxprune.sweep import make_plan, make_spec, store, timeline
+from jaxprune.sweep.attempts import attempts_of
 from jaxprune.sweep.chunk import event_call, rows_of
 from jaxprune.sweep.device_data import device_data
 from jaxprune.sweep.engine import make_engine
 from jaxprune.sweep.grid import DENSE
 from jaxprune.sweep.program import make_program
 from jaxprune.sweep.sweep_plan import checked_groups
+from jaxprune.sweep.this_machine import machine_of
 
 
 def group_of(table, label=None):
@@ -20,6 +22,17 @@ def group_of(table, label=None):
         (group,) = groups
         return spec, group
     return spec, next(g for g in groups if any(r.method.label == label for r in g.runs))
+
+
+def planned_here(spec):
+    """How this machine would train each program of a specification."""
+    groups = checked_groups(spec)
+    return list(machine_of(groups, make_plan(spec, groups=groups)).values())
+
+
+def trained_here(out):
+    """What the last attempt at each chunk says of how it was trained."""
+    return [attempts_of(out, chunk)[-1] for chunk in store.chunk_ids(out)]
 
 
 def engine_of(spec, group, strategy, steps_per_call=0):

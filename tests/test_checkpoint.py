@@ -15,9 +15,8 @@ import tomli_w
 from polars.testing import assert_frame_equal
 from sweeps import engine_of
 
-from jaxprune.errors import StoreError
 from jaxprune.sweep import make_spec, store
-from jaxprune.sweep.checkpoint import checkpoint
+from jaxprune.sweep.checkpoint import checkpoint, every, remove, saved_places
 from jaxprune.sweep.chunk import run_chunk
 from jaxprune.sweep.progress import ignored
 from jaxprune.sweep.strategy import Strategy
@@ -81,6 +80,7 @@ TABLE = {
 }
 ALWAYS = 1e-9  # minutes
 ONE = Strategy('map', 'scan', 'native', 1)
+PIECE = '0-2'
 
 
 class Interrupt(Exception):
@@ -132,11 +132,11 @@ def check_goes_on(label, tmp_path, strategy, first, second, after):
             members,
             count,
             shown=interrupted(after * program.steps * count),
-            saved=checkpoint(place, ALWAYS),
+            saved=checkpoint(place, 'first', PIECE, every(ALWAYS)),
         )
     resumed, taken = [], []
     shown = ignored()._replace(resume=resumed.append, steps=taken.append)
-    saved = checkpoint(place, ALWAYS)
+    saved = checkpoint(place, 'second', PIECE, every(ALWAYS))
     got = run_chunk(spec, program, engines[second], members, count, shown=shown, saved=saved)
     for a, b in zip(got[:4], expected[:4], strict=True):
         assert len(a) and a.columns == b.columns
@@ -146,7 +146,7 @@ def check_goes_on(label, tmp_path, strategy, first, second, after):
     assert got.timing['run_steps'] == program.timeline.steps * count - before
     assert resumed == [before]
     assert sum(taken) == program.timeline.steps * count - before
-    saved.remove()
+    remove(place)
     assert not place.exists()
 
 
@@ -182,31 +182,51 @@ def test_nothing_is_saved_before_its_time_or_at_zero_minutes(tmp_path):
     spec, group = made('before')
     members, one = group.runs, engine('before', ONE)
     for minutes in (0, 10):
-        saved = checkpoint(tmp_path / 'c', minutes)
+        saved = checkpoint(tmp_path / 'c', 'first', PIECE, every(minutes))
         run_chunk(spec, group.program, one, members, len(members), saved=saved)
         assert not (tmp_path / 'c').exists()
 
 
-def test_a_broken_checkpoint_is_an_error_of_one_line(tmp_path):
+def test_a_broken_checkpoint_is_left_out(tmp_path):
+    """Expectation: an older one is taken, of whatever attempt, and then none; each time a line says
+    which one cannot be read, and the results are those of a chunk that nobody stopped."""
     spec, group = made('before')
     program, members, one = group.program, group.runs, engine('before', ONE)
-    place = tmp_path / 'c'
-    with pytest.raises(Interrupt):
-        run_chunk(
+    count = len(members)
+    expected = run_chunk(spec, program, one, members, count)
+    place, notes, resumed = tmp_path / 'c', [], []
+    for attempt, after in (('older', 2), ('newer', 3)):
+        with pytest.raises(Interrupt):
+            run_chunk(
+                spec,
+                program,
+                one,
+                members,
+                count,
+                shown=interrupted(after * program.steps * count),
+                saved=checkpoint(place / attempt, attempt, PIECE, every(ALWAYS)),
+            )
+    for attempt in ('older', 'newer'):  # both began anew; now they stand side by side
+        (place / attempt / attempt).rename(place / f'{attempt}-')
+        (place / attempt).rmdir()
+    assert [saved.step for saved in saved_places(place, PIECE)] == [10, 20]
+    for broken, steps in (('newer-', 10), ('older-', None)):
+        for file in (place / broken).rglob('*'):
+            if file.is_file():
+                file.write_bytes(b'broken')
+        found = run_chunk(
             spec,
             program,
             one,
             members,
-            len(members),
-            shown=interrupted(2 * program.steps * len(members)),
-            saved=checkpoint(place, ALWAYS),
+            count,
+            shown=ignored()._replace(resume=resumed.append),
+            saved=checkpoint(place, 'last', PIECE, every(0), notes.append),
         )
-    for file in place.rglob('*'):
-        if file.is_file():
-            file.write_bytes(b'broken')
-    with pytest.raises(StoreError, match='delete it') as error:
-        run_chunk(spec, program, one, members, len(members), saved=checkpoint(place, ALWAYS))
-    assert '\n' not in str(error.value)
+        assert resumed == ([steps * count] if steps else [])
+        assert broken in notes[-1] and 'left out' in notes[-1] and '\n' not in notes[-1]
+        assert_frame_equal(found.results, expected.results, check_exact=True)
+        resumed.clear()
 
 
 @pytest.mark.script
@@ -236,7 +256,7 @@ def test_a_killed_process_goes_on_within_its_chunk(tmp_path):
         process = start(out)
         until = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < until:
-            saved = [int(p.name) for p in out.glob('checkpoints/*/*') if p.name.isdigit()]
+            saved = [int(p.name) for p in out.glob('checkpoints/*/*/*/*') if p.name.isdigit()]
             if max(saved, default=0) >= wanted:
                 break
             time.sleep(0.002)

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 from fake_engine import make_fake_engine, nothing_trained
 from polars.testing import assert_frame_equal
-from sweeps import parts
+from sweeps import parts, planned_here, trained_here
 
 import jaxprune as jp
 from jaxprune import flow, nn, tree
@@ -25,11 +25,13 @@ from jaxprune.sweep.devices import keep_compiled
 from jaxprune.sweep.engine import make_engine
 from jaxprune.sweep.grid import runs
 from jaxprune.sweep.observe import Recorded
+from jaxprune.sweep.pieces import pieces_of
 from jaxprune.sweep.probe import Measured, _Trial, probe, remember, remembered
 from jaxprune.sweep.program import hyper_of, make_program
 from jaxprune.sweep.progress import ignored
 from jaxprune.sweep.strategy import Strategy
 from jaxprune.sweep.sweep_plan import checked_groups
+from jaxprune.sweep.this_machine import this_machine
 from jaxprune.sweep.timing import covered, stopwatch
 from jaxprune.sweep.trials import measure
 
@@ -84,7 +86,7 @@ def test_four_devices_train_what_one_trains(tmp_path):
     command = [sys.executable, '-c', FOUR, str(tmp_path / 'tables.json'), str(tmp_path)]
     subprocess.run(command, env=environment, check=True, timeout=400)
     found = {n: pl.read_parquet(tmp_path / f'{n}.parquet').sort('run_id', 'step') for n in cases}
-    strategies = {n: store.read_plan(tmp_path / n)['programs'][0]['strategy'] for n in cases}
+    strategies = {n: trained_here(tmp_path / n)[0]['strategy'] for n in cases}
     assert strategies['map']['devices'] == 4 and strategies['shared']['batch_devices'] == 4
     assert len(found['one']) == 6
     for name, exactly in (('map', True), ('vmap', False), ('shared', False)):
@@ -171,8 +173,8 @@ def test_a_run_on_more_devices_than_there_are_is_refused():
     """Expectation: one line, before anything is written."""
     with pytest.raises(SpecError, match='batch_devices: a run on 3 devices, where 2 are used'):
         make_plan(make_spec({**DENSE, 'engine': {'batch_devices': 3}}))
-    planned = make_plan(make_spec({**DENSE, 'engine': {'batch_devices': 2}}))['programs'][0]
-    assert planned['strategy']['batch_devices'] == 2
+    [here] = planned_here(make_spec({**DENSE, 'engine': {'batch_devices': 2}}))
+    assert here.strategy.batch_devices == 2
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -204,7 +206,7 @@ def _failing_above(monkeypatch, most, devices=1):
 
         return built._replace(advance=advance)
 
-    monkeypatch.setattr('jaxprune.sweep.run.make_engine', engine)
+    monkeypatch.setattr('jaxprune.sweep.worker.make_engine', engine)
     return made
 
 
@@ -215,9 +217,9 @@ SIX = {
 }
 
 
-def test_out_of_memory_halves_the_chunk_and_goes_on(tmp_path, monkeypatch):
-    """Expectation: the sweep that never ran out, value for value; the plan tells the new size, and
-    a finished sweep is not touched again. Steps are not counted twice.
+def test_out_of_memory_halves_the_runs_at_once_and_goes_on(tmp_path, monkeypatch):
+    """Expectation: the sweep that never ran out, value for value, in the same chunk; no plan knows
+    of it, the attempt does; a finished sweep is not touched again. Steps are not counted twice.
     """
     with nothing_trained():
         whole = jp.run_sweep(SIX, tmp_path / 'whole')
@@ -232,12 +234,15 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(tmp_path, monkeypatch):
 
     out = tmp_path / 'halved'
     found = jp.run_sweep(SIX, out, progress=progress)
-    assert_frame_equal(found.sort('run_id', 'step'), whole.sort('run_id', 'step'), check_exact=True)
-    planned = store.read_plan(out)
-    assert planned['programs'][0]['chunk'] == 2 and len(planned['chunks']) == 3
+    assert_frame_equal(found, whole, check_exact=True)
+    for read in (store.read_layers, store.read_plan):
+        ours, theirs = read(out), read(tmp_path / 'whole')
+        assert ours.equals(theirs) if isinstance(ours, pl.DataFrame) else ours == theirs
+    [how] = trained_here(out)
+    assert (how['at_once'], how['pieces'], how['state']) == (2, 3, 'finished')
     assert [('with 6' in n, 'with 4' in n) for n in notes] == [(True, True), (False, True)]
     assert sum(steps) == 6 * 2 * 10
-    assert not (out / 'checkpoints').exists()
+    assert not list(out.glob('checkpoints/*'))
     again = jp.run_sweep(SIX, out)
     assert_frame_equal(again, found, check_exact=True)
 
@@ -271,9 +276,9 @@ def test_what_the_compiler_says_is_too_large_is_not_started(tmp_path, monkeypatc
     assert needed < 3 * state + 2 * images
     assert first > 0 and engine.traces()['steps 10'] == 1
     limits = iter([0.5 * needed, *[100 * needed] * 10])
-    monkeypatch.setattr('jaxprune.sweep.run.memory_limit', lambda: next(limits))
+    monkeypatch.setattr('jaxprune.sweep.worker.memory_limit', lambda: next(limits))
     jp.run_sweep(SIX, tmp_path)
-    assert store.read_plan(tmp_path)['programs'][0]['chunk'] == 4
+    assert trained_here(tmp_path)[0]['at_once'] == 4
 
 
 # --- runs keep to themselves --------------------------------------------------------------------
@@ -333,7 +338,7 @@ def test_records_along_training(tmp_path, monkeypatch):
         made.append(make_engine(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr('jaxprune.sweep.run.make_engine', kept_engine)
+    monkeypatch.setattr('jaxprune.sweep.worker.make_engine', kept_engine)
     results = jp.run_sweep({**DENSE, 'record': watched}, tmp_path / 'watched')
     plain = jp.run_sweep(DENSE, tmp_path / 'plain')
     assert_frame_equal(results, plain, check_exact=True)
@@ -473,8 +478,7 @@ def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch, quick
     for engine in ({'probe': 'never'}, {'batching': 'map', 'devices': 1}):
         quiet = make_spec({**DENSE, 'engine': engine})
         assert trials(quiet, lambda found: None) == {}
-    plan = make_plan(spec)
-    assert plan['programs'][0]['chosen'] == 'usual'
+    assert planned_here(spec)[0].chosen == 'usual'
     notes = []
 
     def progress(plan, out):
@@ -483,15 +487,15 @@ def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch, quick
         return contextlib.nullcontext(ignored()._replace(note=notes.append))
 
     jp.run_sweep(spec, tmp_path / 'out', progress=progress)
-    planned = store.read_plan(tmp_path / 'out')['programs'][0]
+    how = trained_here(tmp_path / 'out')[0]
     best = remembered(spec, runs(spec)[0])[0]
-    assert planned['chosen'] == 'measured' and planned['seconds_per_step'] == best.seconds > 0
-    assert planned['strategy'] == best.strategy._asdict()
+    assert how['chosen'] == 'measured' and how['strategy'] == best.strategy._asdict()
     assert sum('tried' in note for note in notes) == len(remembered(spec, runs(spec)[0])) >= 1
-    assert make_plan(spec)['programs'][0]['chosen'] == 'measured'
+    here = planned_here(spec)[0]
+    assert here.chosen == 'measured' and here.seconds == best.seconds > 0
     # What was measured is taken only where [engine] allows it.
-    other = make_plan(make_spec({**DENSE, 'engine': {'stepping': 'host'}}))['programs'][0]
-    assert other['chosen'] == 'forced' and other['strategy']['stepping'] == 'host'
+    [other] = planned_here(make_spec({**DENSE, 'engine': {'stepping': 'host'}}))
+    assert other.chosen == 'forced' and other.strategy.stepping == 'host'
 
 
 def test_trying_stops_when_it_costs_too_much(instant_trials):
@@ -525,52 +529,38 @@ def test_compiled_programs_are_kept_unless_someone_said_where(tmp_path, monkeypa
 # --- going on elsewhere, or with other settings ---------------------------------------------------
 
 
-def rewritten(out, change):
-    """Changes the plan in a directory, and takes a finished chunk away so that there is work."""
-    table = store.read_plan(out)
-    change(table)
-    store.write_json(out / 'plan.json', table)
-    store.results_path(out, table['chunks'][-1]['id']).unlink()
+def test_a_plan_knows_no_machine(tmp_path, monkeypatch):
+    """Expectation: by hand: the same plan whatever devices, memory and [engine] there are, apart
+    from `chunk`; 6 runs of 1e12 operations each are one chunk, of 1e13 two of the fewest."""
+    spec = make_spec(SIX)
+    plan = make_plan(spec)
+    words = json.dumps(plan)
+    assert not any(word in words for word in ('strategy', 'device', 'platform', 'seconds', 'cpu'))
+    for engine in ({'batching': 'vmap', 'devices': 1}, {'probe': 'never', 'batch_devices': 2}):
+        assert make_plan(make_spec({**SIX, 'engine': {'chunk': 6, **engine}})) == plan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('jaxprune.sweep.this_machine.memory_limit', lambda: 1)
+        assert make_plan(spec) == plan
+    sizes = {1e8: 512, 1e11: 100, 1e12: 10, 1e14: 8, float('nan'): 512}
+    for flops, size in sizes.items():
+        assert sweep_plan._chunk_size(0, 512 * 100 * size, flops) == size
+    assert sweep_plan._chunk_size(0, 9, 1e14) == 5  # shared out evenly
+    assert sweep_plan._chunk_size(3, 9, 1e14) == 3
 
 
-@nothing_trained()
-def test_a_sweep_goes_on_on_a_machine_with_other_devices(tmp_path):
-    """Expectation: this machine's strategy, the same chunks, the same values."""
-    before = jp.run_sweep(DENSE, tmp_path)
-    ids = store.chunk_ids(tmp_path)
-
-    def elsewhere(table):
-        table['machine'] = {'platform': 'tpu', 'devices': 8}
-        table['programs'][0]['strategy'] |= {'devices': 8, 'batch_devices': 8}
-
-    rewritten(tmp_path, elsewhere)
-    after = jp.run_sweep(DENSE, tmp_path)
-    assert_frame_equal(after, before, rel_tol=1e-5)
-    planned = store.read_plan(tmp_path)
-    assert planned['programs'][0]['strategy']['devices'] == 2 and store.chunk_ids(tmp_path) == ids
-
-
-def test_settings_that_shape_no_chunk_leave_the_plan_alone(tmp_path, monkeypatch):
-    """Expectation: the chunks stay under another `checkpoint_minutes`; under another `chunk` they
-    are cut anew, but not larger than what once ran out of memory.
-    """
-    _failing_above(monkeypatch, most=2)
-    jp.run_sweep(SIX, tmp_path)
-    ids = store.chunk_ids(tmp_path)
-    for engine, size in (({'checkpoint_minutes': 3.0, 'probe': 'never'}, 2), ({'chunk': 5}, 2)):
-        rewritten(tmp_path, lambda table: None)
-        jp.run_sweep({**SIX, 'engine': {**SIX['engine'], **engine}}, tmp_path)
-        assert store.read_plan(tmp_path)['programs'][0]['chunk'] == size
-        assert store.chunk_ids(tmp_path) == ids
-
-
-def test_chunks_fill_the_devices():
+def test_pieces_fill_the_devices():
     """Expectation: by hand: per device two unrolled runs, 16 mapped ones at most; no padding."""
     spec = make_spec({**DENSE, 'grid': {**DENSE['grid'], 'seed': list(range(300))}})
     group = checked_groups(spec)[0]
-    for batching, devices, chunk in (('unroll', 8, 16), ('map', 3, 48), ('vmap', 2, 8)):
+    planned = {'bytes_per_run': 1000, 'chunk': 300}
+    for batching, devices, at_once in (('unroll', 8, 16), ('map', 3, 45), ('vmap', 2, 8)):
         strategy = Strategy(batching, 'scan', 'native', devices)
-        assert sweep_plan._chunk_size(spec, group._replace(strategy=strategy), 1000) == chunk
+        here = this_machine(group._replace(strategy=strategy), planned)
+        assert here.at_once == at_once and here.strategy == strategy
+    assert pieces_of(300, 48)[-1] == (288, 12)
+    # A saved piece keeps its borders where it fits.
+    assert pieces_of(10, 4, [(2, 3), (5, 5), (0, 9)]) == [(0, 4), (4, 4), (8, 2)]
+    assert pieces_of(10, 4, [(0, 2), (2, 3), (5, 5)]) == [(0, 2), (2, 3), (5, 4), (9, 1)]
 
 
 def test_quantities_without_data_need_none(tmp_path):
@@ -619,9 +609,6 @@ def test_files_in_the_way_are_errors_of_one_line(tmp_path):
     store.results_path(out, chunk).unlink()
     jp.run_sweep(table, out)
     assert_frame_equal(store.read_curves(out), curves, check_exact=True)
-    assert not store.is_locked(out)
-    with store.locked(out):
-        assert store.is_locked(out)
 
 
 def test_what_is_remembered_adds_up(monkeypatch, quick_trials, instant_trials):
@@ -636,8 +623,8 @@ def test_what_is_remembered_adds_up(monkeypatch, quick_trials, instant_trials):
     remember(spec, run, [slow])
     remember(spec, run, [fast])
     assert remembered(spec, run) == [fast, slow]
-    shared = make_plan(make_spec({**DENSE, 'engine': {'batch_devices': 2}}))
-    assert shared['programs'][0]['strategy']['batch_devices'] == 2
+    [shared] = planned_here(make_spec({**DENSE, 'engine': {'batch_devices': 2}}))
+    assert shared.strategy.batch_devices == 2
     tried = []
     trials(spec, lambda found: tried.append(found.strategy))
     assert tried and fast.strategy not in tried
@@ -651,4 +638,4 @@ def test_what_is_remembered_adds_up(monkeypatch, quick_trials, instant_trials):
     ):
         (quick_trials / 'probes.json').write_text(json.dumps({key: [row]}))
         assert remembered(spec, run) == []
-        assert make_plan(spec)['programs'][0]['chosen'] == 'usual'
+        assert planned_here(spec)[0].chosen == 'usual'

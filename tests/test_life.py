@@ -317,7 +317,7 @@ def test_directories_of_earlier_formats_are_refused_with_the_reason(tmp_path):
     # As an earlier version wrote it, with keys that are no more.
     spec = (tmp_path / 'spec.toml').read_text()
     (tmp_path / 'spec.toml').write_text(spec.replace('start = 0.0', 'after_epochs = 0'))
-    with pytest.raises(StoreError, match=r'format 2.*writes format 5: it says when rounds happen'):
+    with pytest.raises(StoreError, match=r'format 2.*writes format 6: it says when rounds happen'):
         jp.run_sweep(table, tmp_path)
 
 
@@ -374,7 +374,7 @@ def test_each_program_is_made_once(tmp_path, monkeypatch):
         made.append(args[1].method.label)
         return make_program(*args, **kwargs)
 
-    for room in ('groups', 'run', 'probe'):
+    for room in ('groups', 'worker', 'probe'):
         monkeypatch.setattr(f'jaxprune.sweep.{room}.make_program', counted)
     jp.run_sweep({**TABLE, 'train': {'epochs': 2, 'batch_size': 120}, 'grid': grid}, tmp_path)
     assert made == ['magnitude', 'later']

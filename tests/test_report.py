@@ -142,15 +142,15 @@ class Sweep:
             )
             store.write_chunk(out, chunk['id'], made)
         sessions = [{'started': 'monday', 'runs': 3}, {'started': 'tuesday', 'runs': 4}]
-        provenance = {
+        record = {
             'versions': {'jax': '0.10.2'},
             'git': {'commit': 'c0ffee', 'dirty': False, 'diff': None},
             'device': 'cpu <two>',
             'seeds': [0, 1, 2],
-            'sessions': sessions,
             'nothing': {},
         }
-        store.write_json(out / 'provenance.json', provenance)
+        for session in sessions:
+            store.write_session(out, {**record, 'session': session})
         store.write_bytes(out / 'spec.toml', b'name = "made up"\n[grid]\nseed = [0, 1, 2, 3]\n')
         return out
 

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import shutil
+import types
 from pathlib import Path
 
 import changed_table
@@ -12,10 +14,12 @@ import tomli_w
 from fake_engine import nothing_trained
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from polars.testing import assert_frame_equal
+from sweeps import trained_here
 
 import jaxprune as jp
 from jaxprune import report
 from jaxprune.errors import StoreError
+from jaxprune.files import machine_token
 from jaxprune.report import style
 from jaxprune.sweep import make_spec, status, store
 from jaxprune.sweep.load import spec_hash, to_toml
@@ -91,15 +95,22 @@ def test_resume_runs_only_what_is_missing(finished, copied):
         store.results_path(copied, chunk).unlink()
     store.layers_path(copied, gone[0]).unlink()
     store.layers_path(copied, chunks[0]).unlink()  # half a chunk is no chunk
+    dead = f'{machine_token()}-{2**22 + 1}-0123abcd.tmp'  # no process has this number
     leftovers = [
-        copied / '.plan.json.4242.tmp',
-        store.results_path(copied, chunks[1]).with_name(f'.{chunks[1]}.parquet.4242.tmp'),
-        store.layers_path(copied, chunks[1]).with_name(f'.{chunks[1]}.parquet.4242.tmp'),
+        copied / f'.plan.json.{dead}',
+        store.results_path(copied, chunks[1]).with_name(f'.{chunks[1]}.parquet.{dead}'),
+        copied / '.plan.json.ffffffff-1-0123abcd.tmp',
     ]
     for leftover in leftovers:
         leftover.write_bytes(b'half a file')
-    foreign = copied / '.mine.tmp'
-    foreign.write_text('not ours')
+    os.utime(leftovers[2], (0, 0))  # of another machine, years ago
+    others = [
+        copied / '.mine.tmp',
+        copied / f'.plan.json.{machine_token()}-{os.getpid()}-0123abcd.tmp',
+        copied / '.plan.json.ffffffff-1-0123abce.tmp',
+    ]
+    for other in others:
+        other.write_text('not ours to delete')
 
     before = status(copied)
     assert before['chunks_finished'] == len(chunks) - len(gone) - 1
@@ -114,14 +125,14 @@ def test_resume_runs_only_what_is_missing(finished, copied):
             path = where(copied, chunk)
             assert path.stat().st_mtime_ns == times[path]
     assert not any(leftover.exists() for leftover in leftovers)
-    assert foreign.exists()
+    assert all(other.exists() for other in others)
     after = status(copied)
     assert after['runs_finished'] == after['runs'] == 18
     assert after['sessions'] == 2 and not after['running']
 
 
 def test_finished_sweep_trains_nothing(finished, copied, monkeypatch):
-    monkeypatch.setattr('jaxprune.sweep.run.make_engine', None)
+    monkeypatch.setattr('jaxprune.sweep.worker.make_engine', None)
     assert_frame_equal(jp.run_sweep(TABLE, copied), finished[1], check_exact=True)
 
 
@@ -139,7 +150,7 @@ def test_other_specification_is_refused(copied, changes):
 
 BROKEN = {
     'plan.json': ['', '{', '[]', '{}', 'null', b'\xff\xfe'],
-    'provenance.json': ['{', '{}'],
+    'sessions': ['{', '{}'],
     'results': [b'', b'PAR1', 'text'],
     'layers': [b'', b'half'],
 }
@@ -161,7 +172,8 @@ def test_broken_file_is_named(copied, command, tmp_path, kind, content):
             assert code == 0 and f'broken: {path}: cannot be read' in out
             assert '15/18 runs' in out and '5/6 finished' in out
             continue
-        if arguments[0] == 'report' and kind == 'provenance.json':
+        if kind == 'sessions' and arguments[0] == 'status':  # only the report shows them
+            assert command(*arguments)[0] == 0
             continue
         code, _, err = command(*arguments)
         assert code == 2
@@ -198,16 +210,30 @@ def test_other_format_is_refused(copied):
         jp.run_sweep(TABLE, copied)
 
 
-def test_one_process_at_a_time(copied, command, tmp_path):
-    spec = tmp_path / 'spec.toml'
-    spec.write_text(tomli_w.dumps(TABLE))
-    with store.locked(copied):
-        code, out, err = command('sweep', spec, '--out', copied)
-        assert (code, out) == (2, '')
-        assert 'in use by another jaxprune process' in err
-        assert status(copied)['running']
-        assert 'running' in command('status', copied)[1]
-    assert not status(copied)['running']
+def test_several_processes_share_a_directory(copied, command, finished):
+    """Expectation: a chunk that another process is at is left to it, as long as it gives signs of
+    life; then it is taken over. `status` says who is where."""
+    first, second = store.chunk_ids(copied)[:2]
+    for chunk in (first, second):
+        store.results_path(copied, chunk).unlink()
+    record = {'state': 'running', 'host': 'elsewhere', 'machine': 'ffffffff', 'process': 1}
+    other = copied / 'attempts' / first / '20260101T000000+0000-0123abcd.json'
+    store.write_json(other, {**record, 'started': 'monday'})
+    assert status(copied)['running']
+    out = command('status', copied)[1]
+    assert f'chunk {first}, 3 runs: running on elsewhere since monday, last sign of life 0:0' in out
+    looks = []
+
+    def silent_at_last(seconds):  # it waits for the other one, and time goes by
+        assert store.finished(copied, second) and not store.finished(copied, first)
+        looks.append(seconds)
+        if len(looks) == 2:
+            os.utime(other, (0, 0))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('jaxprune.sweep.run.time', types.SimpleNamespace(sleep=silent_at_last))
+        assert_frame_equal(jp.run_sweep(TABLE, copied), finished[1], check_exact=True)
+    assert len(looks) == 2 and not status(copied)['running']
 
 
 def test_out_with_files_of_somebody_else_is_refused(tmp_path, command):
@@ -227,20 +253,24 @@ def test_a_directory_of_a_sweep_that_was_killed_early_is_taken(tmp_path):
     """Expectation: what is written before the plan does not stand in the way."""
     out = tmp_path / 'out'
     out.mkdir()
-    for name in ('.lock', 'provenance.json', 'spec.toml', '.plan.json.123.tmp'):
+    (out / 'sessions').mkdir()
+    for name in ('sessions/monday.json', 'spec.toml', '.plan.json.ffffffff-1-0123abcd.tmp'):
         (out / name).write_text('')
     assert store.directory(out) == out
 
 
 def test_status_counts_what_a_checkpoint_holds(copied, command):
-    """Expectation: by hand: a chunk of three runs, saved after 2 of its 6 steps."""
+    """Expectation: by hand: of a chunk of three runs, one is finished and two are saved after half
+    of their steps, by two attempts; `1 + 2 / 2` of 3."""
     chunk = store.chunk_ids(copied)[-1]
     store.results_path(copied, chunk).unlink()
-    (copied / 'checkpoints' / chunk / '2').mkdir(parents=True)
-    (copied / 'checkpoints' / chunk / '4.orbax-checkpoint-tmp').mkdir()  # never finished
-    steps = store.read_plan(copied)['programs'][0]['steps']
+    steps, folder = store.read_plan(copied)['programs'][0]['steps'], copied / 'checkpoints' / chunk
+    (folder / 'a' / '1-2' / str(steps // 2)).mkdir(parents=True)
+    (folder / 'b' / '1-2' / str(steps // 4)).mkdir(parents=True)
+    (folder / 'b' / '1-2' / f'{steps - 1}.orbax-checkpoint-tmp').mkdir()  # never finished
+    (folder / '0-1.zip').touch()
     out = command('status', copied)[1]
-    assert f'chunk {chunk}, 3 runs: saved after 2 of {steps} steps' in out
+    assert f'chunk {chunk}, 3 runs: finished on ' in out and ', 67 % saved' in out
 
 
 def test_out_that_is_a_file(tmp_path, command):
@@ -283,9 +313,10 @@ def test_report_of_half_a_sweep(copied, command, words_only):
 
 
 def test_engine_settings_may_change_between_sessions(tmp_path):
-    """[engine] is no part of a sweep's identity: finished chunks stay, the rest is cut anew."""
+    """[engine] is no part of a sweep's identity: the chunks stay as they were planned, what is left
+    of them is trained as it says now."""
     table = {
-        'name': 'recut',
+        'name': 'again',
         'model': {'name': 'mlp', 'widths': [8]},
         'data': {'name': 'mnist_small', 'train_examples': 200, 'test_examples': 100},
         'train': {'epochs': 1, 'batch_size': 50},
@@ -295,10 +326,12 @@ def test_engine_settings_may_change_between_sessions(tmp_path):
     out = tmp_path / 'out'
     whole = jp.run_sweep(table, out)
     first, second = store.chunk_ids(out)
+    plan = (out / 'plan.json').read_bytes()
     store.results_path(out, second).unlink()
     written = store.results_path(out, first).stat().st_mtime_ns
-    again = jp.run_sweep({**table, 'engine': {'chunk': 1, 'batching': 'map'}}, out)
-    assert again.sort('run_id').equals(whole.sort('run_id'))
+    engine = {'chunk': 1, 'batching': 'unroll', 'devices': 1}
+    again = jp.run_sweep({**table, 'engine': engine}, out)
+    assert_frame_equal(again, whole, check_exact=True)
     assert store.results_path(out, first).stat().st_mtime_ns == written
-    assert len(store.chunk_ids(out)) == 3  # four runs as they were, then one and one
-    assert store.read_layers(out)['run_id'].n_unique() == 6
+    assert (out / 'plan.json').read_bytes() == plan
+    assert [how['strategy']['batching'] for how in trained_here(out)] == ['map', 'unroll']

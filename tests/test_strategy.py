@@ -10,12 +10,12 @@ import pytest
 import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sweeps import parts, pruned
+from sweeps import parts, planned_here, pruned
 
 from jaxprune import tree
 from jaxprune.cli import main
 from jaxprune.errors import SpecError
-from jaxprune.sweep import make_plan, make_spec
+from jaxprune.sweep import make_spec
 from jaxprune.sweep.grid import runs
 from jaxprune.sweep.layout import MOST_LENGTHS, call_lengths, calls_of
 from jaxprune.sweep.probe import _Trial, cache_file, probe, remember, remembered
@@ -130,13 +130,12 @@ def test_which_strategies_there_are():
 def test_a_forced_strategy_is_taken():
     """Expectation: what [engine] says, and the usual way for what it does not say."""
     engine = {'batching': 'vmap', 'stepping': 'scan', 'convolution': 'taps', 'devices': 1}
-    planned = make_plan(make_spec({**TABLE, 'engine': engine}))['programs'][0]['strategy']
-    assert planned == {**engine, 'batch_devices': 1}
-    planned = make_plan(make_spec({**TABLE, 'engine': {'convolution': 'taps'}}))
-    assert planned['programs'][0]['strategy'] == {
-        **usual(True, 'cpu', jax.local_device_count())._asdict(),
-        'convolution': 'taps',
-    }
+    [here] = planned_here(make_spec({**TABLE, 'engine': engine}))
+    assert here.strategy == Strategy(**engine, batch_devices=1) and here.chosen == 'forced'
+    [here] = planned_here(make_spec({**TABLE, 'engine': {'convolution': 'taps'}}))
+    assert here.strategy == usual(True, 'cpu', jax.local_device_count())._replace(
+        convolution='taps'
+    )
     with pytest.raises(SpecError, match=r"engine\.convolution.*did you mean 'taps'"):
         make_spec({**TABLE, 'engine': {'convolution': 'tap'}})
 
@@ -170,7 +169,7 @@ def test_probing_finds_a_strategy_and_remembers_it(quick_trials):
     assert all(m.bytes_per_run > 0 and m.compile_seconds > 0 for m in found[:2])
     remember(spec, run, found)
     assert remembered(spec, run) == found[:2]  # 'nonsense' is nothing to remember
-    assert make_plan(spec)['programs'][0]['strategy'] == found[0].strategy._asdict()
+    assert planned_here(spec)[0].strategy == found[0].strategy
     other = make_spec({**DENSE, 'model': {'name': 'mlp', 'widths': [9]}})
     assert remembered(other, runs(other)[0]) == []
     cache_file().write_text('{"torn')

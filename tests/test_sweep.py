@@ -20,6 +20,7 @@ import pytest
 import tomli_w
 from polars.testing import assert_frame_equal
 from rich.console import Console
+from sweeps import planned_here
 
 import jaxprune as jp
 from jaxprune import plan, report
@@ -259,7 +260,7 @@ def test_convolutions_and_augmentation(tmp_path, model, method):
             'data': {'name': 'mnist_small', 'train_examples': 200, 'test_examples': 100, **data},
         }
         table['train'] = {**table['train'], 'epochs': 1, 'batch_size': 50}
-        assert make_plan(make_spec(table))['programs'][0]['strategy']['stepping'] == 'host'
+        assert planned_here(make_spec(table))[0].strategy.stepping == 'host'
         return jp.run_sweep(table, tmp_path / name)
 
     plain, moved = rows('plain'), rows('moved', augment=['crop', 'flip'])
@@ -320,7 +321,7 @@ def test_plan_and_provenance(finished):
     assert stored['programs'][0]['parameters'] == 784 * 32 + 32 + 32 * 10 + 10
     assert stored['programs'][0]['steps'] == 12
     assert [len(c['runs']) for c in stored['chunks']] == [3] * 6
-    record = json.loads((out / 'provenance.json').read_text())
+    record = store.read_provenance(out)
     assert record['seeds'] == [0, 1] and record['name'] == 'tiny'
     [session] = record['sessions']
     assert session['versions']['jax'] == jax.__version__

@@ -27,6 +27,7 @@ from jaxprune.score.importance import MEASURES, importance
 from jaxprune.select import global_top_k, within_bounds
 from jaxprune.sweep import SweepSpec, load_spec, store, use_all_cores
 from jaxprune.sweep.advance import Rows
+from jaxprune.sweep.attempts import attempts_of
 from jaxprune.sweep.chunk import rows_of
 from jaxprune.sweep.device_data import device_data
 from jaxprune.sweep.devices import keep_compiled
@@ -148,7 +149,7 @@ def prepare(directory: Path, data_dir: str | None) -> Setting:
     facts = data.facts(spec.data.name)
     indices = on_device.by_class[:, : spec.prune.samples_per_class].reshape(-1)
     batch = data.fetcher(facts.mean, facts.std, ())(on_device.train, None, indices)
-    strategy = trained_with(plan, members[0].run_id)
+    strategy = trained_with(directory, plan, members[0].run_id)
     program = make_program(spec, members[0], strategy.convolution, strategy.batch_devices)
     engine = make_engine(strategy, program, on_device, jax.local_devices())
     rows, _ = rows_of(members, len(members), engine)
@@ -158,10 +159,10 @@ def prepare(directory: Path, data_dir: str | None) -> Setting:
     return Setting(spec, members, program, engine, rows, one, groups, keep)
 
 
-def trained_with(plan: dict[str, Any], run_id: str) -> Strategy:
+def trained_with(directory: Path, plan: dict[str, Any], run_id: str) -> Strategy:
     """How the sweep trained a run: another way rounds differently, and training amplifies that."""
-    used = next(chunk['program'] for chunk in plan['chunks'] if run_id in chunk['runs'])
-    strategy = Strategy(**next(p['strategy'] for p in plan['programs'] if p['id'] == used))
+    chunk = next(chunk['id'] for chunk in plan['chunks'] if run_id in chunk['runs'])
+    strategy = Strategy(**attempts_of(directory, chunk)[-1]['strategy'])
     devices = min(strategy.devices, jax.local_device_count())
     return strategy._replace(devices=devices, batch_devices=gcd(strategy.batch_devices, devices))
 

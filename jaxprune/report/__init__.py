@@ -32,5 +32,6 @@ def write(out: Path) -> Path:
     """
     # The drawing libraries load with the first report, not with the command line.
     from jaxprune.report import page
+    from jaxprune.sweep import store
 
-    return page.write(Path(out))
+    return page.write(store.place(out))

@@ -35,7 +35,7 @@ _OURS = re.compile(
 def write(out: Path) -> Path:
     """Writes the report of the sweep directory `out`; see `jaxprune.report.write`."""
     plan = store.read_json(out / 'plan.json')
-    provenance = store.read_json(out / 'provenance.json')
+    provenance = store.read_provenance(out)
     try:
         spec = (out / 'spec.toml').read_text(encoding='utf-8')
     except FileNotFoundError:

@@ -3,7 +3,7 @@
 from jaxprune.sweep.compact_spec import compact_spec
 from jaxprune.sweep.devices import keep_compiled, use_all_cores
 from jaxprune.sweep.load import load_spec, make_spec, to_toml
-from jaxprune.sweep.run import default_out, run_sweep
+from jaxprune.sweep.run import default_out, plan_sweep, run_chunks, run_sweep
 from jaxprune.sweep.spec import SweepSpec
 from jaxprune.sweep.status import status
 from jaxprune.sweep.sweep_plan import make_plan
@@ -16,6 +16,8 @@ __all__ = [
     'load_spec',
     'make_plan',
     'make_spec',
+    'plan_sweep',
+    'run_chunks',
     'run_sweep',
     'status',
     'to_toml',

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxprune.sweep.device_data import DeviceData
-from jaxprune.sweep.layout import call_lengths, calls_of, jitted, training
+from jaxprune.sweep.layout import call_lengths, calls_of, jitted, on_host, training
 from jaxprune.sweep.program import Program
 from jaxprune.sweep.slots import Slots
 from jaxprune.sweep.strategy import Strategy
@@ -128,7 +128,7 @@ def make_trainer(
                         reported, before = time.perf_counter(), at
                     at += length
                 on_steps((last - before) * len(keys))
-        found = [np.concatenate(parts, axis=1) for parts in jax.device_get(losses)]
+        found = [np.concatenate(parts, axis=1) for parts in on_host(losses)]
         return states, np.concatenate(found)
 
     return Trainer(advance, order, steps, by_slot)

@@ -1,19 +1,30 @@
 """Unfinished chunks, saved at ends of epochs: an interruption costs minutes and not a chunk.
 
+    DIR/checkpoints/<chunk>/<attempt>/<first>-<count>/<step>      on a disk
+    DIR/checkpoints/<chunk>/<attempt>/<first>-<count>/<step>.tar  in an object store
+
 Orbax writes them: a checkpoint appears whole or not at all. Only the runs themselves are saved, no
-padding, so another number of devices may go on where these stopped.
+padding, so another number of devices may go on where these stopped. Every attempt at a chunk saves
+in a folder of its own: a process that was frozen and its successor may write at once.
 """
 
+import contextlib
+import io
 import shutil
+import tarfile
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxprune.errors import StoreError, first_line
+from jaxprune import files
+from jaxprune.errors import WriteError, first_line
+from jaxprune.sweep import store
+from jaxprune.sweep.processes import agreed, agreed_arrays, is_lead
 from jaxprune.types import PyTree
 
 
@@ -47,69 +58,188 @@ class Checkpoint(NamedTuple):
     Attributes:
       load: `(step -> abstract (states, anchor)) -> Saved`, or None where nothing is saved.
       due: is it time to save again?
-      save: saves, replacing what was saved before.
-      remove: deletes what is saved, once the chunk's results are stored.
+      save: saves, replacing what this attempt saved before.
     """
 
     load: Callable[[Callable[[int], PyTree]], Saved | None]
     due: Callable[[], bool]
     save: Callable[[Saved], None]
-    remove: Callable[[], None]
+
+
+class Place(NamedTuple):
+    """A saved piece of a chunk.
+
+    Attributes:
+      step: after how many steps.
+      attempt: who saved it.
+      path: where: a folder, or one packed file.
+    """
+
+    step: int
+    attempt: str
+    path: Path
 
 
 def nowhere() -> Checkpoint:
     """Saves nothing."""
-    return Checkpoint(lambda abstract_of: None, lambda: False, lambda saved: None, lambda: None)
+    return Checkpoint(lambda abstract_of: None, lambda: False, lambda saved: None)
 
 
-def checkpoint(directory: Path, minutes: float) -> Checkpoint:
-    """Saves in a directory every so many minutes; 0 saves nothing new.
+def every(minutes: float) -> tuple[Callable[[], bool], Callable[[], None]]:
+    """`(due, done)`: have so many minutes passed since the last call of `done`? Never for 0."""
+    last = [time.monotonic()]
+
+    def done() -> None:
+        last[0] = time.monotonic()
+
+    return lambda: minutes > 0 and time.monotonic() - last[0] >= 60 * minutes, done
+
+
+def checkpoint(
+    folder: Path,
+    attempt: str,
+    piece: str,
+    timer: tuple[Callable[[], bool], Callable[[], None]],
+    note: Callable[[str], None] = lambda text: None,
+) -> Checkpoint:
+    """Saves a piece of a chunk, and finds what any attempt saved of it last.
 
     Orbax loads only when there is something to save or to restore: short chunks never wait for it.
+
+    Args:
+      folder: of the chunk.
+      attempt: whose folder to save in.
+      piece: which of the chunk's runs.
+      timer: from `every`, shared by all pieces.
+      note: told of a checkpoint that cannot be read; an older one is then taken, or none.
     """
-    directory = directory.absolute()  # orbax insists
-    last = time.monotonic()
+    due, done = timer
+    own = folder / attempt / piece
 
     def load(abstract_of: Callable[[int], PyTree]) -> Saved | None:
-        if not directory.exists():
-            return None
-        try:
-            with _manager(directory) as manager:
-                step = manager.latest_step()
-                if step is None:
-                    return None
-                leaves, structure = jax.tree.flatten(abstract_of(step))
-                args = _args('Restore', [np.zeros(leaf.shape, leaf.dtype) for leaf in leaves], None)
-                found = manager.restore(step, args=args)
-        except Exception as error:
-            raise StoreError(
-                f'{directory}: cannot be restored ({first_line(error)}); delete it to '
-                'start its chunk again'
-            ) from error
-        numbers = found['progress']
-        states = structure.unflatten([found['states'][name] for name in _names(leaves)])
-        numbers['losses'] = [(n, np.array(loss, np.float32)) for n, loss in numbers['losses']]
-        return Saved(states=states[0], anchor=states[1], **numbers)
-
-    def due() -> bool:
-        return minutes > 0 and time.monotonic() - last >= 60 * minutes
+        for place in reversed(saved_places(folder, piece)):
+            try:
+                with _unpacked(place) as directory:
+                    return _restored(directory, place.step, abstract_of)
+            except Exception as error:  # whatever Orbax, a disk or a network raises
+                note(f'{place.path}: cannot be restored ({first_line(error)}); it is left out')
+        return None
 
     def save(saved: Saved) -> None:
-        nonlocal last
-        numbers = saved._asdict()
-        arrays = jax.tree.leaves((numbers.pop('states'), numbers.pop('anchor')))
-        numbers['losses'] = [(n, np.asarray(loss).tolist()) for n, loss in saved.losses]
-        with _manager(directory) as manager:
-            manager.save(saved.step, args=_args('Save', arrays, numbers))
-        last = time.monotonic()
+        try:
+            if files.is_remote(folder):
+                with tempfile.TemporaryDirectory() as there:
+                    _save(Path(there), saved)
+                    store.write_bytes(own / f'{saved.step}.tar', _packed(Path(there)))
+                _forget(own, saved.step)
+            else:
+                _save(own.absolute(), saved)  # orbax insists
+        except OSError as error:
+            raise WriteError(f'{own}: cannot be written ({first_line(error)})') from error
+        done()
 
-    return Checkpoint(load, due, save, lambda: shutil.rmtree(directory, ignore_errors=True))
+    return Checkpoint(load, due, save)
 
 
-def saved_step(directory: Path) -> int:
-    """After how many steps a chunk was saved last; 0 if it is not saved. Reads names only."""
-    steps = directory.iterdir() if directory.is_dir() else ()
-    return max((int(step.name) for step in steps if step.name.isdigit()), default=0)
+def by_lead(saved: Checkpoint) -> Checkpoint:
+    """The same for several processes: the lead reads and writes, the others get what it read."""
+    if jax.process_count() == 1:
+        return saved
+
+    def load(abstract_of: Callable[[int], PyTree]) -> Saved | None:
+        found = saved.load(abstract_of) if is_lead() else None
+        step = agreed(found.step if found else -1)
+        if step < 0:
+            return None
+        abstract = abstract_of(step)
+        arrays = agreed_arrays((found.states, found.anchor) if found else None, abstract)
+        known = found and {
+            'errors': found.errors,
+            'losses': [(n, np.asarray(loss).tolist()) for n, loss in found.losses],
+        }
+        known = agreed(known)
+        losses = [(n, np.array(loss, np.float32)) for n, loss in known['losses']]
+        rows = (found.records, found.curves, found.flow) if found else ([], [], [])
+        return Saved(step, *arrays, known['errors'], losses, *rows)
+
+    def save(made: Saved) -> None:
+        if is_lead():
+            saved.save(made)
+
+    return Checkpoint(load, saved.due, save)
+
+
+def remove(folder: Path) -> None:
+    """Deletes all that was saved of a chunk, once its results are stored."""
+    if files.is_remote(folder):
+        if folder.exists():
+            folder.fs.rm(folder.path, recursive=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def saved_places(folder: Path, piece: str) -> list[Place]:
+    """What any attempt saved of a piece, the last step last. Reads names only."""
+    found = []
+    for attempt in store.listed(folder):
+        for path in store.listed(attempt / piece):
+            number = path.name.removesuffix('.tar')
+            if number.isdigit():  # else it is being written
+                found.append(Place(int(number), attempt.name, path))
+    return sorted(found, key=lambda place: (place.step, place.attempt))
+
+
+def saved_pieces(folder: Path) -> dict[str, int]:
+    """Piece -> after how many steps it was saved last."""
+    names = {piece.name for attempt in store.listed(folder) for piece in store.listed(attempt)}
+    places = {name: saved_places(folder, name) for name in sorted(names)}
+    return {name: found[-1].step for name, found in places.items() if found}
+
+
+def _save(directory: Path, saved: Saved) -> None:
+    numbers = saved._asdict()
+    arrays = jax.tree.leaves((numbers.pop('states'), numbers.pop('anchor')))
+    numbers['losses'] = [(n, np.asarray(loss).tolist()) for n, loss in saved.losses]
+    with _manager(directory) as manager:
+        manager.save(saved.step, args=_args('Save', arrays, numbers))
+
+
+def _restored(directory: Path, step: int, abstract_of: Callable[[int], PyTree]) -> Saved:
+    leaves, structure = jax.tree.flatten(abstract_of(step))
+    args = _args('Restore', [np.zeros(leaf.shape, leaf.dtype) for leaf in leaves], None)
+    with _manager(directory) as manager:
+        found = manager.restore(step, args=args)
+    numbers = found['progress']
+    states = structure.unflatten([found['states'][name] for name in _names(leaves)])
+    numbers['losses'] = [(n, np.array(loss, np.float32)) for n, loss in numbers['losses']]
+    return Saved(states=states[0], anchor=states[1], **numbers)
+
+
+@contextlib.contextmanager
+def _unpacked(place: Place) -> Iterator[Path]:
+    """The folder that Orbax saved in."""
+    if not place.path.name.endswith('.tar'):
+        yield place.path.parent.absolute()
+        return
+    with tempfile.TemporaryDirectory() as there:
+        with tarfile.open(fileobj=io.BytesIO(place.path.read_bytes())) as packed:
+            packed.extractall(there, filter='data')
+        yield Path(there)
+
+
+def _packed(directory: Path) -> bytes:
+    """All that is in a folder, as one file."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w') as packed:
+        packed.add(directory, arcname='.')
+    return buffer.getvalue()
+
+
+def _forget(own: Path, step: int) -> None:
+    """Deletes what this attempt packed before."""
+    for path in store.listed(own):
+        if path.name != f'{step}.tar':
+            path.unlink(missing_ok=True)
 
 
 def _names(leaves: list) -> list[str]:

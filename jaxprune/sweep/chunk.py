@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import polars as pl
 
-from jaxprune.errors import PruneError
+from jaxprune.errors import Interrupted, PruneError
 from jaxprune.sweep import store, timeline
 from jaxprune.sweep.advance import Rows
 from jaxprune.sweep.checkpoint import Checkpoint, Saved, nowhere
@@ -27,9 +27,11 @@ from jaxprune.sweep.compiled_events import EventCall
 from jaxprune.sweep.counts import active_of, counts_of
 from jaxprune.sweep.engine import Engine, stacked
 from jaxprune.sweep.grid import DENSE, Run, event_program, has_lasting_state, keeps_exactly
+from jaxprune.sweep.processes import agreed, anybody
 from jaxprune.sweep.program import Program, hyper_of, method_facts, method_numbers
 from jaxprune.sweep.progress import Shown, ignored
 from jaxprune.sweep.spec import SweepSpec
+from jaxprune.sweep.stop import Stop, never
 from jaxprune.sweep.store import Chunk
 from jaxprune.sweep.timeline import Border, Stretch, borders_of, stretches_of
 from jaxprune.sweep.timing import Stopwatch, stopwatch
@@ -88,6 +90,7 @@ class Context(NamedTuple):
     members: list[Run]
     shown: Shown
     watch: Stopwatch
+    stop: Stop
 
 
 def run_chunk(
@@ -99,8 +102,9 @@ def run_chunk(
     *,
     shown: Shown | None = None,
     saved: Checkpoint | None = None,
+    stop: Stop | None = None,
 ) -> Chunk:
-    """Trains the runs of one chunk.
+    """Trains the runs of one chunk, or of a piece of one.
 
     Args:
       members: runs of one program.
@@ -108,11 +112,26 @@ def run_chunk(
         is dropped again.
       shown: gets the steps taken, now and then; None for nobody.
       saved: where an unfinished chunk is saved, and found again; None for nowhere.
+      stop: whether to leave, at the next place to save at; None for never.
+
+    Returns:
+      Its tables, the rows of each run together.
+
+    Raises:
+      Interrupted: it was asked to leave, and saved the chunk if there was time.
     """
     rows, padded = rows_of(members, size, engine)
     with stopwatch() as watch:
         context = Context(
-            spec, program, engine, rows, padded, list(members), shown or ignored(), watch
+            spec,
+            program,
+            engine,
+            rows,
+            padded,
+            list(members),
+            shown or ignored(),
+            watch,
+            stop or never(),
         )
         return _walked(context, saved or nowhere())
 
@@ -128,14 +147,24 @@ def _walked(context: Context, saved: Checkpoint) -> Chunk:
         if begun and border.step <= begun:  # a checkpoint is saved after all that is due there
             continue
         walk = _reach(context, walk, border, stretch)
-        if border.epoch_end and border.step < program.timeline.steps and saved.due():
-            saved.save(_saved(context, walk))
+        if border.epoch_end and border.step < program.timeline.steps:
+            asked = anybody(context.stop.asked())
+            if asked or agreed(saved.due()):
+                saved.save(_saved(context, walk))
+            if asked:
+                raise Interrupted(f'interrupted and saved after {walk.step:,} steps')
     run_steps = (program.timeline.steps - begun) * count
+    place = {run.run_id: i for i, run in enumerate(context.members)}
+    # The rows of each run together: a chunk looks the same in whatever pieces it was trained.
+    records = sorted(walk.records, key=lambda row: place[row['run_id']])
+    curves, flow = (
+        sorted(rows, key=lambda row: place[row[0]]) for rows in (walk.curves, walk.flow)
+    )
     return Chunk(
-        results=pl.DataFrame(walk.records, schema={**store.RESULTS, **grid_columns(context.spec)}),
+        results=pl.DataFrame(records, schema={**store.RESULTS, **grid_columns(context.spec)}),
         layers=layers_table(program, context.members, walk.counted),
-        curves=pl.DataFrame(walk.curves, schema=store.CURVES, orient='row'),
-        flow=pl.DataFrame(walk.flow, schema=store.FLOW, orient='row'),
+        curves=pl.DataFrame(curves, schema=store.CURVES, orient='row'),
+        flow=pl.DataFrame(flow, schema=store.FLOW, orient='row'),
         timing={**context.watch.seconds(), 'run_steps': run_steps},
     )
 
@@ -215,6 +244,8 @@ def _trained(context: Context, walk: Walk, stretch: Stretch) -> Walk:
 
     def on_steps(steps: int) -> None:  # of all rows, padding included
         context.shown.steps(steps * count // wanted)
+        if context.stop.overdue():
+            raise Interrupted('interrupted before the next place to save at')
 
     with context.watch.phase('train'):
         states, losses = context.engine.advance(

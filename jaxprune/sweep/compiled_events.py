@@ -13,7 +13,7 @@ from jaxprune.sweep import timeline
 from jaxprune.sweep.advance import Rows
 from jaxprune.sweep.device_data import DeviceData
 from jaxprune.sweep.grid import event_program
-from jaxprune.sweep.layout import jitted
+from jaxprune.sweep.layout import jitted, on_host
 from jaxprune.sweep.program import MethodFacts, Program, method_facts
 from jaxprune.sweep.slots import Slots, in_parts
 from jaxprune.sweep.spec import MethodSpec
@@ -118,7 +118,7 @@ def make_prune(
                     slots.take(states[number], where - slot.start),
                 )
                 made.append((where - slot.start, real, new))
-                infos.append(jax.tree.map(lambda leaf, real=real: np.asarray(leaf)[:real], info))
+                infos.append(jax.tree.map(lambda leaf, real=real: leaf[:real], on_host(info)))
             states[number] = _placed(slots, states[number], made)
         infos = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
         return states, _summary(infos)
@@ -213,7 +213,7 @@ def _hosted(
             active=active,
             loop=host_loop,
         )
-        infos = jax.tree.map(lambda leaf: np.swapaxes(np.asarray(leaf), 0, 1), infos)
+        infos = jax.tree.map(lambda leaf: np.swapaxes(leaf, 0, 1), on_host(infos))
         return states._replace(method_state=()) if drop else states, infos
 
     return Compiled(run, single)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxprune.errors import PruneError
 from jaxprune.sweep.grid import Run, has_lasting_state
 from jaxprune.sweep.program import Program, method_facts
 from jaxprune.sweep.spec import SweepSpec
+from jaxprune.sweep.this_machine import Here
 
 
 def costs(spec: SweepSpec, program: Program, run: Run) -> dict[str, Any]:
@@ -73,8 +75,10 @@ def data_bytes(spec: SweepSpec) -> int:
     return examples * (math.prod(facts.shape) + 4)
 
 
-def estimate(plan_table: dict[str, Any], spec: SweepSpec) -> dict[str, float]:
-    """Peak memory of a chunk in bytes and training time in seconds, both rough.
+def estimate(
+    plan_table: dict[str, Any], spec: SweepSpec, here: Mapping[str, Here]
+) -> dict[str, float]:
+    """Peak memory in bytes and training time in seconds on this machine, both rough.
 
     Time is that of measured steps; where nothing was measured, the arithmetic of all steps at the
     speed of one short matrix product on this machine. Convolutions and small layers reach less.
@@ -82,9 +86,10 @@ def estimate(plan_table: dict[str, Any], spec: SweepSpec) -> dict[str, float]:
     speed = matmul_speed()
     seconds, peak = 0.0, 0
     for program in plan_table['programs']:
-        step = program['seconds_per_step'] or program['flops_per_step'] / speed
+        own = here[program['id']]
+        step = own.seconds or program['flops_per_step'] / speed
         seconds += program['runs'] * program['steps'] * step
-        peak = max(peak, program['chunk'] * program['bytes_per_run'])
+        peak = max(peak, own.at_once * own.bytes_per_run)
     return {'seconds': seconds, 'bytes': peak + data_bytes(spec), 'flops_per_second': speed}
 
 

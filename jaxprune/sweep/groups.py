@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxprune.errors import JaxpruneError, SpecError, first_line
+from jaxprune.errors import JaxpruneError, SpecError, StoreError, first_line
 from jaxprune.sweep.grid import Run, digest, program_settings, representative, runs
 from jaxprune.sweep.initial_params import same_content
 from jaxprune.sweep.parse import plain
@@ -44,18 +44,35 @@ def groups_of(spec: SweepSpec, source: str = 'spec') -> list[Group]:
     Raises:
       SpecError: a model or an optimizer refuses its arguments.
     """
+    return [_group(spec, key, members, source) for key, members in _by_program(spec).items()]
+
+
+def group_of(spec: SweepSpec, program: str) -> Group:
+    """One of the groups, without making the others.
+
+    Raises:
+      StoreError: no run of the specification has this program.
+    """
+    members = _by_program(spec).get(program)
+    if not members:
+        raise StoreError(f'no run has the program {program}: another version made this plan')
+    return _group(spec, program, members, 'spec.toml')
+
+
+def _by_program(spec: SweepSpec) -> dict[str, list[Run]]:
     by_key: dict[str, list[Run]] = {}
     network = [plain(same_content(spec.model)), plain(spec.data)]
     for run in runs(spec):
         by_key.setdefault(digest([*network, program_settings(run)]), []).append(run)
-    made = []
-    for key, members in by_key.items():
-        with library_errors(source):
-            run = representative(members)
-            program = make_program(spec, run)
-            choice = _choice(spec, program, run)
-        made.append(Group(key, program_settings(run), *choice, members, program))
-    return made
+    return by_key
+
+
+def _group(spec: SweepSpec, key: str, members: list[Run], source: str) -> Group:
+    with library_errors(source):
+        run = representative(members)
+        program = make_program(spec, run)
+        choice = _choice(spec, program, run)
+    return Group(key, program_settings(run), *choice, members, program)
 
 
 def chosen_anew(spec: SweepSpec, groups: Sequence[Group]) -> list[Group]:
@@ -71,8 +88,9 @@ def chosen_anew(spec: SweepSpec, groups: Sequence[Group]) -> list[Group]:
 
 def _choice(spec: SweepSpec, program: Program, run: Run) -> tuple[Strategy, str, Measured | None]:
     """The fastest strategy measured here that [engine] allows, or else the usual one."""
-    devices = jax.local_device_count()
-    known = remembered(spec, run)
+    devices = jax.device_count()
+    # What each of several hosts remembers may differ, and all must train alike.
+    known = remembered(spec, run) if jax.process_count() == 1 else []
     allowed = [m for m in known if forced(m.strategy, spec.engine, devices) == m.strategy]
     if allowed and not allowed[0].error:
         return allowed[0].strategy, 'measured', allowed[0]

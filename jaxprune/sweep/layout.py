@@ -168,6 +168,19 @@ def training(strategy: Strategy, step: FetchStepFn, mesh: Mesh, length: int) -> 
     return jitted(steps, axes, strategy.batching, mesh, donate_argnums=6)
 
 
+def on_host(tree: Any) -> Any:
+    """Host arrays of what lies on the devices; every process of several gets all of it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    def whole(leaf: Any) -> Any:
+        spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        return multihost_utils.process_allgather(leaf, tiled=True) if spread else leaf
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
 def bytes_taken(memory: Any) -> int:
     """What a compiled program takes of one device at its peak; 0 where the compiler is silent."""
     if memory is None:

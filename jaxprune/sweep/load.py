@@ -27,16 +27,27 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
       SpecError: one line that says where and what.
     """
     try:
-        table = tomllib.loads(Path(path).read_text(encoding='utf-8-sig'))
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise SpecError(f'{path}: no such file') from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise SpecError(f'{path}: cannot be read ({error})') from None
+    return read_spec(content, str(path), Path(path).parent, overrides)
+
+
+def read_spec(
+    content: bytes, source: str, folder: str | Path = '', overrides: Sequence[str] = ()
+) -> SweepSpec:
+    """A specification from the content of its file; see `load_spec` and `make_spec`."""
+    try:
+        table = tomllib.loads(content.decode('utf-8-sig'))
+    except UnicodeDecodeError as error:
+        raise SpecError(f'{source}: cannot be read ({error})') from None
     except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
-        raise SpecError(f'{path}: not valid TOML: {error}') from None
+        raise SpecError(f'{source}: not valid TOML: {error}') from None
     for override in overrides:
         _override(table, override)
-    return make_spec(table, str(path), Path(path).parent)
+    return make_spec(table, source, folder)
 
 
 def make_spec(table: Mapping[str, Any], source: str = 'spec', folder: str | Path = '') -> SweepSpec:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxprune.select import count_kept
 from jaxprune.sweep.advance import Rows, Trainer
 from jaxprune.sweep.device_data import DeviceData
-from jaxprune.sweep.layout import jitted
+from jaxprune.sweep.layout import jitted, on_host
 from jaxprune.sweep.program import EVAL_BATCH, Program, Stage
 from jaxprune.sweep.slots import Slots, in_parts
 from jaxprune.sweep.strategy import Strategy
@@ -108,7 +108,7 @@ def make_observers(
         ]
 
     def tested(found: list[list]) -> tuple[np.ndarray, np.ndarray]:
-        per_slot = [np.array(of_slot, np.float32).sum(0) for of_slot in jax.device_get(found)]
+        per_slot = [np.array(of_slot, np.float32).sum(0) for of_slot in on_host(found)]
         loss, correct = np.concatenate(per_slot, axis=1)
         return loss / valid.sum(), correct / valid.sum()
 
@@ -131,17 +131,17 @@ def make_observers(
         found = []
         for masks in (state.masks for state in states):
             if event_batching == strategy.batching:
-                found.append(jax.device_get(counting(masks)))
+                found.append(on_host(counting(masks)))
                 continue
             runs = len(jax.tree.leaves(masks)[0])
             for chosen, real in in_parts(range(runs), min(at_once, runs)):
-                each = jax.device_get(counting(slots.take(masks, chosen)))
+                each = on_host(counting(slots.take(masks, chosen)))
                 found.append(jax.tree.map(lambda leaf, real=real: leaf[:real], each))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
 
     def tests() -> Batch:
         fetch = jax.jit(program.tests)
-        parts = [jax.device_get(fetch(data, jnp.asarray(at))) for at in indices]
+        parts = [on_host(fetch(data, jnp.asarray(at))) for at in indices]
         whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         return jax.tree.map(lambda leaf: leaf[: valid.sum()], whole)
 

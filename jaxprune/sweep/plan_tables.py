@@ -8,12 +8,14 @@ from rich.table import Table
 
 from jaxprune.sweep.probe import Measured
 from jaxprune.sweep.progress import clock
-from jaxprune.sweep.strategy import Strategy
+from jaxprune.sweep.this_machine import Here
 from jaxprune.sweep.timing import PHASES
 
 
-def plan_tables(plan: dict[str, Any], estimate: dict[str, float]) -> list[Any]:
-    """Runs, programs and why they differ, chunks, parameters, memory and time."""
+def plan_tables(
+    plan: dict[str, Any], estimate: dict[str, float], here: Mapping[str, Here]
+) -> list[Any]:
+    """Runs, programs and why they differ, chunks, parameters, memory and time on this machine."""
     head = Table(box=box.SIMPLE, show_header=False, title=f'plan of {plan["name"]}')
     per_label: dict[str, int] = {}
     for run in plan['runs']:
@@ -22,19 +24,20 @@ def plan_tables(plan: dict[str, Any], estimate: dict[str, float]) -> list[Any]:
     head.add_row('', ', '.join(f'{count} {label}' for label, count in per_label.items()))
     head.add_row('training programs', f'{len(plan["programs"])}')
     head.add_row('chunks', f'{len(plan["chunks"])}')
-    head.add_row('memory', f'about {human_bytes(estimate["bytes"])} for the largest chunk and data')
+    head.add_row('memory', f'about {human_bytes(estimate["bytes"])} for runs at once and data')
     head.add_row(
         'training time',
         f'roughly {clock(estimate["seconds"])}'
         + (
             ', as measured'
-            if all(program['seconds_per_step'] for program in plan['programs'])
+            if all(own.seconds for own in here.values())
             else f' if all of it ran at the {estimate["flops_per_second"] / 1e9:,.0f} GFLOP/s of a '
             'matrix product here; small layers and convolutions take longer'
         ),
     )
     programs = Table(box=box.SIMPLE, title='programs')
-    for column in ('program', 'differs in', 'strategy', 'runs', 'per chunk', 'steps', 'events'):
+    columns = ('program', 'differs in', 'strategy here', 'runs', 'per chunk', 'at once')
+    for column in (*columns, 'steps', 'events'):
         programs.add_column(column)
     for program in plan['programs']:
         own = {k: v for k, v in program['differs'].items() if v is not None}
@@ -44,9 +47,10 @@ def plan_tables(plan: dict[str, Any], estimate: dict[str, float]) -> list[Any]:
         programs.add_row(
             program['id'],
             differs,
-            f'{Strategy(**program["strategy"])} ({program["chosen"]})',
+            f'{here[program["id"]].strategy} ({here[program["id"]].chosen})',
             str(program['runs']),
             str(program['chunk']),
+            str(here[program['id']].at_once),
             str(program['steps']),
             '\n'.join(program['events']) or 'none',
         )

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxprune.sweep.layout import on_host
 from jaxprune.sweep.strategy import Strategy
 from jaxprune.types import PyTree
 
@@ -58,7 +59,7 @@ def make_slots(strategy: Strategy, mesh: Mesh) -> Slots:
         ]
 
     def join(slots: Sequence[PyTree]) -> PyTree:
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *jax.device_get(list(slots)))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *on_host(list(slots)))
 
     return Slots(places, of, take, place, split, join)
 

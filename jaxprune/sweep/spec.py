@@ -24,7 +24,7 @@ from jaxprune.sweep.strategy import BATCHINGS, STEPPINGS
 REWINDS = ('weights', 'rate')
 
 #: Bumped when the meaning of a stored result changes.
-FORMAT = 5
+FORMAT = 6
 
 
 def _key(doc: str, *, default=dataclasses.MISSING, example: str = '', later=False, **limits):
@@ -375,9 +375,16 @@ class RecordSpec:
 class EngineSpec:
     """[engine]: how the machine is used; results depend on it by rounding only, if at all."""
 
-    chunk: int = _key('runs per chunk; 0 for automatic', default=0, low=0)
+    chunk: int = _key(
+        'runs that are stored together, and trained on one machine; 0 for about a minute of two '
+        'CPU cores. A sweep that was begun keeps its chunks',
+        default=0,
+        low=0,
+    )
     checkpoint_minutes: float = _key(
-        'save an unfinished chunk after so many minutes; 0 for never', default=10.0, low=0
+        'save an unfinished chunk after so many minutes; 0 for only when a signal asks to leave',
+        default=10.0,
+        low=0,
     )
     batching: str = _key(
         "how the runs of a device are looped over: 'vmap' (as one batch), 'map' (inside the "

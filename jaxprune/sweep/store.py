@@ -1,30 +1,32 @@
 """The files of one sweep directory: written whole or not at all, read back as frames.
 
     DIR/spec.toml               the resolved specification
-    DIR/plan.json               runs, programs and chunks
-    DIR/provenance.json         versions, git state, device, seeds, one entry per session
+    DIR/plan.json               runs, programs and chunks; never changed
+    DIR/sessions/<start>.json   versions, git state, device, seeds: one for each `jaxprune sweep`
+    DIR/attempts/<chunk>/*.json who worked at an unfinished or finished chunk, see `attempts`
+    DIR/checkpoints/<chunk>/    where an unfinished chunk stands, see `checkpoint`
     DIR/results/<chunk>.parquet one row per run and evaluation
     DIR/layers/<chunk>.parquet  one row per run and prunable leaf
     DIR/curves/<chunk>.parquet  one row per run and step recorded, if [record] asks for any
     DIR/flow/<chunk>.parquet    one row per run, step, leaf and quantity, likewise
     DIR/timing/<chunk>.json     where its time went
 
-A chunk is finished when its results and layers exist; results are written last.
+A chunk is finished when its results and layers exist; results are written last, and never again.
+DIR may lie in an object store (`s3://`, `gs://`). Any number of processes may work in it.
 """
 
-import contextlib
-import fcntl
 import io
 import json
-import os
-from collections.abc import Iterator, Set
+import uuid
+from collections.abc import Callable, Iterable, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import polars as pl
 
-from jaxprune.errors import StoreError, quoted
-from jaxprune.files import write_whole
+from jaxprune import files
+from jaxprune.errors import StoreError, WriteError, first_line, quoted
 from jaxprune.sweep.timing import PHASES
 
 RESULTS = {
@@ -128,26 +130,54 @@ class Chunk(NamedTuple):
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file so that a reader, or a crash at any moment, sees all of it or nothing."""
+    _written(files.write_whole, path, content)
+
+
+def create_bytes(path: Path, content: bytes) -> bool:
+    """Writes a file unless there is one. Returns whether this call wrote it."""
+    return _written(files.create_whole, path, content)
+
+
+def _written(write: Callable[[Path, bytes], Any], path: Path, content: bytes) -> Any:
     try:
-        write_whole(path, content)
-    except OSError as error:
-        raise StoreError(f'{path}: cannot be written ({error})') from error
+        return write(path, content)
+    except (OSError, *_refusals(path)) as error:
+        raise WriteError(f'{path}: cannot be written ({first_line(error)})') from error
 
 
-def remove_leftovers(out: Path) -> None:
-    """Deletes temporary files of a killed writer; call it with the directory locked."""
-    for leftover in [*out.glob('.*.tmp'), *out.glob('*/.*.tmp')]:
-        # The directory may hold files of other makers; ours end in a process id.
-        if leftover.suffixes[-2:-1] and leftover.suffixes[-2][1:].isdigit():
-            leftover.unlink(missing_ok=True)
+def _refusals(path: Path) -> tuple[type[Exception], ...]:
+    """What an object store raises besides `OSError`: no bucket, no credentials, no network."""
+    return (Exception,) if files.is_remote(path) else ()
 
 
 def write_json(path: Path, value: object) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + '\n').encode())
+    write_bytes(path, _json(value))
+
+
+def create_json(path: Path, value: object) -> bool:
+    return create_bytes(path, _json(value))
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + '\n').encode()
 
 
 #: What a sweep may leave in its directory before the plan is written.
-_FIRST_FILES = {'.lock', 'spec.toml', 'provenance.json'}
+_FIRST_FILES = {'spec.toml', 'sessions'}
+
+
+def place(out: str | Path) -> Path:
+    """The directory of this name, on a disk or in an object store.
+
+    Raises:
+      StoreError: the packages for object stores are not installed.
+    """
+    try:
+        return files.place(out)
+    except ImportError as error:
+        raise StoreError(
+            f"{out}: object stores need more packages: pip install 'jaxprune[cloud]' ({error})"
+        ) from None
 
 
 def directory(out: str | Path) -> Path:
@@ -158,7 +188,7 @@ def directory(out: str | Path) -> Path:
     """
     if not str(out).strip():
         raise StoreError('the directory of the results needs a name: give another --out')
-    out = Path(out)
+    out = place(out)
     if not out.is_dir() or (out / 'plan.json').exists():
         return out
     names = {path.name for path in out.iterdir() if not path.name.endswith('.tmp')}
@@ -171,6 +201,8 @@ def directory(out: str | Path) -> Path:
 
 
 def make_directory(out: Path) -> None:
+    if files.is_remote(out):  # which have none
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -196,10 +228,35 @@ def read_plan(out: Path) -> dict:
     return read_json(out / 'plan.json', {'name', 'programs', 'chunks', 'runs'})
 
 
-def write_frame(path: Path, frame: pl.DataFrame) -> None:
+def parquet(frame: pl.DataFrame) -> bytes:
+    """A table as the content of a parquet file."""
     buffer = io.BytesIO()
     frame.write_parquet(buffer)
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def write_session(out: Path, record: dict[str, Any]) -> None:
+    """Adds what is known of a session, a `jaxprune sweep`, beside those before."""
+    started = ''.join(c for c in record['session']['started'] if c.isalnum())
+    write_json(out / 'sessions' / f'{started}-{uuid.uuid4().hex[:8]}.json', record)
+
+
+def read_provenance(out: Path) -> dict[str, Any]:
+    """The record of the last session, with 'sessions', what differs between all of them."""
+    paths = sorted(listed(out / 'sessions', '.json'), key=lambda path: path.name)
+    records = [read_json(path, {'session'}) for path in paths]
+    if not records:
+        raise StoreError(f'{out} is not a sweep directory: it has no sessions')
+    return {**records[-1], 'sessions': [record['session'] for record in records]}
+
+
+def listed(folder: Path, suffix: str = '') -> list[Path]:
+    """What lies in a folder and ends so, hidden files aside; nothing if there is no folder."""
+    try:
+        found = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [path for path in found if path.name.endswith(suffix) and path.name[0] != '.']
 
 
 def results_path(out: Path, chunk: str) -> Path:
@@ -214,16 +271,20 @@ def finished(out: Path, chunk: str) -> bool:
     return results_path(out, chunk).exists() and layers_path(out, chunk).exists()
 
 
+def finished_chunks(out: Path) -> set[str]:
+    """All finished chunks, found by two listings."""
+    results, layers = (
+        {path.name.removesuffix('.parquet') for path in listed(out / folder, '.parquet')}
+        for folder in ('results', 'layers')
+    )
+    return results & layers
+
+
 def unreadable(out: Path, chunk: str) -> str:
     """What is wrong with the files of a finished chunk, and what to do; '' if nothing is."""
-    wanted = (
-        (results_path, RESULTS),
-        (layers_path, LAYERS),
-        (curves_path, CURVES),
-        (flow_path, FLOW),
-    )
+    schemas = (CURVES, FLOW, LAYERS, RESULTS)
     try:
-        for where, schema in wanted:
+        for where, schema in zip(TABLES, schemas, strict=True):
             if (path := where(out, chunk)).exists():
                 _read_frame(path, schema)
     except StoreError as error:
@@ -243,14 +304,24 @@ def timing_path(out: Path, chunk: str) -> Path:
     return out / 'timing' / f'{chunk}.json'
 
 
-def write_chunk(out: Path, chunk: str, made: Chunk) -> None:
-    """Commits a finished chunk. Results last: their file is what says 'finished'."""
+#: Where the tables of a chunk lie, the results last.
+TABLES = (curves_path, flow_path, layers_path, results_path)
+
+
+def write_chunk(out: Path, chunk: str, made: Chunk) -> bool:
+    """Commits a finished chunk. Results last: their file is what says 'finished'.
+
+    Returns:
+      False if another worker was faster; its numbers stand, and are the same.
+    """
+    if finished(out, chunk):
+        return False
     for path, frame in ((curves_path, made.curves), (flow_path, made.flow)):
         if len(frame):
-            write_frame(path(out, chunk), frame)
+            write_bytes(path(out, chunk), parquet(frame))
     write_json(timing_path(out, chunk), made.timing)
-    write_frame(layers_path(out, chunk), made.layers)
-    write_frame(results_path(out, chunk), made.results)
+    write_bytes(layers_path(out, chunk), parquet(made.layers))
+    return create_bytes(results_path(out, chunk), parquet(made.results))
 
 
 def chunk_ids(out: Path) -> list[str]:
@@ -259,13 +330,22 @@ def chunk_ids(out: Path) -> list[str]:
 
 
 def _read(out: Path | str, where, schema: dict, *, everywhere: bool = True) -> pl.DataFrame:
-    out = Path(out)
-    frames = [
-        _read_frame(where(out, chunk), schema)
-        for chunk in chunk_ids(out)
-        if finished(out, chunk) and (everywhere or where(out, chunk).exists())
-    ]
+    out = place(out)
+    there = finished_chunks(out)
+    if not everywhere:
+        folder = where(out, 'any').parent
+        there &= {path.name.removesuffix('.parquet') for path in listed(folder, '.parquet')}
+    wanted = [where(out, chunk) for chunk in chunk_ids(out) if chunk in there]
+    frames = list(_each(lambda path: _read_frame(path, schema), wanted))
     return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
+
+
+def _each(read: Callable[[Path], Any], paths: list[Path]) -> Iterable[Any]:
+    """What is read from each file, several at a time where each takes a round trip."""
+    if not paths or not files.is_remote(paths[0]):
+        return map(read, paths)
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(read, paths))
 
 
 #: Columns that earlier versions did not write.
@@ -282,8 +362,10 @@ def _read_frame(path: Path, schema: dict) -> pl.DataFrame:
     results = path.parent.parent / 'results' / path.name
     broken = f'delete it {again}' if path == results else f'delete it and {results}, {again}'
     try:
-        frame = pl.read_parquet(path, glob=False)  # a directory may be called 'lr[0.1]'
-    except (OSError, pl.exceptions.PolarsError) as error:
+        remote = files.is_remote(path)
+        source = io.BytesIO(path.read_bytes()) if remote else path
+        frame = pl.read_parquet(source, glob=False)  # a directory may be called 'lr[0.1]'
+    except (OSError, pl.exceptions.PolarsError, *_refusals(path)) as error:
         reason = ' '.join(str(error).split())[:200]
         raise StoreError(f'{path}: cannot be read ({reason}); {broken}') from None
     later = {name: pl.lit(None, schema[name]) for name in _LATER if name in schema}
@@ -319,43 +401,16 @@ def read_timing(out: Path) -> dict[str, float]:
     A chunk whose timing is lost or broken is left out: nothing else depends on it.
     """
     keys = (*PHASES, 'run_steps')
-    total = dict.fromkeys(keys, 0.0)
-    for chunk in chunk_ids(out):
-        if not finished(out, chunk):
-            continue
+    total, there = dict.fromkeys(keys, 0.0), finished_chunks(out)
+
+    def spent(path: Path) -> dict[str, float]:
         try:
-            spent = read_json(timing_path(out, chunk), set(keys))
-            total = {key: total[key] + float(spent[key]) for key in keys}
+            found = read_json(path, set(keys))
+            return {key: float(found[key]) for key in keys}
         except (StoreError, TypeError, ValueError):
-            continue
+            return dict.fromkeys(keys, 0.0)
+
+    paths = [timing_path(out, chunk) for chunk in chunk_ids(out) if chunk in there]
+    for found in _each(spent, paths):
+        total = {key: total[key] + found[key] for key in keys}
     return total
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Holds the directory for one process; the lock dies with it, however it dies."""
-    try:
-        file = open(out / '.lock', 'w')  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise StoreError(f'{out}: cannot be written ({error})') from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(f'{out} is in use by another jaxprune process') from None
-        yield
-
-
-def is_locked(out: Path) -> bool:
-    """Is a process at work in the directory? Looks without writing, also where it may not write."""
-    try:
-        file = os.open(out / '.lock', os.O_RDONLY)
-    except OSError:  # none was ever at work, or none that we may see
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(file)
-    return False

@@ -1,23 +1,19 @@
-"""What a sweep will do, before it does it: runs -> programs -> chunks, memory and time."""
+"""What a sweep will do, before it does it: runs -> programs -> chunks. Nothing of a machine."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from jaxprune.sweep.abstract import check_group
 from jaxprune.sweep.costs import costs
-from jaxprune.sweep.devices import memory_limit
 from jaxprune.sweep.grid import DENSE, digest, event_program
 from jaxprune.sweep.groups import Group, groups_of
 from jaxprune.sweep.load import spec_hash
 from jaxprune.sweep.spec import FORMAT, SweepSpec
-from jaxprune.sweep.strategy import most_runs
 
-#: The part of a device's memory that the runs of a chunk may take by estimate; the compiler's own
-#: account is looked at before the first step.
-_ESTIMATE_SHARE = 0.5
+#: Operations of training in a chunk, and the fewest and most runs. Two CPU cores take a minute; a
+#: chunk is what other machines are given and what is stored together, not what is trained at once.
+_WORK, _FEWEST, _MOST = 1e13, 8, 512
 
 
 def make_plan(
@@ -38,7 +34,6 @@ def make_plan(
         'format': FORMAT,
         'name': spec.name,
         'spec': spec_hash(spec),
-        'machine': {'platform': jax.default_backend(), 'devices': jax.local_device_count()},
         'programs': [],
         'chunks': [],
         'runs': [],
@@ -49,18 +44,14 @@ def make_plan(
     for group in groups:
         program = group.program
         cost = costs(spec, program, group.runs[-1])
-        if group.measured and group.measured.bytes_per_run > 0:
-            cost['bytes_per_run'] = round(group.measured.bytes_per_run)
-        chunk_runs = _chunk_size(spec, group, cost['bytes_per_run'])
+        flops = cost['flops_per_step'] * program.timeline.steps
+        chunk_runs = _chunk_size(spec.engine.chunk, len(group.runs), flops)
         table['chunks'] += cut(group.id, [run.run_id for run in group.runs], chunk_runs)
         methods = {event_program(r.method): None for r in group.runs if r.method != DENSE}
         table['programs'].append(
             {
                 'id': group.id,
                 'differs': {k: group.settings.get(k) for k in sorted(differing)},
-                'strategy': group.strategy._asdict(),
-                'chosen': group.chosen,
-                'seconds_per_step': group.measured and group.measured.seconds,
                 'runs': len(group.runs),
                 'chunk': chunk_runs,
                 'steps': program.timeline.steps,
@@ -103,21 +94,16 @@ def checked_groups(spec: SweepSpec, source: str = 'spec') -> list[Group]:
 def cut(program: str, run_ids: Sequence[str], size: int) -> list[dict[str, Any]]:
     """Chunks of so many runs of one program; a chunk's name is a hash of what it holds."""
     pieces = [list(run_ids[first : first + size]) for first in range(0, len(run_ids), size)]
-    # The strategy is no part of the name: it changes results by rounding only.
     return [
         {'id': digest([FORMAT, program, piece]), 'program': program, 'runs': piece}
         for piece in pieces
     ]
 
 
-def _chunk_size(spec: SweepSpec, group: Group, bytes_per_run: int) -> int:
-    """Runs per chunk: as many as are sensible and fit, shared out evenly."""
-    places = group.strategy.devices // group.strategy.batch_devices
-    most = spec.engine.chunk
-    if not most:
-        fits = int(_ESTIMATE_SHARE * memory_limit() / bytes_per_run) * places
-        most = min(most_runs(group.strategy.batching, jax.default_backend()) * places, fits)
-        most = max(most // places * places, places)  # more would be padding
-    chunks = math.ceil(len(group.runs) / most)
-    even = math.ceil(len(group.runs) / chunks)
-    return min(math.ceil(even / places) * places, most) if most >= places else most
+def _chunk_size(asked: int, runs: int, flops_per_run: float) -> int:
+    """Runs per chunk: as many as asked for, or a minute's work, shared out evenly."""
+    if asked:
+        return asked
+    most = _MOST if not flops_per_run > 0 else _WORK / flops_per_run  # nobody knows what it costs
+    most = int(min(max(most, _FEWEST), _MOST))
+    return math.ceil(runs / math.ceil(runs / most))

@@ -1,0 +1,137 @@
+"""Who works at a chunk, where, and when there was a sign of life: a file for each attempt.
+
+    DIR/attempts/<chunk>/<attempt>.json
+
+Results depend on none of it. It tells people what happens, and processes that share a directory
+what others are at.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxprune.errors import Interrupted, StoreError, first_line
+from jaxprune.files import is_remote, machine_token, process_alive
+from jaxprune.sweep import store
+
+#: Seconds between signs of life, on disks and in object stores.
+_BEAT, _REMOTE_BEAT = 5.0, 20.0
+#: Signs of life that must be missing before an attempt counts as lost.
+_MISSED = 8
+
+
+class Attempt(NamedTuple):
+    """A process at work at a chunk.
+
+    Attributes:
+      name: of the attempt; nobody else has it.
+      note: adds facts to its file, at the next sign of life.
+    """
+
+    name: str
+    note: Callable[[Mapping[str, Any]], None]
+
+
+@contextlib.contextmanager
+def attempt(out: Path, chunk: str, facts: Mapping[str, Any]) -> Iterator[Attempt]:
+    """Writes the file of an attempt, signs of life while it is open, and how it ended.
+
+    Args:
+      facts: what is known of the machine and the chunk.
+    """
+    now = _now()
+    name = f'{now.replace(":", "").replace("-", "")}-{uuid.uuid4().hex[:8]}'
+    path = out / 'attempts' / chunk / f'{name}.json'
+    record: dict[str, Any] = {
+        'chunk': chunk,
+        'host': platform.node(),
+        'machine': machine_token(),
+        'process': os.getpid(),
+        'started': now,
+        'state': 'running',
+        **facts,
+    }
+    store.write_json(path, record)
+    over, lock = threading.Event(), threading.Lock()
+
+    def note(more: Mapping[str, Any]) -> None:
+        with lock:
+            record.update(more)
+
+    def write() -> None:
+        with lock:
+            record['seen'] = _now()
+            content = dict(record)
+        try:
+            store.write_json(path, content)
+        except StoreError as error:  # that no file can be written now must not end the training
+            note({'trouble': first_line(error)})
+
+    def beat() -> None:
+        while not over.wait(_REMOTE_BEAT if is_remote(out) else _BEAT):
+            write()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield Attempt(name, note)
+        note({'state': 'finished'})
+    except (Interrupted, KeyboardInterrupt) as error:
+        note({'state': 'interrupted', 'error': first_line(error)})
+        raise
+    except BaseException as error:
+        note({'state': 'failed', 'error': f'{type(error).__name__}: {first_line(error)}'})
+        raise
+    finally:
+        over.set()
+        thread.join()
+        write()
+
+
+@contextlib.contextmanager
+def nobody() -> Iterator[Attempt]:
+    """An attempt of which another process keeps the file."""
+    yield Attempt('nobody', lambda facts: None)
+
+
+def attempts_of(out: Path, chunk: str) -> list[dict[str, Any]]:
+    """The attempts at a chunk, the oldest first, each with 'name' and 'silent', seconds since its
+    last sign of life by the clock of the disk. A file that cannot be read is left out."""
+    found = []
+    for path in sorted(store.listed(out / 'attempts' / chunk, '.json'), key=lambda path: path.name):
+        try:
+            record = json.loads(path.read_bytes())
+            silent = max(time.time() - path.stat().st_mtime, 0.0)
+        except (OSError, ValueError):  # just replaced, or broken
+            continue
+        if isinstance(record, dict):
+            found.append({**record, 'name': path.name.removesuffix('.json'), 'silent': silent})
+    return found
+
+
+def is_live(record: Mapping[str, Any], out: Path) -> bool:
+    """Is this attempt at work, as far as one can see?"""
+    if record.get('state') != 'running':
+        return False
+    ours = record.get('machine') == machine_token()
+    if ours and not process_alive(int(record.get('process', 0))):
+        return False
+    beat = _REMOTE_BEAT if is_remote(out) else _BEAT
+    return record['silent'] < _MISSED * beat
+
+
+def taken(out: Path, chunk: str) -> bool:
+    """Is somebody at work at a chunk?"""
+    return any(is_live(record, out) for record in attempts_of(out, chunk))
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

@@ -1,0 +1,402 @@
+"""Chunks as jobs of a real SLURM of two nodes: preempted, killed, split into arrays, taken over.
+
+Most tests need root and Debian's packages slurm-wlm and munge, and the extra `slurm`. Run them with
+`pytest -m fleet -n0 tests/test_slurm.py`. A stub with the exit codes of `jaxprune chunk` does the
+work: each of its steps takes a fifth of a second.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from jaxprune.errors import JaxpruneError
+from jaxprune.fleet import slurm
+from jaxprune.fleet.launcher import Resources, Task
+
+TESTBED = Path(__file__).parents[1] / 'launch' / 'slurm' / 'testbed.sh'
+CORES = Resources()
+STUB = """
+import json, os, signal, sys, time
+place, chunk, steps, code = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+stop = []
+for number in (signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, lambda *_: stop.append(1))
+state = f'{place}/{chunk}.state'
+step = int(open(state).read()) if os.path.exists(state) else 0
+
+def say(what):
+    names = ['SLURM_JOB_ID', 'SLURMD_NODENAME', 'XLA_FLAGS', 'CUDA_VISIBLE_DEVICES']
+    line = {'what': what, 'step': step, 'at': time.time(), **{n: os.environ.get(n) for n in names}}
+    with open(f'{place}/{chunk}.log', 'a') as log:
+        log.write(json.dumps(line) + '\\n')
+
+say('start')
+while step < steps:
+    time.sleep(0.2)
+    step += 1
+    if stop:
+        with open(state, 'w') as file:
+            file.write(str(step))
+        say('saved')
+        sys.exit(75)
+say('end')
+sys.exit(code)
+"""
+
+
+@contextlib.contextmanager
+def _testbed(place, **settings):
+    """A cluster in a directory, and SLURM_CONF set to it."""
+    pytest.importorskip('submitit')
+    if os.geteuid() != 0:
+        pytest.skip('slurmd has to be started as root')
+    done = subprocess.run(
+        ['bash', str(TESTBED), 'start', str(place)],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*done.stdout.removeprefix('export ').strip().split('=', 1))
+        try:
+            yield place
+        finally:
+            subprocess.run(['bash', str(TESTBED), 'stop', str(place)], check=True)
+
+
+@pytest.fixture(scope='module')
+def _shared(tmp_path_factory):
+    with _testbed(tmp_path_factory.mktemp('slurm'), MAX_ARRAY_SIZE='5') as place:
+        yield place
+
+
+@pytest.fixture
+def cluster(_shared):
+    """The cluster, with both nodes idle and nothing in the queue."""
+    yield _shared
+    subprocess.run(['scancel', '--quiet', '-u', 'root'], check=True)
+    _wait(lambda: not _answer('squeue', '-h', '-o', '%i'), 30)
+
+
+def _answer(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _wait(condition, seconds):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, _answer('squeue', '--states=all', '-o', '%i %T %r %N')
+        time.sleep(0.3)
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Makes launchers and tasks of the stub, and reads what the stub wrote."""
+    (tmp_path / 'stub.py').write_text(STUB)
+
+    def launcher(resources=CORES, options=(), **settings):
+        return slurm.slurm_launcher(
+            tmp_path, resources, {'partition': 'low', **dict(options)}, **settings
+        )
+
+    def task(chunk, steps=2, code=0):
+        command = sys.executable, str(tmp_path / 'stub.py'), str(tmp_path), chunk, steps, code
+        return Task(chunk, tuple(map(str, command)))
+
+    def log(chunk):
+        path = tmp_path / f'{chunk}.log'
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    return types.SimpleNamespace(place=tmp_path, launcher=launcher, task=task, log=log)
+
+
+def _whats(log):
+    return [line['what'] for line in log]
+
+
+def _until_ended(launcher, count, seconds):
+    """Collects what ends until so many chunks have; fails if a chunk is told twice."""
+    found = {}
+    until = time.monotonic() + seconds
+    while len(found) < count:
+        assert time.monotonic() < until, _answer('squeue', '--states=all', '-o', '%i %T %r %N')
+        for end in launcher.ended():
+            assert end.chunk not in found
+            found[end.chunk] = end
+        time.sleep(0.5)
+    return found
+
+
+def _codes(found):
+    return {chunk: end.code for chunk, end in found.items()}
+
+
+def _preempt():
+    """A job of high priority takes both nodes for a moment."""
+    job = ['sbatch', '-p', 'high', '-N2', '--exclusive', '-o', '/dev/null', '--wrap', 'sleep 1']
+    subprocess.run(job, check=True, capture_output=True)
+
+
+@pytest.mark.fleet
+def test_chunks_run_on_both_nodes(cluster, sweep):
+    launcher = sweep.launcher()
+    launcher.submit([sweep.task(f'c{i}', steps=15) for i in range(4)])
+    found = _until_ended(launcher, 4, 60)
+    assert _codes(found) == {f'c{i}': 0 for i in range(4)}
+    assert {sweep.log(chunk)[0]['SLURMD_NODENAME'] for chunk in found} == {'n1', 'n2'}
+    assert launcher.held() == set()
+    assert launcher.ended() == []
+
+
+def _check_preempted(sweep, steps, told_after):
+    """Chunks of an array save when they are told to, are requeued, and go on where they were.
+
+    Args:
+      sweep: fixture.
+      steps: of each chunk, a fifth of a second each.
+      told_after: from how many to how many seconds after the other job came.
+    """
+    launcher = sweep.launcher()
+    launcher.submit([sweep.task('a', steps), sweep.task('b', steps)])
+    _wait(lambda: sweep.log('a') and sweep.log('b'), 30)
+    time.sleep(1)
+    _preempt()
+    asked = time.time()
+    assert _codes(_until_ended(launcher, 2, 100)) == {'a': 0, 'b': 0}
+    for log in (sweep.log('a'), sweep.log('b')):
+        assert _whats(log) == ['start', 'saved', 'start', 'end']
+        assert 0 < log[1]['step'] < steps
+        assert log[2]['step'] == log[1]['step']
+        assert told_after[0] <= log[1]['at'] - asked <= told_after[1]
+        assert log[2]['SLURM_JOB_ID'] == log[0]['SLURM_JOB_ID']  # requeued, not submitted again
+
+
+@pytest.mark.fleet
+def test_preempted_chunk_saves_and_goes_on(cluster, sweep):
+    _check_preempted(sweep, 25, told_after=(0, 8))
+
+
+@pytest.mark.fleet
+@pytest.mark.parametrize(('grace', 'steps', 'told_after'), [(8, 210, (8, 42)), (0, 70, (0, 10))])
+def test_preempted_where_only_sigterm_is_sent(sweep, tmp_path_factory, grace, steps, told_after):
+    """As most clusters are set up: a job without steps is told when its grace time is over.
+
+    SLURM looks every half a minute whether it is. The job then has KillWait, ten seconds here.
+    """
+    place = tmp_path_factory.mktemp('plain')
+    with _testbed(place, USER_SIGNAL='0', GRACE=str(grace)):
+        _check_preempted(sweep, steps, told_after)
+
+
+def _processes_of_node(node):
+    """Processes of jobs on a node, with the slurmstepd above them first."""
+    jobs, above = [], set()
+    for path in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):
+            environment = (path / 'environ').read_bytes().split(b'\0')
+            wanted = (f'SLURMD_NODENAME={node}', f'SLURM_CONF={os.environ["SLURM_CONF"]}')
+            if all(entry.encode() in environment for entry in wanted):
+                jobs.append(int(path.name))
+                above.add(int((path / 'stat').read_text().rpartition(')')[2].split()[1]))
+    steps = [p for p in above if b'slurmstepd' in Path(f'/proc/{p}/cmdline').read_bytes()]
+    return [*steps, *jobs]
+
+
+@pytest.mark.fleet
+def test_chunk_of_a_killed_node_runs_on_the_other(cluster, sweep):
+    launcher = sweep.launcher()
+    launcher.submit([sweep.task('long', steps=30)])
+    _wait(lambda: sweep.log('long'), 30)
+    node = sweep.log('long')[0]['SLURMD_NODENAME']
+    os.kill(int((cluster / f'slurmd-{node}.pid').read_text()), signal.SIGKILL)
+    processes = _processes_of_node(node)
+    assert len(processes) >= 3  # slurmstepd, the job and the stub
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    try:
+        assert _codes(_until_ended(launcher, 1, 120)) == {'long': 0}
+        log = sweep.log('long')
+        assert _whats(log) == ['start', 'start', 'end']
+        assert log[1]['SLURMD_NODENAME'] != node
+    finally:
+        subprocess.run(['slurmd', '-N', node], check=True, stdout=subprocess.DEVNULL)
+        _wait(lambda: _answer('sinfo', '-h', '-n', node, '-p', 'low', '-o', '%t') == 'idle', 30)
+
+
+@pytest.mark.fleet
+def test_long_arrays_are_split_and_few_jobs_run_at_once(cluster, sweep):
+    launcher = sweep.launcher(at_once=2)
+    launcher.submit([sweep.task(f'c{i}', steps=1) for i in range(12)])
+    records = [json.loads(p.read_text())['jobs'] for p in (sweep.place / 'slurm').glob('*.json')]
+    assert sorted(len(jobs) for jobs in records) == [2, 5, 5]
+    found = _until_ended(launcher, 12, 120)
+    assert set(_codes(found).values()) == {0}
+    changes = []
+    for chunk in found:
+        start, end = sweep.log(chunk)
+        changes += [(start['at'], 1), (end['at'], -1)]
+    running = [sum(change for _, change in sorted(changes)[: i + 1]) for i in range(len(changes))]
+    assert max(running) <= 2
+
+
+@pytest.mark.fleet
+def test_several_chunks_in_one_job(cluster, sweep):
+    """A chunk that failed does not stop the others; none runs twice."""
+    launcher = sweep.launcher(per_job=4)
+    codes = {'a': 0, 'b': 2, 'c': 1, 'd': 75, 'e': 0}
+    launcher.submit([sweep.task(chunk, code=code) for chunk, code in codes.items()])
+    found = _until_ended(launcher, 5, 60)
+    assert _codes(found) == codes
+    assert 'exit 2' in found['b'].reason
+    time.sleep(3)
+    assert launcher.ended() == []
+    assert all(_whats(sweep.log(chunk)) == ['start', 'end'] for chunk in codes)
+    jobs = [sweep.log(chunk)[0]['SLURM_JOB_ID'] for chunk in 'abcd']
+    assert len(set(jobs)) == 1
+    assert sweep.log('e')[0]['SLURM_JOB_ID'] != jobs[0]
+    assert _answer('squeue', '-h') == ''
+    states = _answer('squeue', '-h', '--states=all', '-j', jobs[0], '-o', '%T')
+    assert 'COMPLETED' not in states.splitlines()[0]  # work is left
+
+
+@pytest.mark.fleet
+def test_interrupted_job_skips_finished_chunks(cluster, sweep):
+    launcher = sweep.launcher(per_job=2)
+    launcher.submit([sweep.task('first', steps=1), sweep.task('second', steps=25)])
+    _wait(lambda: sweep.log('second'), 30)
+    _preempt()
+    assert _codes(_until_ended(launcher, 2, 90)) == {'first': 0, 'second': 0}
+    assert _whats(sweep.log('first')) == ['start', 'end']
+    assert _whats(sweep.log('second')) == ['start', 'saved', 'start', 'end']
+
+
+@pytest.mark.fleet
+def test_second_coordinator_sees_what_the_first_left(cluster, sweep):
+    program = f"""
+import os, signal
+from pathlib import Path
+from jaxprune.fleet.launcher import Resources, Task
+from jaxprune.fleet.slurm import slurm_launcher
+launcher = slurm_launcher(Path({str(sweep.place)!r}), Resources(), dict(partition='low'))
+launcher.submit([Task(*task) for task in {[tuple(sweep.task(c, 25)) for c in 'ab']!r}])
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, '-c', program]).returncode == -signal.SIGKILL
+    second = sweep.launcher()
+    assert second.held() == {'a', 'b'}
+    second.submit([sweep.task('c')])
+    assert _codes(_until_ended(second, 1, 30)) == {'c': 0}
+    assert second.held() == {'a', 'b'}
+    _wait(lambda: not second.held(), 60)
+    assert _whats(sweep.log('a')) == _whats(sweep.log('b')) == ['start', 'end']
+    assert second.ended() == []  # they were another's
+
+
+@pytest.mark.fleet
+def test_close_cancels_and_lets_chunks_save(cluster, sweep):
+    launcher = sweep.launcher(at_once=1)
+    launcher.submit([sweep.task('runs', steps=200), sweep.task('waits', steps=200)])
+    _wait(lambda: sweep.log('runs'), 30)
+    launcher.close()
+    _wait(lambda: not _answer('squeue', '-h'), 15)
+    assert _whats(sweep.log('runs')) == ['start', 'saved']
+    assert sweep.log('waits') == []
+    assert _codes(_until_ended(launcher, 2, 10)) == {'runs': 75, 'waits': None}
+
+
+@pytest.mark.fleet
+def test_cluster_that_does_not_requeue_is_reported(cluster, sweep, monkeypatch, capsys):
+    """When jobs are submitted, and by the chunk that was interrupted."""
+    answer = slurm._answer
+    submitted = []
+
+    def administrator(*command):
+        if command[:3] == ('scontrol', 'show', 'job'):
+            submitted.append(command[-1])
+            subprocess.run(['scontrol', 'update', f'JobId={command[-1]}', 'Requeue=0'], check=True)
+        return answer(*command)
+
+    monkeypatch.setattr(slurm, '_answer', administrator)
+    launcher = sweep.launcher()
+    launcher.submit([sweep.task('long', steps=200)])
+    assert f'SLURM will not requeue job {submitted[0]}' in capsys.readouterr().err
+    _wait(lambda: sweep.log('long'), 30)
+    subprocess.run(['scancel', '--signal=USR2', '--batch', submitted[0]], check=True)
+    end = _until_ended(launcher, 1, 30)['long']
+    assert end.code == 75
+    assert 'interrupted by SIGUSR2; not requeued: ' in end.reason
+
+
+@pytest.mark.fleet
+def test_devices_are_those_that_slurm_gave(cluster, sweep, monkeypatch):
+    monkeypatch.delenv('XLA_FLAGS', raising=False)
+    on_cpu, on_gpu = sweep.launcher(Resources(cpus=2)), sweep.launcher(Resources(cpus=1, gpus=1))
+    on_cpu.submit([sweep.task('cpu')])
+    on_gpu.submit([sweep.task('gpu')])
+    _until_ended(on_cpu, 1, 30)
+    _until_ended(on_gpu, 1, 30)
+    cpu, gpu = sweep.log('cpu')[0], sweep.log('gpu')[0]
+    assert cpu['XLA_FLAGS'] == '--xla_force_host_platform_device_count=2'
+    assert gpu['XLA_FLAGS'] is None
+    assert gpu['CUDA_VISIBLE_DEVICES'] in ('0', '1')
+
+
+@pytest.mark.fleet
+def test_refused_submission_leaves_no_record(cluster, sweep):
+    launcher = sweep.launcher(options={'partition': 'none'})
+    with pytest.raises(JaxpruneError, match=r'^sbatch refused: .*invalid partition'):
+        launcher.submit([sweep.task('a')])
+    assert launcher.held() == set()
+    assert list((sweep.place / 'slurm').glob('*.json')) == []
+
+
+def test_what_is_missing_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'submitit', None)
+    with pytest.raises(JaxpruneError, match=r"pip install 'jaxprune\[slurm\]'$"):
+        slurm.slurm_launcher(tmp_path, Resources(), {})
+    monkeypatch.setitem(sys.modules, 'submitit', types.ModuleType('submitit'))
+    monkeypatch.setenv('PATH', str(tmp_path))
+    with pytest.raises(JaxpruneError, match=r'^no sbatch .*login node'):
+        slurm.slurm_launcher(tmp_path, Resources(), {})
+
+
+@pytest.mark.parametrize(
+    ('resources', 'options', 'message'),
+    [
+        (Resources(tpus=4), {}, 'SLURM gives no TPUs'),
+        (Resources(), {'array': '0-3'}, 'jaxprune itself gives sbatch: array'),
+        (Resources(), {'job-name': 'x'}, 'jaxprune itself gives sbatch: job_name'),
+    ],
+)
+def test_options_that_cannot_be(resources, options, message):
+    with pytest.raises(JaxpruneError, match=message):
+        slurm._check(resources, options)
+
+
+def test_number_of_devices_is_left_alone_where_set():
+    cores = {'SLURM_CPUS_ON_NODE': '3'}
+    count = '--xla_force_host_platform_device_count'
+    assert slurm._environment({**cores}, True)['XLA_FLAGS'] == f'{count}=3'
+    assert slurm._environment({**cores, 'XLA_FLAGS': '-a'}, True)['XLA_FLAGS'] == f'-a {count}=3'
+    for environment in ({'XLA_FLAGS': f'{count}=7'}, {'JAX_NUM_CPU_DEVICES': '1'}):
+        assert slurm._environment({**cores, **environment}, True) == {**cores, **environment}
+    assert slurm._environment(cores, False) == cores
+
+
+def test_users_own_way_of_asking_for_gpus():
+    ask = Resources(gpus=1)
+    assert slurm._parameters(ask, {}, 60, 1, '')['gpus_per_node'] == 1
+    for options in ({'gres': 'gpu:a100:1'}, {'gpus-per-task': '1'}):
+        assert slurm._parameters(ask, options, 60, 1, '')['gpus_per_node'] is None
