@@ -1,36 +1,26 @@
 """Chunks through a real Ray cluster on this machine: nodes and processes are killed and frozen.
 
-The command of a chunk is a stub that takes two seconds. Each node has a loopback address of its
-own, and its processes have its name in their environment: so they are found, and none is left.
+The command of a chunk is a stub that takes two seconds.
 """
 
 import contextlib
-import importlib.util
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import pytest
+from ray_nodes import NODE, head, kill, needs_ray, processes, second, signal_node, until
 
 from jaxprune.errors import JaxpruneError
 from jaxprune.fleet.launcher import Ended, Resources, Task
-from jaxprune.fleet.ray_cluster import node_environment, ray_launcher
+from jaxprune.fleet.ray_cluster import ray_launcher
 
-# Not imported here: Ray reads its settings when it is imported, and the launcher sets some.
-RAY = Path(sys.executable).with_name('ray')
-needs_ray = pytest.mark.skipif(
-    importlib.util.find_spec('ray') is None or not RAY.exists() or sys.platform != 'linux',
-    reason="needs Linux and pip install 'jaxprune[ray]'",
-)
 pytestmark = pytest.mark.fleet
 
-NODE = 'JAXPRUNE_TEST_NODE'
 #: Does a chunk in the directory: notes that it started, works, and takes the chunk if it is first.
 STUB = f"""
 import os, pathlib, signal, sys, time
@@ -59,38 +49,6 @@ def _task(place, chunk, seconds=2.0, code=0):
     return Task(chunk, (sys.executable, '-c', STUB, str(place), chunk, str(seconds), str(code)))
 
 
-def _processes(name):
-    """Every process that was started by a node, or by its processes."""
-    mark = f'{NODE}={name}\0'.encode()
-    found = []
-    for entry in Path('/proc').iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if mark in (entry / 'environ').read_bytes():
-                found.append(int(entry.name))
-    return found
-
-
-def _signal(name, number):
-    for pid in _processes(name):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def _kill(name):
-    """Kills a node with all its processes, as when its machine is switched off."""
-    while _processes(name):
-        _signal(name, signal.SIGKILL)
-        time.sleep(0.05)
-
-
-def _until(condition, seconds, what):
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f'{what}: not within {seconds} s'
-        time.sleep(0.1)
-    return value
-
-
 def _collect(launcher, count, seconds):
     """The ends of tasks, by chunk, once there are so many."""
     found = {}
@@ -101,48 +59,8 @@ def _collect(launcher, count, seconds):
             found[end.chunk] = end
         return len(found) >= count
 
-    _until(all_ended, seconds, f'{count} ends of tasks')
+    until(all_ended, seconds, f'{count} ends of tasks')
     return found
-
-
-def _start(name, ip, *arguments):
-    command = [RAY, 'start', f'--node-ip-address={ip}', '--num-cpus=1', '--disable-usage-stats']
-    command += ['--object-store-memory=80000000', *arguments]
-    started = subprocess.run(
-        command, env={**os.environ, NODE: name}, capture_output=True, text=True, timeout=90
-    )
-    assert started.returncode == 0, started.stdout + started.stderr
-
-
-@pytest.fixture(scope='module')
-def head():
-    """Name and address of a cluster of one node with one core; this machine is on it."""
-    name = f'{os.getpid()}-head'
-    logs = tempfile.mkdtemp(prefix='ray', dir='/tmp')  # paths of sockets have to be short
-    with socket.socket() as free:
-        free.bind(('127.0.0.2', 0))
-        port = free.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in {**node_environment(), 'RAY_AUTH_MODE': 'disabled'}.items():
-            patch.setenv(key, value)
-        try:
-            options = ['--head', f'--port={port}', f'--temp-dir={logs}']
-            _start(name, '127.0.0.2', *options, '--include-dashboard=false')
-            yield name, f'127.0.0.2:{port}'
-        finally:
-            _kill(name)
-            shutil.rmtree(logs, ignore_errors=True)
-
-
-@pytest.fixture
-def second(head, request):
-    """Name of a second node with one core, for one test."""
-    name = f'{os.getpid()}-{request.node.name}'
-    try:
-        _start(name, '127.0.0.3', f'--address={head[1]}')
-        yield name
-    finally:
-        _kill(name)
 
 
 @pytest.fixture
@@ -169,8 +87,8 @@ def test_all_chunks_are_done_on_both_nodes(head, second, launcher, tmp_path):
 def test_killed_node(head, second, launcher, tmp_path, capfd):
     """Its chunk is done by the other one, without a word."""
     launcher.submit([_task(tmp_path, str(i)) for i in range(5)])
-    _until(lambda: list(tmp_path.glob(f'started-*-{second}-*')), 30, 'a chunk on the second node')
-    _kill(second)
+    until(lambda: list(tmp_path.glob(f'started-*-{second}-*')), 30, 'a chunk on the second node')
+    kill(second)
     ends = _collect(launcher, 5, 60)
     assert {end.code for end in ends.values()} == {0}
     assert len(list(tmp_path.glob('done-*'))) == 5
@@ -183,17 +101,17 @@ def test_killed_node(head, second, launcher, tmp_path, capfd):
 def test_frozen_node_and_its_return(head, second, launcher, tmp_path):
     """Its chunk is done by the other one; when it is back, what it writes is too late."""
     launcher.submit([_task(tmp_path, str(i)) for i in range(4)])
-    started = _until(lambda: list(tmp_path.glob(f'started-*-{second}-*')), 30, 'a chunk there')
+    started = until(lambda: list(tmp_path.glob(f'started-*-{second}-*')), 30, 'a chunk there')
     chunk = started[0].name.split('-')[1]
     start = time.monotonic()
-    _signal(second, signal.SIGSTOP)
+    signal_node(second, signal.SIGSTOP)
     ends = _collect(launcher, 4, 90)
     print(f'a frozen node cost {time.monotonic() - start:.0f} s')
     assert {end.code for end in ends.values()} == {0}
     assert (tmp_path / f'done-{chunk}').read_text() == head[0]
-    _signal(second, signal.SIGCONT)
+    signal_node(second, signal.SIGCONT)
     late = tmp_path / f'tried-{chunk}-{second}'
-    _until(lambda: late.exists(), 30, 'the late result')
+    until(lambda: late.exists(), 30, 'the late result')
     assert (tmp_path / f'done-{chunk}').read_text() == head[0]
     assert launcher.ended() == []
 
@@ -223,11 +141,11 @@ def test_killed_command_and_one_that_is_missing(launcher, tmp_path):
 def test_killed_worker_stops_its_command(head, launcher, tmp_path, capfd):
     """The worker alone, by SIGKILL: the command saves, another worker goes on."""
     launcher.submit([_task(tmp_path, 'one', 5)])
-    _until(lambda: list(tmp_path.glob('started-*')), 30, 'the start')
-    working = [pid for pid in _processes(head[0]) if _named(pid, b'ray::chunk')]
+    until(lambda: list(tmp_path.glob('started-*')), 30, 'the start')
+    working = [pid for pid in processes(head[0]) if _named(pid, b'ray::chunk')]
     assert len(working) == 1
     os.kill(working[0], signal.SIGKILL)
-    _until((tmp_path / 'stopped-one').exists, 10, 'SIGTERM')
+    until((tmp_path / 'stopped-one').exists, 10, 'SIGTERM')
     assert _collect(launcher, 1, 60)['one'].code == 0
     assert len(list(tmp_path.glob('started-*'))) == 2
     assert capfd.readouterr() == ('', '')
@@ -243,7 +161,7 @@ def _named(pid, part):
 def test_close_stops_what_runs_and_leaves_the_cluster(head, tmp_path):
     first = ray_launcher(Resources(cpus=1), head[1])
     first.submit([_task(tmp_path, str(i), 60) for i in range(3)])
-    _until(lambda: list(tmp_path.glob('started-*')), 30, 'the start')
+    until(lambda: list(tmp_path.glob('started-*')), 30, 'the start')
     first.close()
     assert len(list(tmp_path.glob('stopped-*'))) == 1, 'the command has not saved'
     again = ray_launcher(Resources(cpus=1), head[1])
@@ -286,15 +204,15 @@ def test_killed_driver(head, tmp_path, where):
     address = head[1] if where == 'joined' else ''
     driver = _driver(name, address, 1, _task(tmp_path, 'one', 60).command)
     try:
-        started = _until(lambda: list(tmp_path.glob('started-*')), 60, 'the start')
+        started = until(lambda: list(tmp_path.glob('started-*')), 60, 'the start')
         driver.kill()
         driver.wait()
-        _until((tmp_path / 'stopped-one').exists, 30, 'SIGTERM')
+        until((tmp_path / 'stopped-one').exists, 30, 'SIGTERM')
         pid = int(started[0].name.rsplit('-', 1)[1])
-        _until(lambda: not Path(f'/proc/{pid}').exists(), 10, 'the end of the command')
-        _until(lambda: not _processes(name), 60, 'the end of its other processes')
+        until(lambda: not Path(f'/proc/{pid}').exists(), 10, 'the end of the command')
+        until(lambda: not processes(name), 60, 'the end of its other processes')
     finally:
-        _kill(name)
+        kill(name)
 
 
 @needs_ray
@@ -306,9 +224,9 @@ def test_cluster_of_this_machine_prints_nothing_and_leaves_nothing():
     try:
         printed, _ = driver.communicate(timeout=90)
         assert printed == "[('0', 0), ('1', 0), ('2', 0)]\n"
-        _until(lambda: not _processes(name), 10, 'the end of all processes')
+        until(lambda: not processes(name), 10, 'the end of all processes')
     finally:
-        _kill(name)
+        kill(name)
 
 
 @needs_ray

@@ -16,12 +16,12 @@ import types
 from pathlib import Path
 
 import pytest
+from slurm_nodes import answer, cluster, kill_node, preempt, shared_cluster, testbed, wait
 
 from jaxprune.errors import JaxpruneError
 from jaxprune.fleet import slurm
 from jaxprune.fleet.launcher import Resources, Task
 
-TESTBED = Path(__file__).parents[1] / 'launch' / 'slurm' / 'testbed.sh'
 CORES = Resources()
 STUB = """
 import json, os, signal, sys, time
@@ -50,54 +50,6 @@ while step < steps:
 say('end')
 sys.exit(code)
 """
-
-
-@contextlib.contextmanager
-def _testbed(place, **settings):
-    """A cluster in a directory, and SLURM_CONF set to it."""
-    pytest.importorskip('submitit')
-    if os.geteuid() != 0:
-        pytest.skip('slurmd has to be started as root')
-    done = subprocess.run(
-        ['bash', str(TESTBED), 'start', str(place)],
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode == 3:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(*done.stdout.removeprefix('export ').strip().split('=', 1))
-        try:
-            yield place
-        finally:
-            subprocess.run(['bash', str(TESTBED), 'stop', str(place)], check=True)
-
-
-@pytest.fixture(scope='module')
-def _shared(tmp_path_factory):
-    with _testbed(tmp_path_factory.mktemp('slurm'), MAX_ARRAY_SIZE='5') as place:
-        yield place
-
-
-@pytest.fixture
-def cluster(_shared):
-    """The cluster, with both nodes idle and nothing in the queue."""
-    yield _shared
-    subprocess.run(['scancel', '--quiet', '-u', 'root'], check=True)
-    _wait(lambda: not _answer('squeue', '-h', '-o', '%i'), 30)
-
-
-def _answer(*command):
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _wait(condition, seconds):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, _answer('squeue', '--states=all', '-o', '%i %T %r %N')
-        time.sleep(0.3)
 
 
 @pytest.fixture
@@ -130,7 +82,7 @@ def _until_ended(launcher, count, seconds):
     found = {}
     until = time.monotonic() + seconds
     while len(found) < count:
-        assert time.monotonic() < until, _answer('squeue', '--states=all', '-o', '%i %T %r %N')
+        assert time.monotonic() < until, answer('squeue', '--states=all', '-o', '%i %T %r %N')
         for end in launcher.ended():
             assert end.chunk not in found
             found[end.chunk] = end
@@ -140,12 +92,6 @@ def _until_ended(launcher, count, seconds):
 
 def _codes(found):
     return {chunk: end.code for chunk, end in found.items()}
-
-
-def _preempt():
-    """A job of high priority takes both nodes for a moment."""
-    job = ['sbatch', '-p', 'high', '-N2', '--exclusive', '-o', '/dev/null', '--wrap', 'sleep 1']
-    subprocess.run(job, check=True, capture_output=True)
 
 
 @pytest.mark.fleet
@@ -169,9 +115,9 @@ def _check_preempted(sweep, steps, told_after):
     """
     launcher = sweep.launcher()
     launcher.submit([sweep.task('a', steps), sweep.task('b', steps)])
-    _wait(lambda: sweep.log('a') and sweep.log('b'), 30)
+    wait(lambda: sweep.log('a') and sweep.log('b'), 30)
     time.sleep(1)
-    _preempt()
+    preempt()
     asked = time.time()
     assert _codes(_until_ended(launcher, 2, 100)) == {'a': 0, 'b': 0}
     for log in (sweep.log('a'), sweep.log('b')):
@@ -195,44 +141,21 @@ def test_preempted_where_only_sigterm_is_sent(sweep, tmp_path_factory, grace, st
     SLURM looks every half a minute whether it is. The job then has KillWait, ten seconds here.
     """
     place = tmp_path_factory.mktemp('plain')
-    with _testbed(place, USER_SIGNAL='0', GRACE=str(grace)):
+    with testbed(place, USER_SIGNAL='0', GRACE=str(grace)):
         _check_preempted(sweep, steps, told_after)
-
-
-def _processes_of_node(node):
-    """Processes of jobs on a node, with the slurmstepd above them first."""
-    jobs, above = [], set()
-    for path in Path('/proc').glob('[0-9]*'):
-        with contextlib.suppress(OSError):
-            environment = (path / 'environ').read_bytes().split(b'\0')
-            wanted = (f'SLURMD_NODENAME={node}', f'SLURM_CONF={os.environ["SLURM_CONF"]}')
-            if all(entry.encode() in environment for entry in wanted):
-                jobs.append(int(path.name))
-                above.add(int((path / 'stat').read_text().rpartition(')')[2].split()[1]))
-    steps = [p for p in above if b'slurmstepd' in Path(f'/proc/{p}/cmdline').read_bytes()]
-    return [*steps, *jobs]
 
 
 @pytest.mark.fleet
 def test_chunk_of_a_killed_node_runs_on_the_other(cluster, sweep):
     launcher = sweep.launcher()
     launcher.submit([sweep.task('long', steps=30)])
-    _wait(lambda: sweep.log('long'), 30)
+    wait(lambda: sweep.log('long'), 30)
     node = sweep.log('long')[0]['SLURMD_NODENAME']
-    os.kill(int((cluster / f'slurmd-{node}.pid').read_text()), signal.SIGKILL)
-    processes = _processes_of_node(node)
-    assert len(processes) >= 3  # slurmstepd, the job and the stub
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-    try:
+    with kill_node(cluster, node):
         assert _codes(_until_ended(launcher, 1, 120)) == {'long': 0}
         log = sweep.log('long')
         assert _whats(log) == ['start', 'start', 'end']
         assert log[1]['SLURMD_NODENAME'] != node
-    finally:
-        subprocess.run(['slurmd', '-N', node], check=True, stdout=subprocess.DEVNULL)
-        _wait(lambda: _answer('sinfo', '-h', '-n', node, '-p', 'low', '-o', '%t') == 'idle', 30)
 
 
 @pytest.mark.fleet
@@ -266,8 +189,8 @@ def test_several_chunks_in_one_job(cluster, sweep):
     jobs = [sweep.log(chunk)[0]['SLURM_JOB_ID'] for chunk in 'abcd']
     assert len(set(jobs)) == 1
     assert sweep.log('e')[0]['SLURM_JOB_ID'] != jobs[0]
-    assert _answer('squeue', '-h') == ''
-    states = _answer('squeue', '-h', '--states=all', '-j', jobs[0], '-o', '%T')
+    assert answer('squeue', '-h') == ''
+    states = answer('squeue', '-h', '--states=all', '-j', jobs[0], '-o', '%T')
     assert 'COMPLETED' not in states.splitlines()[0]  # work is left
 
 
@@ -275,8 +198,8 @@ def test_several_chunks_in_one_job(cluster, sweep):
 def test_interrupted_job_skips_finished_chunks(cluster, sweep):
     launcher = sweep.launcher(per_job=2)
     launcher.submit([sweep.task('first', steps=1), sweep.task('second', steps=25)])
-    _wait(lambda: sweep.log('second'), 30)
-    _preempt()
+    wait(lambda: sweep.log('second'), 30)
+    preempt()
     assert _codes(_until_ended(launcher, 2, 90)) == {'first': 0, 'second': 0}
     assert _whats(sweep.log('first')) == ['start', 'end']
     assert _whats(sweep.log('second')) == ['start', 'saved', 'start', 'end']
@@ -299,7 +222,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     second.submit([sweep.task('c')])
     assert _codes(_until_ended(second, 1, 30)) == {'c': 0}
     assert second.held() == {'a', 'b'}
-    _wait(lambda: not second.held(), 60)
+    wait(lambda: not second.held(), 60)
     assert _whats(sweep.log('a')) == _whats(sweep.log('b')) == ['start', 'end']
     assert second.ended() == []  # they were another's
 
@@ -308,9 +231,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_close_cancels_and_lets_chunks_save(cluster, sweep):
     launcher = sweep.launcher(at_once=1)
     launcher.submit([sweep.task('runs', steps=200), sweep.task('waits', steps=200)])
-    _wait(lambda: sweep.log('runs'), 30)
+    wait(lambda: sweep.log('runs'), 30)
     launcher.close()
-    _wait(lambda: not _answer('squeue', '-h'), 15)
+    wait(lambda: not answer('squeue', '-h'), 15)
     assert _whats(sweep.log('runs')) == ['start', 'saved']
     assert sweep.log('waits') == []
     assert _codes(_until_ended(launcher, 2, 10)) == {'runs': 75, 'waits': None}
@@ -332,7 +255,7 @@ def test_cluster_that_does_not_requeue_is_reported(cluster, sweep, monkeypatch, 
     launcher = sweep.launcher()
     launcher.submit([sweep.task('long', steps=200)])
     assert f'SLURM will not requeue job {submitted[0]}' in capsys.readouterr().err
-    _wait(lambda: sweep.log('long'), 30)
+    wait(lambda: sweep.log('long'), 30)
     subprocess.run(['scancel', '--signal=USR2', '--batch', submitted[0]], check=True)
     end = _until_ended(launcher, 1, 30)['long']
     assert end.code == 75

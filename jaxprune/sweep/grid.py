@@ -41,28 +41,38 @@ def runs(spec: SweepSpec) -> list[Run]:
     Compression 1 gives one dense run per seed and setting, whatever the methods.
     """
     rows = []
-    for train in variants(spec.train, spec.grid.train):
-        dense = [(DENSE, 1.0)] if 1 in spec.grid.compression else []
-        pruned = [(m, c) for m in spec.grid.method for c in spec.grid.compression if c > 1]
-        for entry, compression in dense + pruned:
-            rows += [_run(spec, train, entry, compression, seed) for seed in spec.grid.seed]
-    return rows
-
-
-def _run(
-    spec: SweepSpec, train: TrainSpec, entry: MethodSpec, compression: float, seed: int
-) -> Run:
-    identity = {
+    network = {
         'format': FORMAT,
         'model': plain(same_content(spec.model)),
         'data': plain(spec.data),
         'prune': plain(spec.prune),
-        'train': plain(train),
-        'method': plain(dataclasses.replace(entry, label='')),  # a name changes no number
-        'compression': compression,
-        'seed': seed,
     }
-    return Run(digest(identity), entry, compression, seed, train)
+    for train in variants(spec.train, spec.grid.train):
+        dense = [(DENSE, 1.0)] if 1 in spec.grid.compression else []
+        pruned = [(m, c) for m in spec.grid.method for c in spec.grid.compression if c > 1]
+        for entry, compression in dense + pruned:
+            shared = {
+                **network,
+                'train': plain(train),
+                'method': plain(dataclasses.replace(entry, label='')),  # a name changes no number
+                'compression': compression,
+            }
+            rows += [
+                Run(digest({**shared, 'seed': seed}), entry, compression, seed, train)
+                for seed in spec.grid.seed
+            ]
+    return rows
+
+
+def one_of_each_method(members: Sequence[Run]) -> list[Run]:
+    """The first run of every entry of the grid's methods and training settings, in order.
+
+    What follows from these alone is the same for all other runs, of which there may be many.
+    """
+    firsts: dict[tuple[int, int], Run] = {}
+    for run in members:
+        firsts.setdefault((id(run.method), id(run.train)), run)
+    return list(firsts.values())
 
 
 def digest(value: Any) -> str:

@@ -34,9 +34,10 @@ def status(out: Path) -> dict[str, Any]:
     steps = {program['id']: program['steps'] for program in plan['programs']}
     there, finished, broken, unfinished = store.finished_chunks(out), [], [], []
     begun = {path.name for kind in ('attempts', 'checkpoints') for path in store.listed(out / kind)}
+    wrongs = store.all_unreadable(out, [c['id'] for c in plan['chunks'] if c['id'] in there])
     for chunk in plan['chunks']:
         if chunk['id'] in there:
-            wrong = store.unreadable(out, chunk['id'])
+            wrong = wrongs[chunk['id']]
             (broken if wrong else finished).append(wrong or len(chunk['runs']))
         elif chunk['id'] in begun:
             unfinished.append(unfinished_chunk(out, chunk, steps[chunk['program']]))

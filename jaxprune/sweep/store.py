@@ -18,7 +18,7 @@ DIR may lie in an object store (`s3://`, `gs://`). Any number of processes may w
 import io
 import json
 import uuid
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -282,14 +282,41 @@ def finished_chunks(out: Path) -> set[str]:
 
 def unreadable(out: Path, chunk: str) -> str:
     """What is wrong with the files of a finished chunk, and what to do; '' if nothing is."""
-    schemas = (CURVES, FLOW, LAYERS, RESULTS)
+    return all_unreadable(out, [chunk])[chunk]
+
+
+def all_unreadable(out: Path, chunks: Sequence[str]) -> dict[str, str]:
+    """For each of these finished chunks, what is wrong with its files, and what to do.
+
+    '' says that nothing is wrong, as far as the ends of the files show: a file that was cut off, or
+    holds something else, has no table of contents at its end. The rows are not read.
+    """
+    schemas = dict(zip(TABLES, (CURVES, FLOW, LAYERS, RESULTS), strict=True))
+    folders = {where: where(out, 'any').parent for where in TABLES}
+    there = {where: {path.name for path in listed(folders[where])} for where in TABLES}
+
+    def wrong(chunk: str) -> str:
+        try:
+            for where, schema in schemas.items():
+                path = where(out, chunk)
+                if path.name in there[where] and not _ends_well(path, schema):
+                    _read_frame(path, schema)
+        except StoreError as error:
+            return str(error)
+        return ''
+
+    return dict(zip(chunks, _each(wrong, chunks, files.is_remote(out)), strict=True))
+
+
+def _ends_well(path: Path, schema: dict) -> bool:
+    """Does a file begin and end like a table with these columns?"""
     try:
-        for where, schema in zip(TABLES, schemas, strict=True):
-            if (path := where(out, chunk)).exists():
-                _read_frame(path, schema)
-    except StoreError as error:
-        return str(error)
-    return ''
+        with path.open('rb') as file:
+            begins = file.read(4) == b'PAR1'
+            file.seek(0)
+            return begins and schema.keys() <= pl.read_parquet_schema(file).keys()
+    except (OSError, pl.exceptions.PolarsError, *_refusals(path)):
+        return False
 
 
 def curves_path(out: Path, chunk: str) -> Path:
@@ -336,16 +363,22 @@ def _read(out: Path | str, where, schema: dict, *, everywhere: bool = True) -> p
         folder = where(out, 'any').parent
         there &= {path.name.removesuffix('.parquet') for path in listed(folder, '.parquet')}
     wanted = [where(out, chunk) for chunk in chunk_ids(out) if chunk in there]
-    frames = list(_each(lambda path: _read_frame(path, schema), wanted))
+    remote = files.is_remote(out)
+    if not remote and len(wanted) > 1:
+        try:
+            return _in_order(pl.read_parquet(wanted, glob=False), schema)
+        except (OSError, pl.exceptions.PolarsError):
+            pass  # a file is broken, or older than others: each by itself
+    frames = list(_each(lambda path: _read_frame(path, schema), wanted, remote))
     return pl.concat(frames) if frames else pl.DataFrame(schema=schema)
 
 
-def _each(read: Callable[[Path], Any], paths: list[Path]) -> Iterable[Any]:
-    """What is read from each file, several at a time where each takes a round trip."""
-    if not paths or not files.is_remote(paths[0]):
-        return map(read, paths)
+def _each(read: Callable[[Any], Any], items: Sequence[Any], remote: bool) -> Iterable[Any]:
+    """What is read of each item, several at a time where each takes a round trip."""
+    if not remote:
+        return map(read, items)
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(read, paths))
+        return list(pool.map(read, items))
 
 
 #: Columns that earlier versions did not write.
@@ -368,10 +401,22 @@ def _read_frame(path: Path, schema: dict) -> pl.DataFrame:
     except (OSError, pl.exceptions.PolarsError, *_refusals(path)) as error:
         reason = ' '.join(str(error).split())[:200]
         raise StoreError(f'{path}: cannot be read ({reason}); {broken}') from None
-    later = {name: pl.lit(None, schema[name]) for name in _LATER if name in schema}
-    frame = frame.with_columns(**{n: v for n, v in later.items() if n not in frame.columns})
-    if not schema.keys() <= set(frame.columns):
-        raise StoreError(f'{path}: not what jaxprune wrote; {broken}')
+    try:
+        return _in_order(frame, schema)
+    except pl.exceptions.PolarsError:
+        raise StoreError(f'{path}: not what jaxprune wrote; {broken}') from None
+
+
+def _in_order(frame: pl.DataFrame, schema: dict) -> pl.DataFrame:
+    """The table with the columns of the schema first, and those that came later with it as nulls.
+
+    Raises:
+      PolarsError: it lacks a column.
+    """
+    if frame.columns[: len(schema)] == list(schema):
+        return frame
+    later = [name for name in _LATER if name in schema and name not in frame.columns]
+    frame = frame.with_columns(pl.lit(None, schema[name]).alias(name) for name in later)
     return frame.select(*schema, pl.exclude(*schema))
 
 
@@ -411,6 +456,6 @@ def read_timing(out: Path) -> dict[str, float]:
             return dict.fromkeys(keys, 0.0)
 
     paths = [timing_path(out, chunk) for chunk in chunk_ids(out) if chunk in there]
-    for found in _each(spent, paths):
+    for found in _each(spent, paths, files.is_remote(out)):
         total = {key: total[key] + found[key] for key in keys}
     return total

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxprune.sweep.abstract import check_group
 from jaxprune.sweep.costs import costs
-from jaxprune.sweep.grid import DENSE, digest, event_program
+from jaxprune.sweep.grid import DENSE, digest, event_program, one_of_each_method
 from jaxprune.sweep.groups import Group, groups_of
 from jaxprune.sweep.load import spec_hash
 from jaxprune.sweep.spec import FORMAT, SweepSpec
@@ -47,7 +47,8 @@ def make_plan(
         flops = cost['flops_per_step'] * program.timeline.steps
         chunk_runs = _chunk_size(spec.engine.chunk, len(group.runs), flops)
         table['chunks'] += cut(group.id, [run.run_id for run in group.runs], chunk_runs)
-        methods = {event_program(r.method): None for r in group.runs if r.method != DENSE}
+        firsts = one_of_each_method(group.runs)
+        methods = {event_program(r.method): None for r in firsts if r.method != DENSE}
         table['programs'].append(
             {
                 'id': group.id,
