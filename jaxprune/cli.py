@@ -426,7 +426,7 @@ def _chunk_line(chunk: dict) -> str:
         line += f' on {chunk["host"]} since {chunk["started"]}'
     if chunk['state'] in ('running', 'lost'):
         line += f', last sign of life {clock(chunk["silent"])} ago'
-        line += f', {100 * chunk["trained"]:.0f} % trained' if chunk['state'] == 'running' else ''
+        line += ', epoch {:.3g} of {:.3g}'.format(*chunk['epoch'])
     line += f', {100 * chunk["share"]:.0f} % saved'
     if chunk['attempts'] > 1:
         line += f', attempt {chunk["attempts"]}'

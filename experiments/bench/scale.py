@@ -54,11 +54,11 @@ class Hosts(NamedTuple):
 
     Attributes:
       launcher: gives them chunks; closing it ends them.
-      going: while it is not set, nobody finishes anything: from when half the chunks are finished.
+      permits: one is needed to finish a chunk; there are some for half of them.
     """
 
     launcher: Launcher
-    going: threading.Event
+    permits: threading.Semaphore
 
 
 def main() -> None:
@@ -174,7 +174,7 @@ def simulated(settings, size: int, out: Path) -> tuple[dict[str, float], list[st
     note('coordinator: until all is submitted', begin)
     note('coordinator: one look', look)
     how_far(out, timed, 'half finished')
-    hosts.going.set()
+    hosts.permits.release(len(plan['chunks']))
     with timed('hosts at work, second half'):
         run_elsewhere(out, hosts.launcher)
     how_far(out, timed, 'all finished')
@@ -237,10 +237,8 @@ def simulated_hosts(out: Path, plan: Mapping[str, Any], count: int, seconds: flo
     waiting: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     over: queue.SimpleQueue[Ended] = queue.SimpleQueue()
     held: dict[str, None] = {}
-    going, half = threading.Event(), threading.Event()
-    going.set()
-    done: list[str] = []
     chunks = {chunk['id']: chunk['runs'] for chunk in plan['chunks']}
+    permits = threading.Semaphore(-(-len(chunks) // 2))
     runs = {run['run_id']: run for run in plan['runs']}
     sizes = {p: size for program in plan['programs'] for p, size in program['prunable'].items()}
 
@@ -249,14 +247,10 @@ def simulated_hosts(out: Path, plan: Mapping[str, Any], count: int, seconds: flo
             try:
                 with attempt(out, chunk, {'runs': len(chunks[chunk])}):
                     time.sleep(seconds)
-                    going.wait()
+                    permits.acquire()
                     made = made_up([runs[run] for run in chunks[chunk]], sizes)
                     store.write_chunk(out, chunk, made)
                 over.put(Ended(chunk, 0))
-                done.append(chunk)
-                if 2 * len(done) >= len(chunks) and not half.is_set():
-                    half.set()
-                    going.clear()
             except Exception as error:
                 over.put(Ended(chunk, 1, f'{type(error).__name__}: {first_line(error)}'))
             held.pop(chunk, None)
@@ -279,7 +273,7 @@ def simulated_hosts(out: Path, plan: Mapping[str, Any], count: int, seconds: flo
         for thread in threads:
             thread.join()
 
-    return Hosts(Launcher(lambda: set(held), submit, ended, close), going)
+    return Hosts(Launcher(lambda: set(held), submit, ended, close), permits)
 
 
 def made_up(runs: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> store.Chunk:

@@ -74,8 +74,8 @@ def unfinished_chunk(out: Path, chunk: Mapping[str, Any], steps: int) -> dict[st
     Returns:
       chunk; runs; `state`: 'running', 'lost' (it runs, but there is no sign of life), 'interrupted'
       or 'failed', that of the last attempt, or 'saved' if there is none; `host`, `started`,
-      `silent` (seconds), `error` and `trained`, the part of its steps that is done, of that
-      attempt; attempts, how many there were; `share`, the part that is saved.
+      `silent` (seconds), `error` and `epoch`, `(done, of)`, of that attempt; attempts, how many
+      there were; `share`, the part of the chunk that is saved.
     """
     records = attempts_of(out, chunk['id'])
     folder, runs = out / 'checkpoints' / chunk['id'], len(chunk['runs'])
@@ -98,5 +98,6 @@ def unfinished_chunk(out: Path, chunk: Mapping[str, Any], steps: int) -> dict[st
     if state == 'running' and not live:
         state = 'lost'
     about = {key: last.get(key, '') for key in ('host', 'started', 'silent', 'error')}
-    trained = float(last.get('done', 0)) / max(runs * steps, 1)
-    return {**found, 'state': state, **about, 'trained': trained}
+    epoch = last.get('steps_per_epoch') or steps
+    done = float(last.get('done', 0)) / runs  # of a chunk in pieces, on average over its runs
+    return {**found, 'state': state, **about, 'epoch': (done / epoch, steps / epoch)}

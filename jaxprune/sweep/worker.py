@@ -78,7 +78,8 @@ def make_worker(job: Job) -> Callable[[Mapping[str, Any]], None]:
     def run(chunk: Mapping[str, Any]) -> None:
         members = [job.by_id[run_id] for run_id in chunk['runs']]
         planned = programs[chunk['program']]
-        facts = {'runs': len(members), 'steps': planned['steps']}
+        epoch = job.groups[planned['id']].program.steps
+        facts = {'runs': len(members), 'steps': planned['steps'], 'steps_per_epoch': epoch}
         with attempt(job.out, chunk['id'], facts) if is_lead() else nobody() as at:
             if planned['id'] not in here:
                 current.clear()
