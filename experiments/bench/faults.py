@@ -22,9 +22,11 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +40,11 @@ from tables import Table, check_out, measure
 
 #: Says that this process has mounts of its own.
 _OWN_MOUNTS = 'JAXPRUNE_FAULTS_OWN_MOUNTS'
+#: Faults after which a directory may be finished.
+MOST_EACH = 60
+#: Faults in the time of an undisturbed sweep.
+_PAUSES = 15
+#: Steps of an epoch.
 BATCHES = 10
 TABLE: dict[str, Any] = {
     'name': 'faults',
@@ -60,6 +67,7 @@ def main() -> None:
     parts = {'soak': soak, 'cost': cost}
     if (settings.soak or not settings.cost) and os.environ.get(_OWN_MOUNTS) is None:
         _with_own_mounts()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and clean up
     measure(settings, parts, 'something must not happen and did, see the tables')
 
 
@@ -72,17 +80,22 @@ def parse() -> argparse.Namespace:
     add('--cost', action='store_true', help='what checkpoints cost')
     add('--faults', type=int, default=300, help='how many at least (default 300)')
     add('--seed', type=int, default=0, help='of kinds and moments (default 0)')
-    add('--pause', type=float, default=2.0, help='seconds between faults, on average (default 2)')
+    add(
+        '--pause',
+        type=float,
+        help='seconds between faults, on average; by default a part of what '
+        'the undisturbed sweep takes',
+    )
     add('--epochs', type=int, default=200, help='of the sweep (default 200)')
     add('--directory', help='where the sweeps lie, and stay; by default a temporary folder')
     add('--out', help='a markdown file for the tables')
     add('--quick', action='store_true', help='two minutes, to see whether all runs')
     settings = parser.parse_args()
-    settings.methods, settings.cost_epochs = 3, 400
+    settings.methods, settings.cost_epochs = 3, 60
     if settings.quick:
-        settings.faults, settings.epochs, settings.pause = 14, 100, 0.8
+        settings.faults, settings.epochs = 14, 100
         settings.methods, settings.cost_epochs = 2, 4
-    if min(settings.faults, settings.epochs) < 1 or settings.pause < 0.2:
+    if min(settings.faults, settings.epochs) < 1 or not (settings.pause or 1) >= 0.2:
         parser.error('--faults and --epochs must be above 0, --pause at least 0.2')
     check_out(parser, settings.out)
     return settings
@@ -106,6 +119,8 @@ def soak(
     print(f'seed {settings.seed}', flush=True)
     place = Path(settings.directory or tempfile.mkdtemp(prefix='faults-')).absolute()
     place.mkdir(parents=True, exist_ok=True)
+    if any(place.iterdir()):
+        raise SystemExit(f'--directory: {place} is not empty')
     # Read by workers when they are started.
     os.environ.update(
         JAX_COMPILATION_CACHE_DIR=str(place / 'compiled'),
@@ -118,16 +133,19 @@ def soak(
     grid = {**TABLE['grid'], 'method': TABLE['grid']['method'][: settings.methods]}
     train = {**TABLE['train'], 'epochs': settings.epochs}
     spec.write_text(tomli_w.dumps({**TABLE, 'train': train, 'grid': grid}))
+    began = time.monotonic()
     if command('sweep', spec, '--out', place / 'whole', log=place / 'whole.log'):
         raise SystemExit((place / 'whole.log').read_text())
+    # On a machine that is slow now, workers need longer to get anywhere.
+    pause = settings.pause or min(max((time.monotonic() - began) / _PAUSES, 0.8), 4.0)
     expected = {read.__name__: read(place / 'whole') for read in READ}
     draw, bag, rounds = random.Random(settings.seed), [], []
     tables += [Table('', '', (), []), Table('', '', (), [])]
     while (done := sum(r.counts.total() for r in rounds)) < settings.faults:
         out = place / f'round-{len(rounds)}'
         found = soak_directory(
-            *(out, spec, expected, draw, bag, settings.faults - done, settings.pause),
-            settings.epochs * BATCHES,
+            *(out, spec, expected, draw, bag, min(settings.faults - done, MOST_EACH)),
+            *(pause, settings.epochs * BATCHES),
         )
         rounds.append(found)
         print(f'{out.name}: {found.counts.total()} faults, {dict(found.counts)}', flush=True)

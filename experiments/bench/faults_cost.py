@@ -17,7 +17,7 @@ TABLE: dict[str, Any] = {
     'model': {'name': 'lenet300100'},
     'data': {'name': 'mnist_small'},
     'train': {'epochs': 100, 'batch_size': 50, 'momentum': 0.9},
-    'grid': {'method': ['magnitude'], 'compression': [10], 'seed': [0, 1, 2, 3]},
+    'grid': {'method': ['magnitude'], 'compression': [2], 'seed': [0, 1, 2, 3]},
     'engine': {'chunk': 4},
 }
 

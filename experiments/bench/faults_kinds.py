@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from faults_workers import Twist, Worker
+from faults_workers import HEALTHY, Twist, Worker
 
 from jaxprune.files import machine_token, process_alive
 from jaxprune.sweep import store
@@ -178,7 +178,7 @@ def race(site: Site) -> bool:
     first = site.draw.choice(found)
     first.racing = True
     for _ in range(min(site.draw.choice([1, 2]), room)):
-        site.start(first.chunk, Twist()).racing = True
+        site.start(first.chunk, HEALTHY).racing = True
     return True
 
 
@@ -193,17 +193,31 @@ def cut_checkpoint(site: Site) -> bool:
     if not steps:
         return False
     step = site.draw.choice(sorted(steps))
-    if site.draw.random() < 0.7:
-        for worker in site.targets():
-            if worker.chunk == step.parents[2].name:
-                _kill(worker)
+    _power_fails(site, step.parents[2].name)
     return _cut(site, [path for path in step.rglob('*') if path.is_file()])
 
 
 def cut_piece(site: Site) -> bool:
-    """The tables of a finished piece get shorter."""
+    """The tables of a finished piece get shorter; mostly its writer dies too."""
     left = site.unfinished()
-    return _cut(site, [p for c in left for p in (site.out / 'checkpoints' / c).glob('*.zip')])
+    pieces = [p for c in left for p in (site.out / 'checkpoints' / c).glob('*.zip')]
+    if not pieces:
+        # There are pieces where memory is small: the next worker makes some.
+        twists = site.twists + [worker.twist for worker in site.live]
+        if not any(twist.most for twist in twists):
+            out_of_memory(site)
+        return False
+    piece = site.draw.choice(sorted(pieces))
+    _power_fails(site, piece.parent.name)
+    return _cut(site, [piece])
+
+
+def _power_fails(site: Site, chunk: str) -> None:
+    """Mostly, kills who works at a chunk: the successor meets what is cut short."""
+    if site.draw.random() < 0.7:
+        for worker in site.targets():
+            if worker.chunk == chunk:
+                _kill(worker)
 
 
 def cut_attempt(site: Site) -> bool:
@@ -352,7 +366,7 @@ def coordinator(site: Site) -> bool:
     """A `jaxprune sweep` of the directory is started and killed."""
     if len(site.live) >= MOST_ALIVE or any(not worker.chunk for worker in site.live):
         return False
-    worker = site.start('', Twist())
+    worker = site.start('', HEALTHY)
     site.in_seconds(4, 20, lambda: _kill(worker))
     return True
 
@@ -361,7 +375,7 @@ def two_coordinators(site: Site) -> bool:
     """Two at once, with all chunks at hand; one of them is killed."""
     if len(site.live) >= MOST_ALIVE - 1 or any(not worker.chunk for worker in site.live):
         return False
-    first, _ = site.start('', Twist()), site.start('', Twist())
+    first, _ = site.start('', HEALTHY), site.start('', HEALTHY)
     site.in_seconds(6, 20, lambda: _kill(first))
     return True
 

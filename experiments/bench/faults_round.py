@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import polars as pl
 from faults_kinds import DEFERRED, KINDS, Site, fire
-from faults_workers import Twist, Worker, end, start_forked, start_plain
+from faults_workers import HEALTHY, Twist, Worker, end, start_forked, start_plain
 from polars.testing import assert_frame_equal
 
+from jaxprune.errors import JaxpruneError
 from jaxprune.files import process_alive
 from jaxprune.sweep import status, store
 from jaxprune.sweep.attempts import attempts_of
@@ -84,7 +85,8 @@ def soak_directory(
       spec: the sweep.
       expected: the tables of an undisturbed sweep, by the name of the function that reads them.
       draw: gives all random numbers.
-      bag: kinds still to come, shared by all directories; filled again when it is empty.
+      bag: kinds still to come, shared by all directories; filled again when none finds something
+        to hit.
       faults: most faults here.
       pause: seconds between faults, on average.
       steps: of a run.
@@ -137,7 +139,7 @@ def _start(site: Site, spec: Path, logs: Path, chunk: str, twist: Twist) -> Work
         worker = start_plain(arguments, '', log)
     else:
         arguments = ['chunk', str(site.out), chunk, '--grace', str(GRACE)]
-        if twist == Twist() and site.draw.random() < _PLAIN:
+        if twist == HEALTHY and site.draw.random() < _PLAIN:
             worker = start_plain(arguments, chunk, log)
         else:
             worker = start_forked(arguments, chunk, log, twist)
@@ -186,21 +188,21 @@ def _start_missing(site: Site) -> None:
             return
         if chunk not in at_work:
             frozen = [worker for worker in site.live if worker.chunk == chunk]
-            worker = site.start(chunk, site.twists.pop(0) if site.twists else Twist())
+            worker = site.start(chunk, site.twists.pop(0) if site.twists else HEALTHY)
             worker.racing = bool(frozen)
             at_work.add(chunk)
 
 
 def _inject(site: Site, bag: list[str]) -> None:
     """Does the first kind in the bag that finds something to hit."""
-    if not bag:
-        bag += [name for name, (_, often) in KINDS.items() for _ in range(often)]
-        site.draw.shuffle(bag)
     for name in list(bag):
         if KINDS[name][0](site):
             bag.remove(name)
             site.counts[name] += name not in DEFERRED
             return
+    if set(bag) != set(KINDS):
+        more = [name for name, (_, often) in KINDS.items() for _ in range(often)]
+        bag[:] = [*dict.fromkeys(bag), *site.draw.sample(more, len(more))]
 
 
 def _reap(site: Site, codes: Counter, graces: list[float], wrong: list[str]) -> None:
@@ -237,7 +239,7 @@ def _read(out: Path, over: threading.Event, looks: list[int], wrong: list[str]) 
     """A reader that must never meet half a file, nor a row twice."""
     while not over.is_set():
         try:
-            status.status(out)
+            status(out)
             for read in READ:
                 frame = read(out)
                 if frame.is_duplicated().any():
@@ -245,6 +247,7 @@ def _read(out: Path, over: threading.Event, looks: list[int], wrong: list[str]) 
             looks.append(len(frame))
         except Exception as error:  # whatever it is, a reader saw it
             wrong.append(f'{out.name}: a reader met {type(error).__name__}: {error}')
+            return
         over.wait(0.2)
 
 
@@ -256,13 +259,15 @@ def _compare(
         wrong.append(f'{out.name}: the last `jaxprune sweep` failed, see last.log')
     lost = doubled = 0
     for read in READ:
-        frame, whole = read(out), expected[read.__name__]
-        lost += len(whole) - len(frame.unique()) if len(frame.unique()) < len(whole) else 0
-        doubled += len(frame) - len(frame.unique())
+        whole = expected[read.__name__]
         try:
+            frame = read(out)
+            different = len(frame.unique())
+            lost += max(len(whole) - different, 0)
+            doubled += len(frame) - different
             assert_frame_equal(frame, whole, check_exact=True)
-        except AssertionError as error:
-            wrong.append(f'{out.name}: {read.__name__} differs: {" ".join(str(error).split())}')
+        except (AssertionError, JaxpruneError) as error:
+            wrong.append(f'{out.name}: {read.__name__}: {" ".join(str(error).split())}')
     for path in out.rglob('.*.tmp'):
         process = path.name.split('.')[-2].split('-')[1]
         if not (process.isdigit() and process_alive(int(process))):

@@ -23,7 +23,7 @@ _IMPORTED = [
 
 
 class Twist(NamedTuple):
-    """What is wrong with a worker from its start.
+    """What is wrong with a worker from its start; nothing by default.
 
     Attributes:
       clock: seconds by which it sees another time.
@@ -36,6 +36,9 @@ class Twist(NamedTuple):
     step: int = 0
 
 
+HEALTHY = Twist()
+
+
 @dataclass
 class Worker:
     """A process at work.
@@ -46,7 +49,6 @@ class Worker:
       log: what it printed.
       twist: what is wrong with it.
       may: exit codes that its faults allow; 0 always is.
-      hit: the kinds of faults that hit it.
       frozen: is it stopped?
       racing: does another process work at its chunk, or did one?
       asked: when it was asked to leave; None if it was not.
@@ -55,13 +57,11 @@ class Worker:
     chunk: str
     process: Any
     log: Path
-    twist: Twist = Twist()
+    twist: Twist = HEALTHY
     may: set[int] = field(default_factory=lambda: {0})
-    hit: list[str] = field(default_factory=list)
     frozen: bool = False
     racing: bool = False
     asked: float | None = None
-    started: float = field(default_factory=time.monotonic)
 
     def code(self) -> int | None:
         """The exit code, below 0 for a signal; None while it lives."""

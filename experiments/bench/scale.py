@@ -6,8 +6,9 @@ The hosts are threads. Each takes chunks, writes the record of its attempt, slee
 made-up tables of the right kind. Everything else is the product's own: planning, the coordinator,
 `status`, the readers and the report. When half the chunks are finished, the coordinator is told to
 leave, as by a signal; the hosts stop where they are. Everything is looked at, then a second
-coordinator goes on. Every number is the seconds of one call. The exponent says how the time grows
-with the number of runs: 1 is in proportion.
+coordinator goes on. The first number of a cell is the seconds of one call; the second one, where
+there is one, those of the processor, which other work on the machine changes little. The exponent
+says how these grow with the number of runs: 1 is in proportion.
 
 At the end the tables must hold every run once: otherwise the page says WRONG, and the exit status
 is 1. Twenty minutes on two cores; `--quick` takes a hundred runs.
@@ -47,6 +48,13 @@ METHODS = ('random', 'magnitude', 'snip', 'synflow', 'grasp')
 COMPRESSIONS = 20
 #: Parts that should not grow beyond these seconds, and at how many runs.
 TARGETS = {'status, half finished': (10_000, 2.0), 'status, all finished': (10_000, 2.0)}
+
+
+class Spent(NamedTuple):
+    """Seconds by the clock, and of this process's processors, None where others worked."""
+
+    wall: float
+    cpu: float | None = None
 
 
 class Hosts(NamedTuple):
@@ -102,7 +110,7 @@ def scale(settings, tables: list[Table], notes: list[str], publish: Callable) ->
         (*columns, 'target'), [],
     )  # fmt: skip
     tables.append(table)
-    found: dict[int, dict[str, float]] = {}
+    found: dict[int, dict[str, Spent]] = {}
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             found[size], wrong = simulated(settings, size, Path(folder) / 'sweep')
@@ -111,19 +119,25 @@ def scale(settings, tables: list[Table], notes: list[str], publish: Callable) ->
         publish()
 
 
-def line(part: str, found: Mapping[int, Mapping[str, float]], sizes: Sequence[int]) -> dict:
+def line(part: str, found: Mapping[int, Mapping[str, Spent]], sizes: Sequence[int]) -> dict:
     """A row of the table: seconds at every size, and how they grow."""
     row = {'part': part}
     done = [size for size in sizes if part in found.get(size, {})]
     for size in done:
-        row[f'{size:,}'] = f'{found[size][part]:.3g}'
+        spent = found[size][part]
+        row[f'{size:,}'] = ' / '.join(f'{s:.3g}' for s in spent if s is not None)
     for small, large in itertools.pairwise(done):
-        ratio = found[large][part] / max(found[small][part], 1e-9)
+        ratio = cost(found[large][part]) / cost(found[small][part])
         row[f'exponent to {large:,}'] = f'{math.log(ratio) / math.log(large / small):.2f}'
     if part in TARGETS:
         runs, seconds = TARGETS[part]
         row['target'] = f'under {seconds:g} s for {runs:,} runs'
     return row
+
+
+def cost(spent: Spent) -> float:
+    """What is compared: processor seconds where they are known."""
+    return max(spent.wall if spent.cpu is None else spent.cpu, 1e-9)
 
 
 def specification(size: int, chunk: int) -> SweepSpec:
@@ -142,19 +156,20 @@ def specification(size: int, chunk: int) -> SweepSpec:
     })  # fmt: skip
 
 
-def simulated(settings, size: int, out: Path) -> tuple[dict[str, float], list[str]]:
+def simulated(settings, size: int, out: Path) -> tuple[dict[str, Spent], list[str]]:
     """Seconds of every part for so many runs, and what is wrong with the tables at the end."""
-    found: dict[str, float] = {}
+    found: dict[str, Spent] = {}
 
-    def note(part: str, seconds: float) -> None:
-        found[part] = seconds
-        print(f'{size:,} runs: {part}: {seconds:.3f} s', flush=True)
+    def note(part: str, spent: Spent) -> None:
+        found[part] = spent
+        print(f'{size:,} runs: {part}: {spent}', flush=True)
 
     @contextmanager
-    def timed(part: str) -> Iterator[None]:
-        began = time.perf_counter()
+    def timed(part: str, alone: bool = True) -> Iterator[None]:
+        began, used = time.perf_counter(), time.process_time()
         yield
-        note(part, time.perf_counter() - began)
+        cpu = time.process_time() - used if alone else None
+        note(part, Spent(time.perf_counter() - began, cpu))
 
     spec = specification(size, settings.chunk)
     with timed('plan: checked_groups'):
@@ -171,8 +186,8 @@ def simulated(settings, size: int, out: Path) -> tuple[dict[str, float], list[st
     with timed('hosts at work, first half'):
         worked(out, hosts.launcher, half_finished(out, len(plan['chunks'])))
     begin, look = looks(out)
-    note('coordinator: until all is submitted', begin)
-    note('coordinator: one look', look)
+    note('coordinator: until all is submitted', Spent(begin))
+    note('coordinator: one look', Spent(look))
     how_far(out, timed, 'half finished')
     hosts.permits.release(len(plan['chunks']))
     with timed('hosts at work, second half'):
@@ -195,7 +210,7 @@ def how_far(out: Path, timed: Callable, when: str) -> None:
     """Times `status`, as a function and as a command."""
     with timed(f'status, {when}'):
         status(out)
-    with timed(f'command `jaxprune status`, {when}'):
+    with timed(f'command `jaxprune status`, {when}', alone=False):
         command = [sys.executable, '-m', 'jaxprune', 'status', str(out)]
         subprocess.run(command, check=True, capture_output=True)
 

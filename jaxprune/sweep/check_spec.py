@@ -281,7 +281,7 @@ def _grid_train(train: TrainSpec, grid: Mapping[str, Any], source: str, fail) ->
     swept = grid.get('optimizer')
     optimizer = swept[0] if isinstance(swept, tuple) and swept else train.optimizer
     for key, values in grid.items():
-        at = f'grid.train.{key}'
+        at = f'grid.train.{_key_name(key)}'
         if not isinstance(values, tuple) or not values:
             fail(at, f'expected a list of values, not {shown(values)}')
         # Each value is read as if it stood in [train]; whether all go together is checked later.

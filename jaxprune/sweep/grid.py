@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxprune import method
@@ -57,9 +57,10 @@ def runs(spec: SweepSpec) -> list[Run]:
                 'method': plain(dataclasses.replace(entry, label='')),  # a name changes no number
                 'compression': compression,
             }
+            ids = _digests_by_seed(shared, spec.grid.seed)
             rows += [
-                Run(digest({**shared, 'seed': seed}), entry, compression, seed, train)
-                for seed in spec.grid.seed
+                Run(run_id, entry, compression, seed, train)
+                for run_id, seed in zip(ids, spec.grid.seed, strict=True)
             ]
     return rows
 
@@ -73,6 +74,20 @@ def one_of_each_method(members: Sequence[Run]) -> list[Run]:
     for run in members:
         firsts.setdefault((id(run.method), id(run.train)), run)
     return list(firsts.values())
+
+
+def _digests_by_seed(shared: Mapping[str, Any], seeds: Sequence[int]) -> list[str]:
+    """`digest({**shared, 'seed': seed})` for every seed; the rest is written down once."""
+    mark = '\0'
+    text = json.dumps({**shared, 'seed': mark}, sort_keys=True)
+    before, after = text.split(f'"seed": {json.dumps(mark)}')
+    begun = hashlib.sha256(before.encode())
+    found = []
+    for seed in seeds:
+        whole = begun.copy()
+        whole.update(f'"seed": {seed}{after}'.encode())
+        found.append(whole.hexdigest()[:12])
+    return found
 
 
 def digest(value: Any) -> str:

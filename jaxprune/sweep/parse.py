@@ -26,7 +26,8 @@ def section(cls: type, table: Any, source: str, where: str) -> Any:
     is_open = 'options' in hints
     values, options = {}, {}
     for key, value in table.items():
-        at = f'{where}.{key}' if where else key
+        name = quoted(key)[1:-1]
+        at = f'{where}.{name}' if where else name
         if key in fields:
             values[key] = _value(hints[key], fields[key], value, source, at)
         elif is_open:

@@ -124,10 +124,12 @@ def _folder(out: Path, chunk: str) -> Path:
 def _measured_first(job: Job, planned: Mapping[str, Any]) -> Here:
     """How a program is trained here; the ways to do it are tried first where that is worth it.
 
-    Not in a sweep that was begun: other ways round differently.
+    Not once runs of it are trained: other ways round differently.
     """
     group = job.groups[planned['id']]
-    begun = store.finished_chunks(job.out) or (job.out / 'checkpoints').exists()
+    chunks = {c['id'] for c in job.plan['chunks'] if c['program'] == planned['id']}
+    saved = {folder.name for folder in store.listed(job.out / 'checkpoints')}
+    begun = chunks & (store.finished_chunks(job.out) | saved)
     if not begun and jax.process_count() == 1:
         left = {**job.plan, 'programs': [dict(planned)]}
         if measure(job.spec, [group], left, lambda found: job.shown.note(trial_line(found))):
