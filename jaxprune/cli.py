@@ -154,6 +154,23 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Log:
+    """Write the curves of a sweep's runs for TensorBoard or Weights & Biases (offline).
+
+    Again, it adds what has finished since.
+
+    Example: jaxprune log runs/quickstart-... --to tensorboard
+    """
+
+    directory: Directory
+    """A directory that `jaxprune sweep` wrote."""
+    to: Literal['tensorboard', 'wandb']
+    """For which of them."""
+    out: Annotated[str | None, tyro.conf.arg(metavar='DIR')] = None
+    """Where the logs go; by default DIRECTORY/logs/TO."""
+
+
+@dataclass(frozen=True)
 class Status:
     """Show how far a sweep directory is: what is finished, who is at which chunk, what failed."""
 
@@ -456,6 +473,13 @@ def _merge(command: Merge) -> None:
     print(f'{command.out}: {found.finished} of {found.chunks} chunks finished')
 
 
+def _log(command: Log) -> None:
+    from jaxprune.sweep.sinks import log_sweep
+
+    found = log_sweep(command.directory, command.to, command.out)
+    print(f'{found.where}: {found.runs} runs, {found.added} of them new')
+
+
 def _report(command: Report) -> None:
     from jaxprune import report
 
@@ -530,6 +554,7 @@ _COMMANDS = {
     'chunk': (Chunk, _chunk),
     'launch': (Launch, _launch),
     'merge': (Merge, _merge),
+    'log': (Log, _log),
     'status': (Status, _status),
     'report': (Report, _report),
     'list': (List, _list),

@@ -139,7 +139,8 @@ def soak(
     # On a machine that is slow now, workers need longer to get anywhere.
     pause = settings.pause or min(max((time.monotonic() - began) / _PAUSES, 0.8), 4.0)
     expected = {read.__name__: read(place / 'whole') for read in READ}
-    draw, bag, rounds = random.Random(settings.seed), [], []
+    draw, rounds = random.Random(settings.seed), []
+    bag = draw.sample(list(KINDS), len(KINDS))  # each kind once, before any comes again
     tables += [Table('', '', (), []), Table('', '', (), [])]
     while (done := sum(r.counts.total() for r in rounds)) < settings.faults:
         out = place / f'round-{len(rounds)}'

@@ -9,7 +9,7 @@ from jaxprune.allocation import SHARED
 from jaxprune.errors import JaxpruneError, SpecError
 from jaxprune.sweep.counts import active_of, counts_of
 from jaxprune.sweep.device_data import DeviceData, scores_need_data
-from jaxprune.sweep.grid import DENSE, event_program
+from jaxprune.sweep.grid import DENSE, event_program, one_of_each_method
 from jaxprune.sweep.groups import Group, library_errors
 from jaxprune.sweep.program import Program, method_numbers
 from jaxprune.sweep.spec import MethodSpec, SweepSpec
@@ -31,7 +31,7 @@ def check_group(spec: SweepSpec, group: Group, source: str) -> None:
         jax.eval_shape(plain.step, clock, on_device, key, hyper, indices, state)
         if plain.flow is not None:
             jax.eval_shape(plain.flow, clock, on_device, key, hyper, state)
-        pruned = [r for r in group.runs if r.method != DENSE]
+        pruned = [r for r in one_of_each_method(group.runs) if r.method != DENSE]
         for each in {repr(r.method): r.method for r in pruned}.values():
             _check_competing(program, each, source)
     _check_counts(group, source)
@@ -110,7 +110,9 @@ def abstract_data(spec: SweepSpec) -> DeviceData:
 
 def _check_counts(group: Group, source: str) -> None:
     """Raises SpecError where a run would keep nothing, or more or less than there can be."""
-    for run in group.runs:
+    # Counts do not depend on the seed.
+    different = {(id(r.method), id(r.train), r.compression): r for r in group.runs}
+    for run in different.values():
         if run.method == DENSE:
             continue
         try:

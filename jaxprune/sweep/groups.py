@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxprune.errors import JaxpruneError, SpecError, StoreError, first_line
-from jaxprune.sweep.grid import Run, digest, program_settings, representative, runs
+from jaxprune.sweep.grid import (
+    Run,
+    digest,
+    one_of_each_method,
+    program_settings,
+    representative,
+    runs,
+)
 from jaxprune.sweep.initial_params import same_content
 from jaxprune.sweep.parse import plain
 from jaxprune.sweep.probe import Measured, remembered
@@ -62,8 +69,13 @@ def group_of(spec: SweepSpec, program: str) -> Group:
 def _by_program(spec: SweepSpec) -> dict[str, list[Run]]:
     by_key: dict[str, list[Run]] = {}
     network = [plain(same_content(spec.model)), plain(spec.data)]
-    for run in runs(spec):
-        by_key.setdefault(digest([*network, program_settings(run)]), []).append(run)
+    every = runs(spec)
+    keys = {
+        (id(run.method), id(run.train)): digest([*network, program_settings(run)])
+        for run in one_of_each_method(every)
+    }
+    for run in every:
+        by_key.setdefault(keys[id(run.method), id(run.train)], []).append(run)
     return by_key
 
 
