@@ -84,12 +84,13 @@ def create_whole(path: Any, content: bytes) -> bool:
 
 
 def remove_abandoned(directory: Path) -> None:
-    """Deletes temporary files of writers that died, here and one folder below.
+    """Deletes temporary files of writers that died, here and up to two folders below.
 
     Those of this machine's living processes stay, and those of other machines for a day.
     """
 
-    for leftover in [*directory.glob('.*.tmp'), *directory.glob('*/.*.tmp')]:
+    patterns = ('.*.tmp', '*/.*.tmp', '*/*/.*.tmp')
+    for leftover in (path for pattern in patterns for path in directory.glob(pattern)):
         found = _TEMPORARY.fullmatch(leftover.name)
         if not found:  # somebody else's
             continue

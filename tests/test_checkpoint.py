@@ -15,10 +15,12 @@ import tomli_w
 from polars.testing import assert_frame_equal
 from sweeps import engine_of
 
+from jaxprune.errors import WriteError
 from jaxprune.sweep import make_spec, store
-from jaxprune.sweep.checkpoint import checkpoint, every, remove, saved_places
+from jaxprune.sweep.checkpoint import Checkpoint, checkpoint, every, remove, saved_places
 from jaxprune.sweep.chunk import run_chunk
 from jaxprune.sweep.progress import ignored
+from jaxprune.sweep.stop import Stop
 from jaxprune.sweep.strategy import Strategy
 from jaxprune.sweep.sweep_plan import checked_groups
 
@@ -227,6 +229,35 @@ def test_a_broken_checkpoint_is_left_out(tmp_path):
         assert broken in notes[-1] and 'left out' in notes[-1] and '\n' not in notes[-1]
         assert_frame_equal(found.results, expected.results, check_exact=True)
         resumed.clear()
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_nothing_but_a_farewell(tmp_path):
+    """Expectation: a full disk raises `ValueError` in TensorStore: a line, and training goes on;
+    whoever is asked to leave hears of it."""
+    spec, group = made('before')
+    program, members, one = group.program, group.runs, engine('before', ONE)
+
+    def full(saved):
+        raise WriteError('no space left')
+
+    notes = []
+    saved = Checkpoint(lambda abstract_of: None, lambda: True, full)
+    shown = ignored()._replace(note=notes.append)
+    found = run_chunk(spec, program, one, members, len(members), shown=shown, saved=saved)
+    assert notes == ['not saved: no space left'] * 4 and len(found.results)
+    asked = Stop(lambda: True, lambda: False)
+    with pytest.raises(WriteError, match='no space left'):
+        run_chunk(spec, program, one, members, len(members), saved=saved, stop=asked)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(WriteError, match='cannot be written'),
+    ):
+
+        def raises(*_):
+            raise ValueError('RESOURCE_EXHAUSTED: no space left on device')
+
+        patch.setattr('jaxprune.sweep.checkpoint._save', raises)
+        checkpoint(tmp_path, 'a', PIECE, every(0)).save(None)
 
 
 @pytest.mark.script

@@ -25,7 +25,7 @@ from jaxprune.sweep.devices import keep_compiled
 from jaxprune.sweep.engine import make_engine
 from jaxprune.sweep.grid import runs
 from jaxprune.sweep.observe import Recorded
-from jaxprune.sweep.pieces import pieces_of
+from jaxprune.sweep.pieces import pieces_of, read_piece, write_piece
 from jaxprune.sweep.probe import Measured, _Trial, probe, remember, remembered
 from jaxprune.sweep.program import hyper_of, make_program
 from jaxprune.sweep.progress import ignored
@@ -561,6 +561,23 @@ def test_pieces_fill_the_devices():
     # A saved piece keeps its borders where it fits.
     assert pieces_of(10, 4, [(2, 3), (5, 5), (0, 9)]) == [(0, 4), (4, 4), (8, 2)]
     assert pieces_of(10, 4, [(0, 2), (2, 3), (5, 5)]) == [(0, 2), (2, 3), (5, 4), (9, 1)]
+
+
+@nothing_trained()
+def test_a_broken_piece_is_made_anew(tmp_path):
+    """Expectation: a piece whose file was cut short is none, and the next one takes its place."""
+    jp.run_sweep(SIX, tmp_path / 'out')
+    chunk = store.chunk_ids(tmp_path / 'out')[0]
+    where = (store.read_results, store.read_layers, store.read_curves, store.read_flow)
+    tables = [read(tmp_path / 'out') for read in where]
+    made = store.Chunk(*tables, {'run_steps': 3.0})
+    write_piece(tmp_path, '0-6', made)
+    path = tmp_path / '0-6.zip'
+    path.write_bytes(path.read_bytes()[:100])
+    assert read_piece(tmp_path, '0-6') is None and read_piece(tmp_path, chunk) is None
+    write_piece(tmp_path, '0-6', made)
+    for ours, theirs in zip(read_piece(tmp_path, '0-6')[:4], tables, strict=True):
+        assert_frame_equal(ours, theirs, check_exact=True)
 
 
 def test_quantities_without_data_need_none(tmp_path):

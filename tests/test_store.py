@@ -100,6 +100,7 @@ def test_resume_runs_only_what_is_missing(finished, copied):
         copied / f'.plan.json.{dead}',
         store.results_path(copied, chunks[1]).with_name(f'.{chunks[1]}.parquet.{dead}'),
         copied / '.plan.json.ffffffff-1-0123abcd.tmp',
+        copied / 'attempts' / chunks[0] / f'.monday.json.{dead}',
     ]
     for leftover in leftovers:
         leftover.write_bytes(b'half a file')

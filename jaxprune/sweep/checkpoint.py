@@ -134,7 +134,7 @@ def checkpoint(
                 _forget(own, saved.step)
             else:
                 _save(own.absolute(), saved)  # orbax insists
-        except OSError as error:
+        except (OSError, ValueError) as error:  # TensorStore's, also of full disks
             raise WriteError(f'{own}: cannot be written ({first_line(error)})') from error
         done()
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import polars as pl
 
-from jaxprune.errors import Interrupted, PruneError
+from jaxprune.errors import Interrupted, PruneError, WriteError
 from jaxprune.sweep import store, timeline
 from jaxprune.sweep.advance import Rows
 from jaxprune.sweep.checkpoint import Checkpoint, Saved, nowhere
@@ -150,7 +150,7 @@ def _walked(context: Context, saved: Checkpoint) -> Chunk:
         if border.epoch_end and border.step < program.timeline.steps:
             asked = anybody(context.stop.asked())
             if asked or agreed(saved.due()):
-                saved.save(_saved(context, walk))
+                _save(context, walk, saved, asked)
             if asked:
                 raise Interrupted(f'interrupted and saved after {walk.step:,} steps')
     run_steps = (program.timeline.steps - begun) * count
@@ -362,6 +362,17 @@ def _filed(
         curves=[*walk.curves, *made],
         flow=[*walk.flow, *flow_rows(context.program, members, walk.errors, moments)],
     )
+
+
+def _save(context: Context, walk: Walk, saved: Checkpoint, asked: bool) -> None:
+    """Saves the walk. Where that fails, training goes on, unless somebody asked to leave."""
+    made = _saved(context, walk)
+    try:
+        saved.save(made)
+    except WriteError as error:
+        if asked:
+            raise
+        context.shown.note(f'not saved: {error}')
 
 
 def _saved(context: Context, walk: Walk) -> Saved:

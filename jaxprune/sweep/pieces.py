@@ -73,7 +73,8 @@ def write_piece(folder: Path, name: str, made: Chunk) -> None:
         for table in _TABLES:
             packed.writestr(f'{table}.parquet', store.parquet(getattr(made, table)))
         packed.writestr('timing.json', json.dumps(made.timing))
-    store.create_bytes(folder / f'{name}.zip', buffer.getvalue())
+    # One that is there is broken, or holds the same.
+    store.write_bytes(folder / f'{name}.zip', buffer.getvalue())
 
 
 def read_piece(folder: Path, name: str) -> Chunk | None:

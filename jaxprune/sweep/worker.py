@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxprune.errors import first_line
+from jaxprune.errors import Interrupted, first_line
 from jaxprune.sweep import checkpoint, store
 from jaxprune.sweep.attempts import Attempt, attempt, nobody
 from jaxprune.sweep.checkpoint import saved_pieces
@@ -26,7 +26,7 @@ from jaxprune.sweep.pieces import (
     write_piece,
 )
 from jaxprune.sweep.probe import trial_line
-from jaxprune.sweep.processes import agreed, is_lead
+from jaxprune.sweep.processes import agreed, anybody, is_lead
 from jaxprune.sweep.program import Program, make_program
 from jaxprune.sweep.progress import Shown
 from jaxprune.sweep.spec import SweepSpec
@@ -166,7 +166,9 @@ def _in_pieces(
             shown.resume(count * job.groups[chunk['program']].program.timeline.steps)
             made += [stored] if stored else []  # the lead has it
             continue
+        _leave_if_asked(job)
         compiling = _make_ready(job, chunk['program'], here, members, current)
+        _leave_if_asked(job)  # compiling may have taken minutes
         ready = current[0]
         saved = checkpoint.checkpoint(folder, at.name, name, timer, job.shown.note)
         found = run_chunk(
@@ -184,6 +186,12 @@ def _in_pieces(
         if len(pieces) > 1 and is_lead():
             write_piece(folder, name, found)
     return joined(made) if is_lead() else None
+
+
+def _leave_if_asked(job: Job) -> None:
+    """Leaves before a piece begins, where there is nothing to save."""
+    if anybody(job.stop.asked()):
+        raise Interrupted('interrupted before its next runs began')
 
 
 def _members(job: Job, chunk: Mapping[str, Any], first: int, count: int) -> list[Run]:
