@@ -255,7 +255,7 @@ def _code(command: object, error: JaxpruneError) -> int:
     if isinstance(error, Interrupted):
         return _INTERRUPTED
     asked = isinstance(error, (SpecError, DataError, StoreError))
-    if isinstance(command, Chunk) and (isinstance(error, WriteError) or not asked):
+    if isinstance(command, (Chunk, Sweep)) and (isinstance(error, WriteError) or not asked):
         return _FAULT  # elsewhere, or later, it may work
     return _MISTAKE
 

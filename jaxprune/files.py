@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, on disks and in object stores."""
 
+import errno
 import functools
 import hashlib
 import os
@@ -14,6 +15,8 @@ from typing import Any
 REMOTE = ('s3://', 'gs://')
 #: Names of temporary files: of which file, which machine and which process.
 _TEMPORARY = re.compile(r'\..*\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.tmp')
+#: What disks answer that have no second names for a file, such as mounted buckets.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 #: Seconds after which a temporary file of another machine belongs to nobody.
 _ABANDONED = 86400.0
 
@@ -77,6 +80,12 @@ def create_whole(path: Any, content: bytes) -> bool:
         os.link(temporary, path)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            return False
+        os.replace(temporary, path)  # two writers at the same instant would both write
     finally:
         temporary.unlink(missing_ok=True)
     _keep_name(path)

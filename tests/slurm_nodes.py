@@ -13,7 +13,7 @@ TESTBED = Path(__file__).parents[1] / 'launch' / 'slurm' / 'testbed.sh'
 
 
 @contextlib.contextmanager
-def testbed(place, **settings):
+def slurm_testbed(place, **settings):
     """A cluster in a directory, and SLURM_CONF set to it."""
     pytest.importorskip('submitit')
     if os.geteuid() != 0:
@@ -37,7 +37,7 @@ def testbed(place, **settings):
 
 @pytest.fixture(scope='module')
 def shared_cluster(tmp_path_factory):
-    with testbed(tmp_path_factory.mktemp('slurm'), MAX_ARRAY_SIZE='5') as place:
+    with slurm_testbed(tmp_path_factory.mktemp('slurm'), MAX_ARRAY_SIZE='5') as place:
         yield place
 
 

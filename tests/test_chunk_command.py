@@ -3,6 +3,7 @@
 Expectation: the tables of a sweep that one process trained, value for value.
 """
 
+import errno
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from fake_engine import nothing_trained
 from polars.testing import assert_frame_equal
 
 import jaxprune as jp
+from jaxprune import files
 from jaxprune.errors import StoreError
 from jaxprune.sweep import plan_sweep, run_chunks, store
 from jaxprune.sweep.attempts import attempts_of
@@ -133,6 +135,18 @@ def test_two_sweeps_of_one_plan_are_united(whole, tmp_path, command):
         merge(places, tmp_path / 'all')
     with pytest.raises(StoreError, match='two directories or more'):
         merge(places[:1], tmp_path / 'never')
+
+
+def test_a_disk_without_second_names_takes_results(tmp_path, monkeypatch):
+    """Expectation: as on a mounted bucket, which refuses hard links: the first file stays."""
+
+    def refused(*_):
+        raise PermissionError(errno.EPERM, 'Operation not permitted')
+
+    monkeypatch.setattr(os, 'link', refused)
+    path = tmp_path / 'file'
+    assert files.create_whole(path, b'one') and not files.create_whole(path, b'two')
+    assert path.read_bytes() == b'one' and [p.name for p in tmp_path.iterdir()] == ['file']
 
 
 def started(*arguments, log, **environment):

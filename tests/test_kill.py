@@ -16,7 +16,7 @@ import pytest
 import tomli_w
 from polars.testing import assert_frame_equal
 
-from jaxprune.sweep import store
+from jaxprune.sweep import status, store
 
 COMMAND = [sys.executable, '-c', 'import sys; from jaxprune.cli import main; sys.exit(main())']
 TABLE = {
@@ -115,8 +115,7 @@ def _check_whole(out):
         results, layers = store.read_results(out), store.read_layers(out)
         assert set(results['run_id']) == set(layers['run_id'])
         assert not results.select('run_id', 'epoch').is_duplicated().any()
-    if out.exists():
-        assert not store.is_locked(out), 'the lock outlived its process'
+        assert not status(out)['running'], 'an attempt outlived its process'
 
 
 def _compare(out, other):
@@ -160,20 +159,26 @@ def test_killed_many_times(sweep, uninterrupted, tmp_path, attempt):
 
 
 @pytest.mark.script
-def test_second_process_is_refused(sweep, uninterrupted, tmp_path):
-    """While one works; when it is killed, the next may go on."""
+def test_a_frozen_process_is_waited_for_until_it_is_killed(sweep, uninterrupted, tmp_path):
+    """A second process leaves the chunk of a frozen one to it, as it gave a sign of life just now;
+    when that is killed, the chunk is taken over."""
     out = tmp_path / 'out'
     with open(tmp_path / 'first.log', 'w') as log, open(tmp_path / 'second.log', 'w+') as second:
         first = sweep(out, log)
-        while first.poll() is None and not (out / 'spec.toml').exists():
+        while first.poll() is None and not list(out.glob('attempts/*/*.json')):
             time.sleep(0.01)
-        os.kill(first.pid, signal.SIGSTOP)  # it holds the lock and stays
+        os.kill(first.pid, signal.SIGSTOP)
+        taken = next(out.glob('attempts/*/*.json')).parent.name
+        other = sweep(out, second)
         try:
-            assert sweep(out, second).wait(timeout=60) == 2
+            until = time.monotonic() + 200
+            while len(store.finished_chunks(out)) < CHUNKS - 1 and time.monotonic() < until:
+                assert other.poll() is None
+                os.utime(next(out.glob(f'attempts/{taken}/*.json')))  # a sign of life
+                time.sleep(0.1)
+            assert store.finished_chunks(out) == set(store.chunk_ids(out)) - {taken}
         finally:
             first.kill()
             first.wait()
-        second.seek(0)
-        line = second.read().splitlines()[-1]
-    assert line == f'jaxprune: {out} is in use by another jaxprune process'
-    assert not store.is_locked(out)
+        assert other.wait(timeout=120) == 0
+    _compare(out, uninterrupted)

@@ -16,7 +16,7 @@ import types
 from pathlib import Path
 
 import pytest
-from slurm_nodes import answer, cluster, kill_node, preempt, shared_cluster, testbed, wait
+from slurm_nodes import answer, cluster, kill_node, preempt, shared_cluster, slurm_testbed, wait
 
 from jaxprune.errors import JaxpruneError
 from jaxprune.fleet import slurm
@@ -141,7 +141,7 @@ def test_preempted_where_only_sigterm_is_sent(sweep, tmp_path_factory, grace, st
     SLURM looks every half a minute whether it is. The job then has KillWait, ten seconds here.
     """
     place = tmp_path_factory.mktemp('plain')
-    with testbed(place, USER_SIGNAL='0', GRACE=str(grace)):
+    with slurm_testbed(place, USER_SIGNAL='0', GRACE=str(grace)):
         _check_preempted(sweep, steps, told_after)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprune.errors import Interrupted, JaxpruneError
+from jaxprune.errors import Interrupted, JaxpruneError, SpecError
 from jaxprune.fleet.launcher import Ended, Launcher, Task
 from jaxprune.sweep import store
 from jaxprune.sweep.attempts import attempts_of, is_live
@@ -97,7 +97,7 @@ def _until_finished(
                 continue
             reason = _reason(out, end)
             if end.code == _MISTAKE:
-                raise JaxpruneError(f'chunk {end.chunk}: {reason}')
+                raise SpecError(f'chunk {end.chunk}: {reason}')
             faults[end.chunk] = faults.get(end.chunk, 0) + 1
             watch.shown.note(f'chunk {end.chunk}: {reason}')
             if faults[end.chunk] >= retries:
@@ -123,7 +123,7 @@ def _reason(out: Path, end: Ended) -> str:
 
 
 class _Watch:
-    """What the directory shows, told to the one who looks. It mutates only what was told before."""
+    """Shows what is new in the directory. It remembers what it showed."""
 
     def __init__(self, out: Path, plan: Mapping[str, Any], shown: Shown):
         self.out, self.shown = out, shown

@@ -62,7 +62,7 @@ class ManifestOptions:
     secret: str = ''
     processes: int = 1
     port: int = 8476
-    package: str = 'jaxprune'
+    package: str = 'jaxprune[cloud]'
     project: str = ''
     zone: str = ''
     infra: str = ''

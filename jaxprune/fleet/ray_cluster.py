@@ -17,11 +17,13 @@ import contextlib
 import inspect
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 from jaxprune.errors import JaxpruneError, first_line, quoted
@@ -124,7 +126,8 @@ def _connect(ray: ModuleType, address: str) -> None:
         with warnings.catch_warnings():
             # JAX warns of forks; the programs that Ray starts so do not use JAX.
             warnings.filterwarnings('ignore', r'os\.fork\(\)', RuntimeWarning)
-            ray.init(address or 'local', **quiet, **({} if address else started))
+            with _own_handler():
+                ray.init(address or 'local', **quiet, **({} if address else started))
     except Exception as error:
         where = f'no Ray cluster at {quoted(address)}' if address else 'Ray does not start'
         # A token in a file is used for 'auto', but only sent to a named address if this is set.
@@ -134,6 +137,19 @@ def _connect(ray: ModuleType, address: str) -> None:
     # Ray prints pages about each lost worker, whatever `log_to_driver` says: only its debugger has
     # a way to stop it. Without this name a later Ray is not quiet, nothing else.
     ray._private.worker._worker_logs_enabled = False
+
+
+@contextlib.contextmanager
+def _own_handler() -> Iterator[None]:
+    """Keeps what this process does on SIGTERM: `ray.init` would end it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_resources(ray: ModuleType, resources: Resources, address: str) -> None:

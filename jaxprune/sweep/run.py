@@ -1,6 +1,7 @@
 """The driver on this machine: plan -> chunks -> store, resumable at any moment."""
 
 import functools
+import random
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -136,7 +137,9 @@ def run_chunks(
         by_id = {run.run_id: run for group in groups.values() for run in group.runs}
         job = Job(spec, plan, out, groups, by_id, data_of, shown, stop or never())
         if wanted is None:
-            work_through(job, chunks)
+            # Machines that start at once begin at different chunks.
+            first = random.SystemRandom().randrange(len(chunks))
+            work_through(job, [*chunks[first:], *chunks[:first]])
         else:
             make_worker(job)(chunks[0])
     return len(chunks)

@@ -235,6 +235,10 @@ def parquet(frame: pl.DataFrame) -> bytes:
     return buffer.getvalue()
 
 
+def write_frame(path: Path, frame: pl.DataFrame) -> None:
+    write_bytes(path, parquet(frame))
+
+
 def write_session(out: Path, record: dict[str, Any]) -> None:
     """Adds what is known of a session, a `jaxprune sweep`, beside those before."""
     started = ''.join(c for c in record['session']['started'] if c.isalnum())
@@ -352,9 +356,9 @@ def write_chunk(out: Path, chunk: str, made: Chunk) -> bool:
         return False
     for path, frame in ((curves_path, made.curves), (flow_path, made.flow)):
         if len(frame):
-            write_bytes(path(out, chunk), parquet(frame))
+            write_frame(path(out, chunk), frame)
     write_json(timing_path(out, chunk), made.timing)
-    write_bytes(layers_path(out, chunk), parquet(made.layers))
+    write_frame(layers_path(out, chunk), made.layers)
     return create_bytes(results_path(out, chunk), parquet(made.results))
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxprune.errors import Interrupted, first_line
+from jaxprune.errors import Interrupted, WriteError, first_line
 from jaxprune.sweep import checkpoint, store
 from jaxprune.sweep.attempts import Attempt, attempt, nobody
 from jaxprune.sweep.checkpoint import saved_pieces
@@ -89,6 +89,11 @@ def make_worker(job: Job) -> Callable[[Mapping[str, Any]], None]:
                 try:
                     made = _in_pieces(job, chunk, here[planned['id']], current, counting, at)
                     break
+                except WriteError:
+                    if not store.finished(job.out, chunk['id']):
+                        raise
+                    job.shown.finish(len(members))  # whoever finished it cleaned up
+                    return
                 except (jax.errors.JaxRuntimeError, MemoryError) as error:
                     if not out_of_memory(error) or jax.process_count() > 1:
                         raise

@@ -4,7 +4,7 @@
 set -uo pipefail
 
 sweep=gs://bucket/lottery
-package=jaxprune
+package='jaxprune[cloud]'
 retries=3
 home=/opt/jaxprune
 log=/var/log/jaxprune.log
