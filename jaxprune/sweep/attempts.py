@@ -48,7 +48,8 @@ def attempt(out: Path, chunk: str, facts: Mapping[str, Any]) -> Iterator[Attempt
       facts: what is known of the machine and the chunk.
     """
     now = _now()
-    name = f'{now.replace(":", "").replace("-", "")}-{uuid.uuid4().hex[:8]}'
+    # In the order of their starts, also of those within a second.
+    name = f'{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}'
     path = out / 'attempts' / chunk / f'{name}.json'
     record: dict[str, Any] = {
         'chunk': chunk,
