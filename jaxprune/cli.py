@@ -20,13 +20,11 @@ from jaxprune.errors import (
     nearest,
     quoted,
 )
+from jaxprune.fleet.launcher import FAULT, INTERRUPTED, MISTAKE, Resources
 from jaxprune.fleet.manifest_options import ManifestOptions
 
 #: Failed runs that a sweep lists at its end.
 _MOST_FAILED = 10
-#: Exit codes of `jaxprune chunk`, and what schedulers do with them: start it again, count it as a
-#: failure, or give up.
-_INTERRUPTED, _FAULT, _MISTAKE = 75, 1, 2
 #: Seconds between two looks of `jaxprune status --follow`.
 _FOLLOW = 5.0
 
@@ -253,11 +251,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _code(command: object, error: JaxpruneError) -> int:
     if isinstance(error, Interrupted):
-        return _INTERRUPTED
+        return INTERRUPTED
     asked = isinstance(error, (SpecError, DataError, StoreError))
     if isinstance(command, (Chunk, Sweep)) and (isinstance(error, WriteError) or not asked):
-        return _FAULT  # elsewhere, or later, it may work
-    return _MISTAKE
+        return FAULT  # elsewhere, or later, it may work
+    return MISTAKE
 
 
 def _plan(command: Plan) -> None:
@@ -345,7 +343,6 @@ def _elsewhere(command: Sweep, out: Path, progress, stop) -> None:
     """Has Ray or SLURM train what is missing."""
     from jaxprune.files import is_remote
     from jaxprune.fleet.coordinator import run_elsewhere
-    from jaxprune.fleet.launcher import Resources
 
     out = out if is_remote(out) else out.absolute()
     resources = Resources(command.cpus, command.gpus, command.tpus)
@@ -451,7 +448,7 @@ def _chunk_line(chunk: dict) -> str:
 
 
 def _launch(command: Launch) -> None:
-    from jaxprune.files import is_remote, write_whole
+    from jaxprune.files import is_remote
     from jaxprune.fleet.manifests import manifests, name_of
     from jaxprune.sweep import store
 
@@ -462,7 +459,7 @@ def _launch(command: Launch) -> None:
     made = manifests(command.kind, sweep, len(plan['chunks']), name, command.options)
     to = command.to or Path(f'launch-{command.kind}')
     for file, text in made.items():
-        write_whole(to / file, text.encode())
+        store.write_bytes(to / file, text.encode())
         print(to / file)
 
 

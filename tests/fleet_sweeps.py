@@ -20,10 +20,10 @@ TABLE = {
     'name': 'fleet',
     'model': {'name': 'mlp', 'widths': [16]},
     'data': {'name': 'mnist_small', 'train_examples': 400, 'test_examples': 100},
-    'train': {'epochs': 150, 'batch_size': 20, 'momentum': 0.9},
+    'train': {'epochs': 300, 'batch_size': 20, 'momentum': 0.9},
     'prune': {'samples_per_class': 1},
     'grid': {'method': ['magnitude', 'snip'], 'compression': [10], 'seed': [0, 1]},
-    'record': {'every_epochs': 50},
+    'record': {'every_epochs': 100},
     'engine': {'chunk': 1, 'batching': 'map', 'checkpoint_minutes': 1e-3},
 }
 CHUNKS = 4
@@ -72,18 +72,36 @@ class Sweep:
         return found
 
     def wait_for_training(self, host=lambda record: True):
-        """Waits until a chunk trains, and is past its first steps."""
+        """Waits until a chunk trains, and has saved what it did: signs of life are too rare."""
 
         def trains():
-            at_work = [r for r in self.records() if r['state'] == 'running' and r.get('done')]
-            return [record for record in at_work if host(record)]
+            at_work = [record for record in self.records() if record['state'] == 'running']
+            return [record for record in at_work if self._saved(record) and host(record)]
 
         return self.wait_for(trains)
+
+    def _saved(self, record):
+        return list(self.out.glob(f'checkpoints/{record["chunk"]}/{record["name"]}/*/*'))
 
     def finish(self, *coordinators, seconds=300):
         """Waits for coordinators; all must succeed."""
         for coordinator in coordinators:
             assert coordinator.wait(seconds) == 0, self.log.read_text()
+
+
+def kill_and_run_again(sweep: Sweep, expected: Path) -> None:
+    """The first coordinator is killed while a chunk trains; the second one goes on."""
+    first = sweep.start()
+    sweep.wait_for_training()
+    first.kill()
+    first.wait()
+    sweep.finish(sweep.start())
+    same(sweep.out, expected)
+
+
+def run_two_at_once(sweep: Sweep, expected: Path) -> None:
+    sweep.finish(sweep.start(), sweep.start())
+    same(sweep.out, expected)
 
 
 def local(place: Path) -> Path:

@@ -4,7 +4,7 @@ import os
 import signal
 
 import pytest
-from fleet_sweeps import CHUNKS, Sweep, local, same
+from fleet_sweeps import CHUNKS, Sweep, kill_and_run_again, local, run_two_at_once, same
 from ray_nodes import NODE, head, kill, needs_ray, processes, second, signal_node
 
 pytestmark = [pytest.mark.fleet, needs_ray]
@@ -80,14 +80,8 @@ def test_a_chunk_is_preempted_during_an_epoch(sweep, expected):
 
 
 def test_a_coordinator_is_killed_and_run_again(sweep, expected):
-    first = sweep.start()
-    sweep.wait_for_training()
-    first.kill()
-    first.wait()
-    sweep.finish(sweep.start())
-    same(sweep.out, expected)
+    kill_and_run_again(sweep, expected)
 
 
 def test_two_coordinators_at_once(sweep, expected):
-    sweep.finish(sweep.start(), sweep.start())
-    same(sweep.out, expected)
+    run_two_at_once(sweep, expected)

@@ -5,7 +5,7 @@ import signal
 import subprocess
 
 import pytest
-from fleet_sweeps import CHUNKS, Sweep, local, same
+from fleet_sweeps import CHUNKS, Sweep, kill_and_run_again, local, run_two_at_once, same
 from slurm_nodes import answer, cluster, kill_node, preempt, shared_cluster
 
 pytestmark = pytest.mark.fleet
@@ -64,15 +64,9 @@ def test_a_chunk_is_frozen_and_thawed(sweep, expected):
 
 def test_a_coordinator_is_killed_and_run_again(sweep, expected):
     """Its jobs go on; the next one leaves them their chunks."""
-    first = sweep.start()
-    sweep.wait_for_training()
-    first.kill()
-    first.wait()
-    sweep.finish(sweep.start())
-    same(sweep.out, expected)
+    kill_and_run_again(sweep, expected)
     assert len(sweep.records()) == CHUNKS
 
 
 def test_two_coordinators_at_once(sweep, expected):
-    sweep.finish(sweep.start(), sweep.start())
-    same(sweep.out, expected)
+    run_two_at_once(sweep, expected)

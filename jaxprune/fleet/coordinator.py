@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune.errors import Interrupted, JaxpruneError, SpecError
-from jaxprune.fleet.launcher import Ended, Launcher, Task
+from jaxprune.fleet.launcher import INTERRUPTED, MISTAKE, Ended, Launcher, Task
 from jaxprune.sweep import store
 from jaxprune.sweep.attempts import attempts_of, is_live
 from jaxprune.sweep.progress import Progress, Shown, silent
@@ -21,8 +21,6 @@ from jaxprune.sweep.stop import Stop, never
 _LOOK = 2.0
 #: Faults of a chunk after which it is given up; an interruption is none.
 RETRIES = 3
-#: Exit codes of `jaxprune chunk`.
-_INTERRUPTED, _MISTAKE = 75, 2
 
 
 def chunk_command(out: Path, chunk: str, options: Sequence[str] = ()) -> tuple[str, ...]:
@@ -93,10 +91,10 @@ def _until_finished(
         _wait(stop)
         for end in launcher.ended():
             submitted.discard(end.chunk)
-            if store.finished(out, end.chunk) or end.code == _INTERRUPTED:
+            if store.finished(out, end.chunk) or end.code == INTERRUPTED:
                 continue
             reason = _reason(out, end)
-            if end.code == _MISTAKE:
+            if end.code == MISTAKE:
                 raise SpecError(f'chunk {end.chunk}: {reason}')
             faults[end.chunk] = faults.get(end.chunk, 0) + 1
             watch.shown.note(f'chunk {end.chunk}: {reason}')

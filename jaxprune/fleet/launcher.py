@@ -6,15 +6,20 @@ The directory of the sweep is the truth: an engine may run a chunk twice, lose i
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+#: Exit codes of `jaxprune chunk`, and what engines do with them: start it again, count it as a
+#: failure, or give up. 0: the chunk is finished.
+INTERRUPTED, FAULT, MISTAKE = 75, 1, 2
+#: What makes JAX see so many CPU devices, in XLA_FLAGS.
+CPU_DEVICES = '--xla_force_host_platform_device_count'
+
 
 class Task(NamedTuple):
     """A chunk to be run elsewhere.
 
     Attributes:
       chunk: its id.
-      command: what runs it on any machine that sees the directory. Its exit code is 0 if the chunk
-        is finished, 75 if it was interrupted and should be started again, 2 for a bad
-        specification, 1 for a fault.
+      command: what runs it on any machine that sees the directory, and ends with 0 or one of the
+        exit codes above.
     """
 
     chunk: str

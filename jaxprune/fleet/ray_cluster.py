@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 from jaxprune.errors import JaxpruneError, first_line, quoted
-from jaxprune.fleet.launcher import Ended, Launcher, Resources, Task
+from jaxprune.fleet.launcher import CPU_DEVICES, Ended, Launcher, Resources, Task
 
 #: Seconds that a command has for saving after SIGTERM, before it is killed.
 _GRACE = 120
@@ -189,7 +189,7 @@ def _chunk_task(resources: Resources) -> Callable[[tuple[str, ...]], tuple[int |
     """
     keeper = f'{inspect.getsource(_keep)}\n_keep()\n'
     grace = str(_GRACE)
-    count = '--xla_force_host_platform_device_count'
+    count = CPU_DEVICES  # a local name goes with the function
     devices = 0 if resources.gpus or resources.tpus else resources.cpus
 
     def run(command: tuple[str, ...]) -> tuple[int | None, str]:

@@ -31,10 +31,15 @@ from typing import Any, NamedTuple
 
 from jaxprune.errors import JaxpruneError, first_line
 from jaxprune.files import write_whole
-from jaxprune.fleet.launcher import Ended, Launcher, Resources, Task
+from jaxprune.fleet.launcher import (
+    CPU_DEVICES,
+    INTERRUPTED,
+    Ended,
+    Launcher,
+    Resources,
+    Task,
+)
 
-#: Exit code of a command that was interrupted and saved its state.
-_INTERRUPTED = 75
 #: States of jobs that do not run again, unless SLURM is about to requeue them.
 _OVER = (
     *('BOOT_FAIL', 'CANCELLED', 'COMPLETED', 'DEADLINE', 'FAILED', 'NODE_FAIL', 'OUT_OF_MEMORY'),
@@ -47,7 +52,6 @@ _OURS = (
 )
 #: A job puts itself back into the queue at most so often; then the coordinator decides.
 _MOST_RESTARTS = 20
-_DEVICES = '--xla_force_host_platform_device_count'
 _WAIT = 60.0  # seconds for an answer of SLURM
 
 
@@ -336,15 +340,15 @@ def run_job(folder: Path, tasks: Sequence[Task], on_cpu: bool) -> None:
             refused = _requeue()
             if refused:
                 _write_exit(folder, task.chunk, wrote._replace(reason=f'{wrote.reason}; {refused}'))
-            sys.exit(_INTERRUPTED)
-    sys.exit(_INTERRUPTED if _INTERRUPTED in codes else max(codes, default=0))
+            sys.exit(INTERRUPTED)
+    sys.exit(INTERRUPTED if INTERRUPTED in codes else max(codes, default=0))
 
 
 def _run_task(
     task: Task, on_cpu: bool, received: list[int], running: list[subprocess.Popen]
 ) -> _Exit:
     """Runs a command unless the job was told to stop; `running` is for the signal handler."""
-    code = _INTERRUPTED
+    code = INTERRUPTED
     if not received:
         child = subprocess.Popen(task.command, env=_environment(os.environ, on_cpu))
         running.append(child)
@@ -353,8 +357,8 @@ def _run_task(
         code = child.wait()
         running.clear()
     killed = f'killed by {signal.Signals(-code).name}' if code < 0 else ''
-    if received and (code < 0 or code == _INTERRUPTED):
-        return _Exit(_INTERRUPTED, f'interrupted by {signal.Signals(received[0]).name}', True)
+    if received and (code < 0 or code == INTERRUPTED):
+        return _Exit(INTERRUPTED, f'interrupted by {signal.Signals(received[0]).name}', True)
     place = f'job {os.environ.get("SLURM_JOB_ID")} on {os.environ.get("SLURMD_NODENAME")}'
     return _Exit(code if code >= 0 else 128 - code, f'{place}: {killed or f"exit {code}"}', False)
 
@@ -362,9 +366,9 @@ def _run_task(
 def _environment(environment: Mapping[str, str], on_cpu: bool) -> dict[str, str]:
     """For a command: on CPU, as many devices as SLURM gave cores, unless a number is set."""
     flags, cores = environment.get('XLA_FLAGS', ''), environment.get('SLURM_CPUS_ON_NODE')
-    if not on_cpu or not cores or _DEVICES in flags or 'JAX_NUM_CPU_DEVICES' in environment:
+    if not on_cpu or not cores or CPU_DEVICES in flags or 'JAX_NUM_CPU_DEVICES' in environment:
         return dict(environment)
-    return {**environment, 'XLA_FLAGS': f'{flags} {_DEVICES}={cores}'.strip()}
+    return {**environment, 'XLA_FLAGS': f'{flags} {CPU_DEVICES}={cores}'.strip()}
 
 
 def _write_exit(folder: Path, chunk: str, wrote: _Exit) -> None:

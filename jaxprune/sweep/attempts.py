@@ -47,16 +47,16 @@ def attempt(out: Path, chunk: str, facts: Mapping[str, Any]) -> Iterator[Attempt
     Args:
       facts: what is known of the machine and the chunk.
     """
-    now = _now()
+    now = datetime.datetime.now(datetime.UTC)
     # In the order of their starts, also of those within a second.
-    name = f'{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}'
+    name = f'{now:%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}'
     path = out / 'attempts' / chunk / f'{name}.json'
     record: dict[str, Any] = {
         'chunk': chunk,
         'host': platform.node(),
         'machine': machine_token(),
         'process': os.getpid(),
-        'started': now,
+        'started': now.isoformat(timespec='seconds'),
         'state': 'running',
         **facts,
     }
@@ -69,7 +69,7 @@ def attempt(out: Path, chunk: str, facts: Mapping[str, Any]) -> Iterator[Attempt
 
     def write() -> None:
         with lock:
-            record['seen'] = _now()
+            record['seen'] = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
             content = dict(record)
         try:
             store.write_json(path, content)
@@ -132,7 +132,3 @@ def is_live(record: Mapping[str, Any], out: Path) -> bool:
 def taken(out: Path, chunk: str) -> bool:
     """Is somebody at work at a chunk?"""
     return any(is_live(record, out) for record in attempts_of(out, chunk))
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

@@ -27,6 +27,9 @@ from jaxprune.sweep import store
 from jaxprune.sweep.processes import agreed, agreed_arrays, is_lead
 from jaxprune.types import PyTree
 
+#: Of several epochs: steps, and each run's mean training loss.
+Losses = list[tuple[int, np.ndarray]]
+
 
 class Saved(NamedTuple):
     """A chunk after some of its steps, all that is due there done.
@@ -46,7 +49,7 @@ class Saved(NamedTuple):
     states: PyTree
     anchor: PyTree | None
     errors: list[str | None]
-    losses: list[tuple[int, np.ndarray]]
+    losses: Losses
     records: list[dict[str, Any]]
     curves: list[list]
     flow: list[list]
@@ -153,14 +156,9 @@ def by_lead(saved: Checkpoint) -> Checkpoint:
             return None
         abstract = abstract_of(step)
         arrays = agreed_arrays((found.states, found.anchor) if found else None, abstract)
-        known = found and {
-            'errors': found.errors,
-            'losses': [(n, np.asarray(loss).tolist()) for n, loss in found.losses],
-        }
-        known = agreed(known)
-        losses = [(n, np.array(loss, np.float32)) for n, loss in known['losses']]
+        errors, losses = agreed(found and (found.errors, _as_lists(found.losses)))
         rows = (found.records, found.curves, found.flow) if found else ([], [], [])
-        return Saved(step, *arrays, known['errors'], losses, *rows)
+        return Saved(step, *arrays, errors, _as_arrays(losses), *rows)
 
     def save(made: Saved) -> None:
         if is_lead():
@@ -199,7 +197,7 @@ def saved_pieces(folder: Path) -> dict[str, int]:
 def _save(directory: Path, saved: Saved) -> None:
     numbers = saved._asdict()
     arrays = jax.tree.leaves((numbers.pop('states'), numbers.pop('anchor')))
-    numbers['losses'] = [(n, np.asarray(loss).tolist()) for n, loss in saved.losses]
+    numbers['losses'] = _as_lists(saved.losses)
     with _manager(directory) as manager:
         manager.save(saved.step, args=_args('Save', arrays, numbers))
 
@@ -211,7 +209,7 @@ def _restored(directory: Path, step: int, abstract_of: Callable[[int], PyTree]) 
         found = manager.restore(step, args=args)
     numbers = found['progress']
     states = structure.unflatten([found['states'][name] for name in _names(leaves)])
-    numbers['losses'] = [(n, np.array(loss, np.float32)) for n, loss in numbers['losses']]
+    numbers['losses'] = _as_arrays(numbers['losses'])
     return Saved(states=states[0], anchor=states[1], **numbers)
 
 
@@ -240,6 +238,16 @@ def _forget(own: Path, step: int) -> None:
     for path in store.listed(own):
         if path.name != f'{step}.tar':
             path.unlink(missing_ok=True)
+
+
+def _as_lists(losses: Losses) -> list[tuple[int, list[float]]]:
+    """Losses as JSON can hold them."""
+    return [(steps, np.asarray(each).tolist()) for steps, each in losses]
+
+
+def _as_arrays(losses: list) -> Losses:
+    """The way back."""
+    return [(steps, np.array(each, np.float32)) for steps, each in losses]
 
 
 def _names(leaves: list) -> list[str]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jaxprune.errors import StoreError
 from jaxprune.sweep import store
 from jaxprune.sweep.load import identity, to_toml
-from jaxprune.sweep.open_sweep import stored_spec
+from jaxprune.sweep.open_sweep import stored_plan, stored_spec
 
 
 class Merged(NamedTuple):
@@ -34,12 +34,13 @@ def merge(directories: Sequence[str | Path], out: str | Path) -> Merged:
     out = store.directory(out)
     if (out / 'plan.json').exists():
         raise StoreError(f'{out} holds a sweep already: give a new --out')
-    first, spec = places[0], stored_spec(places[0])
-    plan = store.read_plan(first)
+    first = places[0]
+    plan, spec = stored_plan(first), stored_spec(first)
     for place in places[1:]:
+        other = stored_plan(place)
         if identity(stored_spec(place)) != identity(spec):
             raise StoreError(f'{place} holds another sweep than {first}')
-        if store.read_plan(place)['chunks'] != plan['chunks']:
+        if other['chunks'] != plan['chunks']:
             raise StoreError(f'{place} has other chunks than {first}: one was planned otherwise')
     store.make_directory(out)
     done = _copied_chunks(places, out, [chunk['id'] for chunk in plan['chunks']])

@@ -37,36 +37,41 @@ def open_sweep(spec: SweepSpec, out: Path, plan: Mapping[str, Any]) -> dict[str,
     # Through JSON, as another session reads it.
     stored = json.loads(json.dumps(plan))
     if (out / 'plan.json').exists() or not store.create_json(out / 'plan.json', stored):
-        _check_format(out)
-        stored = store.read_plan(out)
+        stored = stored_plan(out)
         _check_same(spec, out, stored, plan)
     store.write_session(out, provenance(spec, datetime.datetime.now(datetime.UTC)))
     store.write_bytes(out / 'spec.toml', to_toml(spec).encode())
     return stored
 
 
-def stored_spec(out: Path) -> SweepSpec:
-    """The specification of a sweep's directory.
+def stored_plan(out: Path) -> dict[str, Any]:
+    """The plan of a sweep's directory.
 
     Raises:
       StoreError: there is none that this version can go on with.
     """
-    _check_format(out)
+    plan = store.read_plan(out)
+    written = plan.get('format')
+    if written != FORMAT:
+        raise StoreError(
+            f'{out} holds a sweep of format {written}, and this version of jaxprune writes format '
+            f'{FORMAT}: {_OLDER.get(written, _OLDER[2])}. Choose another --out'
+        )
+    return plan
+
+
+def stored_spec(out: Path) -> SweepSpec:
+    """The specification of a sweep's directory; ask for the plan first, which has its format.
+
+    Raises:
+      StoreError: there is none.
+    """
     try:
         return read_spec((out / 'spec.toml').read_bytes(), f'{out}/spec.toml')
     except FileNotFoundError:
         raise StoreError(f'{out} is not a sweep directory: it has no spec.toml') from None
     except OSError as error:
         raise StoreError(f'{out}/spec.toml: cannot be read ({error})') from None
-
-
-def _check_format(out: Path) -> None:
-    written = store.read_plan(out).get('format')
-    if written != FORMAT:
-        raise StoreError(
-            f'{out} holds a sweep of format {written}, and this version of jaxprune writes format '
-            f'{FORMAT}: {_OLDER.get(written, _OLDER[2])}. Choose another --out'
-        )
 
 
 def _check_same(

@@ -14,10 +14,9 @@ from jaxprune.errors import Interrupted, SpecError, StoreError, lookup
 from jaxprune.sweep import checkpoint, store
 from jaxprune.sweep.attempts import taken
 from jaxprune.sweep.device_data import DeviceData, device_data
-from jaxprune.sweep.grid import runs
 from jaxprune.sweep.groups import group_of
 from jaxprune.sweep.load import load_spec, make_spec, spec_hash
-from jaxprune.sweep.open_sweep import open_sweep, stored_spec
+from jaxprune.sweep.open_sweep import open_sweep, stored_plan, stored_spec
 from jaxprune.sweep.progress import Progress, silent
 from jaxprune.sweep.spec import SweepSpec
 from jaxprune.sweep.stop import Stop, never
@@ -80,7 +79,6 @@ def run_sweep(
             plan=plan,
             out=out,
             groups={group.id: group for group in groups},
-            by_id={run.run_id: run for run in runs(spec)},
             data=lambda: on_device,
             shown=shown,
             stop=stop or never(),
@@ -123,7 +121,7 @@ def run_chunks(
       Interrupted: a signal asked to leave; the same call goes on.
     """
     out = store.place(out)
-    spec, plan = stored_spec(out), store.read_plan(out)
+    plan, spec = stored_plan(out), stored_spec(out)
     chunks = plan['chunks'] if wanted is None else [chunk_of(plan, wanted, out)]
     there = store.finished_chunks(out)
     chunks = [chunk for chunk in chunks if chunk['id'] not in there]
@@ -134,8 +132,7 @@ def run_chunks(
     data_of = functools.cache(lambda: loaded(spec, data_dir, f'{out}/spec.toml'))
     shown_plan = {**plan, 'programs': [p for p in plan['programs'] if p['id'] in programs]}
     with (progress or silent)(shown_plan, out) as shown:
-        by_id = {run.run_id: run for group in groups.values() for run in group.runs}
-        job = Job(spec, plan, out, groups, by_id, data_of, shown, stop or never())
+        job = Job(spec, plan, out, groups, data_of, shown, stop or never())
         if wanted is None:
             # Machines that start at once begin at different chunks.
             first = random.SystemRandom().randrange(len(chunks))

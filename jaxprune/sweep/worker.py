@@ -50,7 +50,6 @@ class Job(NamedTuple):
       plan: its plan.
       out: its directory.
       groups: program -> its runs and functions, of all programs that the worker will meet.
-      by_id: run -> the run, of all chunks that it will meet.
       data: gives the data set, on the devices.
       shown: gets the steps taken.
       stop: whether to leave.
@@ -60,7 +59,6 @@ class Job(NamedTuple):
     plan: Mapping[str, Any]
     out: Path
     groups: Mapping[str, Group]
-    by_id: Mapping[str, Run]
     data: Callable[[], DeviceData]
     shown: Shown
     stop: Stop
@@ -72,11 +70,12 @@ def make_worker(job: Job) -> Callable[[Mapping[str, Any]], None]:
     It keeps the compiled functions of the last program and how much memory its runs may take.
     """
     programs = {program['id']: program for program in job.plan['programs']}
+    by_id = {run.run_id: run for group in job.groups.values() for run in group.runs}
     here: dict[str, Here] = {}
     current: list[_Compiled] = []  # one or none: a program's compiled functions are freed with it
 
     def run(chunk: Mapping[str, Any]) -> None:
-        members = [job.by_id[run_id] for run_id in chunk['runs']]
+        members = [by_id[run_id] for run_id in chunk['runs']]
         planned = programs[chunk['program']]
         epoch = job.groups[planned['id']].program.steps
         facts = {'runs': len(members), 'steps': planned['steps'], 'steps_per_epoch': epoch}
@@ -87,7 +86,9 @@ def make_worker(job: Job) -> Callable[[Mapping[str, Any]], None]:
             while True:
                 counting, undo = _undoable(job.shown, at)
                 try:
-                    made = _in_pieces(job, chunk, here[planned['id']], current, counting, at)
+                    made = _in_pieces(
+                        job, chunk, members, here[planned['id']], current, counting, at
+                    )
                     break
                 except WriteError:
                     if not store.finished(job.out, chunk['id']):
@@ -146,6 +147,7 @@ def _measured_first(job: Job, planned: Mapping[str, Any]) -> Here:
 def _in_pieces(
     job: Job,
     chunk: Mapping[str, Any],
+    runs: Sequence[Run],
     here: Here,
     current: list[_Compiled],
     shown: Shown,
@@ -159,13 +161,13 @@ def _in_pieces(
     done = finished_pieces(folder)
     begun = [piece for piece in map(piece_of, saved_pieces(folder)) if piece]
     done, begun = (list(map(tuple, found)) for found in agreed([done, begun]))
-    pieces = pieces_of(len(chunk['runs']), here.at_once, [*begun, *done])
+    pieces = pieces_of(len(runs), here.at_once, [*begun, *done])
     timer = checkpoint.every(job.spec.engine.checkpoint_minutes)
     how = {'strategy': here.strategy._asdict(), 'chosen': here.chosen}
     at.note({**how, 'at_once': here.at_once, 'pieces': len(pieces)})
     made = []
     for first, count in pieces:
-        name, members = piece_name(first, count), _members(job, chunk, first, count)
+        name, members = piece_name(first, count), runs[first : first + count]
         stored = read_piece(folder, name) if (first, count) in done else None
         if agreed(stored is not None):
             shown.resume(count * job.groups[chunk['program']].program.timeline.steps)
@@ -197,10 +199,6 @@ def _leave_if_asked(job: Job) -> None:
     """Leaves before a piece begins, where there is nothing to save."""
     if anybody(job.stop.asked()):
         raise Interrupted('interrupted before its next runs began')
-
-
-def _members(job: Job, chunk: Mapping[str, Any], first: int, count: int) -> list[Run]:
-    return [job.by_id[run_id] for run_id in chunk['runs'][first : first + count]]
 
 
 def _make_ready(
@@ -242,18 +240,18 @@ def _engine(job: Job, group: Group, here: Here, members: Sequence[Run]) -> tuple
 
 def _undoable(shown: Shown, at: Attempt) -> tuple[Shown, Callable[[], None]]:
     """A listener that tells the attempt too, and a function that takes back what was counted."""
-    counts: dict[str, list[int]] = {'steps': [], 'resume': []}
+    counts = {'steps': 0, 'resume': 0}
 
     def counting(name: str) -> Callable[[int], None]:
         def count(steps: int) -> None:
-            counts[name].append(steps)
-            at.note({'done': sum(map(sum, counts.values()))})
+            counts[name] += steps
+            at.note({'done': sum(counts.values())})
             getattr(shown, name)(steps)
 
         return count
 
     def undo() -> None:
         for name, steps in counts.items():
-            getattr(shown, name)(-sum(steps))
+            getattr(shown, name)(-steps)
 
     return shown._replace(**{name: counting(name) for name in counts}), undo
