@@ -5,6 +5,7 @@ Renew the golden copies after a change: JAXPRUNE_RENEW_GOLDEN=1 pytest -n 0 test
 
 import copy
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -318,7 +319,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(('kind', 'sweep', 'chunks', 'name', 'changes', 'message'), MISTAKES)
-def test_mistakes_are_told_in_one_line(kind, sweep, chunks, name, changes, message):
+def test_each_mistake_is_named_in_one_line(kind, sweep, chunks, name, changes, message):
     options = ManifestOptions(**{'image': IMAGE, **changes})
     with pytest.raises(SpecError, match=message) as error:
         manifests(kind, sweep, chunks, name, options)
@@ -326,7 +327,8 @@ def test_mistakes_are_told_in_one_line(kind, sweep, chunks, name, changes, messa
 
 
 def test_every_option_is_described():
-    described = re.findall(r'^ {6}(\w+):', ManifestOptions.__doc__, re.M)
+    # Python 3.13 keeps docstrings without their indentation.
+    described = re.findall(r'^  (\w+):', inspect.cleandoc(ManifestOptions.__doc__), re.M)
     assert described == [field.name for field in dataclasses.fields(ManifestOptions)]
 
 
