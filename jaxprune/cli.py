@@ -14,13 +14,14 @@ from jaxprune.errors import (
     DataError,
     Interrupted,
     JaxpruneError,
+    ReadError,
     SpecError,
     StoreError,
     WriteError,
     nearest,
     quoted,
 )
-from jaxprune.fleet.launcher import FAULT, INTERRUPTED, MISTAKE, Resources
+from jaxprune.fleet.launcher import FAULT, INTERRUPTED, MISTAKE, SAVING, Resources
 from jaxprune.fleet.manifest_options import ManifestOptions
 
 #: Failed runs that a sweep lists at its end.
@@ -28,9 +29,9 @@ _MOST_FAILED = 10
 #: Seconds between two looks of `jaxprune status --follow`.
 _FOLLOW = 5.0
 
-Spec = Annotated[Path, tyro.conf.Positional]
+Spec = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar='SPEC')]
 #: A string: `s3://bucket/sweep` is no `Path`.
-Directory = Annotated[str, tyro.conf.Positional]
+Directory = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar='DIR')]
 Set = Annotated[list[str], tyro.conf.UseAppendAction, tyro.conf.arg(metavar='KEY=VALUE')]
 
 
@@ -101,16 +102,17 @@ class Chunk:
 
     directory: Directory
     """A directory that `jaxprune sweep` wrote, perhaps with --plan-only; s3:// and gs:// too."""
-    id: Annotated[str, tyro.conf.Positional] = ''
+    id: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar='ID')] = ''
     """The chunk's id, as in plan.json."""
     index: int | None = None
     """The chunk's place in the plan, from 0."""
     all: bool = False
-    """All chunks that nobody has finished or is at, one after the other."""
+    """Train all chunks that are not finished, one after the other; those at which other processes
+    work come last."""
     data_dir: Annotated[Path | None, tyro.conf.arg(metavar='DIR')] = None
     """Where prepared TFDS data lie; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
     grace: float = 25.0
-    """Seconds after a signal in which an end of an epoch is waited for, to save there."""
+    """Seconds after a signal in which the chunk waits for the end of an epoch, to save there."""
     processes: int | None = None
     """Processes that train the chunk together, each of which gets this command; by default
     $JAX_NUM_PROCESSES or one."""
@@ -129,7 +131,7 @@ class Launch:
     Example: jaxprune launch k8s gs://bucket/sweep --image registry/jaxprune:1 --gpus 1
     """
 
-    kind: Annotated[str, tyro.conf.Positional]
+    kind: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar='KIND')]
     """k8s, tpu or sky."""
     directory: Directory
     """The directory of the sweep, as the machines see it."""
@@ -145,10 +147,10 @@ class Merge:
     Example: jaxprune merge runs/here runs/there --out runs/all
     """
 
-    directories: Annotated[tuple[str, ...], tyro.conf.Positional]
+    directories: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar='DIR')]
     """Directories that `jaxprune sweep` wrote."""
     out: Annotated[str, tyro.conf.arg(metavar='DIR')]
-    """The new directory."""
+    """The new directory; one that `merge` wrote gets what has finished since."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Status:
-    """Show how far a sweep directory is: what is finished, who is at which chunk, what failed."""
+    """Show how far a sweep directory is: finished chunks, who works at which chunk, what failed."""
 
     directory: Directory
     """A directory that `jaxprune sweep` wrote."""
@@ -193,7 +195,7 @@ class List:
     Example: jaxprune list methods
     """
 
-    kind: Annotated[str, tyro.conf.Positional] = ''
+    kind: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar='KIND')] = ''
     """methods, models, data, quantities, allocations, schedules, optimizers or keys; none for all
     kinds."""
 
@@ -205,7 +207,7 @@ class Explain:
     Example: jaxprune explain synflow
     """
 
-    name: Annotated[str, tyro.conf.Positional]
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar='NAME')]
     """A method, a model, a quantity, ..., or a key such as train.epochs."""
 
 
@@ -253,7 +255,8 @@ def _code(command: object, error: JaxpruneError) -> int:
     if isinstance(error, Interrupted):
         return INTERRUPTED
     asked = isinstance(error, (SpecError, DataError, StoreError))
-    if isinstance(command, (Chunk, Sweep)) and (isinstance(error, WriteError) or not asked):
+    later = isinstance(error, (ReadError, WriteError))
+    if isinstance(command, (Chunk, Sweep)) and (later or not asked):
         return FAULT  # elsewhere, or later, it may work
     return MISTAKE
 
@@ -291,6 +294,7 @@ def _sweep(command: Sweep) -> None:
     from jaxprune import report
     from jaxprune.report import tables
     from jaxprune.report.terminal import summary_table
+    from jaxprune.stop import on_signals
     from jaxprune.sweep import (
         default_out,
         keep_compiled,
@@ -302,8 +306,8 @@ def _sweep(command: Sweep) -> None:
     )
     from jaxprune.sweep.plan_tables import time_line
     from jaxprune.sweep.progress import shown_on
-    from jaxprune.sweep.stop import on_signals
 
+    _check_engine(command)
     use_all_cores()
     keep_compiled()
     spec = load_spec(command.spec, command.set)
@@ -339,6 +343,34 @@ def _sweep(command: Sweep) -> None:
     print(f'report: {report.write(out)}')
 
 
+#: Options of `jaxprune sweep` that only some engines have.
+_ENGINES_OF = {
+    **dict.fromkeys(('cpus', 'gpus'), ('ray', 'slurm')),
+    **dict.fromkeys(('tpus', 'address'), ('ray',)),
+    **dict.fromkeys(('slurm', 'per_job', 'at_once'), ('slurm',)),
+}
+
+
+def _check_engine(command: Sweep) -> None:
+    """Are the options numbers that make sense, of the engine that is asked for?"""
+    _check_least(0, cpus=command.cpus, gpus=command.gpus, tpus=command.tpus)
+    _check_least(0, at_once=command.at_once, grace=command.grace)
+    _check_least(1, per_job=command.per_job)
+    defaults = Sweep(command.spec, [])
+    for name, engines in _ENGINES_OF.items():
+        if getattr(command, name) != getattr(defaults, name) and command.on not in engines:
+            raise SpecError(f'--{name.replace("_", "-")}: needs --on {" or --on ".join(engines)}')
+    for option in command.slurm:
+        if not option.partition('=')[0].strip('-'):
+            raise SpecError(f'--slurm: write {quoted(option)} like partition=low')
+
+
+def _check_least(low: int, **numbers: float) -> None:
+    for name, value in numbers.items():
+        if not value >= low:
+            raise SpecError(f'--{name.replace("_", "-")}: must be at least {low}, not {value:g}')
+
+
 def _elsewhere(command: Sweep, out: Path, progress, stop) -> None:
     """Has Ray or SLURM train what is missing."""
     from jaxprune.files import is_remote
@@ -357,9 +389,8 @@ def _elsewhere(command: Sweep, out: Path, progress, stop) -> None:
             raise SpecError(f'--on slurm: {out} is no directory on a disk that the nodes share')
         given = [option.partition('=') for option in command.slurm]
         sbatch = {key: value for key, _, value in given}
-        launcher = slurm_launcher(
-            out, resources, sbatch, command.per_job, command.at_once, round(command.grace) + 35
-        )
+        grace = round(command.grace) + SAVING
+        launcher = slurm_launcher(out, resources, sbatch, command.per_job, command.at_once, grace)
     options = ['--grace', f'{command.grace:g}']
     if command.data_dir is not None:
         options += ['--data-dir', str(command.data_dir.absolute())]
@@ -367,10 +398,18 @@ def _elsewhere(command: Sweep, out: Path, progress, stop) -> None:
 
 
 def _chunk(command: Chunk) -> None:
+    from jaxprune.stop import on_signals
+
+    _check_least(0, grace=command.grace)
+    # Before the imports, which take seconds: a signal in them must not count as a fault.
+    with on_signals(command.grace) as stop:
+        _train_chunk(command, stop)
+
+
+def _train_chunk(command: Chunk, stop) -> None:
     from jaxprune.sweep import keep_compiled, run_chunks, use_all_cores
     from jaxprune.sweep.processes import from_environment, meet
     from jaxprune.sweep.progress import shown_on
-    from jaxprune.sweep.stop import on_signals
 
     given = [bool(command.id), command.index is not None, command.all]
     if sum(given) != 1:
@@ -385,14 +424,13 @@ def _chunk(command: Chunk) -> None:
     use_all_cores()
     meet(from_environment({**os.environ, **asked}))
     keep_compiled()
-    with on_signals(command.grace) as stop:
-        count = run_chunks(
-            command.directory,
-            wanted,
-            data_dir=command.data_dir,
-            progress=shown_on(sys.stderr),
-            stop=stop,
-        )
+    count = run_chunks(
+        command.directory,
+        wanted,
+        data_dir=command.data_dir,
+        progress=shown_on(sys.stderr),
+        stop=stop,
+    )
     print('finished' if count else 'finished before')
 
 
@@ -467,6 +505,8 @@ def _merge(command: Merge) -> None:
     from jaxprune.sweep.merge import merge
 
     found = merge(command.directories, command.out)
+    for line in found.broken:
+        print(f'broken: {line}')
     print(f'{command.out}: {found.finished} of {found.chunks} chunks finished')
 
 

@@ -25,6 +25,10 @@ class StoreError(JaxpruneError):
     """A result directory or a file that lacks what is read, is broken, or cannot be written."""
 
 
+class ReadError(StoreError):
+    """A file that is there and cannot be read now: a lost network. The same call may work."""
+
+
 class WriteError(StoreError):
     """A file that cannot be written now: a full disk, a lost network. The same call may work."""
 

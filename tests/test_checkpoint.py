@@ -16,11 +16,11 @@ from polars.testing import assert_frame_equal
 from sweeps import engine_of
 
 from jaxprune.errors import WriteError
+from jaxprune.stop import Stop
 from jaxprune.sweep import make_spec, store
 from jaxprune.sweep.checkpoint import Checkpoint, checkpoint, every, remove, saved_places
 from jaxprune.sweep.chunk import run_chunk
 from jaxprune.sweep.progress import ignored
-from jaxprune.sweep.stop import Stop
 from jaxprune.sweep.strategy import Strategy
 from jaxprune.sweep.sweep_plan import checked_groups
 
@@ -148,6 +148,9 @@ def check_goes_on(label, tmp_path, strategy, first, second, after):
     assert got.timing['run_steps'] == program.timeline.steps * count - before
     assert resumed == [before]
     assert sum(taken) == program.timeline.steps * count - before
+    # What the first one left went when the second one had saved.
+    who = {saved.attempt for saved in saved_places(place, PIECE)}
+    assert who == ({'second'} if after < spec.train.epochs else {'first'})
     remove(place)
     assert not place.exists()
 

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ import jaxprune as jp
 from jaxprune import files
 from jaxprune.errors import StoreError
 from jaxprune.sweep import plan_sweep, run_chunks, store
-from jaxprune.sweep.attempts import attempts_of
+from jaxprune.sweep.attempts import attempt, attempts_of, taken
 from jaxprune.sweep.load import make_spec
 from jaxprune.sweep.merge import merge
 
@@ -81,15 +82,35 @@ def test_chunks_in_any_order_are_the_sweep(whole, tmp_path, command):
     [
         (['--index', '9'], 'has chunks 0 to 2, not 9'),
         (['--index', '-1'], 'has chunks 0 to 2, not -1'),
-        (['nonsense'], "unknown chunk 'nonsense'"),
+        (['nonsense'], "has no chunk 'nonsense': the first one is '"),
         ([], 'give an id, --index N or --all'),
         (['--index', '0', '--all'], 'give an id, --index N or --all'),
-        (['--all', '--processes', '2'], 'JAX_PROCESS_ID: missing, where JAX_NUM_PROCESSES is 2'),
+        (['--all', '--processes', '2'], 'need --process or JAX_PROCESS_ID, not nothing'),
+        (['--all', '--grace', '-1'], '--grace: must be at least 0, not -1'),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(whole, command, arguments, says):
     code, out, err = command('chunk', whole, *arguments)
     assert (code, out) == (2, '') and says in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'says'),
+    [
+        (['--per-job', '0'], '--per-job: must be at least 1, not 0'),
+        (['--on', 'slurm', '--at-once', '-1'], '--at-once: must be at least 0, not -1'),
+        (['--on', 'ray', '--cpus', '-1'], '--cpus: must be at least 0, not -1'),
+        (['--gpus', '1'], '--gpus: needs --on ray or --on slurm'),
+        (['--on', 'slurm', '--tpus', '4'], '--tpus: needs --on ray'),
+        (['--on', 'ray', '--slurm', 'time=1'], '--slurm: needs --on slurm'),
+        (['--on', 'slurm', '--slurm', '=low'], "--slurm: write '=low' like partition=low"),
+    ],
+)
+def test_options_of_engines_are_checked(tmp_path, command, arguments, says):
+    (tmp_path / 'spec.toml').write_text(tomli_w.dumps(TABLE))
+    code, _, err = command('sweep', tmp_path / 'spec.toml', '--out', tmp_path / 'out', *arguments)
+    assert code == 2 and says in err and err.count('\n') == 1
+    assert not (tmp_path / 'out').exists()
 
 
 @nothing_trained()
@@ -131,10 +152,55 @@ def test_two_sweeps_of_one_plan_are_united(whole, tmp_path, command):
         with pytest.raises(StoreError, match=says):
             merge([places[0], other], tmp_path / 'never')
         assert not (tmp_path / 'never').exists()
-    with pytest.raises(StoreError, match='holds a sweep already'):
-        merge(places, tmp_path / 'all')
     with pytest.raises(StoreError, match='two directories or more'):
         merge(places[:1], tmp_path / 'never')
+
+
+@nothing_trained()
+def test_merge_goes_on_and_passes_broken_copies(whole, tmp_path, command):
+    """Expectation: a chunk that one directory has broken comes from the other; one that all have
+    broken is named and left out; called again, what is missing is added."""
+    places = [tmp_path / name for name in ('one', 'two')]
+    for place in places:
+        shutil.copytree(whole, place)
+    first, second, _ = store.chunk_ids(whole)
+    for place, chunk in ((places[0], first), (places[0], second), (places[1], second)):
+        store.results_path(place, chunk).write_bytes(b'PAR1')
+    code, out, _ = command('merge', *places, '--out', tmp_path / 'all')
+    assert code == 0 and '2 of 3 chunks finished' in out
+    assert re.search(rf'broken: .*{second}.parquet: cannot be read', out)
+    shutil.copy(store.results_path(whole, second), store.results_path(places[1], second))
+    assert merge(places, tmp_path / 'all') == (3, 3, ())
+    same(tmp_path / 'all', whole)
+
+
+def test_one_of_two_that_start_at_once_goes_on(tmp_path):
+    """Expectation: both see each other and the first name goes on; whoever comes later leaves
+    too; the chunk is free once the one at work has ended."""
+    with attempt(tmp_path, 'chunk', {}) as first, attempt(tmp_path, 'chunk', {}) as second:
+        assert not second.claim() and first.claim()
+        with attempt(tmp_path, 'chunk', {}) as third:
+            assert not third.claim()
+        assert taken(tmp_path, 'chunk')
+    assert not taken(tmp_path, 'chunk')
+    states = [record['state'] for record in attempts_of(tmp_path, 'chunk')]
+    assert states == ['finished', 'left to another', 'left to another']
+    with attempt(tmp_path, 'chunk', {}) as again:
+        assert again.claim()
+
+
+def test_clocks_that_differ_do_not_hide_a_sign_of_life(tmp_path, monkeypatch):
+    """The clock of this machine is an hour ahead of the disk's; without a look at the disk's clock,
+    the other attempt would count as lost. Another machine's process id says nothing here."""
+    record = {'state': 'running', 'machine': 'ffffffff', 'process': 1}
+    store.write_json(tmp_path / 'attempts' / 'chunk' / '2026-other.json', record)
+    now = time.time
+    monkeypatch.setattr(time, 'time', lambda: now() + 3600)
+    assert abs(files.clock_ahead(tmp_path) + 3600) < 2
+    assert not taken(tmp_path, 'chunk') and taken(tmp_path, 'chunk', files.clock_ahead(tmp_path))
+    with attempt(tmp_path, 'chunk', {}) as mine:
+        assert not mine.claim()
+    assert not list(tmp_path.glob('.clock*'))
 
 
 def test_a_disk_without_second_names_takes_results(tmp_path, monkeypatch):

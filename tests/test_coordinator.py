@@ -3,13 +3,13 @@
 import pytest
 from fake_engine import nothing_trained
 
-from jaxprune.errors import Interrupted, JaxpruneError
+from jaxprune.errors import Interrupted, JaxpruneError, ReadError
 from jaxprune.fleet import coordinator
 from jaxprune.fleet.coordinator import run_elsewhere
 from jaxprune.fleet.launcher import Ended, Launcher
+from jaxprune.stop import Stop
 from jaxprune.sweep import plan_sweep, run_chunks, store
 from jaxprune.sweep.load import make_spec
-from jaxprune.sweep.stop import Stop
 
 TABLE = {
     'name': 'coordinated',
@@ -32,6 +32,7 @@ def planned(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     monkeypatch.setattr(coordinator, '_LOOK', 0.0)
+    monkeypatch.setattr(coordinator, '_SHOWN_AFTER', -1.0)
     with nothing_trained():
         yield
 
@@ -100,6 +101,42 @@ def test_interruptions_lost_machines_and_lies_are_tried_again(copied_plan):
     tries = [chunk for chunks in engine.submitted for chunk in chunks]
     assert [tries.count(chunk) for chunk in (first, second, third)] == [10, 3, 2]
     assert store.finished_chunks(out) == {first, second, third}
+
+
+def test_results_may_appear_after_the_command_ended(copied_plan, monkeypatch):
+    """As on a shared disk that remembers what was not there: the chunk is not submitted again."""
+    out = copied_plan
+    monkeypatch.setattr(coordinator, '_SHOWN_AFTER', 60.0)
+    first = store.chunk_ids(out)[0]
+    engine, looks = Engine(out, {first: [0]}), []
+
+    def asked():
+        looks.append(0)
+        if len(looks) == 4:
+            run_chunks(out, first)
+        return False
+
+    run_elsewhere(out, engine.launcher(), stop=Stop(asked, lambda: False))
+    assert len(engine.submitted) == 1 and len(looks) >= 4
+
+
+def test_a_directory_that_cannot_be_read_for_a_while_is_waited_for(copied_plan, monkeypatch):
+    out, listed, calls = copied_plan, store.listed, []
+
+    def failing(folder, suffix=''):
+        calls.append(folder)
+        if len(calls) in (3, 4):
+            raise ReadError(f'{folder}: cannot be listed (stale file handle)')
+        return listed(folder, suffix)
+
+    monkeypatch.setattr('jaxprune.sweep.store.listed', failing)
+    run_elsewhere(out, Engine(out, {}).launcher())
+    assert len(calls) > 4
+    monkeypatch.setattr(coordinator, '_PATIENCE', -1.0)
+    calls[:] = [None] * 2
+    store.results_path(out, store.chunk_ids(out)[0]).unlink()
+    with pytest.raises(ReadError, match='stale file handle'):
+        run_elsewhere(out, Engine(out, {}).launcher())
 
 
 def test_a_chunk_that_always_fails_is_given_up_and_the_others_finish(copied_plan):

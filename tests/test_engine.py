@@ -1,5 +1,6 @@
 """The engine: several devices, memory, donation, batch statistics, records along training."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ from sweeps import parts, planned_here, trained_here
 
 import jaxprune as jp
 from jaxprune import flow, nn, tree
-from jaxprune.errors import JaxpruneError, SpecError, StoreError
+from jaxprune.errors import Interrupted, JaxpruneError, SpecError, StoreError
+from jaxprune.stop import Stop
 from jaxprune.sweep import make_plan, make_spec, store, sweep_plan
 from jaxprune.sweep.chunk import rows_of
 from jaxprune.sweep.chunk_tables import Moment, curves_rows, flow_rows
@@ -227,8 +229,6 @@ def test_out_of_memory_halves_the_runs_at_once_and_goes_on(tmp_path, monkeypatch
     notes, steps = [], []
 
     def progress(plan, out):
-        import contextlib
-
         shown = ignored()._replace(note=notes.append, steps=steps.append)
         return contextlib.nullcontext(shown)
 
@@ -466,6 +466,21 @@ def trials(spec, on_trial):
     return measure(spec, groups, make_plan(spec, groups=groups), on_trial)
 
 
+@nothing_trained()
+def test_a_signal_ends_the_trials(tmp_path, monkeypatch, instant_trials):
+    """Expectation: the sweep leaves after the trial at hand, whose outcome is remembered."""
+    monkeypatch.setattr('jaxprune.sweep.trials._WORTH_PROBING', 0.0)
+    spec, notes = make_spec(DENSE), []
+
+    def progress(plan, out):
+        return contextlib.nullcontext(ignored()._replace(note=notes.append))
+
+    stop = Stop(lambda: bool(notes), lambda: False)
+    with pytest.raises(Interrupted):
+        jp.run_sweep(spec, tmp_path / 'out', progress=progress, stop=stop)
+    assert len(notes) == 1 == len(remembered(spec, runs(spec)[0]))
+
+
 @pytest.mark.more
 @nothing_trained()
 def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch, quick_trials):
@@ -482,8 +497,6 @@ def test_a_long_sweep_tries_the_ways_to_train_first(tmp_path, monkeypatch, quick
     notes = []
 
     def progress(plan, out):
-        import contextlib
-
         return contextlib.nullcontext(ignored()._replace(note=notes.append))
 
     jp.run_sweep(spec, tmp_path / 'out', progress=progress)
@@ -561,6 +574,8 @@ def test_pieces_fill_the_devices():
     # A saved piece keeps its borders where it fits.
     assert pieces_of(10, 4, [(2, 3), (5, 5), (0, 9)]) == [(0, 4), (4, 4), (8, 2)]
     assert pieces_of(10, 4, [(0, 2), (2, 3), (5, 5)]) == [(0, 2), (2, 3), (5, 4), (9, 1)]
+    # A finished one keeps them whatever its size.
+    assert pieces_of(10, 4, [], [(4, 6)]) == [(0, 4), (4, 6)]
 
 
 @nothing_trained()

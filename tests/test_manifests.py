@@ -206,7 +206,7 @@ def test_jobs_say_what_exit_codes_mean(case):
     pod = spec['template']['spec']
     assert pod['restartPolicy'] == 'Never'
     [container] = pod['containers']
-    assert container['command'][-2:] == ['--index', '$(JOB_COMPLETION_INDEX)']
+    assert container['command'][3:] == ['--index', '$(JOB_COMPLETION_INDEX)', '--grace', '25']
     assert all(
         rule['onExitCodes']['containerName'] == container['name']
         for rule in spec['podFailurePolicy']['rules']
@@ -224,7 +224,7 @@ def test_processes_of_a_chunk_find_each_other_and_restart_together():
         assert spec['completions'] == spec['parallelism'] == 2 and spec['backoffLimit'] == 0
         assert failure_rules(spec) == [('FailJob', 'DisruptionTarget'), ('FailJob', [75])]
         [container] = spec['template']['spec']['containers']
-        assert container['command'][-1] == str(chunk)
+        assert container['command'][3:5] == ['--index', str(chunk)]
         name, variables = jobset['metadata']['name'], {v['name']: v for v in container['env']}
         address = variables['JAX_COORDINATOR_ADDRESS']['value']
         assert address == f'{name}-{job["name"]}-0-0.{name}:8476'

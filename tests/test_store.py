@@ -209,6 +209,9 @@ def test_other_format_is_refused(copied):
     (copied / 'plan.json').write_text(json.dumps({**table, 'format': 0}))
     with pytest.raises(StoreError, match='holds a sweep of format 0, and this version'):
         jp.run_sweep(TABLE, copied)
+    (copied / 'plan.json').write_text(json.dumps({**table, 'format': 99}))
+    with pytest.raises(StoreError, match='of format 99, by a newer jaxprune'):
+        jp.run_sweep(TABLE, copied)
 
 
 def test_several_processes_share_a_directory(copied, command, finished):

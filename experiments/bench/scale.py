@@ -35,12 +35,12 @@ from jaxprune import report
 from jaxprune.errors import Interrupted, first_line
 from jaxprune.fleet.coordinator import run_elsewhere
 from jaxprune.fleet.launcher import Ended, Launcher, Task
+from jaxprune.stop import Stop
 from jaxprune.sweep import make_spec, status, store
 from jaxprune.sweep.attempts import attempt
 from jaxprune.sweep.groups import group_of
 from jaxprune.sweep.open_sweep import open_sweep, stored_spec
 from jaxprune.sweep.spec import SweepSpec
-from jaxprune.sweep.stop import Stop
 from jaxprune.sweep.sweep_plan import checked_groups, make_plan
 from jaxprune.sweep.timing import PHASES
 

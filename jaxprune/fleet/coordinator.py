@@ -10,17 +10,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxprune.errors import Interrupted, JaxpruneError, SpecError
-from jaxprune.fleet.launcher import INTERRUPTED, MISTAKE, Ended, Launcher, Task
+from jaxprune.errors import Interrupted, JaxpruneError, ReadError, SpecError
+from jaxprune.fleet.launcher import FAULT, INTERRUPTED, MISTAKE, Ended, Launcher, Task
+from jaxprune.stop import Stop, never
 from jaxprune.sweep import store
 from jaxprune.sweep.attempts import attempts_of, is_live
 from jaxprune.sweep.progress import Progress, Shown, silent
-from jaxprune.sweep.stop import Stop, never
 
 #: Seconds between looks at the directory.
 _LOOK = 2.0
 #: Faults of a chunk after which it is given up; an interruption is none.
 RETRIES = 3
+#: Seconds in which a directory that cannot be read may come back.
+_PATIENCE = 600.0
+#: Seconds after a chunk's command ended well in which its results may appear: shared disks remember
+#: for up to a minute what was not there.
+_SHOWN_AFTER = 90.0
+_NO_RESULTS = 'its command ended well, and its results are not in the directory'
 
 
 def chunk_command(out: Path, chunk: str, options: Sequence[str] = ()) -> tuple[str, ...]:
@@ -44,7 +50,7 @@ def run_elsewhere(
       launcher: the engine.
       options: further arguments of `jaxprune chunk`.
       progress: what to show, see `jaxprune.sweep.progress`; None for nothing.
-      stop: whether to leave, see `jaxprune.sweep.stop`; None for never.
+      stop: whether to leave, see `jaxprune.stop`; None for never.
       retries: faults of a chunk after which it is given up.
 
     Raises:
@@ -84,12 +90,18 @@ def _until_finished(
     lost: dict[str, str] = {}
     held = launcher.held()
     submitted = set(held)
-    while missing := [c for c in watch.missing() if c not in lost]:
+    ended_well: dict[str, float] = {}
+    while missing := [c for c in _patiently(watch, stop) if c not in lost]:
         if new := [chunk for chunk in missing if chunk not in submitted]:
             launcher.submit([Task(chunk, chunk_command(out, chunk, options)) for chunk in new])
             submitted.update(new)
         _wait(stop)
-        for end in launcher.ended():
+        late = [c for c, at in ended_well.items() if time.monotonic() - at > _SHOWN_AFTER]
+        for end in [*launcher.ended(), *(Ended(chunk, FAULT, _NO_RESULTS) for chunk in late)]:
+            if end.code == 0:
+                ended_well[end.chunk] = time.monotonic()
+                continue
+            ended_well.pop(end.chunk, None)
             submitted.discard(end.chunk)
             if store.finished(out, end.chunk) or end.code == INTERRUPTED:
                 continue
@@ -113,11 +125,24 @@ def _wait(stop: Stop) -> None:
     time.sleep(_LOOK)
 
 
+def _patiently(watch: '_Watch', stop: Stop) -> list[str]:
+    """The chunks that are missing; waits while the directory cannot be read."""
+    since = time.monotonic()
+    while True:
+        try:
+            return watch.missing()
+        except ReadError as error:
+            if time.monotonic() - since > _PATIENCE:
+                raise
+            watch.shown.note(f'{error}; trying again')
+            _wait(stop)
+
+
 def _reason(out: Path, end: Ended) -> str:
     """What is known of a task that did not finish its chunk."""
-    records = [r for r in attempts_of(out, end.chunk) if r.get('error')]
-    said = end.reason or f'exit code {end.code}'
-    return f'{said} ({records[-1]["error"]})' if records and end.code is not None else said
+    said, last = end.reason or f'exit code {end.code}', attempts_of(out, end.chunk)[-1:]
+    error = last[0].get('error') if last and end.code is not None else None
+    return f'{said} ({error})' if error else said
 
 
 class _Watch:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 #: Exit codes of `jaxprune chunk`, and what engines do with them: start it again, count it as a
 #: failure, or give up. 0: the chunk is finished.
 INTERRUPTED, FAULT, MISTAKE = 75, 1, 2
+#: Seconds that a machine must leave a chunk after its grace, to save and to end.
+SAVING = 35
 #: What makes JAX see so many CPU devices, in XLA_FLAGS.
 CPU_DEVICES = '--xla_force_host_platform_device_count'
 

@@ -19,7 +19,8 @@ class ManifestOptions:
       parallelism: chunks that run at a time; on TPU virtual machines and by SkyPilot, machines.
       retries: how often a chunk is started again after a fault; interruptions do not count.
       max_failed: chunks that may fail before the Job ends; empty: a tenth, at least one.
-      grace: seconds that a chunk has to save after SIGTERM.
+      grace: seconds after SIGTERM in which a chunk waits for the end of an epoch, to save there.
+        Pods get 35 seconds more, to save and to end.
       spot: run on machines that may be preempted.
       queue: Kueue's LocalQueue; empty: start at once. Chunks of several processes need one.
       namespace: of Kubernetes.
@@ -49,7 +50,7 @@ class ManifestOptions:
     parallelism: int = 4
     retries: int = 3
     max_failed: int | None = None
-    grace: int = 120
+    grace: int = 25
     spot: bool = True
     queue: str = ''
     namespace: str = 'default'

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from jaxprune.errors import SpecError, check_choice, quoted, shown
+from jaxprune.fleet.launcher import SAVING
 from jaxprune.fleet.manifest_options import ManifestOptions
 
 KINDS = ('k8s', 'tpu', 'sky')
@@ -167,7 +168,8 @@ def _values(
         **values,
         'sweep': sweep,
         'sweep_argument': sweep.replace('$', '$$'),
-        'command': f'jaxprune chunk {shlex.quote(sweep)} --all',
+        'command': f'jaxprune chunk {shlex.quote(sweep)} --all --grace {options.grace}',
+        'pod_grace': options.grace + SAVING,
         'chunks': chunks,
         'name': name,
         'index': '$(JOB_COMPLETION_INDEX)',
@@ -183,6 +185,8 @@ def _values(
         'max_failed': tenth if options.max_failed is None else min(options.max_failed, chunks),
         'mount': mount,
         'cache': cache,
+        # JAX itself can keep programs in a bucket, for machines of one kind.
+        'cache_variable': 'JAX_COMPILATION_CACHE_DIR' if '://' in cache else 'JAXPRUNE_CACHE_DIR',
         'gigabytes': -(-_mebibytes(options.memory) // 2**10),
         'jax': 'jax[cuda12]' if options.gpus else 'jax',
         'xpk_restarts': _XPK_RESTARTS,

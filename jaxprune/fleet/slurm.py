@@ -61,7 +61,7 @@ class _Exit(NamedTuple):
     Attributes:
       code: its exit code.
       reason: one line.
-      again: whether the job was told to stop and may be started again by SLURM.
+      again: whether the job got a signal to stop and may be started again by SLURM.
     """
 
     code: int
@@ -93,8 +93,8 @@ def slurm_launcher(
         value makes a flag. Without a time the partition's default applies.
       per_job: chunks that a job runs, one after the other.
       at_once: most jobs of one call of `submit` that run at a time; 0 for no limit.
-      grace: seconds before its time limit at which a job is told to save and to go back into the
-        queue. How long a preempted job has is for the cluster to say (GraceTime, KillWait).
+      grace: seconds before its time limit at which a job gets a signal: it saves and goes back into
+        the queue. How long a preempted job has is for the cluster to say (GraceTime, KillWait).
 
     Raises:
       JaxpruneError: submitit or SLURM is missing, or an option cannot be used.
@@ -302,7 +302,12 @@ def _ended(chunk: str, wrote: _Exit | None, over: bool, job: _Job | None) -> End
 
 def _records(folder: Path) -> dict[str, list[list[str]]]:
     """Chunks of each job, by the name of the array, as all coordinators so far wrote them."""
-    return {path.stem: json.loads(path.read_bytes())['jobs'] for path in folder.glob('*.json')}
+    found = {}
+    for path in folder.glob('*.json'):
+        # Another coordinator deletes its own where sbatch refuses.
+        with contextlib.suppress(FileNotFoundError):
+            found[path.stem] = json.loads(path.read_bytes())['jobs']
+    return found
 
 
 def _read_exits(folder: Path, chunks: Collection[str]) -> dict[str, _Exit]:
@@ -347,7 +352,7 @@ def run_job(folder: Path, tasks: Sequence[Task], on_cpu: bool) -> None:
 def _run_task(
     task: Task, on_cpu: bool, received: list[int], running: list[subprocess.Popen]
 ) -> _Exit:
-    """Runs a command unless the job was told to stop; `running` is for the signal handler."""
+    """Runs a command unless the job got a signal to stop; `running` is for the signal handler."""
     code = INTERRUPTED
     if not received:
         child = subprocess.Popen(task.command, env=_environment(os.environ, on_cpu))

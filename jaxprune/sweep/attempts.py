@@ -34,10 +34,12 @@ class Attempt(NamedTuple):
     Attributes:
       name: of the attempt; nobody else has it.
       note: adds facts to its file, at the next sign of life.
+      claim: takes the chunk, unless another process works at it; returns whether it is ours.
     """
 
     name: str
     note: Callable[[Mapping[str, Any]], None]
+    claim: Callable[[], bool]
 
 
 @contextlib.contextmanager
@@ -57,10 +59,11 @@ def attempt(out: Path, chunk: str, facts: Mapping[str, Any]) -> Iterator[Attempt
         'machine': machine_token(),
         'process': os.getpid(),
         'started': now.isoformat(timespec='seconds'),
-        'state': 'running',
+        'state': 'starting',
         **facts,
     }
     store.write_json(path, record)
+    ahead = path.stat().st_mtime - time.time()
     over, lock = threading.Event(), threading.Lock()
 
     def note(more: Mapping[str, Any]) -> None:
@@ -76,6 +79,16 @@ def attempt(out: Path, chunk: str, facts: Mapping[str, Any]) -> Iterator[Attempt
         except StoreError as error:  # that no file can be written now must not end the training
             note({'trouble': first_line(error)})
 
+    def claim() -> bool:
+        # Of two that start at once, both see each other: the first name goes on.
+        others = [r for r in attempts_of(out, chunk, ahead) if r['name'] != name]
+        if any(_goes_before(r, name) for r in others if is_live(r, out)):
+            note({'state': 'left to another'})
+            return False
+        note({'state': 'running'})
+        write()
+        return True
+
     def beat() -> None:
         while not over.wait(_REMOTE_BEAT if is_remote(out) else _BEAT):
             write()
@@ -83,8 +96,9 @@ def attempt(out: Path, chunk: str, facts: Mapping[str, Any]) -> Iterator[Attempt
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
-        yield Attempt(name, note)
-        note({'state': 'finished'})
+        yield Attempt(name, note, claim)
+        if record['state'] == 'running':
+            note({'state': 'finished'})
     except (Interrupted, KeyboardInterrupt) as error:
         note({'state': 'interrupted', 'error': first_line(error)})
         raise
@@ -100,18 +114,26 @@ def attempt(out: Path, chunk: str, facts: Mapping[str, Any]) -> Iterator[Attempt
 @contextlib.contextmanager
 def nobody() -> Iterator[Attempt]:
     """An attempt of which another process keeps the file."""
-    yield Attempt('nobody', lambda facts: None)
+    yield Attempt('nobody', lambda facts: None, lambda: True)
 
 
-def attempts_of(out: Path, chunk: str) -> list[dict[str, Any]]:
+def _goes_before(record: Mapping[str, Any], name: str) -> bool:
+    return record['state'] == 'running' or record['name'] < name
+
+
+def attempts_of(out: Path, chunk: str, ahead: float = 0.0) -> list[dict[str, Any]]:
     """The attempts at a chunk, the oldest first, each with 'name' and 'silent', seconds since its
-    last sign of life by the clock of the disk. A file that cannot be read is left out."""
+    last sign of life. A file that cannot be read is left out.
+
+    Args:
+      ahead: seconds that the clock of the disk is ahead of ours, see `files.clock_ahead`.
+    """
     found = []
     for path in sorted(store.listed(out / 'attempts' / chunk, '.json'), key=lambda path: path.name):
         try:
             record = json.loads(path.read_bytes())
-            silent = max(time.time() - path.stat().st_mtime, 0.0)
-        except (OSError, ValueError):  # just replaced, or broken
+            silent = max(time.time() + ahead - path.stat().st_mtime, 0.0)
+        except (OSError, ValueError, *store.refusals(path)):  # just replaced, or broken
             continue
         if isinstance(record, dict):
             found.append({**record, 'name': path.name.removesuffix('.json'), 'silent': silent})
@@ -120,7 +142,7 @@ def attempts_of(out: Path, chunk: str) -> list[dict[str, Any]]:
 
 def is_live(record: Mapping[str, Any], out: Path) -> bool:
     """Is this attempt at work, as far as one can see?"""
-    if record.get('state') != 'running':
+    if record.get('state') not in ('starting', 'running'):
         return False
     ours = record.get('machine') == machine_token()
     if ours and not process_alive(int(record.get('process', 0))):
@@ -129,6 +151,6 @@ def is_live(record: Mapping[str, Any], out: Path) -> bool:
     return record['silent'] < _MISSED * beat
 
 
-def taken(out: Path, chunk: str) -> bool:
-    """Is somebody at work at a chunk?"""
-    return any(is_live(record, out) for record in attempts_of(out, chunk))
+def taken(out: Path, chunk: str, ahead: float = 0.0) -> bool:
+    """Does somebody work at a chunk?"""
+    return any(is_live(record, out) for record in attempts_of(out, chunk, ahead))

@@ -114,7 +114,7 @@ def checkpoint(
       attempt: whose folder to save in.
       piece: which of the chunk's runs.
       timer: from `every`, shared by all pieces.
-      note: told of a checkpoint that cannot be read; an older one is then taken, or none.
+      note: gets a line on a checkpoint that cannot be read; an older one is then taken, or none.
     """
     due, done = timer
     own = folder / attempt / piece
@@ -137,6 +137,7 @@ def checkpoint(
                 _forget(own, saved.step)
             else:
                 _save(own.absolute(), saved)  # orbax insists
+            _forget_before(folder, attempt, piece, saved.step)
         except (OSError, ValueError) as error:  # TensorStore's, also of full disks
             raise WriteError(f'{own}: cannot be written ({first_line(error)})') from error
         done()
@@ -167,13 +168,13 @@ def by_lead(saved: Checkpoint) -> Checkpoint:
     return Checkpoint(load, saved.due, save)
 
 
-def remove(folder: Path) -> None:
-    """Deletes all that was saved of a chunk, once its results are stored."""
-    if files.is_remote(folder):
-        if folder.exists():
-            folder.fs.rm(folder.path, recursive=True)
+def remove(path: Path) -> None:
+    """Deletes a folder with all in it, or a packed checkpoint, if it is there."""
+    if files.is_remote(path):
+        with contextlib.suppress(FileNotFoundError):
+            path.fs.rm(path.path, recursive=True)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def saved_places(folder: Path, piece: str) -> list[Place]:
@@ -238,6 +239,14 @@ def _forget(own: Path, step: int) -> None:
     for path in store.listed(own):
         if path.name != f'{step}.tar':
             path.unlink(missing_ok=True)
+
+
+def _forget_before(folder: Path, attempt: str, piece: str, step: int) -> None:
+    """Deletes what other attempts saved of a piece up to a step: a chunk that is interrupted every
+    hour would fill the disk. A process that comes back from a freeze saves in its folder anew."""
+    for place in saved_places(folder, piece):
+        if place.attempt != attempt and place.step <= step:
+            remove(place.path)
 
 
 def _as_lists(losses: Losses) -> list[tuple[int, list[float]]]:

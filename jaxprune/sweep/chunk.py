@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 
 from jaxprune.errors import Interrupted, PruneError, WriteError
+from jaxprune.stop import Stop, never
 from jaxprune.sweep import store, timeline
 from jaxprune.sweep.advance import Rows
 from jaxprune.sweep.checkpoint import Checkpoint, Saved, nowhere
@@ -31,7 +32,6 @@ from jaxprune.sweep.processes import agreed, anybody
 from jaxprune.sweep.program import Program, hyper_of, method_facts, method_numbers
 from jaxprune.sweep.progress import Shown, ignored
 from jaxprune.sweep.spec import SweepSpec
-from jaxprune.sweep.stop import Stop, never
 from jaxprune.sweep.store import Chunk
 from jaxprune.sweep.timeline import Border, Stretch, borders_of, stretches_of
 from jaxprune.sweep.timing import Stopwatch, stopwatch

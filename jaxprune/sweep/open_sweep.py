@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune import files
-from jaxprune.errors import StoreError
+from jaxprune.errors import ReadError, StoreError, first_line
 from jaxprune.sweep import store
 from jaxprune.sweep.load import identity, read_spec, to_toml
 from jaxprune.sweep.provenance import provenance
@@ -52,6 +52,11 @@ def stored_plan(out: Path) -> dict[str, Any]:
     """
     plan = store.read_plan(out)
     written = plan.get('format')
+    if isinstance(written, int) and written > FORMAT:
+        raise StoreError(
+            f'{out} holds a sweep of format {written}, by a newer jaxprune; this version knows '
+            f'formats up to {FORMAT}: install the newer one'
+        )
     if written != FORMAT:
         raise StoreError(
             f'{out} holds a sweep of format {written}, and this version of jaxprune writes format '
@@ -70,8 +75,8 @@ def stored_spec(out: Path) -> SweepSpec:
         return read_spec((out / 'spec.toml').read_bytes(), f'{out}/spec.toml')
     except FileNotFoundError:
         raise StoreError(f'{out} is not a sweep directory: it has no spec.toml') from None
-    except OSError as error:
-        raise StoreError(f'{out}/spec.toml: cannot be read ({error})') from None
+    except (OSError, *store.refusals(out)) as error:
+        raise ReadError(f'{out}/spec.toml: cannot be read ({first_line(error)})') from error
 
 
 def _check_same(

@@ -32,17 +32,22 @@ def piece_of(name: str) -> tuple[int, int] | None:
 
 
 def pieces_of(
-    count: int, at_once: int, saved: Sequence[tuple[int, int]] = ()
+    count: int,
+    at_once: int,
+    saved: Sequence[tuple[int, int]] = (),
+    finished: Sequence[tuple[int, int]] = (),
 ) -> list[tuple[int, int]]:
     """The pieces that a chunk is trained in: `(first run, number of runs)` of each.
 
     Args:
       count: runs of the chunk.
       at_once: most runs of a piece.
-      saved: pieces that are saved, of any attempt; those that fit keep their borders.
+      saved: pieces that any attempt saved; those that fit keep their borders.
+      finished: pieces whose tables are stored; they keep their borders, whatever their size.
     """
     pieces, first = [], 0
     fitting = {at: size for at, size in sorted(saved) if size <= at_once}
+    fitting |= dict(sorted(finished))
     while first < count:
         if first in fitting and first + fitting[first] <= count:
             size = fitting[first]

@@ -16,13 +16,21 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune.errors import JaxpruneError, SpecError, first_line
+from jaxprune.errors import JaxpruneError, SpecError, first_line, quoted
 from jaxprune.types import PyTree
 
 #: Seconds in which all processes must have met.
 MEETING = 120
 #: Variables that name several slices of TPUs. Those of a former allocation make JAX wait for ever.
 _SLICES = 'MEGASCALE_'
+
+
+#: Options of `jaxprune chunk` that set the same.
+_FLAGS = {
+    'JAX_NUM_PROCESSES': '--processes',
+    'JAX_PROCESS_ID': '--process',
+    'JAX_COORDINATOR_ADDRESS': '--coordinator',
+}
 
 
 class Processes(NamedTuple):
@@ -51,7 +59,10 @@ def from_environment(environment: Mapping[str, str]) -> Processes:
         return Processes()
     for name, value in zip(names, given, strict=True):
         if not value or (name != names[2] and not value.isdigit()):
-            raise SpecError(f'{name}: {value or "missing"}, where {names[0]} is {given[0]}')
+            raise SpecError(
+                f'{given[0]} processes (--processes or {names[0]}) need {_FLAGS[name]} or {name}, '
+                f'not {quoted(value) if value else "nothing"}'
+            )
     return Processes(int(given[0]), int(given[1]), given[2])
 
 

@@ -19,7 +19,6 @@ _PACKAGES = ('jaxprune', 'jax', 'jaxlib', 'flax', 'optax', 'numpy', 'polars', 't
 
 def provenance(spec: SweepSpec, now: datetime.datetime) -> dict[str, Any]:
     """A JSON-ready record; its 'session' is what differs from one start to the next."""
-    device = jax.local_devices()[0]
     return {
         'format': FORMAT,
         'name': spec.name,
@@ -27,25 +26,36 @@ def provenance(spec: SweepSpec, now: datetime.datetime) -> dict[str, Any]:
         'session': {
             'started': now.isoformat(timespec='seconds'),
             'command': shlex.join(sys.argv),
-            'versions': {
-                'python': platform.python_version(),
-                **{name: _version(name) for name in _PACKAGES},
-            },
+            'versions': versions(),
             'git': git_state(Path(__file__).parent),
-            'device': {
-                'platform': device.platform,
-                'kind': device.device_kind,
-                'count': jax.local_device_count(),
-                'cpus': os.cpu_count(),
-                'machine': platform.machine(),
-                'system': platform.platform(),
-            },
+            'device': device_facts(),
             'environment': {
                 key: value
                 for key, value in sorted(os.environ.items())
                 if key.startswith(('JAX_', 'XLA_'))
             },
         },
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that numbers may depend on."""
+    return {
+        'python': platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+    }
+
+
+def device_facts() -> dict[str, Any]:
+    """What this process computes on."""
+    device = jax.local_devices()[0]
+    return {
+        'platform': device.platform,
+        'kind': device.device_kind,
+        'count': jax.local_device_count(),
+        'cpus': os.cpu_count(),
+        'machine': platform.machine(),
+        'system': platform.platform(),
     }
 
 

@@ -1,5 +1,6 @@
 """The driver on this machine: plan -> chunks -> store, resumable at any moment."""
 
+import difflib
 import functools
 import random
 import time
@@ -10,16 +11,18 @@ from typing import Any
 import polars as pl
 
 from jaxprune import data
-from jaxprune.errors import Interrupted, SpecError, StoreError, lookup
+from jaxprune.errors import Interrupted, SpecError, StoreError, quoted
+from jaxprune.files import clock_ahead, is_remote, remove_abandoned
+from jaxprune.stop import Stop, never
 from jaxprune.sweep import checkpoint, store
 from jaxprune.sweep.attempts import taken
 from jaxprune.sweep.device_data import DeviceData, device_data
 from jaxprune.sweep.groups import group_of
 from jaxprune.sweep.load import load_spec, make_spec, spec_hash
 from jaxprune.sweep.open_sweep import open_sweep, stored_plan, stored_spec
+from jaxprune.sweep.processes import agreed, anybody
 from jaxprune.sweep.progress import Progress, silent
 from jaxprune.sweep.spec import SweepSpec
-from jaxprune.sweep.stop import Stop, never
 from jaxprune.sweep.sweep_plan import checked_groups, make_plan
 from jaxprune.sweep.worker import Job, make_worker
 
@@ -43,7 +46,7 @@ def run_sweep(
 ) -> pl.DataFrame:
     """Trains every run of a sweep that is not yet finished, and returns all results.
 
-    Several processes may work in one directory: each takes chunks that no other is at.
+    Several processes may work in one directory: each takes chunks that no other works at.
 
     Args:
       spec: a TOML file, a table with its keys, or a specification.
@@ -52,7 +55,7 @@ def run_sweep(
       data_dir: where prepared TFDS data lie, see `jaxprune.data.load`.
       progress: what to show, see `jaxprune.sweep.progress`; None for nothing.
       source: what error messages call a specification that is no file.
-      stop: whether to leave, see `jaxprune.sweep.stop`; None for never.
+      stop: whether to leave, see `jaxprune.stop`; None for never.
 
     Returns:
       One row per run and evaluation, the columns of `store.RESULTS`.
@@ -106,7 +109,9 @@ def run_chunks(
     progress: Progress | None = None,
     stop: Stop | None = None,
 ) -> int:
-    """Trains one chunk of a planned sweep, or all that nobody has finished or is at.
+    """Trains one chunk of a planned sweep, or all that nobody has finished.
+
+    A chunk at which another process works is waited for, and taken over if that one is lost.
 
     Args:
       out: directory of the sweep.
@@ -123,7 +128,7 @@ def run_chunks(
     out = store.place(out)
     plan, spec = stored_plan(out), stored_spec(out)
     chunks = plan['chunks'] if wanted is None else [chunk_of(plan, wanted, out)]
-    there = store.finished_chunks(out)
+    there = agreed(sorted(store.finished_chunks(out)))
     chunks = [chunk for chunk in chunks if chunk['id'] not in there]
     if not chunks:
         return 0
@@ -133,12 +138,9 @@ def run_chunks(
     shown_plan = {**plan, 'programs': [p for p in plan['programs'] if p['id'] in programs]}
     with (progress or silent)(shown_plan, out) as shown:
         job = Job(spec, plan, out, groups, data_of, shown, stop or never())
-        if wanted is None:
-            # Machines that start at once begin at different chunks.
-            first = random.SystemRandom().randrange(len(chunks))
-            work_through(job, [*chunks[first:], *chunks[:first]])
-        else:
-            make_worker(job)(chunks[0])
+        # Machines that start at once begin at different chunks.
+        first = agreed(random.SystemRandom().randrange(len(chunks)))
+        work_through(job, [*chunks[first:], *chunks[:first]])
     return len(chunks)
 
 
@@ -149,7 +151,12 @@ def chunk_of(plan: Mapping[str, Any], wanted: str | int, out: Path) -> dict[str,
         if not 0 <= wanted < len(chunks):
             raise StoreError(f'{out} has chunks 0 to {len(chunks) - 1}, not {wanted}')
         return chunks[wanted]
-    return lookup('chunk', wanted, {chunk['id']: chunk for chunk in chunks}, StoreError)
+    found = next((chunk for chunk in chunks if chunk['id'] == wanted), None)
+    if found is None:
+        close = difflib.get_close_matches(wanted, [chunk['id'] for chunk in chunks], n=1)
+        tail = f"did you mean '{close[0]}'?" if close else f'the first one is {chunks[0]["id"]!r}'
+        raise StoreError(f'{out} has no chunk {quoted(wanted)}: {tail}')
+    return found
 
 
 def loaded(spec: SweepSpec, data_dir: str | Path | None, source: str) -> DeviceData:
@@ -164,25 +171,26 @@ def loaded(spec: SweepSpec, data_dir: str | Path | None, source: str) -> DeviceD
 def work_through(job: Job, chunks: Sequence[Mapping[str, Any]]) -> None:
     """Trains chunks until all are finished, by this process or by others.
 
-    Chunks that others are at come last, and are taken over where these give no sign of life.
+    Chunks that others work at come last, and are taken over where these give no sign of life.
     """
     work, left = make_worker(job), list(chunks)
+    ahead = clock_ahead(job.out)
     there = store.finished_chunks(job.out)
     while left:
         waiting = []
         for chunk in left:
-            if chunk['id'] in there or store.finished(job.out, chunk['id']):
+            if agreed(chunk['id'] in there or store.finished(job.out, chunk['id'])):
                 job.shown.skip(len(chunk['runs']))
                 continue
-            if job.stop.asked():
+            if anybody(job.stop.asked()):
                 raise Interrupted('interrupted between chunks')
-            if taken(job.out, chunk['id']):
+            if agreed(taken(job.out, chunk['id'], ahead)) or not work(chunk):
                 waiting.append(chunk)
-            else:
-                work(chunk)
         left = waiting
         if left:
             time.sleep(_LOOK)
     if store.finished_chunks(job.out) >= {chunk['id'] for chunk in job.plan['chunks']}:
         # Left by processes that were frozen, or killed in between.
         checkpoint.remove(job.out / 'checkpoints')
+        if not is_remote(job.out):
+            remove_abandoned(job.out)

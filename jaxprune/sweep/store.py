@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from jaxprune import files
-from jaxprune.errors import StoreError, WriteError, first_line, quoted
+from jaxprune.errors import ReadError, StoreError, WriteError, first_line, quoted
 from jaxprune.sweep.timing import PHASES
 
 RESULTS = {
@@ -141,11 +141,11 @@ def create_bytes(path: Path, content: bytes) -> bool:
 def _written(write: Callable[[Path, bytes], Any], path: Path, content: bytes) -> Any:
     try:
         return write(path, content)
-    except (OSError, *_refusals(path)) as error:
+    except (OSError, *refusals(path)) as error:
         raise WriteError(f'{path}: cannot be written ({first_line(error)})') from error
 
 
-def _refusals(path: Path) -> tuple[type[Exception], ...]:
+def refusals(path: Path) -> tuple[type[Exception], ...]:
     """What an object store raises besides `OSError`: no bucket, no credentials, no network."""
     return (Exception,) if files.is_remote(path) else ()
 
@@ -215,10 +215,10 @@ def read_json(path: Path, keys: Set[str] = frozenset()) -> dict:
         value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f'{path.parent} is not a sweep directory: it has no {path.name}') from None
-    except OSError as error:
-        raise StoreError(f'{path}: cannot be read ({error})') from None
     except ValueError as error:
         raise StoreError(f'{path}: not valid JSON ({error})') from None
+    except (OSError, *refusals(path)) as error:
+        raise ReadError(f'{path}: cannot be read ({first_line(error)})') from error
     if not isinstance(value, dict) or not keys <= value.keys():
         raise StoreError(f'{path}: not what jaxprune wrote, a table with {", ".join(sorted(keys))}')
     return value
@@ -260,6 +260,8 @@ def listed(folder: Path, suffix: str = '') -> list[Path]:
         found = list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except (OSError, *refusals(folder)) as error:
+        raise ReadError(f'{folder}: cannot be listed ({first_line(error)})') from error
     return [path for path in found if path.name.endswith(suffix) and path.name[0] != '.']
 
 
@@ -325,7 +327,7 @@ def _ends_well(path: Path, schema: dict) -> bool:
             begins = file.read(4) == b'PAR1'
             file.seek(0)
             return begins and schema.keys() <= pl.read_parquet_schema(file).keys()
-    except (OSError, pl.exceptions.PolarsError, *_refusals(path)):
+    except (OSError, pl.exceptions.PolarsError, *refusals(path)):
         return False
 
 
@@ -354,12 +356,24 @@ def write_chunk(out: Path, chunk: str, made: Chunk) -> bool:
     """
     if finished(out, chunk):
         return False
-    for path, frame in ((curves_path, made.curves), (flow_path, made.flow)):
-        if len(frame):
-            write_frame(path(out, chunk), frame)
     write_json(timing_path(out, chunk), made.timing)
-    write_frame(layers_path(out, chunk), made.layers)
+    tables = (made.curves, made.flow, made.layers)
+    for where, schema, frame in zip(TABLES, _SCHEMAS, tables, strict=False):
+        if len(frame) or where is layers_path:
+            _create_frame(where(out, chunk), frame, schema)
     return create_bytes(results_path(out, chunk), parquet(made.results))
+
+
+def _create_frame(path: Path, frame: pl.DataFrame, schema: dict) -> None:
+    """Writes a table, unless another worker left the same one here, whole."""
+    if create_bytes(path, parquet(frame)):
+        return
+    try:
+        _read_frame(path, schema)
+    except ReadError:
+        raise
+    except StoreError:
+        write_frame(path, frame)
 
 
 def chunk_ids(out: Path) -> list[str]:
@@ -409,7 +423,7 @@ def _read_frame(path: Path, schema: dict) -> pl.DataFrame:
         remote = files.is_remote(path)
         source = io.BytesIO(path.read_bytes()) if remote else path
         frame = pl.read_parquet(source, glob=False)  # a directory may be called 'lr[0.1]'
-    except (OSError, pl.exceptions.PolarsError, *_refusals(path)) as error:
+    except (OSError, pl.exceptions.PolarsError, *refusals(path)) as error:
         reason = ' '.join(str(error).split())[:200]
         raise StoreError(f'{path}: cannot be read ({reason}); {broken}') from None
     try:

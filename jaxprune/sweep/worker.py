@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxprune.errors import Interrupted, WriteError, first_line
+from jaxprune.stop import Stop
 from jaxprune.sweep import checkpoint, store
 from jaxprune.sweep.attempts import Attempt, attempt, nobody
 from jaxprune.sweep.checkpoint import saved_pieces
@@ -25,12 +26,12 @@ from jaxprune.sweep.pieces import (
     read_piece,
     write_piece,
 )
-from jaxprune.sweep.probe import trial_line
+from jaxprune.sweep.probe import Measured, trial_line
 from jaxprune.sweep.processes import agreed, anybody, is_lead
 from jaxprune.sweep.program import Program, make_program
 from jaxprune.sweep.progress import Shown
+from jaxprune.sweep.provenance import device_facts, versions
 from jaxprune.sweep.spec import SweepSpec
-from jaxprune.sweep.stop import Stop
 from jaxprune.sweep.store import Chunk
 from jaxprune.sweep.this_machine import Here, this_machine, with_less_memory
 from jaxprune.sweep.timing import stopwatch
@@ -64,22 +65,26 @@ class Job(NamedTuple):
     stop: Stop
 
 
-def make_worker(job: Job) -> Callable[[Mapping[str, Any]], None]:
+def make_worker(job: Job) -> Callable[[Mapping[str, Any]], bool]:
     """A function that trains a chunk of the plan and stores its tables.
 
-    It keeps the compiled functions of the last program and how much memory its runs may take.
+    It returns whether the chunk is finished: False where another process works at it. It keeps the
+    compiled functions of the last program and how much memory its runs may take.
     """
     programs = {program['id']: program for program in job.plan['programs']}
     by_id = {run.run_id: run for group in job.groups.values() for run in group.runs}
     here: dict[str, Here] = {}
     current: list[_Compiled] = []  # one or none: a program's compiled functions are freed with it
 
-    def run(chunk: Mapping[str, Any]) -> None:
+    def run(chunk: Mapping[str, Any]) -> bool:
         members = [by_id[run_id] for run_id in chunk['runs']]
         planned = programs[chunk['program']]
         epoch = job.groups[planned['id']].program.steps
         facts = {'runs': len(members), 'steps': planned['steps'], 'steps_per_epoch': epoch}
+        facts |= {'device': device_facts(), 'versions': versions()}
         with attempt(job.out, chunk['id'], facts) if is_lead() else nobody() as at:
+            if not agreed(at.claim()):
+                return False
             if planned['id'] not in here:
                 current.clear()
                 here[planned['id']] = _measured_first(job, planned)
@@ -94,7 +99,7 @@ def make_worker(job: Job) -> Callable[[Mapping[str, Any]], None]:
                     if not store.finished(job.out, chunk['id']):
                         raise
                     job.shown.finish(len(members))  # whoever finished it cleaned up
-                    return
+                    return True
                 except (jax.errors.JaxRuntimeError, MemoryError) as error:
                     if not out_of_memory(error) or jax.process_count() > 1:
                         raise
@@ -110,6 +115,7 @@ def make_worker(job: Job) -> Callable[[Mapping[str, Any]], None]:
                 store.write_chunk(job.out, chunk['id'], made)
                 checkpoint.remove(_folder(job.out, chunk['id']))
         job.shown.finish(len(members))
+        return True
 
     return run
 
@@ -138,7 +144,12 @@ def _measured_first(job: Job, planned: Mapping[str, Any]) -> Here:
     begun = chunks & (store.finished_chunks(job.out) | saved)
     if not begun and jax.process_count() == 1:
         left = {**job.plan, 'programs': [dict(planned)]}
-        if measure(job.spec, [group], left, lambda found: job.shown.note(trial_line(found))):
+
+        def on_trial(found: Measured) -> None:
+            job.shown.note(trial_line(found))
+            _leave_if_asked(job)  # what was measured is remembered
+
+        if measure(job.spec, [group], left, on_trial):
             [group] = chosen_anew(job.spec, [group])
             job.shown.note(f'program {group.id}: {group.strategy}')
     return this_machine(group, planned)
@@ -161,7 +172,7 @@ def _in_pieces(
     done = finished_pieces(folder)
     begun = [piece for piece in map(piece_of, saved_pieces(folder)) if piece]
     done, begun = (list(map(tuple, found)) for found in agreed([done, begun]))
-    pieces = pieces_of(len(runs), here.at_once, [*begun, *done])
+    pieces = pieces_of(len(runs), here.at_once, begun, done)
     timer = checkpoint.every(job.spec.engine.checkpoint_minutes)
     how = {'strategy': here.strategy._asdict(), 'chosen': here.chosen}
     at.note({**how, 'at_once': here.at_once, 'pieces': len(pieces)})

@@ -9,7 +9,7 @@ retries=3
 home=/opt/jaxprune
 log=/var/log/jaxprune.log
 export HOME=${HOME:-/root} PYTHONUNBUFFERED=1
-export JAX_COMPILATION_CACHE_DIR=$home/compiled
+export JAXPRUNE_CACHE_DIR=$home/cache
 
 metadata() {
   curl -sf -H 'Metadata-Flavor: Google' \
@@ -36,7 +36,7 @@ trap stop TERM INT
 work() {
   local code faults=0
   while [ -z "$stopped" ]; do
-    "$home/bin/jaxprune" chunk "$sweep" --all &
+    "$home/bin/jaxprune" chunk "$sweep" --all --grace 25 &
     worker=$!
     [ -z "$stopped" ] || stop # the signal came before the chunk had a number
     wait "$worker"
