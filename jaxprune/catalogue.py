@@ -16,7 +16,7 @@ from jaxprune.allocation import ALLOCATIONS
 from jaxprune.arguments import Option
 from jaxprune.data.augment import AUGMENTATIONS
 from jaxprune.errors import JaxpruneError, check_choice, nearest, quoted
-from jaxprune.schedule import SCHEDULES
+from jaxprune.schedule import RISING, SCHEDULES
 from jaxprune.sweep.parse import plain
 from jaxprune.sweep.spec import FinetuneSpec, MethodSpec, SweepSpec
 
@@ -145,7 +145,10 @@ def _allocations() -> Iterator[Entry]:
 
 def _schedules() -> Iterator[Entry]:
     for name, make in SCHEDULES.items():
-        table = f'{{ name = "synflow", rounds = 10, density_schedule = "{name}" }}'
+        when = 'name = "synflow", rounds = 10'
+        if name in RISING:
+            when = 'name = "acdc", start = 1, every = 1, end = 3'
+        table = f'{{ {when}, density_schedule = "{name}" }}'
         snippet = f'[grid]\nmethod = [{table}]'
         yield Entry('density schedule', name, _sentence(make), snippet=snippet)
     for name, text in optim.RATE_SCHEDULES.items():

@@ -37,16 +37,45 @@ def linear_early(density: float, rounds: int) -> list[float]:
     return [*linear(density, rounds - 1), density] if rounds > 1 else [density]
 
 
+def ramp(density: float, rounds: int) -> list[float]:
+    """`linear` whose first round keeps everything: `1 - (1 - density) * (i - 1) / (rounds - 1)`."""
+    return [1 - (1 - density) * (i - 1) / (rounds - 1) for i in range(1, rounds)] + [density]
+
+
+def cubic(density: float, rounds: int) -> list[float]:
+    """`1 - (1 - density) * (1 - (1 - p)³)` at `p = (i - 1) / (rounds - 1)`: fast at first.
+
+    The first round keeps everything, as in gradual magnitude pruning (Zhu & Gupta 2017,
+    arXiv:1710.01878): its rounds are at t0, t0 + Δ, ..., t0 + nΔ, and the sparsity is 0 at t0.
+    """
+    left = [(1 - (i - 1) / (rounds - 1)) ** 3 for i in range(1, rounds)]
+    return [1 - (1 - density) * (1 - part) for part in left] + [density]
+
+
+def alternate(density: float, rounds: int) -> list[float]:
+    """The final density and everything by turns, the final density last.
+
+    AC/DC (Peste et al., NeurIPS 2021, arXiv:2106.12379). With methods that bring weights back.
+    """
+    return [density if (rounds - i) % 2 == 0 else 1.0 for i in range(1, rounds + 1)]
+
+
 def constant(density: float, rounds: int) -> list[float]:
     """The final density in every round: for methods whose rounds do not prune step by step."""
     return [density] * rounds
 
+
+#: Schedules whose densities do not only fall: for methods that bring weights back.
+RISING = ('alternate',)
 
 SCHEDULES: dict[str, Schedule] = {
     'exponential': exponential,
     'linear': linear,
     'linear_early': linear_early,
     'harmonic': harmonic,
+    'ramp': ramp,
+    'cubic': cubic,
+    'alternate': alternate,
     'constant': constant,
 }
 

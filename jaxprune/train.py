@@ -172,7 +172,11 @@ def gradient_step(
             params = params if dense else tree.apply_masks(params, masks)
         return state._replace(params=params, opt_state=opt_state, method_state=method_state)
 
-    return update
+    def unless_still(clock: ArrayLike, hyper: Hyper, state: RunState, grads: PyTree) -> RunState:
+        still = jnp.isin(clock, jnp.asarray(hook.still, jnp.int32))
+        return jax.lax.cond(still, lambda: state, lambda: update(clock, hyper, state, grads))
+
+    return unless_still if hook.still else update
 
 
 def computed_with(hook: StepHook, state: RunState, clock: ArrayLike, params: PyTree) -> PyTree:

@@ -292,11 +292,13 @@ class StepHook(NamedTuple):
       weights: what the network computes with, see `WeightsHook`.
       gradient: what the optimizer is given, see `GradientHook`.
       project: where a step ends, see `ProjectHook`.
+      still: readings of the clock at which the optimizer takes no step.
     """
 
     weights: WeightsHook | None = None
     gradient: GradientHook | None = None
     project: ProjectHook | None = None
+    still: tuple[int, ...] = ()
 
 
 #: What an event may be given: class-balanced examples with labels ('data'), an input's shape

@@ -1,6 +1,6 @@
 """A pruner from the name of a method and what the caller chooses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxprune import arguments, score
@@ -8,15 +8,25 @@ from jaxprune.allocation import SHARED, Shape, bounds
 from jaxprune.errors import PruneError, nearest
 from jaxprune.method.budget import cost_of, within_share
 from jaxprune.method.choices import Choices, check_choices
-from jaxprune.method.granularity import limits
+from jaxprune.method.granularity import competing, limits
 from jaxprune.method.lasting import Asked
 from jaxprune.method.methods import Method, method
 from jaxprune.method.options import OPTIONS
 from jaxprune.method.pruner import FinalMasksFn, pruner
 from jaxprune.method.repair import repair_of
+from jaxprune.score.loss import mean_gradient
 from jaxprune.select import global_top_k, in_multiples, layerwise_top_k
 from jaxprune.structure import Connect, chain, prune_to_active
-from jaxprune.types import Groups, Problem, Pruner, SelectFn
+from jaxprune.types import (
+    Batches,
+    Groups,
+    Key,
+    Problem,
+    Pruner,
+    SelectFn,
+    View,
+    Weights,
+)
 
 
 def get_pruner(
@@ -36,6 +46,7 @@ def get_pruner(
     events: Sequence[int] = (),
     multiple: int = 1,
     cost: str = '',
+    gradient: Callable[[Key, View, Any], Weights] | None = None,
     **options: Any,
 ) -> Pruner:
     """The pruner of a registered method.
@@ -63,6 +74,8 @@ def get_pruner(
       multiple: of so many units every layer keeps a multiple, rounded up.
       cost: 'params' or 'flops' where counts are shares of these, see `plan_shares`; '' for numbers
         of what competes.
+      gradient: for methods that change training, see `lasting.Asked`; None for that of the problem
+        on the batches that an event is given.
       **options: the method's own options; numbers may be traced.
 
     Raises:
@@ -87,11 +100,29 @@ def get_pruner(
     )
     check_choices(entry, choices)
     train = (batch_norm or entry.batch_norm) == 'train'
+
+    def of_problem(key: Key, view: View, batches: Batches | None) -> Weights:
+        return mean_gradient(problem, view, key, batches, train=train)
+
     request = _Request(
-        problem, entry, choices, shapes, connect, groups, floor, train, tuple(events), own
+        problem,
+        entry,
+        choices,
+        shapes,
+        connect,
+        groups,
+        floor,
+        train,
+        tuple(events),
+        own,
+        gradient or of_problem,
     )
-    of_weights = groups is None or groups.kind == 'weight'
-    made = _of_weights(request) if of_weights else _of_groups(request)
+    if entry.make is not None:
+        made = _training(request)
+    elif groups is None or groups.kind == 'weight':
+        made = _of_weights(request)
+    else:
+        made = _of_groups(request)
     for option, value in own.items():  # what the score itself has not refused
         if wrong := arguments.outside(value, OPTIONS[option]):
             raise PruneError(f"option '{option}' of '{name}': {wrong}")
@@ -114,6 +145,7 @@ class _Request(NamedTuple):
     train: bool
     events: tuple[int, ...]
     options: Mapping[str, Any]
+    gradient: Callable[[Key, View, Any], Weights]
 
 
 def _own_options(entry: Method, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +163,7 @@ def _own_options(entry: Method, name: str, given: Mapping[str, Any]) -> dict[str
 
 def _of_weights(request: _Request) -> Pruner:
     """A pruner of single weights."""
-    problem, entry, choices, shapes, connect, _, floor, train, _, options = request
+    problem, entry, choices, shapes, connect, _, floor, train, _, options, _ = request
     cap, allocation = choices.cap, choices.allocation
     if shapes is None and (floor or cap != 1.0 or connect is not None):
         raise PruneError('floor, cap and connect need shapes: path -> shape of every prunable leaf')
@@ -166,17 +198,35 @@ def _selection(groups: Groups, choices: Choices, fewest: Mapping[str, int] | Non
     return in_multiples(select, choices.multiple)
 
 
-def _of_groups(request: _Request) -> Pruner:
-    """A pruner of anything else than single weights."""
-    problem, entry, choices, _, _, groups, floor, train, events, options = request
-    floor, cap = limits(groups, floor, cap=choices.cap)
-    cost = cost_of(choices.target)
+def _training(request: _Request) -> Pruner:
+    """A method that changes training."""
+    choices, groups = request.choices, request.groups
+    if groups is None:
+        if request.shapes is None:
+            raise PruneError(f"'{choices.name}' needs shapes: path -> shape of every prunable leaf")
+        groups = competing('weight', request.shapes)
+    floor, cap = limits(groups, request.floor, cap=choices.cap)
     shared = choices.allocation in SHARED
     fewest, most = bounds(groups.shapes, floor, cap) if shared else ({}, {})
-    if entry.make is not None:
-        bounded = fewest if any(fewest.values()) else None
-        asked = Asked(groups, bounded, events, choices.multiple, cost, shared)
-        return entry.make(asked, **options)
+    asked = Asked(
+        groups,
+        fewest if any(fewest.values()) else None,
+        request.events,
+        choices.multiple,
+        cost_of(choices.target),
+        shared,
+        most if shared and cap != 1.0 else None,
+        request.gradient,
+    )
+    return request.entry.make(asked, **request.options)
+
+
+def _of_groups(request: _Request) -> Pruner:
+    """A pruner of anything else than single weights."""
+    problem, entry, choices, _, _, groups, floor, train, _, options, _ = request
+    floor, cap = limits(groups, floor, cap=choices.cap)
+    shared = choices.allocation in SHARED
+    fewest, most = bounds(groups.shapes, floor, cap) if shared else ({}, {})
     by_group = {'by': groups} if entry.grouped else {}
     own = {name: value for name, value in options.items() if name != 'momentum'}
     return pruner(

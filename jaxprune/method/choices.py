@@ -10,6 +10,7 @@ from jaxprune.flow.orthogonal import GAINS
 from jaxprune.method.granularity import COUPLED, GROUP_ALLOCATIONS, check_granularity, plural
 from jaxprune.method.methods import Method
 from jaxprune.method.repair import REPAIRS
+from jaxprune.schedule import RISING
 from jaxprune.structure import COSTS, TARGETS
 
 #: What scores that need data may use.
@@ -37,6 +38,7 @@ class Choices(NamedTuple):
     repair_gain: str = 'linear'
     multiple: int = 1
     apart: bool | None = None
+    density_schedule: str = ''
 
 
 def check_choices(entry: Method, choices: Choices) -> None:
@@ -71,6 +73,11 @@ def broken_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
             yield 'score_on', f"'{choices.name}' uses no data"
         elif choices.apart is None:
             yield 'score_on', 'there is no training batch here: pass the examples to score on'
+    if entry.hooked and choices.target == 'effective':
+        yield 'target', f"'effective' does not go with '{choices.name}', which changes training"
+    if choices.density_schedule in RISING and entry.monotone:
+        never = f"'{choices.name}' never brings a weight back"
+        yield 'density_schedule', f"'{choices.density_schedule}' goes up and down, and {never}"
     if entry.hooked and not choices.apart:
         yield 'name', f"'{choices.name}' acts between its first round and its last, during training"
 
@@ -101,7 +108,7 @@ def _group_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
         if choices.repair:
             needs = f'with granularity {coupled}: it needs whole rows and columns of kernels'
             yield 'repair', f"'{choices.repair}' goes {needs}"
-        if entry.hooked or entry.coupled:
+        if entry.coupled:
             yield 'granularity', f"'{choices.name}' prunes coupled groups: expected {coupled}"
     try:
         re.compile(choices.keep_all_units)

@@ -7,7 +7,7 @@ the hook has made zero, if it made enough of them zero.
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from jaxprune.types import (
     Scores,
     StepHook,
     View,
+    Weights,
 )
 
 #: What the last round removes: as many groups as were asked for, or those that are zero.
@@ -62,6 +63,9 @@ class Asked(NamedTuple):
       multiple: layers keep a multiple of so many groups, all of them if they have fewer.
       cost: counts are shares of the network's 'params' or 'flops'; '' for numbers of groups.
       shared: one ranking over all layers; else each layer has a count of its own.
+      most: layer -> groups that it keeps at most, in one ranking over all layers.
+      gradient: `(key, view, batches) -> gradient` of the loss by all prunable weights, pruned ones
+        included, at the masked network.
     """
 
     groups: Groups
@@ -70,6 +74,8 @@ class Asked(NamedTuple):
     multiple: int = 1
     cost: str = ''
     shared: bool = True
+    most: Counts | None = None
+    gradient: Callable[[Key, View, Any], Weights] | None = None
 
 
 class Lasting(NamedTuple):
@@ -245,6 +251,11 @@ def by_length(own: Vectors) -> Callable[[PyTree, PyTree], Scores]:
 
 def zero_groups(groups: Groups, params: PyTree) -> Masks:
     """The groups all of whose own weights are zero."""
+    if not groups.own:
+        leaves = dict(tree.paths(params))
+        return {
+            p: ~mask for p, mask in groups.alive({p: leaves[p] != 0 for p in groups.shapes}).items()
+        }
     squares = vectors(groups, silent=False).dot(params, params)
     return {name: leaf == 0 for name, leaf in squares.items()}
 

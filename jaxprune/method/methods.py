@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 from jaxprune import score
 from jaxprune.errors import lookup
 from jaxprune.method.dhspg import dhspg
+from jaxprune.method.feedback import dpf, gmp, sr_ste, straight
 from jaxprune.method.group_penalties import group_norm, proximal, slimming
 from jaxprune.method.hesso import hesso
 from jaxprune.method.hspg import hspg
 from jaxprune.method.lean import lean, operator_norm
+from jaxprune.method.regrow import acdc, rigl, set_
 from jaxprune.method.tpp import tpp
 from jaxprune.types import Problem, Pruner, ScoreFn
 
@@ -31,16 +33,17 @@ class Method(NamedTuple):
       batch_norm: published mode while scoring: 'train' (batch statistics) or 'eval' (running).
       rounds: published number of rounds.
       density_schedule: published schedule of densities over the rounds.
+      allocation: published allocation of weights to layers.
+      rewind: what is taken back after each round, see `MethodSpec.rewind`.
       monotone: pruned weights never return.
       grouped: the score takes `by`: what is removed together.
-      coupled: it is a score of coupled groups and of nothing else.
+      coupled: it prunes coupled groups and nothing else.
       averages: the option 'momentum' averages scores over rounds.
       options: further options of the method with their published values. Numbers are traced, so
         runs that differ in them share a program; whole numbers and words are not.
       example: the inside of a table of `grid.method` with what the method cannot do without.
       make: builds the whole pruner, for methods that change training: `(asked, **options) ->
-        pruner`, see `lasting.Asked`. Such a method prunes coupled groups, and acts between its
-        first round and its last.
+        pruner`, see `lasting.Asked`. Such a method acts between its first round and its last.
     """
 
     title: str
@@ -51,6 +54,8 @@ class Method(NamedTuple):
     batch_norm: str = 'eval'
     rounds: int = 1
     density_schedule: str = 'exponential'
+    allocation: str = 'global'
+    rewind: str = ''
     monotone: bool = True
     grouped: bool = False
     coupled: bool = False
@@ -102,7 +107,7 @@ def _training(
     density_schedule: str = 'constant',
     **options: Any,
 ) -> Method:
-    """A method that changes training."""
+    """A method that drives coupled groups to zero while a network trains."""
     return Method(
         title,
         None,
@@ -110,10 +115,25 @@ def _training(
         paper,
         rounds=rounds,
         density_schedule=density_schedule,
+        coupled=True,
         options=options,
         example='granularity = "unit", start = 2, end = 6',
         make=make,
     )
+
+
+def _sparse_training(
+    make: Callable[..., Pruner], title: str, doc: str, paper: str, **rest: Any
+) -> Method:
+    """A method that chooses its masks anew while a network trains."""
+    entry = {
+        'rounds': 10,
+        'density_schedule': 'cubic',
+        'monotone': False,
+        'example': 'start = 0, every = 0.5, end = 6',
+        **rest,
+    }
+    return Method(title, None, doc, paper, make=make, **entry)
 
 
 def _preset(make: Callable[..., ScoreFn], **settings: Any) -> Callable[..., ScoreFn]:
@@ -472,6 +492,67 @@ METHODS: dict[str, Method] = {
         'Liu et al. 2017, arXiv:1708.06519',
         penalty=1e-4,
         scales='scale$',
+    ),
+    'gmp': _sparse_training(
+        gmp,
+        'GMP',
+        'Gradual magnitude pruning: the largest weights in rounds. Pruned ones stand still and '
+        'return if others shrink below them.',
+        'Zhu & Gupta 2017, arXiv:1710.01878',
+        allocation='uniform',
+    ),
+    'dpf': _sparse_training(
+        dpf,
+        'DPF',
+        'Dynamic pruning with feedback: dense weights follow the gradient of the masked network, '
+        'and the largest make the next mask.',
+        'Lin, Stich, Barba, Dmitriev & Jaggi 2020, arXiv:2006.07253',
+    ),
+    'straight': _sparse_training(
+        straight,
+        'straight-through',
+        "As DPF, with masks by size or, by = 'random', drawn anew in each round.",
+        'Bengio, Léonard & Courville 2013, arXiv:1308.3432; Lee et al. 2023, arXiv:2304.14082',
+        options={'by': 'magnitude'},
+    ),
+    'sr_ste': _sparse_training(
+        sr_ste,
+        'SR-STE',
+        'As DPF, and what is pruned now is pulled to zero, so that fewer weights return.',
+        'Zhou et al. 2021, arXiv:2102.04010',
+        density_schedule='constant',
+        options={'pull': 2e-4},
+        example='granularity = "2:4", start = 0, every = 0.5, end = 6',
+    ),
+    'acdc': _sparse_training(
+        acdc,
+        'AC/DC',
+        'The largest weights and all weights by turns; what comes back is zero.',
+        'Peste, Iofinova, Vladu & Alistarh 2021, arXiv:2106.12379',
+        rounds=9,
+        density_schedule='alternate',
+        example='start = 1, every = 1, end = 9',
+    ),
+    'set': _sparse_training(
+        set_,
+        'SET',
+        'Random masks at first; then the smallest weights go and as many grow at random.',
+        'Mocanu et al. 2018, arXiv:1707.04780',
+        allocation='erk',
+        density_schedule='constant',
+        options={'drop': 0.3, 'skip': False},
+    ),
+    'rigl': _sparse_training(
+        rigl,
+        'RigL',
+        'Random masks at first; then the smallest weights go and as many grow where the gradient '
+        'is largest.',
+        'Evci, Gale, Menick, Castro & Elsen 2020, arXiv:1911.11134',
+        allocation='erk',
+        density_schedule='constant',
+        needs=frozenset({'train_batch'}),
+        batch_norm='train',
+        options={'drop': 0.3, 'skip': True},
     ),
 }
 

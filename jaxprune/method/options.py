@@ -4,6 +4,7 @@ Whole numbers that a program is unrolled over have a bound: above it, compiling 
 """
 
 from jaxprune.arguments import Option
+from jaxprune.method.feedback import STRAIGHT
 from jaxprune.method.hesso import VARIANTS
 from jaxprune.method.lasting import CUTS
 from jaxprune.score.coupled import AGGREGATIONS, COUPLED_MEASURES, MEMBERS
@@ -77,5 +78,9 @@ OPTIONS: dict[str, Option] = {
     'variant': Option("ramp and choice as in the 'paper', or as in the authors' 'code'", VARIANTS),
     'strongest': Option('how many times as fast the weakest group decays', low=1),
     'scales': Option('a regular expression of the paths of scales of norms'),
+    'by': Option("'magnitude', or 'random' for a new draw in each round", STRAIGHT),
+    'pull': Option('how strongly pruned weights are pulled to zero', low=0),
+    'drop': Option('share of the kept weights that go in a round, at first', low=0, high=1),
+    'skip': Option('the optimizer takes no step where weights are dropped and grown'),
     'ceiling': Option('how far the penalty grows', above=0),
 }

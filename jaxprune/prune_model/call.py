@@ -230,7 +230,7 @@ def _checked(
         given.masks,
         given.key,
     )
-    check_choices(entry, choices)
+    check_choices(entry, choices._replace(density_schedule=extent.density_schedule or ''))
     density = density_of(extent.density, extent.compression)
     net = _problem(given)
     _check_needs(entry, given, choices)

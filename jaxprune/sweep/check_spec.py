@@ -312,6 +312,11 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
     if spec.name not in method.METHODS:
         fail(f'{at}.name', f'{quoted(spec.name)} is unknown, {nearest(spec.name, method.METHODS)}')
     entry = method.method(spec.name)
+    spec = dataclasses.replace(
+        spec,
+        allocation=spec.allocation or entry.allocation,
+        rewind=spec.rewind or entry.rewind,
+    )
     options = _options(
         spec.options, entry.options, method.OPTIONS, spec.name, at, fail, _METHOD_KEYS
     )
@@ -320,7 +325,7 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
         fail(f'{at}.label', "'dense' is the name of the control: choose another")
     during = bool(spec.start or spec.every or spec.end or spec.finetune.epochs)
     choices = method.Choices(
-        *(getattr(spec, key) for key in method.Choices._fields if key != 'apart'),
+        **{key: getattr(spec, key) for key in method.Choices._fields if key != 'apart'},
         apart=bool(spec.every or spec.end) if entry.hooked else during,
     )
     for key, message in method.broken_rules(entry, choices):
@@ -346,14 +351,19 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
 
 def _what_else(spec: MethodSpec) -> str:
     """What a label says beside the method's name."""
-    titles = {'global': '', **{k: f' ({v})' for k, v in _ALLOCATION_TITLES.items()}}
-    words = titles.get(spec.allocation, f' ({spec.allocation})')
+    words = ''
+    if spec.allocation != method.method(spec.name).allocation:
+        words = f' ({_ALLOCATION_TITLES.get(spec.allocation, spec.allocation)})'
     words += '' if spec.target == 'direct' else f' to {spec.target}'
     if spec.granularity != 'weight':
         coupled = spec.granularity in method.COUPLED
         words += f' ({method.plural(spec.granularity) if coupled else spec.granularity})'
     words += f' + {_REPAIR_TITLES[spec.repair]}' if spec.repair else ''
-    return words + {'': '', 'weights': ', rewound', 'rate': ', rate rewound'}[spec.rewind]
+    if spec.rewind == method.method(spec.name).rewind:
+        return words
+    return (
+        words + {'': ', not rewound', 'weights': ', rewound', 'rate': ', rate rewound'}[spec.rewind]
+    )
 
 
 def _when(spec: MethodSpec, at: str, fail) -> None:

@@ -180,7 +180,7 @@ def event_program(spec: MethodSpec) -> str:
     settings = plain(dataclasses.replace(spec, options=method_options(spec)[1]))
     entry = method.method(spec.name)
     batch_norm = entry.batch_norm if 'data' in entry.needs else ''
-    published = {**entry.options, 'batch_norm': batch_norm}
+    published = {**entry.options, 'batch_norm': batch_norm, 'allocation': entry.allocation}
     defaults = {**plain(MethodSpec(name=spec.name)), **published}
     if spec.target == 'direct' and spec.allocation not in SHARED:
         settings['allocation'] = 'layerwise'

@@ -178,9 +178,11 @@ class MethodSpec:
 
     name: str = _key('the name of a method', example='name = "snip"')
     allocation: str = _key(
-        f'how the weights kept are shared among layers: {", ".join(ALLOCATIONS)}',
-        default='global',
-        choices=tuple(ALLOCATIONS),
+        f"how the weights kept are shared among layers: {', '.join(ALLOCATIONS)}; '' for the "
+        'published one, mostly global',
+        default='',
+        choices=('', *ALLOCATIONS),
+        example='name = "magnitude", allocation = "erk"',
     )
     target: str = _key(
         "what a compression of the grid means: 'direct' (weights, or units, before and after), "

@@ -1,0 +1,130 @@
+"""The frame of methods that choose their masks anew in each round, by a score of all weights."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune import tree
+from jaxprune.errors import PruneError
+from jaxprune.method.lasting import Asked, kept_groups
+from jaxprune.method.pruner import tallied
+from jaxprune.select import count_kept, global_top_k, layerwise_top_k, within_bounds
+from jaxprune.types import (
+    Counts,
+    Key,
+    Masks,
+    PruneInfo,
+    Pruner,
+    PyTree,
+    Scores,
+    StepHook,
+    View,
+    Weights,
+)
+
+
+class Anew(NamedTuple):
+    """What such a method carries from its first round to its last.
+
+    Attributes:
+      masks: those before its first round: what was pruned then never returns.
+      round: rounds so far, int32.
+      own: of the method itself.
+    """
+
+    masks: Masks
+    round: jax.Array
+    own: PyTree
+
+
+def chosen_anew(
+    asked: Asked,
+    hook: StepHook,
+    score: Callable[[Key, View, PyTree], Weights],
+    *,
+    begin: Callable[[View], PyTree] = lambda view: (),
+    dense: bool = True,
+) -> Pruner:
+    """A pruner that chooses its masks anew in each round.
+
+    Args:
+      asked: see `Asked`.
+      hook: of the step; its `weights` makes the masked network.
+      score: `(key, view, state of its own) -> a score of each prunable weight`, high = keep. The
+        scores of a group are added up.
+      begin: makes the state of its own.
+      dense: stored weights stay dense, see `Pruner`; else weights that come back are zero.
+
+    Returns:
+      A pruner with the state `Anew`.
+    """
+
+    def init(key: Key, view: View) -> Anew:
+        del key
+        return Anew(view.masks, jnp.zeros((), jnp.int32), begin(view))
+
+    def update(
+        key: Key, state: Anew, view: View, counts: Counts, batches: Any
+    ) -> tuple[Anew, Masks, PruneInfo]:
+        del batches
+        scores = asked.groups.gather(score(key, view, state.own))
+        alive = asked.groups.alive(state.masks)
+        kept = selected(asked, scores, alive, counts)
+        masks = {path: m & state.masks[path] for path, m in asked.groups.spread(kept).items()}
+        info = PruneInfo(count_kept(kept), *tallied(scores, alive))
+        return state._replace(round=state.round + 1), masks, info
+
+    returning = None if dense else as_they_are
+    return Pruner(init, update, frozenset(), returning, hook=hook, dense=dense)
+
+
+def as_they_are(state: PyTree, view: View) -> Weights:
+    """The values of weights after a round: what was pruned is zero, in the mask or not."""
+    del state
+    return view.weights
+
+
+def selected(asked: Asked, scores: Scores, alive: Masks, counts: Counts) -> Masks:
+    """The groups with the best scores, as many as the counts say."""
+    groups = asked.groups
+    ranked = {name: jnp.where(alive[name], leaf, -jnp.inf) for name, leaf in scores.items()}
+    if groups.own:
+        return kept_groups(asked, ranked, counts)
+    if groups.eligible is not None:
+        ranked = groups.eligible(ranked)
+    if not asked.shared:
+        return layerwise_top_k(ranked, counts)
+    return global_top_k(within_bounds(ranked, asked.fewest, asked.most), counts)
+
+
+def check_rounds(asked: Asked, name: str) -> None:
+    """Raises PruneError unless the clock of each round is known, and there are two or more."""
+    if len(asked.events) < 2:
+        raise PruneError(f"'{name}' needs two rounds or more, not {len(asked.events)}")
+
+
+# --- for hooks ----------------------------------------------------------------------------------
+
+
+def masked(params: PyTree, masks: Masks) -> PyTree:
+    """Parameters whose prunable leaves are zero where pruned; so are their gradients."""
+    return tree.apply_masks(params, masks)
+
+
+def straight_through(params: PyTree, masks: Masks) -> PyTree:
+    """The same, but the gradient goes to all weights, pruned ones too."""
+    leaves = dict(tree.paths(params))
+    # Exact: w + (w - w) is w, and w + (0 - w) is 0.
+    moved = {
+        path: leaves[path] + jax.lax.stop_gradient(jnp.where(mask, leaves[path], 0) - leaves[path])
+        for path, mask in masks.items()
+    }
+    return tree.put(params, moved)
+
+
+def sizes_of(view: View) -> Weights:
+    """The sizes of all stored weights: where a method keeps dense ones, pruned ones too."""
+    stored = view.weights if view.stored is None else view.stored
+    return {path: jnp.abs(w) for path, w in stored.items()}

@@ -1,0 +1,175 @@
+"""Sparse training in which weights go and come back at zero: SET, RigL, AC/DC.
+
+The first round of SET and RigL prunes at random. Each later one drops the smallest of the weights
+that a layer keeps, and grows as many. What comes back is zero, and so are its moments.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxprune import score
+from jaxprune.errors import PruneError
+from jaxprune.method.chosen_anew import (
+    Anew,
+    as_they_are,
+    check_rounds,
+    chosen_anew,
+    selected,
+    sizes_of,
+)
+from jaxprune.method.lasting import Asked
+from jaxprune.method.pruner import tallied
+from jaxprune.select import count_kept
+from jaxprune.types import (
+    GLOBAL,
+    Counts,
+    Key,
+    Masks,
+    PruneInfo,
+    Pruner,
+    Scores,
+    StepHook,
+    View,
+    Weights,
+)
+
+
+def rigl(asked: Asked, *, drop: ArrayLike = 0.3, skip: bool = True) -> Pruner:
+    """RigL (Evci et al., ICML 2020, arXiv:1911.11134): grows where the gradient is largest.
+
+    The gradient is that of the batch of the next step, by all weights, at the masked network.
+
+    Args:
+      asked: what is pruned; weights, kernels or blocks.
+      drop: share of the kept weights that go in a round, at first; it falls like a cosine over the
+        clock to 0 in the last round.
+      skip: after a round but the first the optimizer takes no step, as in the authors' code.
+
+    Raises:
+      PruneError: fewer than two rounds, coupled groups, n:m.
+    """
+
+    def by_gradient(key: Key, view: View, batches: Any) -> Weights:
+        return {p: jnp.abs(g) for p, g in asked.gradient(key, view, batches).items()}
+
+    still = tuple(asked.events[1:]) if skip else ()
+    return _regrowing(asked, 'rigl', drop, by_gradient, frozenset({'train_batch'}), still)
+
+
+def set_(asked: Asked, *, drop: ArrayLike = 0.3, skip: bool = False) -> Pruner:
+    """SET (Mocanu et al. 2018, arXiv:1707.04780): grows at random.
+
+    The paper drops the same share in every epoch; the share falls here as RigL's does, as in the
+    code of its authors, who compare with SET.
+
+    Args:
+      asked, drop, skip: see `rigl`.
+
+    Raises:
+      PruneError: see `rigl`.
+    """
+
+    def at_random(key: Key, view: View, batches: Any) -> Weights:
+        del batches
+        return score.random()(key, view, None)
+
+    still = tuple(asked.events[1:]) if skip else ()
+    return _regrowing(asked, 'set', drop, at_random, frozenset(), still)
+
+
+def acdc(asked: Asked) -> Pruner:
+    """AC/DC (Peste et al., NeurIPS 2021, arXiv:2106.12379): sparse and dense training by turns.
+
+    Each round keeps the largest weights, as many as its count says; the schedule 'alternate' says
+    few and all by turns. The paper ends with a longer sparse phase.
+
+    Args:
+      asked: what is pruned.
+    """
+    return chosen_anew(asked, StepHook(), lambda key, view, state: sizes_of(view), dense=False)
+
+
+def drop_share(drop: ArrayLike, clock: ArrayLike, end: int) -> jax.Array:
+    """`drop / 2 (1 + cos(π clock / end))`."""
+    return drop / 2 * (1 + jnp.cos(math.pi * jnp.asarray(clock, jnp.float32) / max(end, 1)))
+
+
+def _regrowing(
+    asked: Asked,
+    name: str,
+    drop: ArrayLike,
+    grow: Callable[[Key, View, Any], Weights],
+    needs: frozenset[str],
+    still: tuple[int, ...],
+) -> Pruner:
+    """A pruner that drops and grows."""
+    groups = asked.groups
+    check_rounds(asked, name)
+    if groups.own or groups.eligible is not None:
+        raise PruneError(f"'{name}' prunes weights, kernels or blocks, not {groups.kind}")
+
+    def init(key: Key, view: View) -> Anew:
+        del key
+        return Anew(view.masks, jnp.zeros((), jnp.int32), ())
+
+    def update(
+        key: Key, state: Anew, view: View, counts: Counts, batches: Any
+    ) -> tuple[Anew, Masks, PruneInfo]:
+        may = groups.alive(state.masks)
+        clock = jnp.asarray(asked.events, jnp.int32)[state.round]
+        share = drop_share(drop, clock, asked.events[-1])
+
+        def first() -> tuple[Masks, Scores]:
+            scores = groups.gather(score.random()(key, view, None))
+            return selected(asked, scores, may, counts), scores
+
+        def later() -> tuple[Masks, Scores]:
+            sizes = groups.gather({p: jnp.abs(w) for p, w in view.weights.items()})
+            scores = groups.gather(grow(key, view, batches))
+            kept, grown = regrown(
+                asked, sizes, scores, groups.alive(view.masks), may, counts, share
+            )
+            return {n: kept[n] | grown[n] for n in kept}, scores
+
+        kept, scores = jax.lax.cond(state.round == 0, first, later)
+        masks = {path: m & state.masks[path] for path, m in groups.spread(kept).items()}
+        info = PruneInfo(count_kept(kept), *tallied(scores, may))
+        return state._replace(round=state.round + 1), masks, info
+
+    return Pruner(init, update, needs, as_they_are, hook=StepHook(still=still))
+
+
+def regrown(
+    asked: Asked,
+    sizes: Scores,
+    grow: Scores,
+    kept: Masks,
+    may: Masks,
+    counts: Counts,
+    share: ArrayLike,
+) -> tuple[Masks, Masks]:
+    """One round: what stays, and what grows.
+
+    Of `k` to keep, the `k - floor(share k)` largest of those that are kept now stay, and the others
+    grow where the growth scores are best, among all that do not stay: just dropped ones too.
+
+    Args:
+      sizes: of the weights.
+      grow: growth scores, high = grow.
+      kept: what is kept now.
+      may: what may be kept.
+      counts: layer -> k, or '*' -> k of all layers together.
+      share: in [0, 1].
+    """
+    leaving = {n: jnp.floor(jnp.float32(k) * jnp.float32(share)) for n, k in counts.items()}
+    leaving = {name: n.astype(jnp.int32) for name, n in leaving.items()}
+    stay = selected(asked, sizes, kept, {name: k - leaving[name] for name, k in counts.items()})
+    free = {name: may[name] & ~stay[name] for name in stay}
+    staying = count_kept(stay)
+    staying[GLOBAL] = sum(staying.values())
+    return stay, selected(asked, grow, free, {n: k - staying[n] for n, k in counts.items()})

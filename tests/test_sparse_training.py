@@ -1,0 +1,332 @@
+"""Methods that choose masks anew during training, against their authors' code and by hand.
+
+Reference numbers: `rigl_tf_update` (google-research/rigl) and `jaxpruner_*`; see the README there.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from published import golden
+
+from jaxprune import method, tree
+from jaxprune.errors import JaxpruneError
+from jaxprune.method.lasting import Asked
+from jaxprune.method.regrow import drop_share, regrown
+from jaxprune.optim import mask_opt_state
+from jaxprune.schedule import alternate, cubic, ramp
+from jaxprune.sweep import make_spec, plan_sweep
+from jaxprune.types import Problem, View
+
+LAYERS = ('conv_0/kernel', 'conv_1/kernel', 'dense/kernel', 'head/kernel')
+
+
+def leaves(case, kind):
+    return {path: jnp.asarray(case[f'{kind}/{path}']) for path in LAYERS}
+
+
+def masks_of(case, kind):
+    return {path: leaf > 0 for path, leaf in leaves(case, kind).items()}
+
+
+def asked_of(shapes, events=(0, 1), shared=False, gradient=None):
+    return Asked(
+        method.competing('weight', shapes), None, tuple(events), shared=shared, gradient=gradient
+    )
+
+
+def of_layers(shapes, name, events=(0, 1), gradient=None, **options):
+    """A method on its own, by layer."""
+    return method.get_pruner(
+        Problem(None, None, None, None),
+        name,
+        allocation='uniform',
+        shapes=shapes,
+        events=events,
+        gradient=gradient,
+        **options,
+    )
+
+
+@pytest.mark.parametrize('drop', [0.0, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize('kind', ['rigl', 'set'])
+def test_drop_and_grow_are_those_of_the_authors(kind, drop):
+    """google-research/rigl: masks of an update; ties and counts included."""
+    case = golden('rigl_tf_update')
+    weights, old = leaves(case, 'params'), masks_of(case, 'in/mask')
+    if f'out/{kind}/mask/drop{drop}/{LAYERS[0]}' not in case:
+        pytest.skip('the reference has no such share')
+    grow = leaves(case, 'grads') if kind == 'rigl' else leaves(case, 'in/random_grow_score')
+    expected = masks_of(case, f'out/{kind}/mask/drop{drop}')
+    for path in LAYERS:
+        mask = np.asarray(old[path])
+        ours = update_of(mask.shape)(
+            np.abs(weights[path] * mask),
+            np.abs(grow[path]) if kind == 'rigl' else np.asarray(grow[path]),
+            mask,
+            np.ones(mask.shape, bool),
+            np.int32(mask.sum()),
+            np.float32(drop),
+        )
+        np.testing.assert_array_equal(ours, expected[path], path)
+
+
+def as_jaxpruner(sizes, grow, old, density, share, expected):
+    """One layer of an update: its mask, if the number that stays is that of jaxpruner within one.
+
+    jaxpruner rounds it in float32, `round(size density (1 - share))`, and keeps one at least; ours
+    is `k - floor(share k)`. So the share is set to make as many leave.
+    """
+    kept = round(old.size * density)
+    stays = max(round(old.size * density * (1 - share)), 1)
+    every = np.ones(old.shape, bool)
+    for number in (stays, stays - 1, stays + 1):
+        if number > kept:
+            continue
+        leaving = np.float32((kept - number + 0.5 * (number < kept)) / kept)
+        masks = update_of(old.shape)(sizes, grow, old, every, np.int32(kept), leaving)
+        if (np.asarray(masks) == expected).all():
+            return np.asarray(masks)
+    raise AssertionError(f'not the mask of jaxpruner, whatever number stays: {stays}')
+
+
+@functools.cache
+def update_of(shape):
+    @jax.jit
+    def update(sizes, grow, old, may, kept, share):
+        layer = [{'w': leaf} for leaf in (sizes, grow, old, may, kept)]
+        stay, grown = regrown(asked_of({'w': shape}), *layer, share)
+        return stay['w'] | grown['w']
+
+    return update
+
+
+def density_of(case, path):
+    return 1 - float(case[f'meta/target_sparsity/{path}'])
+
+
+@pytest.mark.parametrize(('kind', 'grow'), [('rigl', 'grads'), ('set', 'in/random_grow_score')])
+def test_drop_and_grow_are_those_of_jaxpruner(kind, grow):
+    case = golden('jaxpruner_rigl_set')
+    for drop, path in itertools.product((0.0, 0.1, 0.3, 0.5), LAYERS):
+        scores = case[f'{grow}/{path}']
+        expected = case[f'out/{kind}_update/drop{drop}/{path}'] > 0
+        as_jaxpruner(
+            np.abs(case[f'params/{path}']),
+            np.abs(scores) if kind == 'rigl' else scores,
+            case[f'in/mask/{path}'] > 0,
+            density_of(case, path),
+            drop,
+            expected,
+        )
+
+
+def test_the_share_falls_like_a_cosine():
+    """jaxpruner: optax's cosine decay to the end of the updates."""
+    case = golden('jaxpruner_rigl_set')
+    expected = case['out/cosine_drop_fraction']
+    ours = [float(drop_share(0.3, min(t, 6), 6)) for t in range(len(expected))]
+    np.testing.assert_allclose(ours, expected, atol=1e-7)
+
+
+def test_cubic_and_linear_schedules():
+    """Zhu & Gupta's formula at five equal times; jaxpruner's polynomial of power 3."""
+    np.testing.assert_allclose(
+        [1 - d for d in cubic(0.1, 5)], [0, 0.5203125, 0.7875, 0.8859375, 0.9], atol=1e-12
+    )
+    np.testing.assert_allclose(ramp(0.2, 5), [1, 0.8, 0.6, 0.4, 0.2], atol=1e-12)
+    assert alternate(0.2, 4) == [1.0, 0.2, 1.0, 0.2] and alternate(0.2, 1) == [0.2]
+    case = golden('jaxpruner_schedules_erk')
+    for number in range(4):
+        _, start, end, power, target = case[f'poly{number}/config_freq_start_end_power_target']
+        if power != 3 or end <= start:
+            continue
+        # Its progress at step t is (t + 1 - start) / (end - start), so rounds begin at start - 1.
+        by_step = dict(
+            zip(case[f'poly{number}/steps'], case[f'poly{number}/sparsity'], strict=True)
+        )
+        ours = cubic(1 - target, int(end - start) + 1)
+        for i, density in enumerate(ours):
+            if (step := start - 1 + i) in by_step:
+                assert by_step[step] == pytest.approx(1 - density, abs=1e-6)
+
+
+def test_the_loop_of_rigl_is_that_of_jaxpruner():
+    """Seven steps of SGD with momentum on stored gradients: masks, weights, momentum of kept ones.
+
+    Masks change in steps 2, 4 and 6, and in these the optimizer takes no step.
+    """
+    case = golden('jaxpruner_rigl_set')
+    rate, momentum, every, start, end, drop, steps = case['meta/loop']
+    masks = masks_of(case, 'in/mask')
+    params = tree.apply_masks(leaves(case, 'params'), masks)
+    tx = optax.sgd(float(rate), momentum=float(momentum))
+    opt = tx.init(params)
+
+    @jax.jit
+    def stepped(grads, opt, params, masks):
+        updates, opt = tx.update(tree.apply_masks(grads, masks), opt, params)
+        return optax.apply_updates(params, updates), opt
+
+    for step in range(int(steps)):
+        grads = {path: case[f'in/gseq/{step}/{path}'] for path in LAYERS}
+        expected = {path: case[f'out/loop/mask/{step}/{path}'] > 0 for path in LAYERS}
+        if step % every == 0 and start <= step <= end:
+            share = drop  # constant here
+            masks = {
+                path: as_jaxpruner(
+                    np.abs(params[path]),
+                    np.abs(grads[path]),
+                    np.asarray(masks[path]),
+                    density_of(case, path),
+                    share,
+                    expected[path],
+                )
+                for path in LAYERS
+            }
+            opt = mask_opt_state(tx, opt, params, masks)
+        else:
+            params, opt = stepped(grads, opt, params, masks)
+        params = tree.apply_masks(params, masks)
+        for path in LAYERS:
+            np.testing.assert_array_equal(masks[path], expected[path])
+            np.testing.assert_allclose(
+                params[path], case[f'out/loop/params/{step}/{path}'], atol=1e-6
+            )
+            trace = dict(tree.paths(opt[0].trace))[path]
+            kept = np.where(masks[path], case[f'out/loop/trace/{step}/{path}'], 0)
+            np.testing.assert_allclose(np.where(masks[path], trace, 0), kept, atol=1e-6)
+
+
+def one_layer(weights, masks, name, events=(0, 4, 8), **options):
+    """A pruner for one layer, and its view."""
+    shapes = {'w': weights.shape}
+
+    def gradient(key, view, batches):
+        return {'w': jax.random.normal(key, weights.shape)}
+
+    pruner = of_layers(shapes, name, events, gradient, **options)
+    seen = jnp.where(masks, weights, 0)
+    stored = {'w': weights} if pruner.dense else None
+    view = View({'w': seen}, {'w': weights}, {}, {'w': masks}, stored=stored)
+    return pruner, view
+
+
+def test_hundred_updates_keep_exact_counts():
+    """RigL and SET, with weights that change at random in between: the count is exact each time,
+    new weights are zero, and weights that stay keep their values."""
+    for name in ('rigl', 'set'):
+        key = jax.random.key(0)
+        weights = jax.random.normal(key, (40, 25))
+        events = tuple(range(0, 1010, 10))
+        pruner, view = one_layer(weights, jnp.ones(weights.shape, bool), name, events)
+        counts = {'w': jnp.int32(137)}
+        update = jax.jit(lambda *args, p=pruner: p.update(*args, None))
+        state = pruner.init(key, view)
+        moved = 0
+        for number in range(len(events)):
+            draw = jax.random.fold_in(key, number)
+            before = view.masks['w']
+            state, masks, info = update(draw, state, view, counts)
+            assert int(masks['w'].sum()) == 137 == int(info.kept['w'])
+            kept = jnp.where(masks['w'], view.weights['w'], 0)
+            assert not np.any(kept[~before])  # what is new is zero
+            moved += int((masks['w'] & ~before).sum()) if number else 0
+            noise = jnp.where(masks['w'], 0.1 * jax.random.normal(draw, weights.shape), 0)
+            view = view._replace(weights={'w': kept + noise}, masks=masks)
+        assert moved > 500
+
+
+def test_dpf_follows_the_gradient_of_the_masked_network():
+    """`f(w) = ½‖w - a‖²`: the gradient at m w is m w - a, for all weights; GMP moves only kept
+    ones, SR-STE pulls pruned ones; a pruned weight that has grown comes back with its value."""
+    weights, a = jnp.array([3.0, -2.0, 1.0, 0.5]), jnp.array([3.0, -2.0, 1.0, -7.0])
+    masks = jnp.array([True, True, False, False])
+
+    def gradient_of(name, **options):
+        pruner, view = one_layer(weights, masks, name, **options)
+
+        def loss(params):
+            seen = pruner.hook.weights((), params, {'w': masks}, 0)['w']
+            return 0.5 * ((seen - a) ** 2).sum(), seen
+
+        grads, seen = jax.grad(loss, has_aux=True)({'w': weights})
+        np.testing.assert_array_equal(seen, jnp.where(masks, weights, 0))
+        if pruner.hook.gradient is not None:
+            _, grads = pruner.hook.gradient((), grads, {'w': weights}, {'w': masks}, 0, None)
+        return pruner, view, grads['w']
+
+    seen = jnp.where(masks, weights, 0)
+    pruner, view, grads = gradient_of('dpf')
+    np.testing.assert_allclose(grads, seen - a)
+    np.testing.assert_allclose(gradient_of('straight')[2], seen - a)
+    np.testing.assert_allclose(
+        gradient_of('sr_ste', pull=0.5)[2], seen - a + 0.5 * jnp.where(masks, 0, weights)
+    )
+    gmp, _, grads = gradient_of('gmp')
+    np.testing.assert_allclose(grads, jnp.where(masks, seen - a, 0))
+    _, after = gmp.hook.project((), {'w': weights}, {'w': weights - 1}, {'w': masks}, 0, None)
+    np.testing.assert_allclose(after['w'], jnp.where(masks, weights - 1, weights))
+    # Three steps of 0.5 bring the last weight to 0.5 - 3 * 3.5 = -10: it returns.
+    moved = weights
+    for _ in range(3):
+        moved = moved - 0.5 * (jnp.where(masks, moved, 0) - a)
+    state = pruner.init(jax.random.key(0), view._replace(masks={'w': jnp.ones(4, bool)}))
+    grown = view._replace(
+        weights={'w': jnp.where(masks, moved, 0)}, stored={'w': moved}, params={'w': moved}
+    )
+    _, new, _ = pruner.update(jax.random.key(0), state, grown, {'w': jnp.int32(2)}, None)
+    np.testing.assert_array_equal(new['w'], [True, False, False, True])
+    assert moved[3] == -10.0
+
+
+def test_random_masks_are_drawn_anew():
+    weights = jnp.arange(1.0, 101.0)
+    pruner, view = one_layer(weights, jnp.ones(100, bool), 'straight', by='random')
+    state, drawn = pruner.init(jax.random.key(0), view), []
+    for number in range(3):
+        draw = jax.random.fold_in(jax.random.key(0), number)
+        state, masks, _ = pruner.update(draw, state, view, {'w': jnp.int32(30)}, None)
+        drawn.append(np.asarray(masks['w']))
+    assert all(m.sum() == 30 for m in drawn)
+    assert all((a != b).any() for a, b in itertools.pairwise(drawn))
+
+
+def test_acdc_opens_and_closes():
+    """All weights, then the largest again; those that came back are zero until they train."""
+    weights = jnp.array([0.1, 4.0, -3.0, 0.2])
+    pruner, view = one_layer(weights, jnp.array([False, True, True, False]), 'acdc')
+    view = view._replace(masks={'w': jnp.ones(4, bool)})
+    state = pruner.init(jax.random.key(0), view)
+    view = view._replace(masks={'w': jnp.array([False, True, True, False])})
+    state, masks, _ = pruner.update(jax.random.key(0), state, view, {'w': jnp.int32(4)}, None)
+    assert masks['w'].all()
+    np.testing.assert_allclose(pruner.regrown_values(state, view)['w'], [0, 4, -3, 0])
+    _, masks, _ = pruner.update(jax.random.key(0), state, view, {'w': jnp.int32(1)}, None)
+    np.testing.assert_array_equal(masks['w'], [False, True, False, False])
+
+
+def test_what_these_methods_do_not_go_with(tmp_path):
+    """Each mistake is one line that begins with the key."""
+    blocks = {'granularity': '2:4', 'allocation': 'uniform'}
+    for keys, says in (
+        (blocks, "'rigl' prunes weights, kernels or blocks, not 2:4"),
+        ({'target': 'effective'}, "target: 'effective' does not go with 'rigl'"),
+        ({'allocation': 'lamp'}, "allocation: 'lamp' goes by the weights left, and 'rigl' brings"),
+        ({'name': 'snip', 'density_schedule': 'alternate'}, 'density_schedule: .* never brings'),
+        ({'every': 0, 'end': 0}, 'acts between its first round and its last'),
+    ):
+        entry = {'name': 'rigl', 'every': 1, 'end': 2, **keys}
+        table = {
+            'name': 'wrong',
+            'model': {'name': 'mlp', 'widths': [8]},
+            'data': {'name': 'mnist_small', 'train_examples': 100},
+            'train': {'epochs': 3, 'batch_size': 50},
+            'grid': {'method': [entry], 'density': [0.5], 'seed': [0]},
+        }
+        with pytest.raises(JaxpruneError, match=says):
+            plan_sweep(make_spec(table), tmp_path / 'out')
