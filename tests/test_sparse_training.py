@@ -20,7 +20,7 @@ from jaxprune.method.regrow import drop_share, regrown
 from jaxprune.optim import mask_opt_state
 from jaxprune.schedule import alternate, cubic, ramp
 from jaxprune.sweep import make_spec, plan_sweep
-from jaxprune.types import Problem, View
+from jaxprune.types import Hyper, Problem, View
 
 LAYERS = ('conv_0/kernel', 'conv_1/kernel', 'dense/kernel', 'head/kernel')
 
@@ -330,3 +330,108 @@ def test_what_these_methods_do_not_go_with(tmp_path):
         }
         with pytest.raises(JaxpruneError, match=says):
             plan_sweep(make_spec(table), tmp_path / 'out')
+
+
+def moved_by(name, steps, rate, weights, target, masks, **options):
+    """Gradient descent on `½‖w - target‖²` with a movement hook: `(weights, state)`."""
+    pruner, view = one_layer(weights, jnp.ones(weights.shape, bool), name, **options)
+    state = pruner.init(jax.random.key(0), view)
+
+    @jax.jit
+    def step(clock, state, w):
+        def loss(params):
+            seen = pruner.hook.weights(state, params, {'w': masks}, clock)['w']
+            return 0.5 * ((seen - target) ** 2).sum()
+
+        grads = jax.grad(loss)({'w': w})
+        state, grads = pruner.hook.gradient(state, grads, {'w': w}, {'w': masks}, clock, None)
+        return state, w - rate * grads['w']
+
+    for clock in range(steps):
+        state, weights = step(clock, state, weights)
+    return weights, state, pruner, view
+
+
+def test_movement_is_the_growth_of_squares():
+    """Derived: with equal small rates and nothing pruned, S = ½ (w² - w0²). With a mask, pruned
+    weights stand still and their scores still move."""
+    with jax.enable_x64(True):
+        start = jnp.array([1.0, -2.0, 0.5, 3.0])
+        target = jnp.array([2.0, -0.5, -1.0, 3.0])
+        sgd = {'score_optimizer': 'sgd', 'score_rate': 1e-4}
+        every = jnp.ones(4, bool)
+        w, state, _, _ = moved_by('movement', 5000, 1e-4, start, target, every, **sgd)
+        np.testing.assert_allclose(state.own.scores['w'], 0.5 * (w**2 - start**2), atol=2e-4)
+        some = jnp.array([True, False, True, True])
+        w, state, pruner, view = moved_by('movement', 10, 1e-4, start, target, some, **sgd)
+        assert w[1] == start[1]
+        # The slope at w' = 0 is -target = 0.5 at a weight of -2: S = -10 α 0.5 (-2).
+        np.testing.assert_allclose(state.own.scores['w'][1], 10 * 1e-4, rtol=1e-12)
+        _, masks, _ = pruner.update(jax.random.key(0), state, view, {'w': jnp.int32(2)}, None)
+        assert int(masks['w'].sum()) == 2
+
+
+def test_soft_movement_cuts_at_its_threshold():
+    """By hand: Adam's first steps have the size of the rate, so scores whose slope keeps its sign
+    are ±0.1 after 10 steps; sigmoid(-0.1) = 0.475 lies below a threshold of 0.49."""
+    start, target = jnp.array([1.0, 1.0, -1.0]), jnp.array([2.0, 0.0, -3.0])
+    options = {'threshold': 0.49, 'penalty': 1e-6}
+    every = jnp.ones(3, bool)
+    _, state, pruner, view = moved_by(
+        'soft_movement',
+        10,
+        1e-3,
+        start,
+        target,
+        every,
+        events=(0, 100),
+        cut='zero',
+        **options,
+    )
+    # Before its first round the threshold is 0, and all weights have gradients.
+    np.testing.assert_allclose(state.own.scores['w'], [0.1, -0.1, 0.1], rtol=1e-2)
+    state, masks, _ = pruner.update(jax.random.key(0), state, view, {'w': jnp.int32(1)}, None)
+    assert masks['w'].all() and state.prunes
+    seen = pruner.hook.weights(state, {'w': start}, {'w': every}, 100)
+    np.testing.assert_array_equal(seen['w'], [1, 0, -1])
+    view = view._replace(weights=seen)
+    _, masks, info = pruner.update(jax.random.key(0), state, view, {'w': jnp.int32(1)}, None)
+    np.testing.assert_array_equal(masks['w'], [True, False, True])
+    assert int(info.kept['w']) == 2
+
+
+def test_thresholds_are_trained_with_the_weights():
+    """By hand: w' = sign(w) max(|w| - t, 0), t = sigmoid(s); the slope by s is that of the loss
+    through w', by differences; weight decay acts on s, momentum too; the published cut."""
+    weights, target = jnp.array([1.0, -2.0, 0.1, 0.9]), jnp.array([2.0, -1.0, 3.0, 0.0])
+    every = jnp.ones(4, bool)
+    pruner, view = one_layer(weights, every, 'str', (0, 10), initial=-1.0, cut='zero')
+    state = pruner.init(jax.random.key(0), view)
+    state, masks, _ = pruner.update(jax.random.key(0), state, view, {'w': jnp.int32(2)}, None)
+    assert masks['w'].all()
+    t = 1 / (1 + np.e)
+
+    def loss(w, s):
+        own = state.own._replace(numbers={'w': s})
+        seen = pruner.hook.weights(state._replace(own=own), {'w': w}, {'w': every}, 0)['w']
+        return 0.5 * ((seen - target) ** 2).sum(), seen
+
+    (_, seen), grads = jax.value_and_grad(loss, has_aux=True)(weights, jnp.float32(-1))
+    np.testing.assert_allclose(seen, [1 - t, -2 + t, 0, 0.9 - t], rtol=1e-6)
+    np.testing.assert_allclose(grads, [1 - t - 2, -2 + t + 1, 0, 0.9 - t], rtol=1e-5)
+    by_s = jax.grad(lambda s: loss(weights, s)[0])(jnp.float32(-1))
+    hyper = Hyper(0.1, 0.5, {'momentum': 0.9})
+    speed, s = 0.0, -1.0
+    for _ in range(2):
+        state, same = pruner.hook.gradient(
+            state, {'w': grads}, {'w': weights}, {'w': every}, 0, hyper
+        )
+        np.testing.assert_array_equal(same['w'], grads)
+        slope = float(by_s) * (1 / (1 + np.exp(-s))) * (1 - 1 / (1 + np.exp(-s))) / (t * (1 - t))
+        speed = 0.9 * speed + slope + 0.5 * s
+        s -= 0.1 * speed
+        np.testing.assert_allclose(float(state.own.numbers['w']), s, rtol=1e-5)
+    view = view._replace(weights={'w': seen})
+    _, masks, info = pruner.update(jax.random.key(0), state, view, {'w': jnp.int32(2)}, None)
+    np.testing.assert_array_equal(masks['w'], [True, True, False, True])
+    assert int(info.kept['w']) == 3

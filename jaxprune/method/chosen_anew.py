@@ -1,5 +1,6 @@
 """The frame of methods that choose their masks anew in each round, by a score of all weights."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,11 +32,13 @@ class Anew(NamedTuple):
     Attributes:
       masks: those before its first round: what was pruned then never returns.
       round: rounds so far, int32.
+      prunes: did the counts of the last round leave something out? bool.
       own: of the method itself.
     """
 
     masks: Masks
     round: jax.Array
+    prunes: jax.Array
     own: PyTree
 
 
@@ -46,6 +49,8 @@ def chosen_anew(
     *,
     begin: Callable[[View], PyTree] = lambda view: (),
     dense: bool = True,
+    only_last: bool = False,
+    remaining: bool = False,
 ) -> Pruner:
     """A pruner that chooses its masks anew in each round.
 
@@ -56,6 +61,9 @@ def chosen_anew(
         scores of a group are added up.
       begin: makes the state of its own.
       dense: stored weights stay dense, see `Pruner`; else weights that come back are zero.
+      only_last: earlier rounds leave the masks as they are: the hook has its own.
+      remaining: the last round keeps what the hook leaves above zero, and the best of each layer,
+        whatever the counts say.
 
     Returns:
       A pruner with the state `Anew`.
@@ -63,7 +71,7 @@ def chosen_anew(
 
     def init(key: Key, view: View) -> Anew:
         del key
-        return Anew(view.masks, jnp.zeros((), jnp.int32), begin(view))
+        return begun(view, begin(view))
 
     def update(
         key: Key, state: Anew, view: View, counts: Counts, batches: Any
@@ -71,10 +79,21 @@ def chosen_anew(
         del batches
         scores = asked.groups.gather(score(key, view, state.own))
         alive = asked.groups.alive(state.masks)
-        kept = selected(asked, scores, alive, counts)
-        masks = {path: m & state.masks[path] for path, m in asked.groups.spread(kept).items()}
-        info = PruneInfo(count_kept(kept), *tallied(scores, alive))
-        return state._replace(round=state.round + 1), masks, info
+        chosen = selected(asked, scores, alive, counts)
+        if remaining:
+            best = layerwise_top_k(scores, dict.fromkeys(scores, 1))
+            left = asked.groups.alive({path: w != 0 for path, w in view.weights.items()})
+            chosen = {name: alive[name] & (left[name] | best[name]) for name in chosen}
+        masks = {path: m & state.masks[path] for path, m in asked.groups.spread(chosen).items()}
+        if only_last:
+            last = state.round == len(asked.events) - 1
+            masks = {path: m | (state.masks[path] & ~last) for path, m in masks.items()}
+        nonfinite, nonzero = tallied(scores, alive)
+        # Scores that are learned are all zero in the first round.
+        nonzero = jnp.where(state.round == 0, jnp.maximum(nonzero, 1), nonzero)
+        info = PruneInfo(count_kept(chosen), nonfinite, nonzero)
+        prunes = leave_out(asked, counts)
+        return state._replace(round=state.round + 1, prunes=prunes), masks, info
 
     returning = None if dense else as_they_are
     return Pruner(init, update, frozenset(), returning, hook=hook, dense=dense)
@@ -84,6 +103,19 @@ def as_they_are(state: PyTree, view: View) -> Weights:
     """The values of weights after a round: what was pruned is zero, in the mask or not."""
     del state
     return view.weights
+
+
+def begun(view: View, own: PyTree = ()) -> Anew:
+    """The state before the first round."""
+    return Anew(view.masks, jnp.zeros((), jnp.int32), jnp.zeros((), bool), own)
+
+
+def leave_out(asked: Asked, counts: Counts) -> jax.Array:
+    """Do the counts keep less than everything?"""
+    if asked.cost:
+        return jnp.asarray(counts[asked.cost] < 1)
+    total = sum(math.prod(shape) for shape in asked.groups.shapes.values())
+    return jnp.asarray(sum(counts.values()) < total)
 
 
 def selected(asked: Asked, scores: Scores, alive: Masks, counts: Counts) -> Masks:

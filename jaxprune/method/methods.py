@@ -15,7 +15,9 @@ from jaxprune.method.group_penalties import group_norm, proximal, slimming
 from jaxprune.method.hesso import hesso
 from jaxprune.method.hspg import hspg
 from jaxprune.method.lean import lean, operator_norm
+from jaxprune.method.movement import movement, soft_movement
 from jaxprune.method.regrow import acdc, rigl, set_
+from jaxprune.method.soft_threshold import soft_threshold
 from jaxprune.method.tpp import tpp
 from jaxprune.types import Problem, Pruner, ScoreFn
 
@@ -145,6 +147,7 @@ _SHAPLEY = 'Ancona, Öztireli & Gross 2020, arXiv:2006.01795'
 _TAYLOR = 'Molchanov et al. 2019, arXiv:1906.10771'
 _FLOW = 'Lubana & Dick 2021, arXiv:2009.11839'
 _LEAN = 'Schoonhoven et al. 2020, arXiv:2011.06923'
+_MOVEMENT = 'Sanh, Wolf & Rush 2020, arXiv:2005.07683'
 _FORCE = 'de Jorge et al. 2021, arXiv:2006.09081'
 
 
@@ -532,6 +535,43 @@ METHODS: dict[str, Method] = {
         rounds=9,
         density_schedule='alternate',
         example='start = 1, every = 1, end = 9',
+    ),
+    'movement': _sparse_training(
+        movement,
+        'movement',
+        'Learned scores: weights that move away from zero stay. Pruned weights stand still, their '
+        'scores do not.',
+        _MOVEMENT,
+        allocation='uniform',
+        options={'score_rate': 0.01, 'score_optimizer': 'adam'},
+    ),
+    'soft_movement': _sparse_training(
+        soft_movement,
+        'soft movement',
+        'As movement, with a threshold on the scores and a penalty on their sigmoid; the last '
+        'round keeps the best.',
+        _MOVEMENT,
+        density_schedule='constant',
+        rounds=2,
+        options={
+            'score_rate': 0.01,
+            'score_optimizer': 'adam',
+            'threshold': 0.1,
+            'penalty': 1.0,
+            'cut': 'target',
+        },
+        example='start = 0, end = 6',
+    ),
+    'str': _sparse_training(
+        soft_threshold,
+        'STR',
+        'A threshold for each layer, learned with the weights, that makes small ones zero; the '
+        'last round keeps the largest.',
+        'Kusupati et al. 2020, arXiv:2002.03231',
+        density_schedule='constant',
+        rounds=2,
+        options={'initial': -10.0, 'cut': 'target'},
+        example='start = 0, end = 6',
     ),
     'set': _sparse_training(
         set_,

@@ -7,6 +7,7 @@ from jaxprune.arguments import Option
 from jaxprune.method.feedback import STRAIGHT
 from jaxprune.method.hesso import VARIANTS
 from jaxprune.method.lasting import CUTS
+from jaxprune.method.movement import SCORE_OPTIMIZERS
 from jaxprune.score.coupled import AGGREGATIONS, COUPLED_MEASURES, MEMBERS
 from jaxprune.score.fisher import LABELS
 from jaxprune.score.gate_taylor import PER, SHARED, SIGNS
@@ -81,6 +82,10 @@ OPTIONS: dict[str, Option] = {
     'by': Option("'magnitude', or 'random' for a new draw in each round", STRAIGHT),
     'pull': Option('how strongly pruned weights are pulled to zero', low=0),
     'drop': Option('share of the kept weights that go in a round, at first', low=0, high=1),
+    'score_rate': Option('learning rate of the scores', above=0),
+    'score_optimizer': Option('how scores are trained', SCORE_OPTIMIZERS),
+    'initial': Option('s of every layer at first; its sigmoid is the threshold'),
+    'threshold': Option('on the sigmoid of the scores, in the end', low=0, high=1),
     'skip': Option('the optimizer takes no step where weights are dropped and grown'),
     'ceiling': Option('how far the penalty grows', above=0),
 }

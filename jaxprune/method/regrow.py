@@ -17,6 +17,7 @@ from jaxprune.errors import PruneError
 from jaxprune.method.chosen_anew import (
     Anew,
     as_they_are,
+    begun,
     check_rounds,
     chosen_anew,
     selected,
@@ -115,7 +116,7 @@ def _regrowing(
 
     def init(key: Key, view: View) -> Anew:
         del key
-        return Anew(view.masks, jnp.zeros((), jnp.int32), ())
+        return begun(view)
 
     def update(
         key: Key, state: Anew, view: View, counts: Counts, batches: Any

@@ -1,0 +1,167 @@
+"""Movement pruning (Sanh, Wolf & Rush, NeurIPS 2020, arXiv:2005.07683): learned scores.
+
+Each weight has a score S, 0 at first, with an optimizer of its own. It gets the straight-through
+gradient `∂L/∂S = (∂L/∂W') W`, W' the masked weight: so S grows where a weight moves away from 0.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxprune import tree
+from jaxprune.errors import check_choice
+from jaxprune.method.chosen_anew import Anew, check_rounds, chosen_anew, straight_through
+from jaxprune.method.lasting import CUTS, Asked
+from jaxprune.types import Hyper, Key, Masks, Pruner, PyTree, Scores, StepHook, View, Weights
+
+#: How scores are trained.
+SCORE_OPTIMIZERS = ('sgd', 'adam')
+_B1, _B2, _EPSILON = 0.9, 0.999, 1e-8
+
+
+class Learned(NamedTuple):
+    """Scores, and the state of their optimizer.
+
+    Attributes:
+      scores: of each prunable weight.
+      first, second: Adam's moments; {} for SGD.
+      steps: so far, int32.
+    """
+
+    scores: Scores
+    first: Scores
+    second: Scores
+    steps: jax.Array
+
+
+def movement(
+    asked: Asked, *, score_rate: ArrayLike = 0.01, score_optimizer: str = 'adam'
+) -> Pruner:
+    """Keeps the weights with the largest scores; a pruned weight stands still, its score does not.
+
+    The published mask follows the scores in every step; here it changes in rounds. Momentum and
+    weight decay of the optimizer act on pruned weights too, as in the authors' code.
+
+    Args:
+      asked: what is pruned; the score of a block or a unit is the sum of its weights' scores.
+      score_rate: learning rate of the scores.
+      score_optimizer: 'adam', as in the authors' recipe, or 'sgd', as in the paper's formula.
+
+    Raises:
+      PruneError: an unknown optimizer.
+    """
+    check_choice('score_optimizer', score_optimizer, SCORE_OPTIMIZERS)
+
+    def weights(state: Anew, params: PyTree, masks: Masks, clock: ArrayLike) -> PyTree:
+        del state, clock
+        return straight_through(params, masks)
+
+    def gradient(
+        state: Anew, grads: PyTree, params: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
+    ) -> tuple[Anew, PyTree]:
+        del clock, hyper
+        slopes = _slopes(grads, params, masks)
+        own = _stepped(state.own, slopes, score_rate)
+        return state._replace(own=own), tree.apply_masks(grads, masks)
+
+    hook = StepHook(weights=weights, gradient=gradient)
+    return chosen_anew(asked, hook, _by_score, begin=lambda view: _begun(view, score_optimizer))
+
+
+def soft_movement(
+    asked: Asked,
+    *,
+    score_rate: ArrayLike = 0.01,
+    score_optimizer: str = 'adam',
+    threshold: ArrayLike = 0.1,
+    penalty: ArrayLike = 1.0,
+    cut: str = 'target',
+) -> Pruner:
+    """Computes with the weights whose `sigmoid(S)` is above a threshold, in every step.
+
+    The threshold rises from 0 at the first round to `threshold` at the last, as the cubic schedule
+    does. The loss gets `penalty` times the mean of sigmoid(S), averaged over the layers: how many
+    weights are left is an outcome of these two.
+
+    Args:
+      asked: what is pruned.
+      score_rate, score_optimizer: see `movement`.
+      threshold: τ, in [0, 1).
+      penalty: λ.
+      cut: the last round keeps as many as the target says ('target'), or all that are above the
+        threshold ('zero'), as published, and the best of each layer.
+
+    Raises:
+      PruneError: an unknown optimizer or cut, fewer than two rounds.
+    """
+    check_choice('score_optimizer', score_optimizer, SCORE_OPTIMIZERS)
+    check_choice('cut', cut, CUTS)
+    check_rounds(asked, 'soft_movement')
+    start, end = asked.events[0], asked.events[-1]
+
+    def above(state: Anew, clock: ArrayLike) -> Masks:
+        done = jnp.clip((clock - start) / max(end - start, 1), 0, 1)
+        now = jnp.where(state.prunes, threshold * (1 - (1 - done) ** 3), 0)
+        return {path: jax.nn.sigmoid(s) > now for path, s in state.own.scores.items()}
+
+    def weights(state: Anew, params: PyTree, masks: Masks, clock: ArrayLike) -> PyTree:
+        soft = above(state, clock)
+        return straight_through(params, {path: m & soft[path] for path, m in masks.items()})
+
+    def gradient(
+        state: Anew, grads: PyTree, params: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
+    ) -> tuple[Anew, PyTree]:
+        del hyper
+        slopes, soft = _slopes(grads, params, masks), above(state, clock)
+        for path, score in state.own.scores.items():
+            share = jax.nn.sigmoid(score)
+            slopes[path] += penalty / len(slopes) / score.size * share * (1 - share)
+        own = _stepped(state.own, slopes, score_rate)
+        return state._replace(own=own), tree.apply_masks(grads, soft)
+
+    hook = StepHook(weights=weights, gradient=gradient)
+    return chosen_anew(
+        asked,
+        hook,
+        _by_score,
+        begin=lambda view: _begun(view, score_optimizer),
+        only_last=True,
+        remaining=cut == 'zero',
+    )
+
+
+def _by_score(key: Key, view: View, own: Learned) -> Weights:
+    del key, view
+    return own.scores
+
+
+def _begun(view: View, optimizer: str) -> Learned:
+    zeros = {path: jnp.zeros_like(w) for path, w in view.weights.items()}
+    moments = zeros if optimizer == 'adam' else {}
+    return Learned(zeros, moments, moments, jnp.zeros((), jnp.int32))
+
+
+def _slopes(grads: PyTree, params: PyTree, masks: Masks) -> Scores:
+    """`(∂L/∂W') W` for all weights, of pruned ones too."""
+    loss, stored = (dict(tree.paths(leaves)) for leaves in (grads, params))
+    return {path: loss[path] * stored[path] for path in masks}
+
+
+def _stepped(own: Learned, slopes: Scores, rate: ArrayLike) -> Learned:
+    """The scores after a step of their optimizer."""
+    steps = own.steps + 1
+    if not own.first:
+        scores = {path: s - rate * slopes[path] for path, s in own.scores.items()}
+        return own._replace(scores=scores, steps=steps)
+    first = {path: _B1 * m + (1 - _B1) * slopes[path] for path, m in own.first.items()}
+    second = {path: _B2 * v + (1 - _B2) * slopes[path] ** 2 for path, v in own.second.items()}
+    scores = {
+        path: s
+        - rate
+        * (first[path] / (1 - _B1**steps))
+        / (jnp.sqrt(second[path] / (1 - _B2**steps)) + _EPSILON)
+        for path, s in own.scores.items()
+    }
+    return Learned(scores, first, second, steps)
