@@ -96,7 +96,7 @@ def create_whole(path: Any, content: bytes) -> bool:
 def clock_ahead(directory: Any) -> float:
     """Seconds that the clock which dates the files of a directory is ahead of this machine's; 0
     where nothing can be written."""
-    probe = directory / f'.clock-{uuid.uuid4().hex[:8]}.tmp'
+    probe = directory / _temporary_name('clock')
     try:
         probe.write_bytes(b'')
         return probe.stat().st_mtime - time.time()
@@ -151,12 +151,15 @@ def process_alive(process: int) -> bool:
     return True
 
 
+def _temporary_name(name: str) -> str:
+    """A name that nobody else has. Readers look at the final suffix and never see such a file."""
+    return f'.{name}.{machine_token()}-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp'
+
+
 def _temporary(path: Path, content: bytes) -> Path:
     """A file beside `path`, written and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Readers glob on the final suffix and never see it.
-    own = f'{machine_token()}-{os.getpid()}-{uuid.uuid4().hex[:8]}'
-    temporary = path.with_name(f'.{path.name}.{own}.tmp')
+    temporary = path.with_name(_temporary_name(path.name))
     try:
         with open(temporary, 'xb') as file:
             file.write(content)

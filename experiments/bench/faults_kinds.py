@@ -96,10 +96,28 @@ class Site:
         return bool(mine) and mine[-1].get('state') == 'running'
 
 
+def walked(folder: Path) -> list[Path]:
+    """All files and folders below, whatever appears and vanishes meanwhile."""
+    return [
+        Path(root) / name for root, folders, files in os.walk(folder) for name in (*folders, *files)
+    ]
+
+
+def leftovers(out: Path) -> list[Path]:
+    """Temporary files, of living processes and of dead ones."""
+    return [path for path in walked(out) if path.name[0] == '.' and path.suffix == '.tmp']
+
+
 def being_written(out: Path) -> set[Path]:
     """Names of files and checkpoints that are being written now, or were just finished."""
-    steps = out.glob('checkpoints/*/*/*/*')
-    return {*out.rglob('.*.tmp'), *steps, *out.glob('*/*.parquet'), *out.glob('*/*/*.zip')}
+    found = set()
+    for path in walked(out):
+        first, *more = path.relative_to(out).parts
+        step = first == 'checkpoints' and len(more) == 4
+        table = (path.suffix, len(more)) in (('.parquet', 1), ('.zip', 2))
+        if step or table or (path.suffix == '.tmp' and path.name[0] == '.'):
+            found.add(path)
+    return found
 
 
 def kill(site: Site) -> bool:
@@ -187,14 +205,14 @@ def cut_checkpoint(site: Site) -> bool:
     steps = [
         path
         for chunk in site.unfinished()
-        for path in (site.out / 'checkpoints' / chunk).glob('*/*/*')
-        if path.name.isdigit()
+        for path in walked(site.out / 'checkpoints' / chunk)
+        if path.name.isdigit() and len(path.relative_to(site.out).parts) == 5
     ]
     if not steps:
         return False
     step = site.draw.choice(sorted(steps))
     _power_fails(site, step.parents[2].name)
-    return _cut(site, [path for path in step.rglob('*') if path.is_file()])
+    return _cut(site, [path for path in walked(step) if path.is_file()])
 
 
 def cut_piece(site: Site) -> bool:
@@ -229,7 +247,7 @@ def cut_attempt(site: Site) -> bool:
 def cut_temporary(site: Site) -> bool:
     """A temporary file of a dead process gets shorter; if there is none, half of one is left."""
     dead = []
-    for path in site.out.rglob('.*.tmp'):
+    for path in leftovers(site.out):
         process = path.name.split('.')[-2].split('-')[1]
         if process.isdigit() and not process_alive(int(process)):
             dead.append(path)

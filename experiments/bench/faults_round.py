@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import polars as pl
-from faults_kinds import DEFERRED, KINDS, Site, fire
+from faults_kinds import DEFERRED, KINDS, Site, fire, leftovers
 from faults_workers import HEALTHY, Twist, Worker, end, start_forked, start_plain
 from polars.testing import assert_frame_equal
 
@@ -268,7 +268,7 @@ def _compare(
             assert_frame_equal(frame, whole, check_exact=True)
         except (AssertionError, JaxpruneError) as error:
             wrong.append(f'{out.name}: {read.__name__}: {" ".join(str(error).split())}')
-    for path in out.rglob('.*.tmp'):
+    for path in leftovers(out):
         process = path.name.split('.')[-2].split('-')[1]
         if not (process.isdigit() and process_alive(int(process))):
             wrong.append(f'{out.name}: left behind: {path.relative_to(out)}')
