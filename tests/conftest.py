@@ -75,6 +75,15 @@ def pytest_runtest_call(item):
     return result
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leaves out what starts clusters, such as slow cases of it, unless it is asked for by name."""
+    if 'fleet' in config.option.markexpr:
+        return
+    clusters = [item for item in items if item.get_closest_marker('fleet')]
+    items[:] = [item for item in items if item not in clusters]
+    config.hook.pytest_deselected(items=clusters)
+
+
 def pytest_sessionfinish(session):
     """Deletes what was measured, and compiled programs if they are many; the last worker does."""
     if hasattr(session.config, 'workerinput'):

@@ -98,6 +98,7 @@ def test_killed_node(head, second, launcher, tmp_path, capfd):
 
 
 @needs_ray
+@pytest.mark.slow  # test_ray_sweep freezes a node under a whole sweep
 def test_frozen_node_and_its_return(head, second, launcher, tmp_path):
     """Its chunk is done by the other one; when it is back, what it writes is too late."""
     launcher.submit([_task(tmp_path, str(i)) for i in range(4)])
@@ -197,7 +198,7 @@ def _driver(name, address, tasks, command):
 
 
 @needs_ray
-@pytest.mark.parametrize('where', ['joined', 'local'])
+@pytest.mark.parametrize('where', ['joined', pytest.param('local', marks=pytest.mark.slow)])
 def test_killed_driver(head, tmp_path, where):
     """What it had running is told to save, and ends; so does a cluster that it had started."""
     name = f'{os.getpid()}-killed-{where}'

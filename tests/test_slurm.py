@@ -105,13 +105,13 @@ def test_chunks_run_on_both_nodes(cluster, sweep):
     assert launcher.ended() == []
 
 
-def _check_preempted(sweep, steps, told_after):
+def _check_preempted(sweep, steps, after):
     """Chunks of an array save when they are told to, are requeued, and go on where they were.
 
     Args:
       sweep: fixture.
       steps: of each chunk, a fifth of a second each.
-      told_after: from how many to how many seconds after the other job came.
+      after: from how many to how many seconds after the other job came.
     """
     launcher = sweep.launcher()
     launcher.submit([sweep.task('a', steps), sweep.task('b', steps)])
@@ -124,28 +124,32 @@ def _check_preempted(sweep, steps, told_after):
         assert _whats(log) == ['start', 'saved', 'start', 'end']
         assert 0 < log[1]['step'] < steps
         assert log[2]['step'] == log[1]['step']
-        assert told_after[0] <= log[1]['at'] - asked <= told_after[1]
+        assert after[0] <= log[1]['at'] - asked <= after[1]
         assert log[2]['SLURM_JOB_ID'] == log[0]['SLURM_JOB_ID']  # requeued, not submitted again
 
 
 @pytest.mark.fleet
 def test_preempted_chunk_saves_and_goes_on(cluster, sweep):
-    _check_preempted(sweep, 25, told_after=(0, 8))
+    _check_preempted(sweep, 25, after=(0, 8))
 
 
 @pytest.mark.fleet
-@pytest.mark.parametrize(('grace', 'steps', 'told_after'), [(8, 210, (8, 42)), (0, 70, (0, 10))])
-def test_preempted_where_only_sigterm_is_sent(sweep, tmp_path_factory, grace, steps, told_after):
+@pytest.mark.parametrize(
+    ('grace', 'steps', 'after'),
+    [pytest.param(8, 210, (8, 42), marks=pytest.mark.slow), (0, 70, (0, 10))],
+)
+def test_preempted_where_only_sigterm_is_sent(sweep, tmp_path_factory, grace, steps, after):
     """As most clusters are set up: a job without steps is told when its grace time is over.
 
     SLURM looks every half a minute whether it is. The job then has KillWait, ten seconds here.
     """
     place = tmp_path_factory.mktemp('plain')
     with slurm_testbed(place, USER_SIGNAL='0', GRACE=str(grace)):
-        _check_preempted(sweep, steps, told_after)
+        _check_preempted(sweep, steps, after)
 
 
 @pytest.mark.fleet
+@pytest.mark.slow  # test_slurm_sweep kills a node under a whole sweep
 def test_chunk_of_a_killed_node_runs_on_the_other(cluster, sweep):
     launcher = sweep.launcher()
     launcher.submit([sweep.task('long', steps=30)])
