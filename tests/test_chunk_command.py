@@ -172,6 +172,8 @@ def test_merge_goes_on_and_passes_broken_copies(whole, tmp_path, command):
     shutil.copy(store.results_path(whole, second), store.results_path(places[1], second))
     assert merge(places, tmp_path / 'all') == (3, 3, ())
     same(tmp_path / 'all', whole)
+    with pytest.raises(StoreError, match='is one of the directories to unite'):
+        merge(places, places[0])
 
 
 def test_one_of_two_that_start_at_once_goes_on(tmp_path):
@@ -279,7 +281,7 @@ def test_several_processes_train_one_chunk(trained, tmp_path):
     plan = plan_sweep(make_spec(TABLE), out)
     chunk = plan['chunks'][0]
 
-    def both(*, killed):
+    def both(*, killed=False, asked=False):
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             port = free.getsockname()[1]
@@ -298,6 +300,10 @@ def test_several_processes_train_one_chunk(trained, tmp_path):
             while not attempts_of(out, chunk['id']) and pair[0].poll() is None:
                 time.sleep(0.05)
             pair[1].kill()
+        if asked:  # of one of them, and all leave
+            while not attempts_of(out, chunk['id']) and pair[0].poll() is None:
+                time.sleep(0.05)
+            pair[1].send_signal(signal.SIGTERM)
         codes = [process.wait(300) for process in pair]
         for log in logs:
             log.seek(0)
@@ -305,7 +311,9 @@ def test_several_processes_train_one_chunk(trained, tmp_path):
 
     codes, _ = both(killed=True)
     assert all(codes) and not store.finished(out, chunk['id'])
-    codes, logs = both(killed=False)
+    codes, logs = both(asked=True)
+    assert codes == [75, 75], logs
+    codes, logs = both()
     assert codes == [0, 0], logs
     assert 'MEGASCALE_COORDINATOR_ADDRESS of another allocation left out' in logs[0]
     ours, theirs = store.read_results(out), store.read_results(trained)

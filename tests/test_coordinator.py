@@ -132,6 +132,18 @@ def test_a_directory_that_cannot_be_read_for_a_while_is_waited_for(copied_plan, 
     monkeypatch.setattr('jaxprune.sweep.store.listed', failing)
     run_elsewhere(out, Engine(out, {}).launcher())
     assert len(calls) > 4
+    for chunk in store.chunk_ids(out):
+        store.results_path(out, chunk).unlink()
+    calls[:] = [None] * 9
+    failing_end = Engine(out, {store.chunk_ids(out)[0]: [1]})
+    plain = failing_end.launcher()
+
+    def ended():  # the disk is lost while a fault is looked at
+        ends = plain.ended()
+        calls[:] = [None] * (2 if ends and ends[0].code else 9)
+        return ends
+
+    run_elsewhere(out, plain._replace(ended=ended))
     monkeypatch.setattr(coordinator, '_PATIENCE', -1.0)
     calls[:] = [None] * 2
     store.results_path(out, store.chunk_ids(out)[0]).unlink()

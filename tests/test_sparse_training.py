@@ -15,7 +15,7 @@ from published import golden
 
 from jaxprune import method, tree
 from jaxprune.errors import JaxpruneError
-from jaxprune.method.lasting import Asked
+from jaxprune.method.lasting import Asked, kept_groups
 from jaxprune.method.regrow import drop_share, regrown
 from jaxprune.optim import mask_opt_state
 from jaxprune.schedule import alternate, cubic, ramp
@@ -241,6 +241,49 @@ def test_hundred_updates_keep_exact_counts():
         assert moved > 500
 
 
+@pytest.mark.parametrize(('fewest', 'most'), [(None, 60), (40, None), (10, None), (30, 70)])
+def test_one_ranking_keeps_floors_and_caps(fewest, most):
+    """RigL over two layers of 100 weights that want all of them: 100 in all, bounds in each, and
+    without bounds in the way the gradients decide."""
+    keys = jax.random.split(jax.random.key(3), 4)
+    paths = ('a', 'b')
+    sizes = {p: jax.random.uniform(keys[i], (100,)) + (p == 'a') for i, p in enumerate(paths)}
+    grow = {p: jax.random.uniform(keys[2 + i], (100,)) + (p == 'b') for i, p in enumerate(paths)}
+    shapes = dict.fromkeys(paths, (100,))
+    asked = asked_of(shapes, shared=True)._replace(
+        fewest=fewest and dict.fromkeys(paths, fewest), most=most and dict.fromkeys(paths, most)
+    )
+    every = {p: jnp.ones(100, bool) for p in paths}
+    kept = {'a': jnp.arange(100) < 60, 'b': jnp.arange(100) < 40}
+    update = jax.jit(lambda kept: regrown(asked, sizes, grow, kept, every, {'*': 100}, 0.5))
+    for _ in range(3):
+        stay, grown = update(kept)
+        kept = {p: stay[p] | grown[p] for p in paths}
+        counts = {p: int(mask.sum()) for p, mask in kept.items()}
+        assert sum(counts.values()) == 100
+        assert all((fewest or 0) <= k <= (most or 100) for k in counts.values()), counts
+        if most is None:  # all 50 that leave are the smallest, and b has the larger gradients
+            assert counts['b'] >= 50
+
+
+def test_caps_hold_for_units():
+    """GMP over two layers of units, of which the first has all large weights: the cap bounds it."""
+    groups = method.competing('weight', {'a': (50,), 'b': (50,)})._replace(own={'a': None})
+    asked = Asked(groups, None, (0, 1), most={'a': 15, 'b': 50})
+    scores = {'a': jnp.arange(100.0, 150.0), 'b': jnp.arange(50.0)}
+    kept = kept_groups(asked, scores, {'*': 40})
+    assert {p: int(m.sum()) for p, m in kept.items()} == {'a': 15, 'b': 25}
+
+
+def test_the_first_round_of_movement_keeps_all():
+    """There is nothing to go by yet, whatever the count says."""
+    weights = jnp.ones((4, 5))
+    pruner, view = one_layer(weights, jnp.ones((4, 5), bool), 'movement')
+    state = pruner.init(jax.random.key(0), view)
+    _, masks, info = pruner.update(jax.random.key(0), state, view, {'w': jnp.int32(10)}, None)
+    assert masks['w'].all() and int(info.kept['w']) == 20 and int(info.nonzero) == 1
+
+
 def test_dpf_follows_the_gradient_of_the_masked_network():
     """`f(w) = ½‖w - a‖²`: the gradient at m w is m w - a, for all weights; GMP moves only kept
     ones, SR-STE pulls pruned ones; a pruned weight that has grown comes back with its value."""
@@ -310,14 +353,32 @@ def test_acdc_opens_and_closes():
     np.testing.assert_array_equal(masks['w'], [False, True, False, False])
 
 
+def test_the_usual_allocation_fits_what_is_pruned():
+    """RigL is published with ERK, which shares out weights; blocks get the same share by layer."""
+    for granularity, allocation in (('weight', 'erk'), ('8x8', 'uniform'), ('kernel', 'uniform')):
+        entry = {'name': 'rigl', 'every': 1, 'end': 2, 'granularity': granularity}
+        table = {
+            'name': 'usual',
+            'model': {'name': 'mlp', 'widths': [8]},
+            'data': {'name': 'mnist_small', 'train_examples': 100},
+            'train': {'epochs': 3, 'batch_size': 50},
+            'grid': {'method': [entry], 'density': [0.5], 'seed': [0]},
+        }
+        [made] = make_spec(table).grid.method
+        assert made.allocation == allocation and allocation not in made.label.lower()
+
+
 def test_what_these_methods_do_not_go_with(tmp_path):
     """Each mistake is one line that begins with the key."""
-    blocks = {'granularity': '2:4', 'allocation': 'uniform'}
     for keys, says in (
-        (blocks, "'rigl' prunes weights, kernels or blocks, not 2:4"),
+        ({'granularity': '2:4'}, "'rigl' prunes weights, kernels or blocks, not 2:4"),
         ({'target': 'effective'}, "target: 'effective' does not go with 'rigl'"),
         ({'allocation': 'lamp'}, "allocation: 'lamp' goes by the weights left, and 'rigl' brings"),
         ({'name': 'snip', 'density_schedule': 'alternate'}, 'density_schedule: .* never brings'),
+        (
+            {'name': 'str', 'density_schedule': 'cubic'},
+            "density_schedule: 'str' prunes in its last round only",
+        ),
         ({'every': 0, 'end': 0}, 'acts between its first round and its last'),
     ):
         entry = {'name': 'rigl', 'every': 1, 'end': 2, **keys}
@@ -367,7 +428,8 @@ def test_movement_is_the_growth_of_squares():
         assert w[1] == start[1]
         # The slope at w' = 0 is -target = 0.5 at a weight of -2: S = -10 α 0.5 (-2).
         np.testing.assert_allclose(state.own.scores['w'][1], 10 * 1e-4, rtol=1e-12)
-        _, masks, _ = pruner.update(jax.random.key(0), state, view, {'w': jnp.int32(2)}, None)
+        later = state._replace(round=state.round + 1)
+        _, masks, _ = pruner.update(jax.random.key(0), later, view, {'w': jnp.int32(2)}, None)
         assert int(masks['w'].sum()) == 2
 
 

@@ -103,7 +103,7 @@ def _until_finished(
                 continue
             ended_well.pop(end.chunk, None)
             submitted.discard(end.chunk)
-            if store.finished(out, end.chunk) or end.code == INTERRUPTED:
+            if end.code == INTERRUPTED or _is_finished(out, end.chunk):
                 continue
             reason = _reason(out, end)
             if end.code == MISTAKE:
@@ -125,6 +125,14 @@ def _wait(stop: Stop) -> None:
     time.sleep(_LOOK)
 
 
+def _is_finished(out: Path, chunk: str) -> bool:
+    """As far as the directory can be read."""
+    try:
+        return chunk in store.finished_chunks(out)
+    except ReadError:
+        return False
+
+
 def _patiently(watch: '_Watch', stop: Stop) -> list[str]:
     """The chunks that are missing; waits while the directory cannot be read."""
     since = time.monotonic()
@@ -140,7 +148,11 @@ def _patiently(watch: '_Watch', stop: Stop) -> list[str]:
 
 def _reason(out: Path, end: Ended) -> str:
     """What is known of a task that did not finish its chunk."""
-    said, last = end.reason or f'exit code {end.code}', attempts_of(out, end.chunk)[-1:]
+    said = end.reason or f'exit code {end.code}'
+    try:
+        last = attempts_of(out, end.chunk)[-1:]
+    except ReadError:
+        return said
     error = last[0].get('error') if last and end.code is not None else None
     return f'{said} ({error})' if error else said
 

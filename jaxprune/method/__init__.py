@@ -6,6 +6,7 @@ from jaxprune.method.choices import SCORED_ON, Choices, broken_rules, check_choi
 from jaxprune.method.granularity import (
     COUPLED,
     GRANULARITIES,
+    GROUP_ALLOCATIONS,
     check_granularity,
     competing,
     counted_as,
@@ -22,6 +23,7 @@ from jaxprune.method.rounds import OnView, Rounds, host_loop, prune_rounds, run_
 __all__ = [
     'COUPLED',
     'GRANULARITIES',
+    'GROUP_ALLOCATIONS',
     'METHODS',
     'OPTIONS',
     'REPAIRS',

@@ -51,6 +51,7 @@ def chosen_anew(
     dense: bool = True,
     only_last: bool = False,
     remaining: bool = False,
+    learned: bool = False,
 ) -> Pruner:
     """A pruner that chooses its masks anew in each round.
 
@@ -64,6 +65,7 @@ def chosen_anew(
       only_last: earlier rounds leave the masks as they are: the hook has its own.
       remaining: the last round keeps what the hook leaves above zero, and the best of each layer,
         whatever the counts say.
+      learned: scores are all zero in the first round, which leaves the masks as they are.
 
     Returns:
       A pruner with the state `Anew`.
@@ -89,8 +91,11 @@ def chosen_anew(
             last = state.round == len(asked.events) - 1
             masks = {path: m | (state.masks[path] & ~last) for path, m in masks.items()}
         nonfinite, nonzero = tallied(scores, alive)
-        # Scores that are learned are all zero in the first round.
-        nonzero = jnp.where(state.round == 0, jnp.maximum(nonzero, 1), nonzero)
+        if learned:
+            first = state.round == 0
+            masks = {path: m | (state.masks[path] & first) for path, m in masks.items()}
+            chosen = {name: m | (alive[name] & first) for name, m in chosen.items()}
+            nonzero = jnp.where(first, 1, nonzero)
         info = PruneInfo(count_kept(chosen), nonfinite, nonzero)
         prunes = leave_out(asked, counts)
         return state._replace(round=state.round + 1, prunes=prunes), masks, info

@@ -195,7 +195,7 @@ def kept_groups(asked: Asked, scores: Scores, counts: Counts) -> Masks:
     if not (asked.cost or asked.shared):
         return in_multiples(layerwise_top_k, asked.multiple)(scores, counts)
     fewest = fewest_of(asked)
-    lifted = within_bounds(scores, fewest, None)
+    lifted = within_bounds(scores, fewest, asked.most)
     if asked.cost:
         return within_share(asked.groups, asked.cost, asked.multiple, fewest)(lifted, counts)
     return in_multiples(global_top_k, asked.multiple)(lifted, counts)

@@ -539,8 +539,8 @@ METHODS: dict[str, Method] = {
     'movement': _sparse_training(
         movement,
         'movement',
-        'Learned scores: weights that move away from zero stay. Pruned weights stand still, their '
-        'scores do not.',
+        'Learned scores: weights that move away from zero stay. Pruned weights get no gradient, '
+        'their scores do.',
         _MOVEMENT,
         allocation='uniform',
         options={'score_rate': 0.01, 'score_optimizer': 'adam'},

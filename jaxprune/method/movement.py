@@ -39,10 +39,10 @@ class Learned(NamedTuple):
 def movement(
     asked: Asked, *, score_rate: ArrayLike = 0.01, score_optimizer: str = 'adam'
 ) -> Pruner:
-    """Keeps the weights with the largest scores; a pruned weight stands still, its score does not.
+    """Keeps the weights with the largest scores. A pruned weight gets no gradient, its score does.
 
-    The published mask follows the scores in every step; here it changes in rounds. Momentum and
-    weight decay of the optimizer act on pruned weights too, as in the authors' code.
+    The published mask follows the scores in every step; here it changes in rounds, and the first
+    one keeps all. Momentum and weight decay still move pruned weights, as in the authors' code.
 
     Args:
       asked: what is pruned; the score of a block or a unit is the sum of its weights' scores.
@@ -53,6 +53,7 @@ def movement(
       PruneError: an unknown optimizer.
     """
     check_choice('score_optimizer', score_optimizer, SCORE_OPTIMIZERS)
+    check_rounds(asked, 'movement')
 
     def weights(state: Anew, params: PyTree, masks: Masks, clock: ArrayLike) -> PyTree:
         del state, clock
@@ -67,7 +68,13 @@ def movement(
         return state._replace(own=own), tree.apply_masks(grads, masks)
 
     hook = StepHook(weights=weights, gradient=gradient)
-    return chosen_anew(asked, hook, _by_score, begin=lambda view: _begun(view, score_optimizer))
+    return chosen_anew(
+        asked,
+        hook,
+        _by_score,
+        begin=lambda view: _begun(view, score_optimizer),
+        learned=True,
+    )
 
 
 def soft_movement(
@@ -129,6 +136,7 @@ def soft_movement(
         begin=lambda view: _begun(view, score_optimizer),
         only_last=True,
         remaining=cut == 'zero',
+        learned=True,
     )
 
 

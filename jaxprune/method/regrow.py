@@ -169,8 +169,18 @@ def regrown(
     """
     leaving = {n: jnp.floor(jnp.float32(k) * jnp.float32(share)) for n, k in counts.items()}
     leaving = {name: n.astype(jnp.int32) for name, n in leaving.items()}
-    stay = selected(asked, sizes, kept, {name: k - leaving[name] for name, k in counts.items()})
+    fewest = asked.fewest
+    if fewest is not None:  # what leaves of a floor grows again
+        part = leaving[GLOBAL] / jnp.maximum(counts[GLOBAL], 1)
+        fewest = {n: k - jnp.floor(k * part).astype(jnp.int32) for n, k in fewest.items()}
+    stays = {name: k - leaving[name] for name, k in counts.items()}
+    stay = selected(asked._replace(fewest=fewest), sizes, kept, stays)
     free = {name: may[name] & ~stay[name] for name in stay}
     staying = count_kept(stay)
-    staying[GLOBAL] = sum(staying.values())
-    return stay, selected(asked, grow, free, {n: k - staying[n] for n, k in counts.items()})
+
+    def room(bounds: Counts | None) -> Counts | None:
+        return bounds and {n: jnp.maximum(k - staying[n], 0) for n, k in bounds.items()}
+
+    left = asked._replace(fewest=room(asked.fewest), most=room(asked.most))
+    gone = {**staying, GLOBAL: sum(staying.values())}
+    return stay, selected(left, grow, free, {n: k - gone[n] for n, k in counts.items()})

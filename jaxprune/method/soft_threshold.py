@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxprune import tree
 from jaxprune.errors import check_choice
-from jaxprune.method.chosen_anew import Anew, chosen_anew
+from jaxprune.method.chosen_anew import Anew, check_rounds, chosen_anew
 from jaxprune.method.lasting import CUTS, Asked
 from jaxprune.types import Hyper, Key, Masks, Pruner, PyTree, StepHook, View, Weights
 
@@ -43,6 +43,7 @@ def soft_threshold(asked: Asked, *, initial: ArrayLike = -10.0, cut: str = 'targ
       PruneError: an unknown cut.
     """
     check_choice('cut', cut, CUTS)
+    check_rounds(asked, 'str')
 
     def weights(state: Anew, params: PyTree, masks: Masks, clock: ArrayLike) -> PyTree:
         del clock

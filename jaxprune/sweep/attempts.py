@@ -3,7 +3,7 @@
     DIR/attempts/<chunk>/<attempt>.json
 
 Results depend on none of it. It tells people what happens, and processes that share a directory
-what others are at.
+at which chunks others work.
 """
 
 import contextlib
@@ -34,7 +34,8 @@ class Attempt(NamedTuple):
     Attributes:
       name: of the attempt; nobody else has it.
       note: adds facts to its file, at the next sign of life.
-      claim: takes the chunk, unless another process works at it; returns whether it is ours.
+      claim: takes the chunk, unless another process is seen to work at it; returns whether it is
+        ours. Two processes whose clocks differ may both get it: the results are the same.
     """
 
     name: str

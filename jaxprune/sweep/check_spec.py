@@ -314,7 +314,7 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
     entry = method.method(spec.name)
     spec = dataclasses.replace(
         spec,
-        allocation=spec.allocation or entry.allocation,
+        allocation=spec.allocation or _usual_allocation(spec),
         rewind=spec.rewind or entry.rewind,
     )
     options = _options(
@@ -349,10 +349,20 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
     )
 
 
+def _usual_allocation(spec: MethodSpec) -> str:
+    """The published allocation, or the nearest one for what is pruned."""
+    published = method.method(spec.name).allocation
+    if spec.target != 'direct' and published != 'global':
+        return 'global'
+    if spec.granularity != 'weight' and published not in method.GROUP_ALLOCATIONS:
+        return 'uniform'
+    return published
+
+
 def _what_else(spec: MethodSpec) -> str:
     """What a label says beside the method's name."""
     words = ''
-    if spec.allocation != method.method(spec.name).allocation:
+    if spec.allocation != _usual_allocation(spec):
         words = f' ({_ALLOCATION_TITLES.get(spec.allocation, spec.allocation)})'
     words += '' if spec.target == 'direct' else f' to {spec.target}'
     if spec.granularity != 'weight':

@@ -39,6 +39,8 @@ def merge(directories: Sequence[str | Path], out: str | Path) -> Merged:
         raise StoreError('merge: give two directories or more')
     places = [store.place(name) for name in directories]
     out = store.directory(out)
+    if str(out) in map(str, places):
+        raise StoreError(f'{out} is one of the directories to unite: give another --out')
     first = places[0]
     plan, spec = stored_plan(first), stored_spec(first)
     known = [*places[1:], out] if (out / 'plan.json').exists() else places[1:]
@@ -49,7 +51,7 @@ def merge(directories: Sequence[str | Path], out: str | Path) -> Merged:
         if other['chunks'] != plan['chunks']:
             raise StoreError(f'{place} has other chunks than {first}: one was planned otherwise')
     store.make_directory(out)
-    store.write_bytes(out / 'spec.toml', to_toml(spec).encode())
+    store.create_bytes(out / 'spec.toml', to_toml(spec).encode())
     store.create_json(out / 'plan.json', plan)
     for place in places:
         for path in store.listed(place / 'sessions', '.json'):
@@ -64,7 +66,7 @@ def _copied_chunks(places: Sequence[Path], out: Path, chunks: Sequence[str]) -> 
     there, broken = store.finished_chunks(out), []
     for chunk in chunks:
         sources = [place for place, done in finished if chunk in done]
-        if chunk in there or not sources:
+        if not sources or (chunk in there and not store.unreadable(out, chunk)):
             continue
         wrong = [store.unreadable(source, chunk) for source in sources]
         if '' not in wrong:

@@ -89,6 +89,9 @@ def read_piece(folder: Path, name: str) -> Chunk | None:
         with zipfile.ZipFile(io.BytesIO(content)) as packed:
             frames = [pl.read_parquet(io.BytesIO(packed.read(f'{t}.parquet'))) for t in _TABLES]
             timing = json.loads(packed.read('timing.json'))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, pl.exceptions.PolarsError):
+    except (
+        *(OSError, KeyError, ValueError, zipfile.BadZipFile, pl.exceptions.PolarsError),
+        *store.refusals(folder),
+    ):
         return None
     return Chunk(*frames, timing)

@@ -83,6 +83,8 @@ def meet(processes: Processes, seconds: int = MEETING) -> None:
     if stale:
         print(f'jaxprune: {", ".join(stale)} of another allocation left out', file=sys.stderr)
     late = f'{processes.count} processes did not meet at {processes.coordinator} in {seconds} s'
+    # JAX would take SIGTERM for itself, and nobody would save.
+    jax.config.update('jax_enable_preemption_service', False)
     with _ended_after(2 * seconds, late):
         try:
             jax.distributed.initialize(

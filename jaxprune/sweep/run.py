@@ -26,7 +26,7 @@ from jaxprune.sweep.spec import SweepSpec
 from jaxprune.sweep.sweep_plan import checked_groups, make_plan
 from jaxprune.sweep.worker import Job, make_worker
 
-#: Seconds between looks at chunks that other processes are at.
+#: Seconds between looks at chunks at which other processes work.
 _LOOK = 1.0
 
 
