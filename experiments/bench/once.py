@@ -136,7 +136,9 @@ def steps(settings, tables: list[Table], notes: list[str], publish: Callable) ->
     tables.append(table)
     for net in settings.nets:
         for name, entry in method.METHODS.items():
-            if not entry.hooked or (name == 'slimming' and net == 'LeNet-300-100'):
+            if not (entry.hooked and entry.coupled) or (
+                name == 'slimming' and net == 'LeNet-300-100'
+            ):
                 continue
             case = case_of(net, name, (0.5,), settings.runs)
             plain, own = timed(case, settings.rounds)
