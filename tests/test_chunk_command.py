@@ -291,19 +291,17 @@ def test_several_processes_train_one_chunk(trained, tmp_path):
             'JAX_NUM_PROCESSES': '2',
             'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
         }
+        before = len(attempts_of(out, chunk['id']))
         logs = [open(tmp_path / f'log{n}', 'w+') for n in range(2)]  # noqa: SIM115
         pair = [
             started('chunk', out, chunk['id'], log=log, JAX_PROCESS_ID=str(n), **environment)
             for n, log in enumerate(logs)
         ]
-        if killed:
-            while not attempts_of(out, chunk['id']) and pair[0].poll() is None:
+        if killed or asked:
+            while len(attempts_of(out, chunk['id'])) == before and pair[0].poll() is None:
                 time.sleep(0.05)
-            pair[1].kill()
-        if asked:  # of one of them, and all leave
-            while not attempts_of(out, chunk['id']) and pair[0].poll() is None:
-                time.sleep(0.05)
-            pair[1].send_signal(signal.SIGTERM)
+            # One of them is asked, and both leave.
+            pair[1].send_signal(signal.SIGKILL if killed else signal.SIGTERM)
         codes = [process.wait(300) for process in pair]
         for log in logs:
             log.seek(0)
