@@ -190,7 +190,7 @@ def test_the_cost_of_pruning_while_training_is_measured(tmp_path):
     done = subprocess.run(command, env=QUICK, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     steps, together = out.read_text().split('### ')[1:]
-    hooked = [name for name, entry in METHODS.items() if entry.hooked and name != 'slimming']
+    hooked = [n for n, m in METHODS.items() if m.hooked and m.coupled and n != 'slimming']
     rows = [row for row in cells(steps) if row and row[0] == 'LeNet-300-100']
     assert len(rows) == len(hooked) and all(float(row[5]) > 0 for row in rows)
     assert [row[-1] for row in cells(together) if row and row[0] == 'LeNet-300-100'] == ['equal']

@@ -94,7 +94,6 @@ def chosen_anew(
         if learned:
             first = state.round == 0
             masks = {path: m | (state.masks[path] & first) for path, m in masks.items()}
-            chosen = {name: m | (alive[name] & first) for name, m in chosen.items()}
             nonzero = jnp.where(first, 1, nonzero)
         info = PruneInfo(count_kept(chosen), nonfinite, nonzero)
         prunes = leave_out(asked, counts)
