@@ -201,7 +201,7 @@ def test_several_chunks_in_one_job(cluster, sweep):
 @pytest.mark.fleet
 def test_interrupted_job_skips_finished_chunks(cluster, sweep):
     launcher = sweep.launcher(per_job=2)
-    launcher.submit([sweep.task('first', steps=1), sweep.task('second', steps=25)])
+    launcher.submit([sweep.task('first', steps=1), sweep.task('second', steps=60)])
     wait(lambda: sweep.log('second'), 30)
     preempt()
     assert _codes(_until_ended(launcher, 2, 90)) == {'first': 0, 'second': 0}
