@@ -96,7 +96,8 @@ def _until_finished(
             launcher.submit([Task(chunk, chunk_command(out, chunk, options)) for chunk in new])
             submitted.update(new)
         _wait(stop)
-        late = [c for c, at in ended_well.items() if time.monotonic() - at > _SHOWN_AFTER]
+        ago = time.monotonic() - _SHOWN_AFTER
+        late = [c for c in missing if ended_well.get(c, ago) < ago]
         for end in [*launcher.ended(), *(Ended(chunk, FAULT, _NO_RESULTS) for chunk in late)]:
             if end.code == 0:
                 ended_well[end.chunk] = time.monotonic()

@@ -100,10 +100,6 @@ def get_pruner(
     )
     check_choices(entry, choices)
     train = (batch_norm or entry.batch_norm) == 'train'
-
-    def of_problem(key: Key, view: View, batches: Batches | None) -> Weights:
-        return mean_gradient(problem, view, key, batches, train=train)
-
     request = _Request(
         problem,
         entry,
@@ -115,7 +111,7 @@ def get_pruner(
         train,
         tuple(events),
         own,
-        gradient or of_problem,
+        gradient,
     )
     if entry.make is not None:
         made = _training(request)
@@ -145,7 +141,7 @@ class _Request(NamedTuple):
     train: bool
     events: tuple[int, ...]
     options: Mapping[str, Any]
-    gradient: Callable[[Key, View, Any], Weights]
+    gradient: Callable[[Key, View, Any], Weights] | None
 
 
 def _own_options(entry: Method, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,6 +196,10 @@ def _selection(groups: Groups, choices: Choices, fewest: Mapping[str, int] | Non
 
 def _training(request: _Request) -> Pruner:
     """A method that changes training."""
+
+    def of_problem(key: Key, view: View, batches: Batches | None) -> Weights:
+        return mean_gradient(request.problem, view, key, batches, train=request.train)
+
     choices, groups = request.choices, request.groups
     if groups is None:
         if request.shapes is None:
@@ -216,7 +216,7 @@ def _training(request: _Request) -> Pruner:
         cost_of(choices.target),
         shared,
         most if shared and cap != 1.0 else None,
-        request.gradient,
+        request.gradient or of_problem,
     )
     return request.entry.make(asked, **request.options)
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxprune import tree
 from jaxprune.errors import PruneError
@@ -144,13 +145,8 @@ def check_rounds(asked: Asked, name: str) -> None:
 # --- for hooks ----------------------------------------------------------------------------------
 
 
-def masked(params: PyTree, masks: Masks) -> PyTree:
-    """Parameters whose prunable leaves are zero where pruned; so are their gradients."""
-    return tree.apply_masks(params, masks)
-
-
 def straight_through(params: PyTree, masks: Masks) -> PyTree:
-    """The same, but the gradient goes to all weights, pruned ones too."""
+    """Parameters that are zero where pruned, but the gradient goes to all weights."""
     leaves = dict(tree.paths(params))
     # Exact: w + (w - w) is w, and w + (0 - w) is 0.
     moved = {
@@ -158,6 +154,18 @@ def straight_through(params: PyTree, masks: Masks) -> PyTree:
         for path, mask in masks.items()
     }
     return tree.put(params, moved)
+
+
+def straight_weights(state: PyTree, params: PyTree, masks: Masks, clock: ArrayLike) -> PyTree:
+    """`straight_through` as the `weights` of a hook."""
+    del state, clock
+    return straight_through(params, masks)
+
+
+def by_size(key: Key, view: View, state: PyTree) -> Weights:
+    """`sizes_of` as a score."""
+    del key, state
+    return sizes_of(view)
 
 
 def sizes_of(view: View) -> Weights:

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxprune import score, tree
 from jaxprune.errors import check_choice
-from jaxprune.method.chosen_anew import chosen_anew, masked, sizes_of, straight_through
+from jaxprune.method.chosen_anew import by_size, chosen_anew, straight_weights
 from jaxprune.method.lasting import Asked
 from jaxprune.types import Hyper, Key, Masks, Pruner, PyTree, StepHook, View, Weights
 
@@ -29,7 +29,7 @@ def gmp(asked: Asked) -> Pruner:
 
     def weights(state: PyTree, params: PyTree, masks: Masks, clock: ArrayLike) -> PyTree:
         del state, clock
-        return masked(params, masks)
+        return tree.apply_masks(params, masks)
 
     def project(
         state: PyTree, before: PyTree, after: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
@@ -39,7 +39,7 @@ def gmp(asked: Asked) -> Pruner:
         frozen = {path: jnp.where(mask, new[path], old[path]) for path, mask in masks.items()}
         return state, tree.put(after, frozen)
 
-    return chosen_anew(asked, StepHook(weights=weights, project=project), _by_size)
+    return chosen_anew(asked, StepHook(weights=weights, project=project), by_size)
 
 
 def dpf(asked: Asked) -> Pruner:
@@ -51,7 +51,7 @@ def dpf(asked: Asked) -> Pruner:
     Args:
       asked: what is pruned.
     """
-    return chosen_anew(asked, _straight(), _by_size)
+    return chosen_anew(asked, _straight(), by_size)
 
 
 def straight(asked: Asked, *, by: str = 'magnitude') -> Pruner:
@@ -65,7 +65,7 @@ def straight(asked: Asked, *, by: str = 'magnitude') -> Pruner:
       by: 'magnitude' or 'random'.
     """
     check_choice('by', by, STRAIGHT)
-    return chosen_anew(asked, _straight(), _by_size if by == 'magnitude' else _at_random)
+    return chosen_anew(asked, _straight(), by_size if by == 'magnitude' else _at_random)
 
 
 def sr_ste(asked: Asked, *, pull: ArrayLike = 2e-4) -> Pruner:
@@ -78,15 +78,11 @@ def sr_ste(asked: Asked, *, pull: ArrayLike = 2e-4) -> Pruner:
       asked: what is pruned; with granularity '2:4' the method of the paper.
       pull: λ of the paper.
     """
-    return chosen_anew(asked, _straight(pull), _by_size)
+    return chosen_anew(asked, _straight(pull), by_size)
 
 
 def _straight(pull: ArrayLike | None = None) -> StepHook:
     """The hook of straight-through masks."""
-
-    def weights(state: PyTree, params: PyTree, masks: Masks, clock: ArrayLike) -> PyTree:
-        del state, clock
-        return straight_through(params, masks)
 
     def gradient(
         state: PyTree, grads: PyTree, params: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
@@ -99,12 +95,7 @@ def _straight(pull: ArrayLike | None = None) -> StepHook:
         }
         return state, tree.put(grads, pulled)
 
-    return StepHook(weights=weights, gradient=None if pull is None else gradient)
-
-
-def _by_size(key: Key, view: View, state: PyTree) -> Weights:
-    del key, state
-    return sizes_of(view)
+    return StepHook(weights=straight_weights, gradient=None if pull is None else gradient)
 
 
 def _at_random(key: Key, view: View, state: PyTree) -> Weights:

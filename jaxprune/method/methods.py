@@ -36,7 +36,6 @@ class Method(NamedTuple):
       rounds: published number of rounds.
       density_schedule: published schedule of densities over the rounds.
       allocation: published allocation of weights to layers.
-      rewind: what is taken back after each round, see `MethodSpec.rewind`.
       monotone: pruned weights never return.
       grouped: the score takes `by`: what is removed together.
       coupled: it prunes coupled groups and nothing else.
@@ -57,7 +56,6 @@ class Method(NamedTuple):
     rounds: int = 1
     density_schedule: str = 'exponential'
     allocation: str = 'global'
-    rewind: str = ''
     monotone: bool = True
     grouped: bool = False
     coupled: bool = False

@@ -4,6 +4,7 @@ Each weight has a score S, 0 at first, with an optimizer of its own. It gets the
 gradient `∂L/∂S = (∂L/∂W') W`, W' the masked weight: so S grows where a weight moves away from 0.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,13 @@ from jax.typing import ArrayLike
 
 from jaxprune import tree
 from jaxprune.errors import check_choice
-from jaxprune.method.chosen_anew import Anew, check_rounds, chosen_anew, straight_through
+from jaxprune.method.chosen_anew import (
+    Anew,
+    check_rounds,
+    chosen_anew,
+    straight_through,
+    straight_weights,
+)
 from jaxprune.method.lasting import CUTS, Asked
 from jaxprune.types import Hyper, Key, Masks, Pruner, PyTree, Scores, StepHook, View, Weights
 
@@ -52,29 +59,16 @@ def movement(
     Raises:
       PruneError: an unknown optimizer.
     """
-    check_choice('score_optimizer', score_optimizer, SCORE_OPTIMIZERS)
     check_rounds(asked, 'movement')
-
-    def weights(state: Anew, params: PyTree, masks: Masks, clock: ArrayLike) -> PyTree:
-        del state, clock
-        return straight_through(params, masks)
 
     def gradient(
         state: Anew, grads: PyTree, params: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
     ) -> tuple[Anew, PyTree]:
         del clock, hyper
-        slopes = _slopes(grads, params, masks)
-        own = _stepped(state.own, slopes, score_rate)
+        own = _stepped(state.own, _slopes(grads, params, masks), score_rate)
         return state._replace(own=own), tree.apply_masks(grads, masks)
 
-    hook = StepHook(weights=weights, gradient=gradient)
-    return chosen_anew(
-        asked,
-        hook,
-        _by_score,
-        begin=lambda view: _begun(view, score_optimizer),
-        learned=True,
-    )
+    return _by_scores(asked, StepHook(weights=straight_weights, gradient=gradient), score_optimizer)
 
 
 def soft_movement(
@@ -103,7 +97,6 @@ def soft_movement(
     Raises:
       PruneError: an unknown optimizer or cut, fewer than two rounds.
     """
-    check_choice('score_optimizer', score_optimizer, SCORE_OPTIMIZERS)
     check_choice('cut', cut, CUTS)
     check_rounds(asked, 'soft_movement')
     start, end = asked.events[0], asked.events[-1]
@@ -129,15 +122,14 @@ def soft_movement(
         return state._replace(own=own), tree.apply_masks(grads, soft)
 
     hook = StepHook(weights=weights, gradient=gradient)
-    return chosen_anew(
-        asked,
-        hook,
-        _by_score,
-        begin=lambda view: _begun(view, score_optimizer),
-        only_last=True,
-        remaining=cut == 'zero',
-        learned=True,
-    )
+    return _by_scores(asked, hook, score_optimizer, only_last=True, remaining=cut == 'zero')
+
+
+def _by_scores(asked: Asked, hook: StepHook, optimizer: str, **rest: bool) -> Pruner:
+    """A pruner that goes by learned scores; further arguments as of `chosen_anew`."""
+    check_choice('score_optimizer', optimizer, SCORE_OPTIMIZERS)
+    begin = functools.partial(_begun, optimizer=optimizer)
+    return chosen_anew(asked, hook, _by_score, begin=begin, learned=True, **rest)
 
 
 def _by_score(key: Key, view: View, own: Learned) -> Weights:

@@ -18,6 +18,7 @@ from jaxprune.method.chosen_anew import (
     Anew,
     as_they_are,
     begun,
+    by_size,
     check_rounds,
     chosen_anew,
     selected,
@@ -65,8 +66,8 @@ def rigl(asked: Asked, *, drop: ArrayLike = 0.3, skip: bool = True) -> Pruner:
 def set_(asked: Asked, *, drop: ArrayLike = 0.3, skip: bool = False) -> Pruner:
     """SET (Mocanu et al. 2018, arXiv:1707.04780): grows at random.
 
-    The paper drops the same share in every epoch; the share falls here as RigL's does, as in the
-    code of its authors, who compare with SET.
+    The paper drops the same share in every epoch. Here the share falls, as in the code of RigL's
+    authors.
 
     Args:
       asked, drop, skip: see `rigl`.
@@ -75,12 +76,8 @@ def set_(asked: Asked, *, drop: ArrayLike = 0.3, skip: bool = False) -> Pruner:
       PruneError: see `rigl`.
     """
 
-    def at_random(key: Key, view: View, batches: Any) -> Weights:
-        del batches
-        return score.random()(key, view, None)
-
     still = tuple(asked.events[1:]) if skip else ()
-    return _regrowing(asked, 'set', drop, at_random, frozenset(), still)
+    return _regrowing(asked, 'set', drop, score.random(), frozenset(), still)
 
 
 def acdc(asked: Asked) -> Pruner:
@@ -92,7 +89,7 @@ def acdc(asked: Asked) -> Pruner:
     Args:
       asked: what is pruned.
     """
-    return chosen_anew(asked, StepHook(), lambda key, view, state: sizes_of(view), dense=False)
+    return chosen_anew(asked, StepHook(), by_size, dense=False)
 
 
 def drop_share(drop: ArrayLike, clock: ArrayLike, end: int) -> jax.Array:
@@ -130,7 +127,7 @@ def _regrowing(
             return selected(asked, scores, may, counts), scores
 
         def later() -> tuple[Masks, Scores]:
-            sizes = groups.gather({p: jnp.abs(w) for p, w in view.weights.items()})
+            sizes = groups.gather(sizes_of(view))
             scores = groups.gather(grow(key, view, batches))
             kept, grown = regrown(
                 asked, sizes, scores, groups.alive(view.masks), may, counts, share
