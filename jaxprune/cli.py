@@ -304,8 +304,8 @@ def _sweep(command: Sweep) -> None:
         store,
         use_all_cores,
     )
-    from jaxprune.sweep.plan_tables import time_line
     from jaxprune.sweep.progress import shown_on
+    from jaxprune.sweep.timing import time_line
 
     _check_engine(command)
     use_all_cores()
@@ -449,8 +449,8 @@ def _status(command: Status) -> None:
 
 
 def _show_status(found: dict, directory: str) -> None:
-    from jaxprune.sweep.plan_tables import time_line
     from jaxprune.sweep.progress import clock
+    from jaxprune.sweep.timing import time_line
 
     state = 'running' if found['running'] else 'not running'
     print(f'{found["name"]}: {found["runs_finished"]}/{found["runs"]} runs, {state}')

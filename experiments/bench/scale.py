@@ -47,7 +47,11 @@ from jaxprune.sweep.timing import PHASES
 METHODS = ('random', 'magnitude', 'snip', 'synflow', 'grasp')
 COMPRESSIONS = 20
 #: Parts that should not grow beyond these seconds, and at how many runs.
-TARGETS = {'status, half finished': (10_000, 2.0), 'status, all finished': (10_000, 2.0)}
+TARGETS = {
+    f'{what}, {when} finished': (10_000, 2.0)
+    for what in ('status', 'command `jaxprune status`')
+    for when in ('half', 'all')
+}
 
 
 class Spent(NamedTuple):

@@ -9,7 +9,6 @@ from rich.table import Table
 from jaxprune.sweep.probe import Measured
 from jaxprune.sweep.progress import clock
 from jaxprune.sweep.this_machine import Here
-from jaxprune.sweep.timing import PHASES
 
 
 def plan_tables(
@@ -82,14 +81,6 @@ def probe_table(found: Sequence[Measured]) -> Table:
             human_bytes(measured.bytes_per_run),
         )
     return table
-
-
-def time_line(timing: Mapping[str, float]) -> str:
-    """One line on where the time of finished chunks went."""
-    words = {'compile': 'compiling', 'prune': 'pruning', 'train': 'training'}
-    spent = [f'{words.get(name, "evaluating")} {clock(timing[name])}' for name in PHASES]
-    speed = timing['run_steps'] / timing['train'] if timing['train'] else 0
-    return f'time: {", ".join(spent)}; {speed:,.0f} runs x steps/s while training'
 
 
 def human_bytes(count: float) -> str:

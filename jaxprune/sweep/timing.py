@@ -2,11 +2,11 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-import jax.monitoring
+from jaxprune.sweep.progress import clock
 
 #: What a chunk's time is spent on, in the order of reports; 'train' includes what [record]
 #: asks for along the way.
@@ -30,6 +30,8 @@ class Stopwatch(NamedTuple):
 @contextlib.contextmanager
 def compiling() -> Iterator[Callable[[], float]]:
     """Gives a function that returns the seconds that JAX has spent compiling so far."""
+    import jax.monitoring
+
     spans: list[tuple[float, float]] = []
 
     def on_event(event: str, start: float, end: float, **_: object) -> None:
@@ -67,3 +69,11 @@ def stopwatch() -> Iterator[Stopwatch]:
             seconds[name] += max(time.perf_counter() - began - compiles, 0.0)
 
         yield Stopwatch(phase, lambda: dict(seconds))
+
+
+def time_line(timing: Mapping[str, float]) -> str:
+    """One line on where the time of finished chunks went."""
+    words = {'compile': 'compiling', 'prune': 'pruning', 'train': 'training'}
+    spent = [f'{words.get(name, "evaluating")} {clock(timing[name])}' for name in PHASES]
+    speed = timing['run_steps'] / timing['train'] if timing['train'] else 0
+    return f'time: {", ".join(spent)}; {speed:,.0f} runs x steps/s while training'

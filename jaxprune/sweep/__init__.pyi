@@ -1,0 +1,13 @@
+from .compact_spec import compact_spec as compact_spec
+from .devices import keep_compiled as keep_compiled
+from .devices import use_all_cores as use_all_cores
+from .load import load_spec as load_spec
+from .load import make_spec as make_spec
+from .load import to_toml as to_toml
+from .run import default_out as default_out
+from .run import plan_sweep as plan_sweep
+from .run import run_chunks as run_chunks
+from .run import run_sweep as run_sweep
+from .spec import SweepSpec as SweepSpec
+from .status import status as status
+from .sweep_plan import make_plan as make_plan
