@@ -38,6 +38,7 @@ from .prune_model import prune as prune
 
 # training and sweeps
 from .prune_model.train_once import train_once as train_once
+from .prune_model.train_sparse import train_sparse as train_sparse
 from .report.groups_figure import draw_groups as draw_groups
 from .score import grasp as grasp
 from .score import magnitude as magnitude

@@ -156,11 +156,12 @@ def gradient_step(
             grads = jax.tree.map(lambda g, p: g + hyper.weight_decay * p, grads, state.params)
         rate = optimizer.rate(clock, hyper)
         tx = optimizer.make(hyper, rate)
-        if dense:
+        if dense and hook.moves is None:
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
         else:
+            moving = hook.moves(method_state, masks) if dense else masks
             updates, opt_state = sparse(tx).update(
-                grads, state.opt_state, state.params, masks=masks
+                grads, state.opt_state, state.params, masks=moving
             )
         params = jax.tree.map(lambda p, u: p + u.astype(p.dtype), state.params, updates)
         if hook.project is not None:
@@ -180,17 +181,18 @@ def gradient_step(
 
 
 def computed_with(hook: StepHook, state: RunState, clock: ArrayLike, params: PyTree) -> PyTree:
-    """The parameters that the network computes with while a method is at work."""
+    """The parameters that a training step computes with while a method is at work."""
     if hook.weights is None:
         return params
     return hook.weights(state.method_state, params, state.masks, clock)
 
 
 def through_hook(hook: StepHook | None, clock: ArrayLike, state: RunState) -> RunState:
-    """The state as forward passes see it."""
-    if hook is None or hook.weights is None:
+    """The state as evaluation, scores and recorded quantities see it."""
+    if hook is None:
         return state
-    return state._replace(params=computed_with(hook, state, clock, state.params))
+    seen = hook if hook.evaluated is None else hook._replace(weights=hook.evaluated)
+    return state._replace(params=computed_with(seen, state, clock, state.params))
 
 
 def hooked_view(problem: Problem, state: RunState, hook: StepHook | None, clock: ArrayLike) -> View:

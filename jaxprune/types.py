@@ -206,6 +206,7 @@ class Groups(NamedTuple):
       gather: values of all prunable weights -> their sums over each group.
       alive: masks -> is anything of a group kept?
       spread: groups kept, bool -> masks of all prunable leaves, with everything that goes along.
+        Where no groups are coupled also: numbers of groups -> for each weight that of its group.
       eligible: scores of groups -> the same, -inf where a rule keeps the group out; None if no
         such rule is there.
       most: layer -> how many groups the rule lets in at most; None if there is no rule.
@@ -290,13 +291,19 @@ class StepHook(NamedTuple):
 
     Attributes:
       weights: what the network computes with, see `WeightsHook`.
+      evaluated: what it computes with in evaluation, scores and recorded quantities, if that is
+        something else.
       gradient: what the optimizer is given, see `GradientHook`.
+      moves: of a method that keeps dense weights, `(state, masks) -> masks`: the weights that the
+        optimizer may move, and whose gradient it sees; None for all.
       project: where a step ends, see `ProjectHook`.
       still: readings of the clock at which the optimizer takes no step.
     """
 
     weights: WeightsHook | None = None
+    evaluated: WeightsHook | None = None
     gradient: GradientHook | None = None
+    moves: Callable[[PyTree, Masks], Masks] | None = None
     project: ProjectHook | None = None
     still: tuple[int, ...] = ()
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,20 @@ OPTIONS = {
     'proximal': {'penalty': 2.0},
     # Else the optimizer rests where weights are dropped and grown, pruned or not.
     'rigl': {'skip': False},
+    # Without ADMM and ties it is pruning of blocks, which the law of the dense control is about.
+    'unify': {'unified': 0.0},
+    'greg1': {'interval': 1, 'increment': 0.01},
+    'greg2': {'interval': 1, 'pick_increment': 0.01, 'pick_ceiling': 0.1, 'increment': 0.1},
     'tpp': {'interval': 1, 'increment': 0.01, 'weight': 1.0},
 }
 #: Slimming needs a norm behind every layer that it prunes.
 NORMED = {'name': 'small_vgg', 'widths': [4]}
+
+
+def granularity(name):
+    """What the example of the method prunes, if not weights or a pattern of them."""
+    found = re.search('granularity = "(.*?)"', method.METHODS[name].example)
+    return found[1] if found and ':' not in found[1] else 'weight'
 
 
 def table(name):
@@ -40,7 +51,7 @@ def table(name):
     entry = {
         'name': name,
         'label': name,
-        'granularity': 'unit' if coupled else 'weight',
+        'granularity': granularity(name),
         'allocation': 'global',
         'start': 1,
         'end': 7,
@@ -83,7 +94,8 @@ def test_counts_and_zeros(name):
     alive = jax.device_get(program.competing(group.runs[0].method).alive(pruned.masks))
     wanted = counts_of(program, group.runs[0]).counts['*'][-1]
     assert sum(int(mask.sum()) for mask in alive.values()) == wanted
-    assert wanted == (4 if method.METHODS[name].coupled else program.size // 2)
+    shapes = program.competing(group.runs[0].method).shapes.values()
+    assert wanted == sum(math.prod(shape) for shape in shapes) // 2
     params, moments = (dict(tree.paths(t)) for t in (pruned.params, pruned.opt_state))
     for path, mask in pruned.masks.items():
         assert not np.any(params[path][~mask]), path

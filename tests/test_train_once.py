@@ -70,7 +70,6 @@ def test_hesso_cuts_what_is_zero_and_all_of_it(more):
     once = made('hesso', rounds=4, **more)
     params, state = trained(once, STOP)
     gone = {layer: int(mask.sum()) for layer, mask in zeros(params).items()}
-    params, state = jax.jit(once.finish)(params, state)
     assert int(state.forced) == 0
     small = once.compact(params, state)
     assert small.removed == {layer: n for layer, n in gone.items() if n}
@@ -85,26 +84,22 @@ def test_no_more_is_projected_than_a_share_needs(name):
     strong = {'penalty': 1.0, 'half_space': 0.97, 'half_space_dense': 0.97}
     once = made(name, target='flops', density=0.7, **strong)
     params, state = trained(once, STOP)
-    gone = sum(int(mask.sum()) for mask in zeros(params).values())
-    params, state = jax.jit(once.finish)(params, state)
     removed = sum(once.compact(params, state).removed.values())
-    assert 0 < gone <= removed
-    assert int(state.forced) == removed - gone
+    assert 0 <= int(state.forced) < removed
+    assert removed == sum(int(mask.sum()) for mask in zeros(params).values())
 
 
 def test_what_was_not_zero_is_counted():
     """Expectation: nothing is zero, so all 16 groups of each layer are cut alive, and the network
     computes something else."""
     once = made('proximal', allocation='uniform', penalty=1e-6)
-    params, state = trained(once, STOP)
+    params, state = trained(once, STOP - 1)
     assert int(state.forced) == 0 and not any(mask.any() for mask in zeros(params).values())
-    after, state = jax.jit(once.finish)(params, state)
+    after, state = trained(once, STOP)
     assert int(state.forced) == 32
     small = once.compact(after, state)
     assert small.removed == dict.fromkeys(zeros(params), 16)
     assert float(jnp.abs(small.apply(small.params, X) - apply(params, X)).max()) > 0.1
-    again = once.finish(after, state)
-    jax.tree.map(np.testing.assert_array_equal, again, (after, state))
 
 
 def test_many_trainings_at_once():

@@ -78,9 +78,8 @@ def broken_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
     if choices.density_schedule in RISING and entry.monotone:
         never = f"'{choices.name}' never brings a weight back"
         yield 'density_schedule', f"'{choices.density_schedule}' goes up and down, and {never}"
-    thresholds = 'cut' in entry.options and not entry.coupled
-    if thresholds and choices.density_schedule not in ('', 'constant'):
-        yield 'density_schedule', f"'{choices.name}' prunes in its last round only: leave it out"
+    if not entry.scheduled and choices.density_schedule not in ('', 'constant'):
+        yield 'density_schedule', f"'{choices.name}' prunes in one round only: leave it out"
     if entry.hooked and not choices.apart:
         yield 'name', f"'{choices.name}' acts between its first round and its last, during training"
 

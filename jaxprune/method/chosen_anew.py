@@ -49,6 +49,7 @@ def chosen_anew(
     score: Callable[[Key, View, PyTree], Weights],
     *,
     begin: Callable[[View], PyTree] = lambda view: (),
+    learn: Callable[[PyTree, Scores, Masks, Counts], PyTree] | None = None,
     dense: bool = True,
     only_last: bool = False,
     remaining: bool = False,
@@ -62,6 +63,7 @@ def chosen_anew(
       score: `(key, view, state of its own) -> a score of each prunable weight`, high = keep. The
         scores of a group are added up.
       begin: makes the state of its own.
+      learn: `(state of its own, scores, what may be kept, counts) -> state` after each round.
       dense: stored weights stay dense, see `Pruner`; else weights that come back are zero.
       only_last: earlier rounds leave the masks as they are: the hook has its own.
       remaining: the last round keeps what the hook leaves above zero, and the best of each layer,
@@ -97,8 +99,9 @@ def chosen_anew(
             masks = {path: m | (state.masks[path] & first) for path, m in masks.items()}
             nonzero = jnp.where(first, 1, nonzero)
         info = PruneInfo(count_kept(chosen), nonfinite, nonzero)
-        prunes = leave_out(asked, counts)
-        return state._replace(round=state.round + 1, prunes=prunes), masks, info
+        own = state.own if learn is None else learn(state.own, scores, alive, counts)
+        state = Anew(state.masks, state.round + 1, leave_out(asked, counts), own)
+        return state, masks, info
 
     returning = None if dense else as_they_are
     return Pruner(init, update, frozenset(), returning, hook=hook, dense=dense)
@@ -160,6 +163,12 @@ def straight_weights(state: PyTree, params: PyTree, masks: Masks, clock: ArrayLi
     """`straight_through` as the `weights` of a hook."""
     del state, clock
     return straight_through(params, masks)
+
+
+def masked_weights(state: PyTree, params: PyTree, masks: Masks, clock: ArrayLike) -> PyTree:
+    """Parameters that are zero where pruned, as the `weights` of a hook."""
+    del state, clock
+    return tree.apply_masks(params, masks)
 
 
 def by_size(key: Key, view: View, state: PyTree) -> Weights:

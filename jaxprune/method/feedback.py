@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxprune import score, tree
 from jaxprune.errors import check_choice
-from jaxprune.method.chosen_anew import by_size, chosen_anew, straight_weights
+from jaxprune.method.chosen_anew import by_size, chosen_anew, masked_weights, straight_weights
 from jaxprune.method.lasting import Asked
 from jaxprune.types import Hyper, Key, Masks, Pruner, PyTree, StepHook, View, Weights
 
@@ -27,19 +27,8 @@ def gmp(asked: Asked) -> Pruner:
       asked: what is pruned.
     """
 
-    def weights(state: PyTree, params: PyTree, masks: Masks, clock: ArrayLike) -> PyTree:
-        del state, clock
-        return tree.apply_masks(params, masks)
-
-    def project(
-        state: PyTree, before: PyTree, after: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
-    ) -> tuple[PyTree, PyTree]:
-        del clock, hyper
-        old, new = (dict(tree.paths(params)) for params in (before, after))
-        frozen = {path: jnp.where(mask, new[path], old[path]) for path, mask in masks.items()}
-        return state, tree.put(after, frozen)
-
-    return chosen_anew(asked, StepHook(weights=weights, project=project), by_size)
+    hook = StepHook(weights=masked_weights, moves=lambda state, masks: masks)
+    return chosen_anew(asked, hook, by_size)
 
 
 def dpf(asked: Asked) -> Pruner:

@@ -9,16 +9,22 @@ from typing import Any, NamedTuple
 
 from jaxprune import score
 from jaxprune.errors import lookup
+from jaxprune.method.admm import admm
+from jaxprune.method.by_rank import increg, spp
 from jaxprune.method.dhspg import dhspg
 from jaxprune.method.feedback import dpf, gmp, sr_ste, straight
+from jaxprune.method.greg import greg1, greg2
 from jaxprune.method.group_penalties import group_norm, proximal, slimming
 from jaxprune.method.hesso import hesso
 from jaxprune.method.hspg import hspg
 from jaxprune.method.lean import lean, operator_norm
 from jaxprune.method.movement import movement, soft_movement
+from jaxprune.method.orthogonal import orthogonal
 from jaxprune.method.regrow import acdc, rigl, set_
 from jaxprune.method.soft_threshold import soft_threshold
+from jaxprune.method.top_kast import top_kast
 from jaxprune.method.tpp import tpp
+from jaxprune.method.unify import unify
 from jaxprune.types import Problem, Pruner, ScoreFn
 
 
@@ -36,6 +42,7 @@ class Method(NamedTuple):
       rounds: published number of rounds.
       density_schedule: published schedule of densities over the rounds.
       allocation: published allocation of weights to layers.
+      scheduled: densities may follow any schedule; else the first round or the last decides.
       monotone: pruned weights never return.
       grouped: the score takes `by`: what is removed together.
       coupled: it prunes coupled groups and nothing else.
@@ -56,6 +63,7 @@ class Method(NamedTuple):
     rounds: int = 1
     density_schedule: str = 'exponential'
     allocation: str = 'global'
+    scheduled: bool = True
     monotone: bool = True
     grouped: bool = False
     coupled: bool = False
@@ -105,6 +113,7 @@ def _training(
     *,
     rounds: int = 2,
     density_schedule: str = 'constant',
+    scheduled: bool = True,
     **options: Any,
 ) -> Method:
     """A method that drives coupled groups to zero while a network trains."""
@@ -115,6 +124,7 @@ def _training(
         paper,
         rounds=rounds,
         density_schedule=density_schedule,
+        scheduled=scheduled,
         coupled=True,
         options=options,
         example='granularity = "unit", start = 2, end = 6',
@@ -136,6 +146,18 @@ def _sparse_training(
     return Method(title, None, doc, paper, make=make, **entry)
 
 
+def _pulling(make: Callable[..., Pruner], title: str, doc: str, paper: str, **rest: Any) -> Method:
+    """A method that pulls at weights, or groups of any kind, while a network trains."""
+    entry = {
+        'rounds': 2,
+        'density_schedule': 'constant',
+        'allocation': 'uniform',
+        'example': 'start = 0, end = 6',
+        **rest,
+    }
+    return Method(title, None, doc, paper, make=make, **entry)
+
+
 def _preset(make: Callable[..., ScoreFn], **settings: Any) -> Callable[..., ScoreFn]:
     """A score with some of its options settled."""
     return functools.partial(make, **settings)
@@ -146,6 +168,7 @@ _TAYLOR = 'Molchanov et al. 2019, arXiv:1906.10771'
 _FLOW = 'Lubana & Dick 2021, arXiv:2009.11839'
 _LEAN = 'Schoonhoven et al. 2020, arXiv:2011.06923'
 _MOVEMENT = 'Sanh, Wolf & Rush 2020, arXiv:2005.07683'
+_GREG = 'Wang, Qin, Zhang & Fu 2021, arXiv:2012.09243'
 _FORCE = 'de Jorge et al. 2021, arXiv:2006.09081'
 
 
@@ -424,6 +447,7 @@ METHODS: dict[str, Method] = {
         'Units: chosen in the first round by the mean of abs(w), pruned in the last; in between a '
         'growing penalty pulls them to zero and decorrelates them from the rest.',
         'Wang & Fu 2023, arXiv:2207.12534',
+        scheduled=False,
         weight=1000.0,
         interval=10,
         increment=1e-4,
@@ -550,6 +574,7 @@ METHODS: dict[str, Method] = {
         'round keeps the best.',
         _MOVEMENT,
         density_schedule='constant',
+        scheduled=False,
         rounds=2,
         options={
             'score_rate': 0.01,
@@ -567,6 +592,7 @@ METHODS: dict[str, Method] = {
         'last round keeps the largest.',
         'Kusupati et al. 2020, arXiv:2002.03231',
         density_schedule='constant',
+        scheduled=False,
         rounds=2,
         options={'initial': -10.0, 'cut': 'target'},
         example='start = 0, end = 6',
@@ -591,6 +617,90 @@ METHODS: dict[str, Method] = {
         needs=frozenset({'train_batch'}),
         batch_norm='train',
         options={'drop': 0.3, 'skip': True},
+    ),
+    'top_kast': _sparse_training(
+        top_kast,
+        'Top-KAST',
+        'The largest weights compute, and the next largest learn as well; the others stand still.',
+        'Jayakumar, Pascanu, Rae, Osindero & Elsen 2020, arXiv:2106.03517',
+        allocation='uniform',
+        density_schedule='constant',
+        options={'explore': 0.1, 'penalty': 1e-4},
+    ),
+    'greg1': _pulling(
+        greg1,
+        'GReg-1',
+        'What is smallest in the first round is pulled to zero by a growing penalty, and pruned in '
+        'the last.',
+        _GREG,
+        scheduled=False,
+        options={'interval': 10, 'increment': 1e-4, 'ceiling': 1.0, 'enough': 1000.0},
+    ),
+    'greg2': _pulling(
+        greg2,
+        'GReg-2',
+        'All are pulled alike at first; what is smallest in the second round is pulled on to zero, '
+        'and pruned in the last.',
+        _GREG,
+        scheduled=False,
+        rounds=3,
+        options={
+            'interval': 10,
+            'increment': 1e-4,
+            'ceiling': 1.0,
+            'enough': 1000.0,
+            'pick_increment': 1e-5,
+            'pick_ceiling': 0.01,
+            'recover': -1e-4,
+        },
+    ),
+    # The number of rounds is ours: one in 180 steps is published, until enough are gone.
+    'spp': _pulling(
+        spp,
+        'SPP',
+        'Each group computes with a probability; in each round those that are small lose some of '
+        'it, the others win, and what is at zero is removed.',
+        'Wang, Zhang, Wang & Hu 2018, arXiv:1709.06994',
+        rounds=60,
+        options={'amount': 0.05, 'bend': 0.25},
+        example='start = 0, every = 0.1, end = 6',
+    ),
+    'increg': _pulling(
+        increg,
+        'IncReg',
+        'As SPP, with a penalty in place of chance.',
+        'Wang, Zhang, Wang, Lu & Hu 2018, arXiv:1811.08390',
+        rounds=60,
+        options={'amount': 0.05, 'bend': 0.25, 'ceiling': 1.0},
+        example='start = 0, every = 0.1, end = 6',
+    ),
+    'admm': _pulling(
+        admm,
+        'ADMM',
+        'Weights are drawn to the nearest pruned network, which moves with them in rounds; the '
+        'last round prunes.',
+        'Zhang et al. 2018, arXiv:1804.03294',
+        rounds=20,
+        options={'strength': 1e-4, 'strength_end': 0.1},
+    ),
+    'unify': _pulling(
+        unify,
+        'unification',
+        'ADMM to blocks in which all weights have one size; the last round but one prunes, and '
+        'then each block trains as one number.',
+        'arXiv:2106.08301',
+        scheduled=False,
+        rounds=20,
+        options={'unified': 1.0, 'strength': 1e-4, 'strength_end': 0.1},
+        example='granularity = "4x4", start = 0, end = 6',
+    ),
+    'orthogonal': _pulling(
+        orthogonal,
+        'orthogonal',
+        'The largest weights; a penalty keeps kernels orthogonal, after pruning or before it.',
+        'Xie, Xiong & Pu 2017, arXiv:1703.01827; Wang & Fu 2023, arXiv:2207.12534',
+        scheduled=False,
+        options={'penalty': 1e-3, 'when': 'after'},
     ),
 }
 

@@ -8,6 +8,7 @@ from jaxprune.method.feedback import STRAIGHT
 from jaxprune.method.hesso import VARIANTS
 from jaxprune.method.lasting import CUTS
 from jaxprune.method.movement import SCORE_OPTIMIZERS
+from jaxprune.method.orthogonal import WHEN
 from jaxprune.score.coupled import AGGREGATIONS, COUPLED_MEASURES, MEMBERS
 from jaxprune.score.fisher import LABELS
 from jaxprune.score.gate_taylor import PER, SHARED, SIGNS
@@ -56,6 +57,17 @@ OPTIONS: dict[str, Option] = {
     'interval': Option('training steps after which the penalty grows', low=1),
     'increment': Option('by how much the penalty grows', above=0),
     'penalty': Option('factor of the penalty', above=0),
+    'enough': Option('how many times as large kept weights are when it stops growing', above=0),
+    'pick_increment': Option('by how much the penalty on all grows', above=0),
+    'pick_ceiling': Option('how far the penalty on all grows', above=0),
+    'recover': Option('penalty on what is kept, once it is chosen; below 0 it grows'),
+    'amount': Option('what the lowest rank loses in a round', above=0),
+    'bend': Option('share of amount that is lost at the centre of the curve', above=0, high=1),
+    'strength': Option('how strongly weights are drawn to the pruned network at first', above=0),
+    'strength_end': Option('the same in the last round but one', above=0),
+    'unified': Option('share of the kept blocks whose weights get one size', low=0, high=1),
+    'explore': Option('density of the weights that learn and do not compute', low=0, high=1),
+    'when': Option("the penalty acts 'after' pruning, or 'before' it", WHEN),
     'half_space': Option(
         'a group x that becomes y is projected to zero if y.x is below this share of x.x; of '
         'convolutions and heads',

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxprune import tree
 from jaxprune.arguments import least, positive
 from jaxprune.flow.orthogonal import tpp_gradients, tpp_strength
+from jaxprune.method.any_groups import mean_sizes
 from jaxprune.method.lasting import Asked, kept_groups
 from jaxprune.method.pruner import tallied
 from jaxprune.select import count_kept
@@ -84,7 +85,7 @@ def tpp(
         key: Key, state: Chosen, view: View, counts: Counts, batches: Batches | None
     ) -> tuple[Chosen, Masks, PruneInfo]:
         del key, batches
-        scores = groups.gather({path: jnp.abs(w) for path, w in view.weights.items()})
+        scores = mean_sizes(groups, view.weights)
         alive, first = groups.alive(view.masks), state.round == 0
         ranked = {name: jnp.where(alive[name], leaf, -jnp.inf) for name, leaf in scores.items()}
         found = kept_groups(asked, ranked, counts)
