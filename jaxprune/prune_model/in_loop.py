@@ -173,6 +173,13 @@ def entry_of(name: str, options: dict[str, Any]) -> Method:
     return entry
 
 
+def schedule_of(name: str, entry: Method, density_schedule: str | None) -> str:
+    """The schedule of densities that is asked for, or the published one."""
+    if density_schedule not in (None, entry.density_schedule) and not entry.scheduled:
+        raise PruneError(f"density_schedule: '{name}' prunes in one round only: leave it out")
+    return density_schedule or entry.density_schedule
+
+
 def chain_of(
     optimizer: optax.GradientTransformation,
     learning_rate: float | Callable[[ArrayLike], jax.Array],

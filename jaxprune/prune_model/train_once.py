@@ -19,6 +19,7 @@ from jaxprune.prune_model.in_loop import (
     chain_of,
     entry_of,
     in_loop,
+    schedule_of,
     spread,
     unused,
 )
@@ -123,7 +124,7 @@ def train_once(
         floor=bounds,
         multiple=whole('multiple', multiple),
         rounds=len(events),
-        density_schedule=density_schedule or entry.density_schedule,
+        density_schedule=schedule_of(method_name, entry, density_schedule),
         steps=events,
     )
     pruner = get_pruner(

@@ -10,7 +10,16 @@ from jax.typing import ArrayLike
 
 from jaxprune import tree
 from jaxprune.method import GROUP_ALLOCATIONS, competing, get_pruner, limits, plan_groups
-from jaxprune.prune_model.in_loop import InLoop, Job, chain_of, entry_of, in_loop, spread, unused
+from jaxprune.prune_model.in_loop import (
+    InLoop,
+    Job,
+    chain_of,
+    entry_of,
+    in_loop,
+    schedule_of,
+    spread,
+    unused,
+)
 from jaxprune.types import Problem, PyTree, Rule
 
 
@@ -94,7 +103,7 @@ def train_sparse(
         floor=bounds,
         cap=cap,
         rounds=len(events),
-        density_schedule=density_schedule or entry.density_schedule,
+        density_schedule=schedule_of(method_name, entry, density_schedule),
         steps=events,
     )
     chain = chain_of(optimizer, learning_rate)
