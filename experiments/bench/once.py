@@ -18,23 +18,18 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
+from hooked_steps import Case, begun, case_of, timed
 from tables import Table, check_out, measure
 
-from jaxprune import data, method
-from jaxprune.sweep import make_spec
+from jaxprune import method
 from jaxprune.sweep.advance import Rows
-from jaxprune.sweep.chunk import event_call, rows_of
-from jaxprune.sweep.device_data import device_data
+from jaxprune.sweep.chunk import rows_of
 from jaxprune.sweep.devices import use_all_cores
-from jaxprune.sweep.engine import Engine, make_engine
-from jaxprune.sweep.grid import DENSE, Run
-from jaxprune.sweep.program import Program
-from jaxprune.sweep.strategy import Strategy, usual
-from jaxprune.sweep.sweep_plan import checked_groups
+from jaxprune.sweep.grid import Run
 
 NETS: dict[str, dict[str, Any]] = {
     'LeNet-300-100': {'name': 'lenet300100'},
@@ -43,22 +38,6 @@ NETS: dict[str, dict[str, Any]] = {
 DENSITIES = (0.7, 0.5, 0.3, 0.1)
 #: Weights after many steps in another order of sums.
 LARGEST = 1e-3
-
-
-class Case(NamedTuple):
-    """Runs of one method on one network, at work from step 0 to the last.
-
-    Attributes:
-      engine: compiled for the rows.
-      program: its functions.
-      runs: the runs.
-      rows: the same as rows.
-    """
-
-    engine: Engine
-    program: Program
-    runs: list[Run]
-    rows: Rows
 
 
 def main() -> None:
@@ -91,38 +70,10 @@ def parse() -> argparse.Namespace:
     return settings
 
 
-def case_of(net: str, name: str, densities: tuple[float, ...], seeds: int, rows: int = 0) -> Case:
-    """A case; `rows` to compile for, all runs by default."""
+def entry_of(name: str) -> dict[str, Any]:
+    """What a specification says of a method."""
     norms = {'keep_all_units': 'dense'} if name == 'slimming' else {}
-    spec = make_spec({
-        'name': 'once',
-        'model': NETS[net],
-        'data': {'name': 'mnist_small', 'train_examples': 1280, 'test_examples': 100},
-        'train': {'epochs': 1, 'batch_size': 128, 'momentum': 0.9},
-        'grid': {
-            'method': [{'name': name, 'granularity': 'unit', 'end': 1, 'rounds': 3
-                        if name == 'hesso' else 2, **norms}],
-            'density': list(densities),
-            'seed': list(range(seeds)),
-        },
-    })  # fmt: skip
-    group = next(g for g in checked_groups(spec) if g.runs[0].method != DENSE)
-    count = jax.local_device_count()
-    strategy = usual(group.program.convolves, jax.default_backend(), count)
-    if rows == 1:
-        strategy = Strategy(strategy.batching, strategy.stepping, strategy.convolution, 1)
-    on_device = device_data(spec, data.load('mnist_small'))
-    engine = make_engine(strategy, group.program, on_device, jax.local_devices())
-    runs = group.runs[: rows or None]
-    return Case(engine, group.program, runs, rows_of(runs, len(runs), engine)[0])
-
-
-def begun(case: Case, runs: list[Run], rows: Rows) -> Any:
-    """The states after the first round."""
-    event = case.program.timeline.events[0]
-    states = case.engine.init(rows)
-    call = event_call(case.program, runs, range(len(runs)), event)
-    return case.engine.prune(rows, call, states)[0]
+    return {'name': name, 'granularity': 'unit', 'rounds': 3 if name == 'hesso' else 2, **norms}
 
 
 def steps(settings, tables: list[Table], notes: list[str], publish: Callable) -> None:
@@ -140,7 +91,7 @@ def steps(settings, tables: list[Table], notes: list[str], publish: Callable) ->
                 name == 'slimming' and net == 'LeNet-300-100'
             ):
                 continue
-            case = case_of(net, name, (0.5,), settings.runs)
+            case = case_of(NETS[net], entry_of(name), (0.5,), settings.runs)
             plain, own = timed(case, settings.rounds)
             ratios = [b / a for a, b in zip(plain, own, strict=True)]
             table.rows.append({
@@ -154,21 +105,6 @@ def steps(settings, tables: list[Table], notes: list[str], publish: Callable) ->
             publish()
 
 
-def timed(case: Case, rounds: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of a run and step, without the method and with it, in turns."""
-    length, count = case.program.timeline.steps, len(case.runs)
-    found: tuple[list[float], list[float]] = ([], [])
-    for turn in range(rounds + 1):  # the first one compiles
-        for hooked, times in zip((False, True), found, strict=True):
-            states = begun(case, case.runs, case.rows)
-            jax.block_until_ready(jax.tree.leaves(states))
-            began = time.perf_counter()
-            case.engine.advance(0, length, case.rows, states, hooked=hooked)
-            if turn:
-                times.append(1e3 * (time.perf_counter() - began) / (length * count))
-    return found
-
-
 def together(settings, tables: list[Table], notes: list[str], publish: Callable) -> None:
     table = Table(
         'Seeds and densities as rows of one program',
@@ -178,8 +114,8 @@ def together(settings, tables: list[Table], notes: list[str], publish: Callable)
     )  # fmt: skip
     tables.append(table)
     for net in settings.nets:
-        whole = case_of(net, 'hesso', DENSITIES, settings.seeds)
-        alone = case_of(net, 'hesso', DENSITIES, settings.seeds, rows=1)
+        whole = case_of(NETS[net], entry_of('hesso'), DENSITIES, settings.seeds)
+        alone = case_of(NETS[net], entry_of('hesso'), DENSITIES, settings.seeds, rows=1)
         many, single = [], []
         for turn in range(max(settings.rounds // 2, 1) + 1):
             ms, states = trained(whole, whole.runs, whole.rows)

@@ -1,0 +1,130 @@
+"""What pruning while training costs: methods that move masks, or pull at weights.
+
+    python experiments/bench/during.py --out during.md
+
+For every such method of single weights (n:m and blocks where a method asks for them), 16 runs at
+density 0.1 in one program: the sweep's own step with the method at work, against the step of SGD
+under masks that stand still; and one refresh of the masks, with its score. In turns, medians. With
+a refresh every k = 100 steps the refresh is to cost less than 10 %.
+
+No data are needed beyond the digits of `mnist_small`. Ten minutes on two cores; `--quick` takes the
+smallest of everything.
+"""
+
+import argparse
+import re
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from hooked_steps import Case, begun, case_of, timed
+from tables import Table, check_out, measure
+
+from jaxprune import method
+from jaxprune.sweep.chunk import event_call
+from jaxprune.sweep.devices import use_all_cores
+
+NETS: dict[str, dict[str, Any]] = {
+    'LeNet-300-100': {'name': 'lenet300100'},
+    'small VGG': {'name': 'small_vgg'},
+}
+METHODS = [n for n, entry in method.METHODS.items() if entry.hooked and not entry.coupled]
+#: Steps from one refresh to the next, and the largest share of their time that a refresh may take.
+EVERY, SHARE = 100, 0.1
+
+
+def main() -> None:
+    settings = parse()
+    use_all_cores()
+    measure(settings, {'steps': steps}, 'a refresh costs more than it should, see the tables')
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('--nets', nargs='+', choices=tuple(NETS), default=list(NETS), metavar='NET',
+        help=', '.join(NETS))  # fmt: skip
+    add('--methods', nargs='+', choices=METHODS, default=METHODS, metavar='NAME',
+        help='some of ' + ', '.join(METHODS))  # fmt: skip
+    add('--runs', type=int, default=16, help='in one program (default 16)')
+    add('--steps', type=int, default=20, help='timed in a turn (default 20)')
+    add('--rounds', type=int, default=5, help='timed turns (default 5)')
+    add('--out', help='a markdown file for the table')
+    add('--quick', action='store_true', help='a minute, to see whether all runs')
+    settings = parser.parse_args()
+    if settings.quick:
+        settings.runs, settings.rounds, settings.steps = 2, 1, 2
+        settings.nets, settings.methods = settings.nets[:1], settings.methods[:3]
+    if min(settings.runs, settings.steps, settings.rounds) < 1:
+        parser.error('--runs, --steps and --rounds must be above 0')
+    check_out(parser, settings.out)
+    return settings
+
+
+def steps(settings, tables: list[Table], notes: list[str], publish: Callable) -> None:
+    table = Table(
+        'A step with a method at work, and a refresh of its masks',
+        f'Milliseconds of a run. x: over a step of masked SGD, the median of ratios within a turn. '
+        f'refresh %: of {EVERY} steps of masked SGD; above {SHARE:.0%} it is marked. Methods that '
+        'refresh nothing between their first round and their last have no such figure.',
+        ('net', 'runs', 'method', 'masked ms', 'ms', 'x', 'from', 'to', 'refresh ms', 'refresh %'),
+        [],
+    )
+    tables.append(table)
+    for net in settings.nets:
+        for name in settings.methods:
+            table.rows.append({'net': net, 'runs': settings.runs, **row(settings, net, name)})
+            print(table.rows[-1], flush=True)
+            publish()
+
+
+def row(settings, net: str, name: str) -> dict[str, Any]:
+    """The figures of a method on a network."""
+    entry = method.METHODS[name]
+    found = re.search('granularity = "(.*?)"', entry.example)
+    pattern = {'granularity': found[1]} if found else {}
+    rounds = 3 if entry.scheduled or entry.rounds > 2 else 2
+    case = case_of(
+        NETS[net], {'name': name, 'rounds': rounds, **pattern}, (0.1,), settings.runs,
+        examples=128 * settings.steps,
+    )  # fmt: skip
+    plain, own = timed(case, settings.rounds)
+    ratios = [b / a for a, b in zip(plain, own, strict=True)]
+    masked = statistics.median(plain)
+    figures = {
+        'method': entry.title,
+        'masked ms': f'{masked:.4g}',
+        'ms': f'{statistics.median(own):.4g}',
+        'x': f'{statistics.median(ratios):.2f}',
+        'from': f'{min(ratios):.2f}',
+        'to': f'{max(ratios):.2f}',
+    }
+    if rounds > 2:
+        ms = refresh(case, settings.rounds)
+        share = ms / (EVERY * masked)
+        figures['refresh ms'] = f'{ms:.4g}'
+        figures['refresh %'] = f'{100 * share:.2g}' + (' WRONG' if share > SHARE else '')
+    return figures
+
+
+def refresh(case: Case, rounds: int) -> float:
+    """Milliseconds of a run for the second round, score and selection: the median."""
+    event, found = case.program.timeline.events[1], []
+    for turn in range(rounds + 1):  # the first one compiles
+        states = begun(case, case.runs, case.rows)
+        call = event_call(case.program, case.runs, range(len(case.runs)), event)
+        jax.block_until_ready(jax.tree.leaves(states))
+        began = time.perf_counter()
+        states = case.engine.prune(case.rows, call, states)[0]
+        jax.block_until_ready(jax.tree.leaves(states))
+        if turn:
+            found.append(1e3 * (time.perf_counter() - began) / len(case.runs))
+    return statistics.median(found)
+
+
+if __name__ == '__main__':
+    main()
