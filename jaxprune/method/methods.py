@@ -42,6 +42,7 @@ class Method(NamedTuple):
       rounds: published number of rounds.
       density_schedule: published schedule of densities over the rounds.
       allocation: published allocation of weights to layers.
+      rewind: what a run takes back after each round, 'weights' or ''.
       scheduled: densities may follow any schedule; else the first round or the last decides.
       monotone: pruned weights never return.
       grouped: the score takes `by`: what is removed together.
@@ -63,6 +64,7 @@ class Method(NamedTuple):
     rounds: int = 1
     density_schedule: str = 'exponential'
     allocation: str = 'global'
+    rewind: str = ''
     scheduled: bool = True
     monotone: bool = True
     grouped: bool = False
@@ -180,6 +182,17 @@ METHODS: dict[str, Method] = {
     ),
     'magnitude': Method(
         'magnitude', lambda problem, train: score.magnitude(), 'The largest weights by abs(w).'
+    ),
+    # The paper removes 20 % of what is left in a round: 10 rounds to a density of 0.107.
+    'lottery': Method(
+        'lottery ticket',
+        lambda problem, train: score.magnitude(),
+        'Train, prune the smallest of the trained weights, take the others back to what they were '
+        'at rewind_to, and train again: iterative magnitude pruning.',
+        'Frankle & Carbin 2019, arXiv:1803.03635; Frankle et al. 2020, arXiv:1912.05671',
+        rounds=10,
+        rewind='weights',
+        example='start = 6, rewind_to = 0.5',
     ),
     'lamp': Method(
         'LAMP',

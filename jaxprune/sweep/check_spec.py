@@ -312,7 +312,11 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
     if spec.name not in method.METHODS:
         fail(f'{at}.name', f'{quoted(spec.name)} is unknown, {nearest(spec.name, method.METHODS)}')
     entry = method.method(spec.name)
-    spec = dataclasses.replace(spec, allocation=spec.allocation or _usual_allocation(spec))
+    spec = dataclasses.replace(
+        spec,
+        allocation=spec.allocation or _usual_allocation(spec),
+        rewind=spec.rewind or entry.rewind,
+    )
     options = _options(
         spec.options, entry.options, method.OPTIONS, spec.name, at, fail, _METHOD_KEYS
     )
@@ -365,7 +369,8 @@ def _what_else(spec: MethodSpec) -> str:
         coupled = spec.granularity in method.COUPLED
         words += f' ({method.plural(spec.granularity) if coupled else spec.granularity})'
     words += f' + {_REPAIR_TITLES[spec.repair]}' if spec.repair else ''
-    return words + {'': '', 'weights': ', rewound', 'rate': ', rate rewound'}[spec.rewind]
+    rewound = {'': '', 'weights': ', rewound', 'rate': ', rate rewound'}[spec.rewind]
+    return words + (rewound if spec.rewind != method.method(spec.name).rewind else '')
 
 
 def _when(spec: MethodSpec, at: str, fail) -> None:
