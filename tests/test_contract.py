@@ -31,8 +31,8 @@ from jaxprune.train import train_segment
 from jaxprune.types import Batch
 
 #: Methods whose rounds may all happen before training. Those that change training have laws of
-#: their own in `test_hooks.py`.
-METHODS = sorted(name for name, entry in method.METHODS.items() if not entry.hooked)
+#: their own in `test_hooked_methods.py`, those that rewind in `test_life.py`.
+METHODS = sorted(n for n, entry in method.METHODS.items() if not (entry.hooked or entry.rewind))
 #: Methods that score coupled groups: here they prune units, and counts are those of units.
 COUPLED = {name for name in METHODS if method.METHODS[name].coupled}
 #: The dense net has no norm, which this one scores.

@@ -86,7 +86,7 @@ def after(seen, name, number=0):
 def test_after_each_level_kept_weights_are_those_of_the_rewind_point(back):
     """Expectation: weights, batch statistics and momentum of step k bit for bit where kept, zero
     elsewhere; the clock goes on from k; the masks are nested and exact."""
-    entry = {'name': 'magnitude', 'start': 3, 'rounds': 3, 'rewind': 'weights', 'rewind_to': back}
+    entry = {'name': 'lottery', 'start': 3, 'rounds': 3, 'rewind_to': back}
     chunk, program, _, seen = spied(entry)
     k = round(back * EPOCH)
     if k:
