@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxprune import tree
 from jaxprune.data import FetchFn
 from jaxprune.errors import PruneError
+from jaxprune.method import mask_trace
 from jaxprune.method.rounds import Rounds, finished, has_finish, prune_once
 from jaxprune.optim import Optimizer, mask_opt_state, sparse
 from jaxprune.problem import view_of
@@ -85,13 +86,21 @@ class EvaluateFn(Protocol):
         """
 
 
-def init_run(problem: Problem, optimizer: Optimizer) -> Callable[[Key, Hyper], RunState]:
-    """`(key, hyper) -> state`: a dense run before its first step."""
+def init_run(
+    problem: Problem, optimizer: Optimizer, *, traced: bool = False
+) -> Callable[[Key, Hyper], RunState]:
+    """`(key, hyper) -> state`: a dense run before its first step.
+
+    Args:
+      traced: the state keeps what masks have been.
+    """
 
     def init(key: Key, hyper: Hyper) -> RunState:
         params, model_state = problem.init(stream(key, 'init'))
         masks = tree.ones(tree.pick(params, problem.prunable))
-        return RunState(params, model_state, fresh_optimizer(optimizer, hyper, params), masks, ())
+        opt_state = fresh_optimizer(optimizer, hyper, params)
+        trace = mask_trace.begun(masks) if traced else ()
+        return RunState(params, model_state, opt_state, masks, (), trace)
 
     return init
 
@@ -268,6 +277,9 @@ def run_events(
             pruner, draw, state.method_state, view, counts, batches_of(number)
         )
         state = state._replace(method_state=method_state)
+        if state.trace:
+            trace = mask_trace.followed(state.trace, state.masks, view.masks, number)
+            state = state._replace(trace=trace)
         if pruner.dense:
             return restarted(state._replace(masks=view.masks)), info
         return restarted(_stored(optimizer, hyper, state, view)), info
@@ -327,13 +339,32 @@ def rewind(
 
 def evaluate_batch(problem: Problem, fetch: FetchFn, hook: StepHook | None = None) -> EvaluateFn:
     """Sums over one batch of an evaluation, with running statistics and the hook's weights."""
+    logits_of = _logits(problem, fetch, hook)
 
     def evaluate(clock, data, state: RunState, indices: jax.Array, valid: jax.Array):
-        batch = fetch(data, None, indices)
-        state = through_hook(hook, clock, state)
-        logits, _ = problem.apply(state.params, state.model_state, batch.x, train=False, key=None)
-        loss = jnp.where(valid, problem.loss(logits, batch.y), 0)
-        correct = valid & (logits.argmax(-1) == batch.y)
+        logits, y = logits_of(clock, data, state, indices)
+        loss = jnp.where(valid, problem.loss(logits, y), 0)
+        correct = valid & (logits.argmax(-1) == y)
         return loss.sum(), correct.sum(dtype=jnp.int32)
 
     return evaluate
+
+
+def predict_batch(
+    problem: Problem, fetch: FetchFn, hook: StepHook | None = None
+) -> Callable[[ArrayLike, PyTree, RunState, jax.Array], jax.Array]:
+    """`(clock, data, state, indices) -> labels` that a run gives to examples in evaluation."""
+    logits_of = _logits(problem, fetch, hook)
+    return lambda *seen: logits_of(*seen)[0].argmax(-1).astype(jnp.uint16)
+
+
+def _logits(problem: Problem, fetch: FetchFn, hook: StepHook | None) -> Callable:
+    """`(clock, data, state, indices) -> (logits, labels)` of an evaluation."""
+
+    def logits_of(clock, data, state: RunState, indices: jax.Array):
+        batch = fetch(data, None, indices)
+        state = through_hook(hook, clock, state)
+        logits, _ = problem.apply(state.params, state.model_state, batch.x, train=False, key=None)
+        return logits, batch.y
+
+    return logits_of

@@ -112,6 +112,7 @@ class RunState(NamedTuple):
       opt_state: the optimizer's state; moments of pruned weights are exactly zero, likewise.
       masks: the masks in force.
       method_state: what the method carries from its first event to its last; () before and after.
+      trace: what masks have been, see `method.mask_trace`; () where nobody asks.
     """
 
     params: PyTree
@@ -119,6 +120,7 @@ class RunState(NamedTuple):
     opt_state: PyTree
     masks: Masks
     method_state: PyTree
+    trace: PyTree = ()
 
 
 class Hyper(NamedTuple):

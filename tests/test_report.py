@@ -134,7 +134,7 @@ class Sweep:
         for chunk in chunks[: len(chunks) - unfinished]:
             mine = pl.col('run_id').is_in(chunk['runs'])
             made = store.Chunk(
-                self.results.filter(mine),
+                self.results.filter(mine).drop('churn'),
                 self.layers.filter(mine),
                 pl.DataFrame(schema=store.CURVES),
                 pl.DataFrame(schema=store.FLOW),

@@ -40,7 +40,7 @@ def stored(tmp_path):
     nothing = [pl.DataFrame(schema=schema) for schema in (store.LAYERS, store.CURVES, store.FLOW)]
     for chunk in chunks:
         row = {'run_id': chunk['runs'][0], 'seed': 3, 'test_accuracy': 0.5, 'params_compact': None}
-        results = pl.DataFrame([row], schema=store.RESULTS)
+        results = pl.DataFrame([row], schema=store.RESULTS_FILE)
         store.write_chunk(tmp_path, chunk['id'], store.Chunk(results, *nothing, {}))
     return tmp_path
 

@@ -24,6 +24,7 @@ from sweeps import planned_here
 
 import jaxprune as jp
 from jaxprune import plan, report
+from jaxprune.method import MASK_FIGURES
 from jaxprune.report import tables
 from jaxprune.report.terminal import summary_table
 from jaxprune.sweep import make_plan, make_spec, store, to_toml
@@ -81,8 +82,9 @@ def test_columns_and_rows(finished):
         *('target', 'target_compression', 'density', 'compression', 'effective_compression'),
         *COST_COLUMNS,
         *COMPACT_COLUMNS,
+        *MASK_FIGURES,
         *('learning_rate', 'weight_decay'),
-        *('step', 'epoch', 'train_loss', 'test_loss', 'test_accuracy', 'error'),
+        *('step', 'epoch', 'train_loss', 'test_loss', 'test_accuracy', 'churn', 'error'),
     ]
     assert dict(results.schema) == store.RESULTS
     pruned, dense, epochs = 4 * 2 * 2, 2, 2

@@ -313,7 +313,7 @@ def made_up(runs: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> stor
             kept = round(size * density)
             layers.append((run['run_id'], path, size, kept, kept))
     return store.Chunk(
-        pl.DataFrame(results, schema=store.RESULTS),
+        pl.DataFrame(results, schema=store.RESULTS_FILE),
         pl.DataFrame(layers, schema=store.LAYERS, orient='row'),
         pl.DataFrame(schema=store.CURVES),
         pl.DataFrame(schema=store.FLOW),

@@ -14,6 +14,7 @@ from jaxprune.method.granularity import (
     plural,
 )
 from jaxprune.method.lasting import WATCHED, Asked, watched, zero_groups
+from jaxprune.method.mask_trace import MASK_FIGURES, mask_figures
 from jaxprune.method.methods import METHODS, Method, method
 from jaxprune.method.options import OPTIONS
 from jaxprune.method.pruner import pruner
@@ -24,6 +25,7 @@ __all__ = [
     'COUPLED',
     'GRANULARITIES',
     'GROUP_ALLOCATIONS',
+    'MASK_FIGURES',
     'METHODS',
     'OPTIONS',
     'REPAIRS',
@@ -43,6 +45,7 @@ __all__ = [
     'get_pruner',
     'host_loop',
     'limits',
+    'mask_figures',
     'method',
     'plan_groups',
     'plural',

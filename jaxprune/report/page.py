@@ -10,6 +10,7 @@ import polars as pl
 from matplotlib.figure import Figure
 
 from jaxprune.errors import StoreError
+from jaxprune.method import MASK_FIGURES
 from jaxprune.report import (
     curves,
     effective_compression,
@@ -108,6 +109,7 @@ def figures(
     learning = tables.learning(evaluated)
     densities = tables.densities(results, layers)
     unit = tables.time_unit(evaluated)
+    masks = recorded.of_masks(results)
     quantities = None if flows is None or flows.is_empty() else recorded.means(results, flows)
     for i, setting in enumerate(settings, start=1):
         suffix = f'_{i}' if keys else ''
@@ -122,6 +124,9 @@ def figures(
         if quantities is not None:
             part = tables.at(quantities, setting)
             drawn[f'flow{suffix}'] = recorded.quantities(part, styles), _flow_words(part, where)
+        part = tables.at(masks, setting)
+        if part.filter(pl.col('method') != tables.DENSE).height:
+            drawn[f'masks{suffix}'] = recorded.quantities(part, styles), _mask_words(part, where)
         part = tables.at(densities, setting)
         if part.filter(pl.col('method') != tables.DENSE).height:
             drawing, complete = heatmap.layers(part)
@@ -309,6 +314,25 @@ def _learning_words(part: pl.DataFrame, column: str, unit: str, where: str) -> d
         'caption': f'{what} against the {unit}, mean over seeds; '
         f'one panel per compression{some}.{dense} Values that are not finite are left out.'
         f'{_aims(part)}{where}',
+    }
+
+
+#: What each row of the figure of masks shows.
+_MASK_ROWS = {
+    'density': 'share of weights that the mask keeps',
+    **MASK_FIGURES,
+    'churn': 'share of the test set that the run labels otherwise than the dense run of its seed',
+}
+
+
+def _mask_words(part: pl.DataFrame, where: str) -> dict:
+    names = part['quantity'].unique(maintain_order=True)
+    meant = '; '.join(f'{name.replace("_", " ")}: {_MASK_ROWS[name]}' for name in names)
+    return {
+        'section': 'learning',
+        'alt': 'What masks and predictions have done by each evaluation, a line for each method.',
+        'caption': 'At each evaluation, mean over seeds; a column per compression. '
+        f'{meant}.{where}',
     }
 
 

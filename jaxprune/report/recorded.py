@@ -58,6 +58,29 @@ def means(results: pl.DataFrame, recorded: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def of_masks(results: pl.DataFrame) -> pl.DataFrame:
+    """What masks and predictions have done by each evaluation, as rows of `means`.
+
+    Runs whose masks do not move have no row but for churn.
+
+    Args:
+      results: rows of `store.read_results`.
+    """
+    keys = [*tables.settings(results), 'label', 'method', 'target_compression']
+    moving = pl.col('mask_change').is_not_null()
+    density = pl.when(moving).then(pl.col('density')).alias('density')
+    names = ['density', *method.MASK_FIGURES, 'churn']
+    return (
+        results.with_columns(density)
+        .unpivot(names, index=[*keys, 'step'], variable_name='quantity')
+        .filter(pl.col('value').is_finite())
+        .group_by([*keys, 'quantity', 'step'], maintain_order=True)
+        .agg(pl.col('value').mean())
+        .with_columns(rounds=pl.lit(0))
+        .sort('step', maintain_order=True)
+    )
+
+
 def quantities(frame: pl.DataFrame, styles: dict[str, dict]) -> Figure:
     """Rows of quantities, columns of compressions, a line per method and the dense control.
 

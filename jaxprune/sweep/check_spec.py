@@ -76,6 +76,8 @@ def check(spec: SweepSpec, source: str) -> SweepSpec:
         fail('model.name', f"'{model.name}' needs larger images than {small}")
     for i, name in enumerate(spec.record.flow):
         known(f'record.flow[{i}]', name, {**flow.QUANTITIES, **method.WATCHED})
+    if spec.record.churn and 1 not in {*spec.grid.compression, *spec.grid.density}:
+        fail('record.churn', 'goes by the dense runs: expected 1 among the densities of the grid')
     for seed in spec.record.compact_seeds:
         if seed not in spec.grid.seed:
             fail('record.compact_seeds', f'{seed} is not among grid.seed')

@@ -161,7 +161,7 @@ def _walked(context: Context, saved: Checkpoint) -> Chunk:
         sorted(rows, key=lambda row: place[row[0]]) for rows in (walk.curves, walk.flow)
     )
     return Chunk(
-        results=pl.DataFrame(records, schema={**store.RESULTS, **grid_columns(context.spec)}),
+        results=pl.DataFrame(records, schema={**store.RESULTS_FILE, **grid_columns(context.spec)}),
         layers=layers_table(program, context.members, walk.counted),
         curves=pl.DataFrame(curves, schema=store.CURVES, orient='row'),
         flow=pl.DataFrame(flow, schema=store.FLOW, orient='row'),
@@ -221,7 +221,7 @@ def _reach(context: Context, walk: Walk, border: Border, stretch: Stretch | None
         walk = _recorded(context, walk, clock, hooked, after_round=False)
     if border.keep:
         packed = context.engine.pack(walk.states)
-        walk = walk._replace(anchor=packed._replace(masks=(), method_state=()))
+        walk = walk._replace(anchor=packed._replace(masks=(), method_state=(), trace=()))
     if border.epoch_end:
         walk = _summed_up(context, walk)
     if border.evaluate and not (last and border.event is not None):
@@ -286,6 +286,10 @@ def _evaluated(
     if test is None:
         with context.watch.phase('evaluate'):
             test = context.engine.evaluate(clock, context.rows, walk.states, hooked)
+    labels = None
+    if context.program.record.churn:
+        with context.watch.phase('evaluate'):
+            labels = context.engine.predict(clock, context.rows, walk.states, hooked)
     records = results_rows(
         context.spec,
         context.program,
@@ -295,6 +299,7 @@ def _evaluated(
         walk.step,
         _mean_loss(walk.means),
         test,
+        labels,
     )
     if walk.step == context.program.timeline.steps:
         records = _with_compact(context, walk, records, full)
@@ -398,7 +403,7 @@ def _abstract_states(
     """Shapes of the members' states after a step, and of the anchor, stacked."""
     run, rounds = members[0], program.timeline.events
     one = jax.eval_shape(program.init, jax.random.key(0), hyper_of(run))
-    anchor = one._replace(masks=(), method_state=())
+    anchor = one._replace(masks=(), method_state=(), trace=())
     if has_lasting_state(run.method) and rounds[0].step <= step < rounds[-1].step:
         one = one._replace(method_state=method_facts(program, run.method).state)
     kept = program.timeline.anchor is not None and program.timeline.anchor <= step
@@ -410,12 +415,13 @@ def _abstract_states(
 
 def _counted(context: Context, states: Any) -> list[Counted]:
     """What is left of the network of each run."""
-    kept, active, gone = context.engine.counts(states)
+    kept, active, gone, moved = context.engine.counts(states)
     columns = context.program.compact().columns if gone else unknown().columns
     return [
         Counted(
             *({path: int(k[i]) for path, k in counts.items()} for counts in (kept, active)),
             columns({name: np.asarray(lost)[i] for name, lost in gone.items()}),
+            {name: float(values[i]) for name, values in moved.items()},
         )
         for i in range(len(context.members))
     ]

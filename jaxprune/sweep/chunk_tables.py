@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
-from jaxprune.method import plural
+from jaxprune.method import MASK_FIGURES, plural
 from jaxprune.sweep import store
+from jaxprune.sweep.churn import packed
 from jaxprune.sweep.grid import DENSE, Run, split_options
 from jaxprune.sweep.observe import Recorded
 from jaxprune.sweep.parse import plain
@@ -41,11 +42,13 @@ class Counted(NamedTuple):
       kept: path -> weights that the mask keeps.
       active: path -> those of them on a path from input to output.
       compact: columns of what it costs without the groups that the mask prunes.
+      moved: columns of what its masks have been, see `MASK_FIGURES`; {} where they do not move.
     """
 
     kept: Mapping[str, int]
     active: Mapping[str, int]
     compact: Mapping[str, Any]
+    moved: Mapping[str, float]
 
 
 def results_rows(
@@ -57,15 +60,18 @@ def results_rows(
     step: int,
     train_loss: np.ndarray,
     test: tuple[np.ndarray, np.ndarray],
+    labels: np.ndarray | None,
 ) -> list[dict[str, Any]]:
-    """Rows of `store.RESULTS` of an evaluation.
+    """Rows of `store.RESULTS_FILE` of an evaluation.
 
     Args:
       counted: what is left of the network of each run.
       train_loss: `(runs,)`, the mean since the evaluation before.
       test: test losses and accuracies, each `(runs,)`.
+      labels: `(runs, examples)`, predictions on the test set; None where nobody asks.
     """
     test_loss, accuracy = test
+    known = [None if labels is None else packed(labels[i]) for i in range(len(members))]
     return [
         {
             **identity_columns(spec, program, run, counted[i]),
@@ -75,6 +81,7 @@ def results_rows(
             'train_loss': math.nan if errors[i] else float(train_loss[i]),
             'test_loss': math.nan if errors[i] else float(test_loss[i]),
             'test_accuracy': math.nan if errors[i] else float(accuracy[i]),
+            'predictions': None if errors[i] else known[i],
             'error': errors[i] or _diverged(train_loss[i], test_loss[i]),
         }
         for i, run in enumerate(members)
@@ -217,6 +224,8 @@ def identity_columns(
         'effective_compression': size / working if working else math.inf,
         **counted.compact,
         **dict.fromkeys(COMPACT_COLUMNS),
+        **dict.fromkeys(MASK_FIGURES),
+        **counted.moved,
         'learning_rate': run.train.learning_rate,
         'weight_decay': run.train.weight_decay,
         **{key: _cell(settings[key]) for key in grid_columns(spec)},

@@ -46,9 +46,10 @@ class Engine(NamedTuple):
       evaluate: `(clock, rows, states, hooked=False) -> (test losses (runs,), accuracies (runs,))`.
       record: `(clock, rows, states, hooked=False) -> () -> Recorded`, see `observe`.
       tests: `() -> Batch` of all test examples as the network sees them, host arrays.
-      counts: `states -> (kept, active, gone)`: path -> weights (runs,) that the mask keeps, and
-        those of them on a path from input to output; family of groups -> bool (runs, groups), see
-        `CompactCosts`.
+      predict: `(clock, rows, states, hooked=False) -> labels (runs, examples)` of test examples.
+      counts: `states -> (kept, active, gone, moved)`: path -> weights (runs,) that the mask keeps,
+        and those of them on a path from input to output; family of groups -> bool (runs, groups),
+        see `CompactCosts`; figure of `MASK_FIGURES` -> (runs,), where masks move.
       pack: `states -> ` host arrays with a leading run axis, for a checkpoint.
       unpack: the way back.
       bytes_needed: `rows -> ` what a training call takes of one device, data included, as the
@@ -64,7 +65,8 @@ class Engine(NamedTuple):
     evaluate: Callable[..., tuple[np.ndarray, np.ndarray]]
     record: Callable[..., Callable[[], Recorded]]
     tests: Callable[[], Batch]
-    counts: Callable[[Any], tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]
+    predict: Callable[..., np.ndarray]
+    counts: Callable[[Any], tuple[dict[str, np.ndarray], ...]]
     pack: Callable[[Any], PyTree]
     unpack: Callable[[PyTree], Any]
     bytes_needed: Callable[[Rows], int]
@@ -125,6 +127,7 @@ def make_engine(
         rewind=rewind,
         evaluate=observers.evaluate,
         record=observers.record,
+        predict=observers.predict,
         tests=observers.tests,
         counts=observers.counts,
         pack=slots.join,

@@ -136,6 +136,14 @@ def _own_training(spec: MethodSpec) -> dict[str, Any]:
     }
 
 
+def moves_masks(spec: MethodSpec) -> bool:
+    """Does a method choose masks of weights anew, or pull at weights, while a network trains?"""
+    if spec == DENSE:
+        return False
+    entry = method.method(spec.name)
+    return entry.hooked and not entry.coupled
+
+
 def has_lasting_state(spec: MethodSpec) -> bool:
     """Does a method carry a state of its own through training? Then its runs train apart.
 

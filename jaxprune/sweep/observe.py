@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxprune.method import mask_figures
 from jaxprune.select import count_kept
 from jaxprune.sweep.advance import Rows, Trainer
 from jaxprune.sweep.device_data import DeviceData
@@ -37,15 +38,16 @@ class Observers(NamedTuple):
       evaluate: `(clock, rows, states, hooked=False) -> (test losses (runs,), accuracies (runs,))`.
       record: `(clock, rows, states, hooked=False) -> () -> Recorded`: what [record] asks for, still
         on the devices until the function that comes back is called.
-      counts: `states -> (kept, active)`, each path -> weights (runs,): those the mask keeps, and
-        those of them on a path from input to output.
+      predict: `(clock, rows, states, hooked=False) -> labels (runs, examples)` of test examples.
+      counts: `states -> (kept, active, gone, moved)`, see `Engine.counts`.
       tests: `() -> Batch` of all test examples, host arrays.
       compiled: the compiled functions by name.
     """
 
     evaluate: Callable[..., tuple[np.ndarray, np.ndarray]]
     record: Callable[..., Callable[[], Recorded]]
-    counts: Callable[[Any], tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]
+    predict: Callable[..., np.ndarray]
+    counts: Callable[[Any], tuple[dict[str, np.ndarray], ...]]
     tests: Callable[[], Batch]
     compiled: dict[str, Callable]
 
@@ -77,21 +79,24 @@ def make_observers(
     """
     indices, valid = eval_indices(data.test.labels.shape[0])
     hosted = strategy.stepping == 'host'
-    evaluations, flows = {}, {}
+    evaluations, predictions, flows = {}, {}, {}
     for hooked, stage in program.stages.items():
         whole = stage.evaluate if hosted else _evaluate_all(stage, indices, valid)
         axes = (None, None, 0, 0, *((None, None) if hosted else ()))
         evaluations[hooked] = jitted(whole, axes, strategy.batching, mesh)
+        axes = (None, None, 0, 0, None)
+        predictions[hooked] = jitted(stage.predict, axes, strategy.batching, mesh)
         if stage.flow is not None:
             axes = (None, None, 0, 0, 0)
             flows[hooked] = jitted(stage.flow, axes, strategy.batching, mesh)
     counting = jitted(
-        lambda masks: (
+        lambda masks, trace: (
             count_kept(masks),
             count_kept(program.connect(masks)),
             program.compact().gone(masks),
+            mask_figures(trace, masks) if trace else {},
         ),
-        (0,),
+        (0, 0),
         event_batching,
         mesh,
     )
@@ -129,15 +134,24 @@ def make_observers(
 
     def counts(states):
         found = []
-        for masks in (state.masks for state in states):
+        for seen in ((state.masks, state.trace) for state in states):
             if event_batching == strategy.batching:
-                found.append(on_host(counting(masks)))
+                found.append(on_host(counting(*seen)))
                 continue
-            runs = len(jax.tree.leaves(masks)[0])
+            runs = len(jax.tree.leaves(seen)[0])
             for chosen, real in in_parts(range(runs), min(at_once, runs)):
-                each = on_host(counting(slots.take(masks, chosen)))
+                each = on_host(counting(*slots.take(seen, chosen)))
                 found.append(jax.tree.map(lambda leaf, real=real: leaf[:real], each))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
+
+    def predict(clock, rows, states, hooked=False):
+        parts = zip(trainer.by_slot(rows), states, strict=True)
+        labels = [
+            [predictions[hooked](np.int32(clock), data, hyper, state, at) for at in indices]
+            for (_, hyper), state in parts
+        ]
+        of_slots = [np.concatenate(of_slot, axis=1) for of_slot in on_host(labels)]
+        return np.concatenate(of_slots)[:, : valid.sum()]
 
     def tests() -> Batch:
         fetch = jax.jit(program.tests)
@@ -152,6 +166,7 @@ def make_observers(
             sums(clock, rows, states, hooked)
         ),
         record=record,
+        predict=predict,
         counts=counts,
         tests=tests,
         compiled=compiled,

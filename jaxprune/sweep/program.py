@@ -15,7 +15,14 @@ from jaxprune.rng import stream
 from jaxprune.structure import Connect
 from jaxprune.sweep.compact_costs import CompactCosts, compact_costs
 from jaxprune.sweep.device_data import DeviceData, Examples, examples_of
-from jaxprune.sweep.grid import DENSE, Run, has_lasting_state, method_options, split_options
+from jaxprune.sweep.grid import (
+    DENSE,
+    Run,
+    has_lasting_state,
+    method_options,
+    moves_masks,
+    split_options,
+)
 from jaxprune.sweep.initial_params import starting_from
 from jaxprune.sweep.spec import FinetuneSpec, MethodSpec, RecordSpec, SweepSpec, TrainSpec
 from jaxprune.sweep.timeline import Timeline, clocks_of, timeline_of
@@ -54,6 +61,7 @@ class Stage(NamedTuple):
       step: `(clock, data, key, hyper, indices, state) -> (state, loss)`, see `train.FetchStepFn`.
       evaluate: `(clock, data, hyper, state, indices, valid) -> (sum of losses, number correct)` on
         the test set.
+      predict: `(clock, data, hyper, state, indices) -> labels` of test examples.
       flow: `(clock, data, key, hyper, state) -> quantity -> path -> scalar`, or None if none is
         asked for.
       rewind: `(hyper, state, anchor) -> state`, see `train.rewind`.
@@ -61,6 +69,7 @@ class Stage(NamedTuple):
 
     step: train.FetchStepFn
     evaluate: Callable
+    predict: Callable
     flow: Callable | None
     rewind: Callable[[Hyper, RunState, RunState], RunState]
 
@@ -200,7 +209,7 @@ def make_program(
         compact=functools.cache(lambda: compact_costs(read, shapes)),
         steps=epoch,
         timeline=timeline,
-        init=train.init_run(net, parts.optimizer),
+        init=train.init_run(net, parts.optimizer, traced=moves_masks(run.method)),
         order=order,
         tests=lambda data_, indices: plain_fetch(data_.test, None, indices),
         stages=_stages(parts, spec.record, run.method),
@@ -340,6 +349,10 @@ def _stage(
         sums = train.evaluate_batch(parts.trained, parts.plain, hook_of(hyper)[0])
         return sums(clock, data_.test, state, indices, valid)
 
+    def predict(clock, data_: DeviceData, hyper: Hyper, state: RunState, indices):
+        labels = train.predict_batch(parts.trained, parts.plain, hook_of(hyper)[0])
+        return labels(clock, data_.test, state, indices)
+
     watched = [name for name in record.flow if name in method.WATCHED and groups is not None]
     entries = {n: flow.quantity(n) for n in record.flow if n not in method.WATCHED}
     quantities = {name: q.make(parts.trained, tuple(parts.shapes)) for name, q in entries.items()}
@@ -361,7 +374,7 @@ def _stage(
     def rewind(hyper: Hyper, state: RunState, anchor: RunState) -> RunState:
         return train.rewind(parts.optimizer, dense=hook_of(hyper)[1])(hyper, state, anchor)
 
-    return Stage(step, evaluate, flows if quantities or watched else None, rewind)
+    return Stage(step, evaluate, predict, flows if quantities or watched else None, rewind)
 
 
 class MethodFacts(NamedTuple):

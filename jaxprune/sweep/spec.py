@@ -364,6 +364,11 @@ class RecordSpec:
         default=(),
         example='every = 20\nflow = ["weight_norm"]',
     )
+    churn: bool = _key(
+        'keep the predictions on the test set at each evaluation: the results then have churn, the '
+        'share of them that differ from those of the dense run of the same seed',
+        default=False,
+    )
     compact_seeds: tuple[int, ...] = _key(
         'seeds whose pruned networks are cut out at the end, timed against the dense network, '
         'tested, and compared with the network as training left it: the columns latency_ratio, '

@@ -27,6 +27,7 @@ import polars as pl
 
 from jaxprune import files
 from jaxprune.errors import ReadError, StoreError, WriteError, first_line, quoted
+from jaxprune.sweep.churn import CHURN, PREDICTIONS, with_churn
 from jaxprune.sweep.timing import PHASES
 
 RESULTS = {
@@ -50,6 +51,9 @@ RESULTS = {
     'full_accuracy': pl.Float64,
     'compact_accuracy': pl.Float64,
     'compact_difference': pl.Float64,
+    'mask_change': pl.Float64,
+    'mask_distance': pl.Float64,
+    'weights_used': pl.Float64,
     'learning_rate': pl.Float64,
     'weight_decay': pl.Float64,
     'step': pl.Int64,
@@ -57,6 +61,7 @@ RESULTS = {
     'train_loss': pl.Float64,
     'test_loss': pl.Float64,
     'test_accuracy': pl.Float64,
+    'churn': pl.Float64,
     'error': pl.String,
 }
 """Columns of a results row. A grid over further train keys adds one column each.
@@ -70,10 +75,16 @@ its products with sides rounded up to a TPU's tiles of 8 x 128, `speedup_theoret
 operations of the dense network over `flops_compact`. For the seeds of `record.compact_seeds` there
 are, at a run's end, `latency_ratio`, the measured time of the dense network over that of the
 compact one, `full_accuracy` of the network as training left it, `compact_accuracy`, and
-`compact_difference`, the largest difference of their logits. All these are null where they are not
-known. `error` is null, or says what went wrong: scores that cannot be ranked (losses and accuracy
-are then NaN), or losses that diverged (the numbers are those of the broken network).
+`compact_difference`, the largest difference of their logits. Of methods that move masks there are
+`method.MASK_FIGURES`. With `record.churn` there is `churn`, the share of the test set that the run
+labels otherwise than the dense run of the same seed and settings. All these are null where they
+are not known. `error` is null, or says what went wrong: scores that cannot be ranked (losses and
+accuracy are then NaN), or losses that diverged (the numbers are those of the broken network).
 """
+
+RESULTS_FILE = {PREDICTIONS if k == CHURN else k: v for k, v in RESULTS.items()}
+RESULTS_FILE[PREDICTIONS] = pl.String
+"""Columns in the file of a chunk, which knows no dense runs of other chunks; see `churn`."""
 
 LAYERS = {
     'run_id': pl.String,
@@ -114,7 +125,7 @@ class Chunk(NamedTuple):
     """What a finished chunk leaves behind.
 
     Attributes:
-      results: columns `RESULTS`.
+      results: columns `RESULTS_FILE`.
       layers: columns `LAYERS`.
       curves: columns `CURVES`; no row if nothing was recorded along training.
       flow: columns `FLOW`, likewise.
@@ -345,7 +356,7 @@ def timing_path(out: Path, chunk: str) -> Path:
 
 #: Where the tables of a chunk lie, the results last.
 TABLES = (curves_path, flow_path, layers_path, results_path)
-_SCHEMAS = (CURVES, FLOW, LAYERS, RESULTS)
+_SCHEMAS = (CURVES, FLOW, LAYERS, RESULTS_FILE)
 
 
 def write_chunk(out: Path, chunk: str, made: Chunk) -> bool:
@@ -411,6 +422,7 @@ _LATER = (
     *('params_compact', 'flops_compact', 'padded_flops_compact', 'speedup_theoretical'),
     'latency_ratio',
     *('full_accuracy', 'compact_accuracy', 'compact_difference'),
+    *('mask_change', 'mask_distance', 'weights_used', PREDICTIONS),
 )
 
 
@@ -447,7 +459,9 @@ def _in_order(frame: pl.DataFrame, schema: dict) -> pl.DataFrame:
 
 def read_results(out: Path) -> pl.DataFrame:
     """All finished rows, in plan order; an empty frame if no chunk is finished."""
-    return _read(out, results_path, RESULTS)
+    found = _read(out, results_path, RESULTS_FILE)
+    others = [name for name in found.columns if name not in RESULTS_FILE]
+    return with_churn(found, ['learning_rate', 'weight_decay', *others])
 
 
 def read_layers(out: Path) -> pl.DataFrame:
