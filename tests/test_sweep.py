@@ -92,7 +92,8 @@ def test_columns_and_rows(finished):
     assert results['run_id'].n_unique() == pruned + dense
     assert not results.select('run_id', 'epoch').is_duplicated().any()
     assert results['error'].is_null().all()
-    assert not any(results.drop('error', *COMPACT_COLUMNS).null_count().row(0))
+    unknown = ('error', 'churn', *COMPACT_COLUMNS, *MASK_FIGURES)
+    assert not any(results.drop(*unknown).null_count().row(0))
     assert set(results['epoch']) == {1, 2}
     assert (results['step'] == results['epoch'] * 6).all()
     for column in ('train_loss', 'test_loss'):

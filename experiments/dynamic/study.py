@@ -1,0 +1,67 @@
+"""Ten ways and more to prune while a network trains, against pruning before and after, in one command.
+
+    python experiments/dynamic/study.py --out runs/dynamic
+
+Runs the sweeps of this folder; a sweep that was interrupted goes on. Prints markdown, and writes it
+with figures into the folder. `resnet20_full.toml` is not among them: it is for an accelerator.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent / 'common'))
+
+import polars as pl
+from command import parser_of, publish
+from outcomes import figures, written
+
+import jaxprune as jp
+from jaxprune.errors import JaxpruneError
+from jaxprune.sweep import SweepSpec
+
+HERE = Path(__file__).parent
+#: Name -> its file, and what of it is replaced.
+SWEEPS = {
+    'lenet300100_fashion': ('lenet300100', []),
+    'lenet300100_mnist': ('lenet300100', ['data.name="mnist"']),
+    'lenet5': ('lenet5', []),
+    'resnet20': ('resnet20', []),
+}
+
+
+def main() -> int:
+    parser = parser_of(__doc__, 'runs/dynamic')
+    arguments = parser.parse_args()
+    try:
+        sweeps = {
+            name: run(name, arguments.out / name, arguments.data_dir, arguments.quick)
+            for name in SWEEPS
+        }
+    except JaxpruneError as error:
+        raise SystemExit(str(error)) from None
+    publish(arguments.out, written(sweeps), figures(sweeps))
+    return 0
+
+
+def run(name: str, out: Path, data_dir: str | None, quick: bool) -> pl.DataFrame:
+    """The results of a finished sweep of this folder."""
+    file, replaced = SWEEPS[name]
+    spec = jp.load_spec(HERE / f'{file}.toml', replaced)
+    return jp.run_sweep(small(spec) if quick else spec, out, data_dir=data_dir)
+
+
+def small(spec: SweepSpec) -> SweepSpec:
+    """Two seeds, two densities and a few small batches: its numbers mean nothing."""
+    compression = spec.grid.compression
+    size = spec.train.epochs * spec.data.train_examples // spec.train.batch_size
+    return dataclasses.replace(
+        spec,
+        data=dataclasses.replace(spec.data, train_examples=size // spec.train.epochs, test_examples=100),
+        train=dataclasses.replace(spec.train, batch_size=1),
+        grid=dataclasses.replace(spec.grid, seed=spec.grid.seed[:2], compression=compression[:2]),
+    )
+
+
+if __name__ == '__main__':
+    sys.exit(main())
