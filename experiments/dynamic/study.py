@@ -1,4 +1,4 @@
-"""Ten ways and more to prune while a network trains, against pruning before and after, in one command.
+"""Many ways to prune while a network trains, against pruning before and after, in one command.
 
     python experiments/dynamic/study.py --out runs/dynamic
 
@@ -18,7 +18,7 @@ from outcomes import figures, written
 
 import jaxprune as jp
 from jaxprune.errors import JaxpruneError
-from jaxprune.sweep import SweepSpec
+from jaxprune.sweep import SweepSpec, keep_compiled, use_all_cores
 
 HERE = Path(__file__).parent
 #: Name -> its file, and what of it is replaced.
@@ -29,10 +29,23 @@ SWEEPS = {
     'resnet20': ('resnet20', []),
 }
 
+#: What `--quick` trains.
+QUICK = (
+    'random, static',
+    'SynFlow at init',
+    'prune, then fine-tune',
+    'lottery ticket',
+    'GMP',
+    'DPF',
+    'RigL',
+)
+
 
 def main() -> int:
     parser = parser_of(__doc__, 'runs/dynamic')
     arguments = parser.parse_args()
+    use_all_cores()
+    keep_compiled()
     try:
         sweeps = {
             name: run(name, arguments.out / name, arguments.data_dir, arguments.quick)
@@ -52,14 +65,15 @@ def run(name: str, out: Path, data_dir: str | None, quick: bool) -> pl.DataFrame
 
 
 def small(spec: SweepSpec) -> SweepSpec:
-    """Two seeds, two densities and a few small batches: its numbers mean nothing."""
-    compression = spec.grid.compression
-    size = spec.train.epochs * spec.data.train_examples // spec.train.batch_size
+    """Seven methods, two seeds and densities, small batches: its numbers mean nothing."""
+    steps = spec.data.train_examples // spec.train.batch_size  # of an epoch; clocks count them
+    seeds, few = spec.grid.seed[:2], spec.grid.compression[:3]
+    methods = tuple(m for m in spec.grid.method if m.label in QUICK)
     return dataclasses.replace(
         spec,
-        data=dataclasses.replace(spec.data, train_examples=size // spec.train.epochs, test_examples=100),
-        train=dataclasses.replace(spec.train, batch_size=1),
-        grid=dataclasses.replace(spec.grid, seed=spec.grid.seed[:2], compression=compression[:2]),
+        data=dataclasses.replace(spec.data, train_examples=2 * steps, test_examples=100),
+        train=dataclasses.replace(spec.train, batch_size=2),
+        grid=dataclasses.replace(spec.grid, method=methods, seed=seeds, compression=few),
     )
 
 

@@ -1,0 +1,208 @@
+"""Movement against magnitude when a transformer is fine-tuned, in one command.
+
+    python experiments/movement/study.py --out runs/movement
+
+Trains a transformer on Fashion-MNIST, then the sweep of `finetune.toml` on MNIST from its weights,
+and once more from drawn weights. What was trained before is kept. Prints markdown, and writes it
+with a figure into the folder.
+"""
+
+import dataclasses
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent / 'common'))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import polars as pl
+from command import parser_of, publish
+from matplotlib.figure import Figure
+
+import jaxprune as jp
+from jaxprune import data, nn, tree
+from jaxprune.errors import JaxpruneError
+from jaxprune.report import markdown, style
+from jaxprune.sweep import SweepSpec, keep_compiled, to_toml, use_all_cores
+
+HERE = Path(__file__).parent
+HEAD = """\
+# Outcomes of the movement study
+
+Intervals: Student's, of 95 %, for the mean over seeds; differences are paired by seed. "Holds" and
+"reversed": the interval lies above or below zero; else "open". Networks and their recipe:
+[README](README.md)."""
+MAGNITUDE, RIVALS = 'magnitude', ('movement', 'soft movement')
+STARTS = {'trained': 'from weights trained on Fashion-MNIST', 'drawn': 'from drawn weights'}
+#: Of the training before: images, passes over them, images in a batch, peak rate of Adam.
+EXAMPLES, PASSES, BATCH, RATE = 20_000, 10, 64, 1e-3
+
+
+def main() -> int:
+    parser = parser_of(__doc__, 'runs/movement')
+    arguments = parser.parse_args()
+    out, quick = arguments.out, arguments.quick
+    try:
+        use_all_cores()
+        keep_compiled()
+        spec = jp.load_spec(HERE / 'finetune.toml')
+        spec = small(spec) if quick else spec
+        file = out / 'trained.safetensors'
+        if not file.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            train_before(file, spec, arguments.data_dir, 640 if quick else EXAMPLES)
+        ends = {}
+        for start in STARTS:
+            params = str(file.resolve()) if start == 'trained' else ''
+            model = dataclasses.replace(spec.model, params=params)
+            ends[start] = jp.run_sweep(
+                jp.make_spec(table_of(dataclasses.replace(spec, model=model))),
+                out / start,
+                data_dir=arguments.data_dir,
+            )
+    except JaxpruneError as error:
+        raise SystemExit(str(error)) from None
+    rows = {start: last_rows(results) for start, results in ends.items()}
+    publish(out, written(rows), {'accuracy': style.png(accuracy_figure(rows))})
+    return 0
+
+
+def table_of(spec: SweepSpec) -> dict:
+    """The specification as the table of a file, so that the file of weights is read."""
+    return tomllib.loads(to_toml(spec))
+
+
+def small(spec: SweepSpec) -> SweepSpec:
+    """Two seeds and densities, and few images: its numbers mean nothing."""
+    options = {**spec.model.options, 'dim': 8, 'depth': 1}
+    grid = dataclasses.replace(
+        spec.grid, seed=spec.grid.seed[:2], compression=spec.grid.compression[:3]
+    )
+    return dataclasses.replace(
+        spec,
+        model=dataclasses.replace(spec.model, options=options),
+        data=dataclasses.replace(spec.data, train_examples=3200, test_examples=100),
+        grid=grid,
+    )
+
+
+def train_before(file: Path, spec: SweepSpec, data_dir: str | None, examples: int) -> None:
+    """Trains the network on the other task and writes its weights."""
+    known = data.load('fashion_mnist', data_dir)
+    module = nn.build(spec.model.name, known.classes, **spec.model.options)
+    net = jp.problem_from_flax(module, known.train.images.shape[1:])
+
+    def pixels(images):
+        return (images.astype(jnp.float32) / 255 - jnp.array(known.mean)) / jnp.array(known.std)
+
+    x, y = jnp.asarray(known.train.images[:examples]), jnp.asarray(known.train.labels[:examples])
+    params, _ = jax.jit(net.init)(jax.random.key(0))
+    steps = examples // BATCH * PASSES
+    tx = optax.adam(optax.cosine_decay_schedule(RATE, steps))
+
+    def loss(params, at):
+        logits, _ = net.apply(params, {}, pixels(x[at]), train=True, key=None)
+        return jp.cross_entropy(logits, y[at]).mean()
+
+    @jax.jit
+    def step(params, state, at):
+        updates, state = tx.update(jax.grad(loss)(params, at), state)
+        return optax.apply_updates(params, updates), state
+
+    state, rng = tx.init(params), np.random.default_rng(0)
+    for _ in range(PASSES):
+        for at in rng.permutation(examples)[: examples // BATCH * BATCH].reshape(-1, BATCH):
+            params, state = step(params, state, at)
+    test = pixels(jnp.asarray(known.test.images[:2000]))
+    logits, _ = net.apply(params, {}, test, train=False, key=None)
+    right = float((logits.argmax(-1) == known.test.labels[:2000]).mean())
+    print(f'trained on Fashion-MNIST: test accuracy {100 * right:.1f} %', flush=True)
+
+    def apply(params, x):
+        return net.apply(params, {}, x, train=False, key=None)[0]
+
+    whole = jp.compact(apply, params, tree.ones(tree.pick(params, tree.kernels)), test[:1])
+    jp.save_compact(file, whole, test[:1])
+
+
+# --- tables and the figure ------------------------------------------------------------------------
+
+
+def last_rows(results: pl.DataFrame) -> pl.DataFrame:
+    """The last row of each run, with the compression that was asked for as a density in percent."""
+    rows = results.filter(pl.col('step') == pl.col('step').max().over('run_id'))
+    return rows.with_columns(percent=(100 / pl.col('target_compression')).round(6))
+
+
+def densities(rows: pl.DataFrame) -> list[float]:
+    return sorted(set(rows.filter(pl.col('method') != 'dense')['percent']), reverse=True)
+
+
+def by_seed(rows: pl.DataFrame, label: str, percent: float = 100.0) -> np.ndarray:
+    """Accuracies in percent, by seed."""
+    own = rows.filter(pl.col('label') == label, pl.col('percent') == percent)
+    return 100 * own.sort('seed')['test_accuracy'].to_numpy()
+
+
+def written(ends: Mapping[str, pl.DataFrame]) -> str:
+    parts = [HEAD]
+    for start, title in STARTS.items():
+        rows = ends[start]
+        every = densities(rows)
+        head = ['method', *(f'{p:g} %' for p in every)]
+        accuracy = [
+            [label, *(markdown.interval(by_seed(rows, label, p), 1) for p in every)]
+            for label in (MAGNITUDE, *RIVALS)
+        ]
+        above = [
+            [
+                label,
+                *(
+                    markdown.verdict(by_seed(rows, label, p) - by_seed(rows, MAGNITUDE, p), 1)
+                    for p in every
+                ),
+            ]
+            for label in RIVALS
+        ]
+        dense = markdown.interval(by_seed(rows, 'dense'), 1)
+        parts += [
+            f'## {title[0].upper()}{title[1:]}',
+            f'Test accuracy in % by density; dense: {dense}.',
+            markdown.table(head, accuracy),
+            'Points above magnitude. The paper has less than nothing at high densities and a gain '
+            'below 15 %.',
+            markdown.table(head, above),
+        ]
+    return '\n\n'.join(parts) + '\n'
+
+
+def accuracy_figure(ends: Mapping[str, pl.DataFrame]) -> Figure:
+    labels = (MAGNITUDE, *RIVALS)
+    styles, shown = style.lines(labels), {}
+    with style.context():
+        drawing = style.figure(style.WIDTH, 3.4)
+        panels = drawing.subplots(1, len(STARTS), sharey=True)
+        for axes, (start, title) in zip(panels, STARTS.items(), strict=True):
+            rows = ends[start]
+            every = densities(rows)
+            axes.axhline(by_seed(rows, 'dense').mean(), color='0.5', linewidth=0.8)
+            for label in labels:
+                means = [by_seed(rows, label, p).mean() for p in every]
+                shown[label] = axes.plot(every, means, **styles[label])[0]
+            axes.set_xscale('log')
+            axes.invert_xaxis()
+            axes.set_xticks(every, labels=[f'{p:g}' for p in every])
+            axes.set_xticks([], minor=True)
+            axes.set_xlabel('density (%)')
+            axes.set_title(title)
+        panels[0].set_ylabel('test accuracy on MNIST (%)')
+        drawing.legend(shown.values(), shown, loc='outside upper center', ncols=3, frameon=False)
+        return drawing
+
+
+if __name__ == '__main__':
+    sys.exit(main())
