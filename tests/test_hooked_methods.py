@@ -106,6 +106,53 @@ def test_counts_and_zeros(name):
         assert zero['value'].sum() == 4
 
 
+UNCOUPLED = [name for name in METHODS if not method.METHODS[name].coupled]
+
+
+@pytest.mark.parametrize(
+    ('name', 'epoch', 'end'),
+    [
+        more_unless(epoch == 1 + place % 3 and end == place % 2, name, epoch, end)
+        for place, name in enumerate(UNCOUPLED)
+        for epoch in (1, 2, 3)
+        for end in (0, 1)
+    ],
+)
+def test_the_last_density_is_exact_in_tiny_epochs(name, epoch, end):
+    """Law: epochs of one to three steps, the last round before or at the last step: as many weights
+    are left as planned, and pruned ones are zero."""
+    steps = 4 * epoch
+    entry = {
+        'name': name,
+        'label': name,
+        'granularity': granularity(name),
+        'allocation': 'uniform',
+        'rounds': 4,
+        'end': steps - 1 + end,
+        'time_unit': 'steps',
+        **OPTIONS.get(name, {}),
+    }
+    short = {
+        **table(name),
+        'data': {'name': 'mnist_small', 'train_examples': 10 * epoch, 'test_examples': 20},
+        'train': {'epochs': 4, 'batch_size': 10, 'optimizer': 'adam', 'learning_rate': 0.01},
+        'record': {},
+    }
+    short['grid'] = {'method': [entry], 'density': [0.21], 'seed': [0]}
+    spec, group = group_of(short, name)
+    program, states, chunk = states_of(spec, group)
+    assert chunk.results['error'].is_null().all()
+    pruned = jax.tree.map(lambda leaf: leaf[0], states)
+    alive = jax.device_get(program.competing(group.runs[0].method).alive(pruned.masks))
+    for layer, column in counts_of(program, group.runs[0]).counts.items():
+        assert int(alive[layer].sum()) == column[-1], layer
+    params = dict(tree.paths(pruned.params))
+    assert not any(np.any(params[path][~mask]) for path, mask in pruned.masks.items())
+    size = sum(mask.size for mask in pruned.masks.values())
+    kept = sum(int(mask.sum()) for mask in pruned.masks.values())
+    assert chunk.results['density'][-1] == kept / size
+
+
 @pytest.mark.parametrize('name', CASES)
 def test_many_runs_equal_single_runs(name):
     """Laws, in float64 and from the first round to the last: N vmapped runs = the same runs one by

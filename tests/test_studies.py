@@ -314,6 +314,40 @@ def test_only_train_once(tmp_path):
 
 
 @pytest.mark.script
+def test_dynamic(tmp_path):
+    """Expectation: all sections and figures are there, with a line for each method; tickets take
+    their budget five times; a second call trains nothing."""
+    folder, out = EXPERIMENTS / 'dynamic', tmp_path / 'dynamic'
+    command = [folder / 'study.py', '--quick', '--out', out]
+    command += ['--data-dir', prepared('mnist', 'fashion_mnist', 'cifar10')]
+    text = run(*command)
+    assert text.count('\n## ') == 4 and text.count('\n### ') == 8
+    assert {path.stem for path in out.glob('*.png')} == {'accuracy', 'masks'}
+    first = text.split('\n## ')[1]
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in first.splitlines()]
+    steps = {row[0]: int(row[3]) for row in rows if len(row) == 6 and row[3].isdigit()}
+    assert steps == {
+        **dict.fromkeys(('random, static', 'SynFlow at init', 'prune, then fine-tune'), 1000),
+        **dict.fromkeys(('GMP', 'DPF', 'RigL'), 1000),
+        'lottery ticket': 1000 + 4 * 950,
+    }
+    stamps = {path: path.stat().st_mtime for path in out.rglob('results/*')}
+    assert run(*command) == text
+    assert stamps == {path: path.stat().st_mtime for path in out.rglob('results/*')}
+
+
+@pytest.mark.script
+def test_movement(tmp_path):
+    """Expectation: both starts have their tables, and differ in where runs begin."""
+    folder, out = EXPERIMENTS / 'movement', tmp_path / 'movement'
+    data = prepared('mnist', 'fashion_mnist')
+    text = run(folder / 'study.py', '--quick', '--out', out, '--data-dir', data)
+    assert text.count('\n## ') == 2 and (out / 'accuracy.png').exists()
+    specs = [(out / start / 'spec.toml').read_text() for start in ('trained', 'drawn')]
+    assert ['trained.safetensors' in spec for spec in specs] == [True, False]
+
+
+@pytest.mark.script
 def test_tpu_alignment(tmp_path):
     """Expectation: rounding up keeps more operations; all sections and the figure are there."""
     folder, out = EXPERIMENTS / 'tpu_alignment', tmp_path / 'tpu'
