@@ -41,8 +41,8 @@ SHOWN = 0.05
 def written(sweeps: Mapping[str, pl.DataFrame]) -> str:
     """All tables and verdicts as markdown."""
     parts = [HEAD]
-    for name, title in NAMES.items():
-        rows = last_rows(sweeps[name])
+    for name, results in sweeps.items():
+        rows, title = last_rows(results), NAMES[name]
         parts += [f'## {title}', accuracy_table(rows)]
         parts += ['### While training against before it', against_before(rows)]
         parts += ['### Expectations', expectations(rows)]

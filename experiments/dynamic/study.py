@@ -29,16 +29,9 @@ SWEEPS = {
     'resnet20': ('resnet20', []),
 }
 
-#: What `--quick` trains.
-QUICK = (
-    'random, static',
-    'SynFlow at init',
-    'prune, then fine-tune',
-    'lottery ticket',
-    'GMP',
-    'DPF',
-    'RigL',
-)
+#: What `--quick` runs: sweeps and methods.
+QUICK_SWEEPS = ('lenet300100_fashion', 'lenet5')
+QUICK = ('random, static', 'SNIP at init', 'lottery ticket', 'GMP', 'DPF', 'RigL')
 
 
 def main() -> int:
@@ -49,7 +42,7 @@ def main() -> int:
     try:
         sweeps = {
             name: run(name, arguments.out / name, arguments.data_dir, arguments.quick)
-            for name in SWEEPS
+            for name in (QUICK_SWEEPS if arguments.quick else SWEEPS)
         }
     except JaxpruneError as error:
         raise SystemExit(str(error)) from None
@@ -65,7 +58,7 @@ def run(name: str, out: Path, data_dir: str | None, quick: bool) -> pl.DataFrame
 
 
 def small(spec: SweepSpec) -> SweepSpec:
-    """Seven methods, two seeds and densities, small batches: its numbers mean nothing."""
+    """Six methods, two seeds and densities, small batches: its numbers mean nothing."""
     steps = spec.data.train_examples // spec.train.batch_size  # of an epoch; clocks count them
     seeds, few = spec.grid.seed[:2], spec.grid.compression[:3]
     methods = tuple(m for m in spec.grid.method if m.label in QUICK)
