@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import polars as pl
+from by_density import by_seed, densities, last_rows
 from matplotlib.figure import Figure
 
 from jaxprune.report import markdown, style
@@ -49,27 +49,8 @@ def written(sweeps: Mapping[str, pl.DataFrame]) -> str:
     return '\n\n'.join(parts) + '\n'
 
 
-def last_rows(results: pl.DataFrame) -> pl.DataFrame:
-    """The last row of each run, with the compression that was asked for as a density in percent."""
-    rows = results.filter(pl.col('step') == pl.col('step').max().over('run_id'))
-    return rows.with_columns(percent=(100 / pl.col('target_compression')).round(6))
-
-
-def densities(rows: pl.DataFrame) -> list[float]:
-    """Densities of pruned runs in percent, falling."""
-    return sorted(set(rows.filter(pl.col('method') != 'dense')['percent']), reverse=True)
-
-
 def present(rows: pl.DataFrame, labels=EVERY) -> list[str]:
     return [label for label in labels if label in set(rows['label'])]
-
-
-def by_seed(rows: pl.DataFrame, label: str, percent: float | None = None) -> np.ndarray:
-    """Accuracies in percent, by seed."""
-    own = rows.filter(pl.col('label') == label)
-    if percent is not None:
-        own = own.filter(pl.col('percent') == percent)
-    return 100 * own.sort('seed')['test_accuracy'].to_numpy()
 
 
 def accuracy_table(rows: pl.DataFrame) -> str:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import polars as pl
+from by_density import by_seed, densities, last_rows
 from command import parser_of, publish
 from matplotlib.figure import Figure
 
@@ -130,22 +131,6 @@ def train_before(file: Path, spec: SweepSpec, data_dir: str | None, examples: in
 
 
 # --- tables and the figure ------------------------------------------------------------------------
-
-
-def last_rows(results: pl.DataFrame) -> pl.DataFrame:
-    """The last row of each run, with the compression that was asked for as a density in percent."""
-    rows = results.filter(pl.col('step') == pl.col('step').max().over('run_id'))
-    return rows.with_columns(percent=(100 / pl.col('target_compression')).round(6))
-
-
-def densities(rows: pl.DataFrame) -> list[float]:
-    return sorted(set(rows.filter(pl.col('method') != 'dense')['percent']), reverse=True)
-
-
-def by_seed(rows: pl.DataFrame, label: str, percent: float = 100.0) -> np.ndarray:
-    """Accuracies in percent, by seed."""
-    own = rows.filter(pl.col('label') == label, pl.col('percent') == percent)
-    return 100 * own.sort('seed')['test_accuracy'].to_numpy()
 
 
 def written(ends: Mapping[str, pl.DataFrame]) -> str:

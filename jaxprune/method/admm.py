@@ -85,7 +85,7 @@ def admm(asked: Asked, *, strength: ArrayLike = 1e-4, strength_end: ArrayLike = 
         info = PruneInfo(count_kept(kept), *tallied(scores, alive))
         return state._replace(prunes=leave_out(asked, counts)), masks, info
 
-    return Pruner(_begun, update, frozenset(), as_they_are, hook=StepHook(gradient=drawn))
+    return Pruner(begun, update, frozenset(), as_they_are, hook=StepHook(gradient=drawn))
 
 
 def nearest_sparse(
@@ -133,7 +133,8 @@ def drawn(
     return state, tree.put(grads, pulled)
 
 
-def _begun(key: Key, view: View) -> Split:
+def begun(key: Key, view: View) -> Split:
+    """The state before the first round."""
     del key
     zeros = {path: jnp.zeros_like(w) for path, w in view.weights.items()}
     scalar = jnp.zeros((), next(iter(zeros.values())).dtype)

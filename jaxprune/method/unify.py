@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxprune import tree
 from jaxprune.arguments import positive
 from jaxprune.errors import PruneError
-from jaxprune.method.admm import Split, drawn, split, strength_at
+from jaxprune.method.admm import Split, begun, drawn, split, strength_at
 from jaxprune.method.chosen_anew import selected
 from jaxprune.method.lasting import Asked
 from jaxprune.method.pruner import tallied
@@ -82,13 +82,9 @@ def unify(
     positive('strength_end of unify', strength_end)
 
     def init(key: Key, view: View) -> Unified:
-        del key
-        zeros = {path: jnp.zeros_like(w) for path, w in view.weights.items()}
-        scalar = jnp.zeros((), next(iter(zeros.values())).dtype)
-        begun = Split(zeros, zeros, scalar, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
         none = {path: jnp.zeros_like(mask) for path, mask in view.masks.items()}
         signs = {path: jnp.zeros(w.shape, jnp.int8) for path, w in view.weights.items()}
-        return Unified(begun, none, signs)
+        return Unified(begun(key, view), none, signs)
 
     def update(
         key: Key, state: Unified, view: View, counts: Counts, batches: Batches | None
@@ -100,15 +96,15 @@ def unify(
         def project(weights: Weights) -> Weights:
             return nearest_unified(groups, weights, *chosen(asked, weights, alive, counts, unified))
 
-        begun = split(state.split, view.weights, rho, project)
+        moved = split(state.split, view.weights, rho, project)
         kept, tied = chosen(asked, view.weights, alive, counts, unified)
         prunes = sum(count_kept(kept).values()) < sum(count_kept(alive).values())
-        begun = begun._replace(prunes=(prunes | (jnp.asarray(unified) > 0)) & (number < last - 1))
+        moved = moved._replace(prunes=(prunes | (jnp.asarray(unified) > 0)) & (number < last - 1))
         now, before = number == last - 1, number < last - 1
         whole, shared = groups.spread(kept), groups.spread(tied)
         masks = {path: m & (whole[path] | ~now) for path, m in view.masks.items()}
         state = Unified(
-            begun,
+            moved,
             {p: jnp.where(now, shared[p], m & ~before) for p, m in state.tied.items()},
             {
                 p: jnp.where(now, jnp.sign(view.weights[p]).astype(jnp.int8), s)
