@@ -179,26 +179,25 @@ def accuracy_figure(sweeps: Mapping[str, pl.DataFrame]) -> Figure:
 
 
 def masks_figure(rows: pl.DataFrame) -> Figure:
-    """Accuracy against the share of weights ever used, and against churn; a point for a method."""
+    """Accuracy, churn and weights used at one density: a line of dots for each method."""
     near = min(densities(rows), key=lambda p: abs(p - 100 * SHOWN))
     own = rows.filter(pl.col('percent') == near)
+    titles = {
+        'test_accuracy': f'test accuracy (%), density {near:g} %',
+        'churn': 'churn against the dense twin (%)',
+        'weights_used': 'weights ever used (%)',
+    }
+    order = sorted(present(own), key=lambda label: by_seed(own, label, near).mean())
     with style.context():
-        drawing = style.figure(style.WIDTH, 3.6)
-        panels = drawing.subplots(1, 2, sharey=True)
-        titles = {
-            'weights_used': 'weights used since the first round (%)',
-            'churn': 'labelled otherwise than by the dense twin (%)',
-        }
+        drawing = style.figure(style.WIDTH, 0.2 * len(order) + 1.2)
+        panels = drawing.subplots(1, len(titles), sharey=True)
         for axes, (column, title) in zip(panels, titles.items(), strict=True):
             for group, labels in GROUPS.items():
-                points = own.filter(pl.col('label').is_in(labels), pl.col(column).is_not_null())
-                means = points.group_by('label').agg(pl.col(column, 'test_accuracy').mean() * 100)
-                axes.plot(means[column], means['test_accuracy'], 'o', label=group, markersize=4)
-                for label, x, y in means.select('label', column, 'test_accuracy').iter_rows():
-                    axes.annotate(
-                        label, (x, y), xytext=(3, 2), textcoords='offset points', fontsize=6
-                    )
+                mine = own.filter(pl.col('label').is_in(labels), pl.col(column).is_not_null())
+                places = [order.index(label) for label in mine['label']]
+                axes.plot(100 * mine[column], places, 'o', markersize=3, label=group)
             axes.set_xlabel(title)
-        panels[0].set_ylabel(f'test accuracy (%), density {near:g} %')
-        panels[1].legend(frameon=False)
+        panels[0].set_yticks(range(len(order)), labels=order)
+        drawing.legend(*panels[0].get_legend_handles_labels(), loc='outside upper center',
+                       ncols=3, frameon=False)  # fmt: skip
         return drawing
