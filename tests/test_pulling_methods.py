@@ -14,6 +14,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune import flow, method
+from jaxprune.method import greg
 from jaxprune.method.admm import nearest_sparse
 from jaxprune.method.by_rank import lost
 from jaxprune.method.lasting import Asked
@@ -361,3 +362,52 @@ def test_the_penalty_is_that_of_flow(when):
         jax.random.key(0), state, view._replace(masks=masks, weights=left), counts, None
     )
     assert int(masks['w'].sum()) == 12
+
+
+# --- what a reader found ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['spp', 'increg'])
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_ranks_do_not_round(name, dtype):
+    """Expectation: of 1200 weights that stand still the largest half stays, though bfloat16 counts
+    to 256 only. Equal sizes may go either way."""
+    weights = jax.random.normal(jax.random.key(0), (30, 40)).astype(dtype)
+    pruner, view = on_its_own(weights, name, tuple(range(6)))
+    state, update = pruner.init(jax.random.key(0), view), jax.jit(pruner.update)
+    for number in range(6):
+        state, masks, _ = update(jax.random.key(number), state, view, {'w': jnp.int32(600)}, None)
+        view = view._replace(masks=masks)
+    sizes = np.abs(np.asarray(weights, np.float32))
+    kept = np.asarray(masks['w'])
+    assert kept.sum() == 600 and sizes[kept].min() >= sizes[~kept].max()
+
+
+def test_a_layer_that_goes_whole_does_not_hold_the_penalty_up():
+    """Expectation: no kept block is too small, so λ stops where the other layer is settled."""
+    groups = method.competing('2x2', {'a': (4, 4), 'b': (4, 4)})
+    kept = {'a': jnp.ones((2, 2), bool), 'b': jnp.zeros((2, 2), bool)}
+    state = greg.Growing(kept, jnp.float32(0.5), dict.fromkeys(kept, jnp.float32(0)),
+                         jnp.int32(1), jnp.array(True))  # fmt: skip
+    recipe = greg._Recipe(1, 0.1, 10.0, 5.0, 0)
+    params = {'a': jnp.ones((4, 4)), 'b': jnp.ones((4, 4))}
+    assert float(greg._grown(groups, recipe, state, params).strength) == 0.5
+
+
+@pytest.mark.parametrize('impl', ['threefry2x32', 'rbg'])
+def test_keys_of_any_generator(impl):
+    """Expectation: masks are drawn with them, and depend on the seed."""
+    sparse = jp.train_sparse(
+        {'w': jnp.ones((8, 8))}, optax.sgd(0.1), 'set', prunable=everything, density=0.5,
+        start=0, stop=4, rounds=3, learning_rate=0.1,
+    )  # fmt: skip
+    masks = [
+        sparse.init({'w': jnp.ones((8, 8))}, jax.random.key(seed, impl=impl)).run.masks['w']
+        for seed in range(2)
+    ]
+    assert all(int(m.sum()) == 32 for m in masks) and (masks[0] != masks[1]).any()
+
+
+def test_a_lottery_ticket_needs_training():
+    with pytest.raises(jp.PruneError, match="name: 'lottery' trains before each of its rounds"):
+        jp.prune({'w': jnp.ones((8, 8))}, 'lottery', 0.5, prunable=everything)

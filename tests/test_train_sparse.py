@@ -131,11 +131,12 @@ def test_evaluation_sees_what_it_should():
     [
         ('snip', {}, "'snip' does not change training, see jp.prune: "),
         ('rigle', {}, "did you mean 'rigl'"),
-        ('hesso', {}, 'granularity: .*prunes coupled groups'),
+        ('hesso', {}, 'removes coupled groups: see jp.train_once'),
         ('rigl', {'rounds': 30}, '30 rounds need a stop at least 29 steps after start'),
         ('rigl', {'dropp': 0.3}, 'drop'),
         ('rigl', {'density': 0.0}, 'density'),
-        ('unify', {'rounds': 2}, "'unify' needs three rounds or more, not 2"),
+        ('unify', {'rounds': 2}, "rounds: 'unify' needs three or more, not 2"),
+        ('greg2', {'rounds': 2}, "rounds: 'greg2' needs three or more, not 2"),
         ('str', {'density_schedule': 'cubic'}, 'prunes in one round only'),
     ],
 )

@@ -5,8 +5,16 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from jaxprune import tree
+from jaxprune.errors import PruneError
 from jaxprune.method.own_slices import PerGroup, vectors
 from jaxprune.types import Groups, PyTree, Scores, Weights
+
+
+def check_free(groups: Groups, name: str) -> None:
+    """Raises PruneError unless any set of the groups may be kept: weights, kernels or blocks."""
+    if groups.own or groups.eligible is not None:
+        what = f"'{name}' prunes weights, kernels or blocks"
+        raise PruneError(f'granularity: {what}, not {groups.kind}')
 
 
 def mean_sizes(groups: Groups, weights: Weights) -> Scores:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxprune import tree
+from jaxprune import rng, tree
 from jaxprune.arguments import positive
 from jaxprune.method.any_groups import mean_sizes, pulled
 from jaxprune.method.chosen_anew import selected
@@ -106,7 +106,8 @@ def increg(
         state: Fading, grads: PyTree, params: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
     ) -> tuple[Fading, PyTree]:
         del masks, clock, hyper
-        strengths = {name: ceiling * (1 - life) for name, life in state.life.items()}
+        dtype = jax.tree.leaves(grads)[0].dtype
+        strengths = {n: (ceiling * (1 - life)).astype(dtype) for n, life in state.life.items()}
         return state, pull(grads, strengths, params)
 
     return _fading(asked, 'increg', StepHook(gradient=gradient), amount, bend, dense=False)
@@ -139,11 +140,11 @@ def _fading(
     groups = asked.groups
 
     def init(key: Key, view: View) -> Fading:
-        one = jnp.ones((), next(iter(view.weights.values())).dtype)
+        one = jnp.ones((), _wide(next(iter(view.weights.values())).dtype))
         alive = groups.alive(view.masks)
         life = {layer: jnp.where(m, one, 0) for layer, m in alive.items()}
         rank = {layer: jnp.zeros_like(leaf) for layer, leaf in life.items()}
-        return Fading(life, rank, jnp.zeros((), jnp.int32), jax.random.key_data(key))
+        return Fading(life, rank, jnp.zeros((), jnp.int32), rng.words(key))
 
     def update(
         key: Key, state: Fading, view: View, counts: Counts, batches: Batches | None
@@ -202,5 +203,10 @@ def _ranks(asked: Asked, scores: Scores, alive: Masks) -> Scores:
 def _rank(values: jax.Array) -> jax.Array:
     """The place of each value in increasing order; of equal ones the first is lower."""
     order = jnp.argsort(values, stable=True)
-    places = jnp.arange(values.size, dtype=values.dtype)
-    return jnp.zeros_like(values).at[order].set(places)
+    places = jnp.arange(values.size, dtype=_wide(values.dtype))
+    return jnp.zeros_like(places).at[order].set(places)
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    """A type whose numbers can be ranks: bfloat16 counts to 256."""
+    return jnp.promote_types(dtype, jnp.float32)

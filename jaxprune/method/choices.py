@@ -80,6 +80,8 @@ def broken_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
         yield 'density_schedule', f"'{choices.density_schedule}' goes up and down, and {never}"
     if not entry.scheduled and choices.density_schedule not in ('', 'constant'):
         yield 'density_schedule', f"'{choices.name}' prunes in one round only: leave it out"
+    if entry.rewind and not choices.apart:
+        yield 'name', f"'{choices.name}' trains before each of its rounds: start is missing"
     if entry.hooked and not choices.apart:
         yield 'name', f"'{choices.name}' acts between its first round and its last, during training"
 

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxprune import tree
 from jaxprune.arguments import least, positive
+from jaxprune.errors import PruneError
 from jaxprune.method.any_groups import mean_sizes, pulled
 from jaxprune.method.chosen_anew import as_they_are, leave_out, selected
 from jaxprune.method.lasting import Asked
@@ -110,7 +111,7 @@ def greg2(
     flat directions go first. From the second round on this is `greg1`, from the λ reached.
 
     Args:
-      asked, interval, increment, ceiling, enough: see `greg1`.
+      asked, interval, increment, ceiling, enough: see `greg1`; three rounds or more.
       pick_increment, pick_ceiling: how λ of all grows before the second round.
       recover: λ of what is kept after it; the authors' code lets kept weights grow a little.
 
@@ -119,6 +120,8 @@ def greg2(
     """
     _check('greg2', interval=interval, increment=increment, ceiling=ceiling, enough=enough)
     _check('greg2', pick_increment=pick_increment, pick_ceiling=pick_ceiling)
+    if len(asked.events) < 3:
+        raise PruneError(f"rounds: 'greg2' needs three or more, not {len(asked.events)}")
     picking = (pick_increment, pick_ceiling, recover)
     return _growing(asked, _Recipe(interval, increment, ceiling, enough, 1, *picking))
 
@@ -189,9 +192,9 @@ def _grown(groups: Groups, recipe: _Recipe, state: Growing, params: PyTree) -> G
 
 
 def _quotient(sizes: jax.Array, kept: jax.Array) -> jax.Array:
-    """The mean size of kept groups over that of the others; infinite where none goes."""
+    """The mean size of kept groups over that of the others; infinite where all go, or none."""
     left, gone = (jnp.mean(sizes, where=which) for which in (kept, ~kept))
-    return jnp.where(kept.all(), jnp.inf, left / gone).astype(sizes.dtype)
+    return jnp.where(kept.all() | ~kept.any(), jnp.inf, left / gone).astype(sizes.dtype)
 
 
 def _strengths(state: Growing, recipe: _Recipe) -> PerGroup:

@@ -64,7 +64,7 @@ OPTIONS: dict[str, Option] = {
     'amount': Option('what the lowest rank loses in a round', above=0),
     'bend': Option('share of amount that is lost at the centre of the curve', above=0, high=1),
     'strength': Option('how strongly weights are drawn to the pruned network at first', above=0),
-    'strength_end': Option('the same in the last round but one', above=0),
+    'strength_end': Option('the same in the last round that moves it', above=0),
     'unified': Option('share of the kept blocks whose weights get one size', low=0, high=1),
     'explore': Option('density of the weights that learn and do not compute', low=0, high=1),
     'when': Option("the penalty acts 'after' pruning, or 'before' it", WHEN),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxprune import score
-from jaxprune.errors import PruneError
+from jaxprune.method.any_groups import check_free
 from jaxprune.method.chosen_anew import (
     Anew,
     as_they_are,
@@ -108,8 +108,7 @@ def _regrowing(
     """A pruner that drops and grows."""
     groups = asked.groups
     check_rounds(asked, name)
-    if groups.own or groups.eligible is not None:
-        raise PruneError(f"'{name}' prunes weights, kernels or blocks, not {groups.kind}")
+    check_free(groups, name)
 
     def init(key: Key, view: View) -> Anew:
         del key

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxprune import tree
-from jaxprune.errors import PruneError
+from jaxprune.method.any_groups import check_free
 from jaxprune.method.chosen_anew import (
     Anew,
     by_size,
@@ -53,8 +53,7 @@ def top_kast(asked: Asked, *, explore: ArrayLike = 0.1, penalty: ArrayLike = 1e-
       PruneError: coupled groups, n:m.
     """
     groups = asked.groups
-    if groups.own or groups.eligible is not None:
-        raise PruneError(f"'top_kast' prunes weights, kernels or blocks, not {groups.kind}")
+    check_free(groups, 'top_kast')
 
     def begin(view: View) -> Explored:
         density = {path: jnp.ones((), w.dtype) for path, w in view.weights.items()}

@@ -75,9 +75,9 @@ def unify(
     """
     groups, last = asked.groups, len(asked.events) - 1
     if groups.own or groups.eligible is not None or groups.kind == 'weight':
-        raise PruneError(f"'unify' needs blocks or kernels, as '8x8', not {groups.kind}")
+        raise PruneError(f"granularity: 'unify' needs blocks or kernels, not {groups.kind}")
     if last < 2:
-        raise PruneError(f"'unify' needs three rounds or more, not {last + 1}")
+        raise PruneError(f"rounds: 'unify' needs three or more, not {last + 1}")
     positive('strength of unify', strength)
     positive('strength_end of unify', strength_end)
 

@@ -16,6 +16,7 @@ from jaxprune.method.chosen_anew import straight_through
 from jaxprune.optim import Optimizer
 from jaxprune.plan import Plan
 from jaxprune.prune_model import check_arguments as check
+from jaxprune.rng import words
 from jaxprune.select import count_kept
 from jaxprune.train import fresh_optimizer, gradient_step, run_events, through_hook
 from jaxprune.types import Groups, Hyper, Key, Problem, Pruner, PyTree, Rule, RunState
@@ -60,7 +61,8 @@ class InLoop(NamedTuple):
         before the next step are part of it.
       watch: `(state, params) -> quantity -> layer -> number`, what the method does: 'zero_groups',
         and what else `WATCHED` has for it.
-      stop: steps after which the method is done.
+      stop: steps after which the method is done, but for the last round of RigL: it is part of the
+        step after, and changes nothing.
     """
 
     init: Callable[..., LoopState]
@@ -102,7 +104,7 @@ def in_loop(job: Job) -> InLoop:
         )
 
     def init(params: PyTree, key: Key | None = None) -> LoopState:
-        key = jax.random.key_data(jax.random.key(0) if key is None else key)
+        key = words(jax.random.key(0) if key is None else key)
         masks = tree.ones(tree.pick(params, job.prunable))
         run = RunState(params, {}, fresh_optimizer(chain, hyper, params), masks, ())
         zero = jnp.zeros((), jnp.int32)

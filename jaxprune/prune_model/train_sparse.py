@@ -9,6 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxprune import tree
+from jaxprune.errors import PruneError
 from jaxprune.method import GROUP_ALLOCATIONS, competing, get_pruner, limits, plan_groups
 from jaxprune.prune_model.in_loop import (
     InLoop,
@@ -77,6 +78,8 @@ def train_sparse(
         rounds, a density that cannot be.
     """
     entry = entry_of(method_name, options)
+    if entry.coupled:
+        raise PruneError(f"'{method_name}' removes coupled groups: see jp.train_once")
     shapes = {path: tuple(jnp.shape(leaf)) for path, leaf in tree.pick(params, prunable).items()}
     groups = competing(granularity, shapes)
     if allocation is None:

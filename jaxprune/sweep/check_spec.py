@@ -382,8 +382,6 @@ def _when(spec: MethodSpec, at: str, fail) -> None:
         fail(
             f'{at}.restart', 'is for rounds during training: before it there is nothing to restart'
         )
-    if spec.rewind and spec.rewind == method.method(spec.name).rewind and not spec.start:
-        fail(f'{at}.start', f"missing; '{spec.name}' trains before it prunes")
     if spec.rewind and not spec.start:
         fail(f'{at}.rewind', 'is for rounds during training: expected a start later than rewind_to')
     if spec.rewind == 'weights' and spec.restart:
