@@ -112,7 +112,9 @@ UNCOUPLED = [name for name in METHODS if not method.METHODS[name].coupled]
 @pytest.mark.parametrize(
     ('name', 'epoch', 'end'),
     [
-        pytest.param(name, epoch, (place + epoch) % 2, marks=() if epoch == 1 + place % 3 else MORE)
+        pytest.param(
+            name, epoch, (place + epoch) % 2, marks=() if place % 3 == epoch - 1 == 0 else MORE
+        )
         for place, name in enumerate(UNCOUPLED)
         for epoch in (1, 2, 3)
     ],

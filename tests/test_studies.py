@@ -313,7 +313,7 @@ def test_only_train_once(tmp_path):
     assert stamps == {path: path.stat().st_mtime for path in out.rglob('results/*')}
 
 
-@pytest.mark.script
+@pytest.mark.slow
 def test_dynamic(tmp_path):
     """Expectation: all sections and figures are there, with a line for each method; tickets take
     their budget five times; a second call trains nothing."""
