@@ -2,7 +2,13 @@
 
 from jaxprune.method.budget import cost_of, plan_groups
 from jaxprune.method.by_name import get_pruner
-from jaxprune.method.choices import SCORED_ON, Choices, broken_rules, check_choices
+from jaxprune.method.choices import (
+    SCORED_ON,
+    Choices,
+    broken_rules,
+    check_choices,
+    usual_allocation,
+)
 from jaxprune.method.granularity import (
     COUPLED,
     GRANULARITIES,
@@ -52,6 +58,7 @@ __all__ = [
     'prune_rounds',
     'pruner',
     'run_rounds',
+    'usual_allocation',
     'watched',
     'zero_groups',
 ]

@@ -5,7 +5,7 @@ a granularity and a density allow: so many weights, n of every m, blocks, kernel
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,9 +68,6 @@ def admm(asked: Asked, *, strength: ArrayLike = 1e-4, strength_end: ArrayLike = 
     positive('strength of admm', strength)
     positive('strength_end of admm', strength_end)
 
-    def project(weights: Weights, alive: Masks, counts: Counts) -> tuple[Weights, Masks, Scores]:
-        return nearest_sparse(asked, weights, alive, counts)
-
     def update(
         key: Key, state: Split, view: View, counts: Counts, batches: Batches | None
     ) -> tuple[Split, Masks, PruneInfo]:
@@ -78,8 +75,11 @@ def admm(asked: Asked, *, strength: ArrayLike = 1e-4, strength_end: ArrayLike = 
         alive = asked.groups.alive(view.masks)
         last = state.round == len(asked.events) - 1
         rho = strength_at(asked, state.round, strength, strength_end)
-        state = split(state, view.weights, rho, lambda w: project(w, alive, counts)[0])
-        _, kept, scores = project(view.weights, alive, counts)
+
+        def project(point: Weights) -> tuple[Weights, tuple[Masks, Scores]]:
+            return nearest_sparse(asked, point, alive, counts)
+
+        state, (kept, scores) = split(state, view.weights, rho, project, last)
         whole = asked.groups.spread(kept)
         masks = {path: m & (whole[path] | ~last) for path, m in view.masks.items()}
         info = PruneInfo(count_kept(kept), *tallied(scores, alive))
@@ -90,25 +90,32 @@ def admm(asked: Asked, *, strength: ArrayLike = 1e-4, strength_end: ArrayLike = 
 
 def nearest_sparse(
     asked: Asked, weights: Weights, alive: Masks, counts: Counts
-) -> tuple[Weights, Masks, Scores]:
-    """The nearest weights with so many groups: `(weights, groups kept, squared norms)`."""
+) -> tuple[Weights, tuple[Masks, Scores]]:
+    """The nearest weights with so many groups: `(weights, (groups kept, squared norms))`."""
     norms = asked.groups.gather({path: w**2 for path, w in weights.items()})
     kept = selected(asked, norms, alive, counts)
     whole = asked.groups.spread(kept)
-    return {path: jnp.where(whole[path], w, 0) for path, w in weights.items()}, kept, norms
+    return {path: jnp.where(whole[path], w, 0) for path, w in weights.items()}, (kept, norms)
 
 
 def split(
-    state: Split, weights: Weights, strength: jax.Array, project: Callable[[Weights], Weights]
-) -> Split:
-    """A round of ADMM: Z and U. The first one takes Z from the weights, and U is 0."""
-    shrunk = jnp.where(state.round == 0, 0, state.strength / strength)
+    state: Split,
+    weights: Weights,
+    strength: jax.Array,
+    project: Callable[[Weights], tuple[Weights, Any]],
+    settles: jax.Array,
+) -> tuple[Split, Any]:
+    """A round of ADMM: Z and U, and what else `project` has found.
+
+    The first round takes Z from the weights, and U is 0. So does one that `settles` the masks.
+    """
+    shrunk = jnp.where((state.round == 0) | settles, 0, state.strength / strength)
     dual = {path: u * shrunk.astype(u.dtype) for path, u in state.dual.items()}
-    target = project({path: w + dual[path] for path, w in weights.items()})
+    target, found = project({path: w + dual[path] for path, w in weights.items()})
     first = state.round == 0
     dual = {p: jnp.where(first, 0, u + weights[p] - target[p]) for p, u in dual.items()}
     strength = strength.astype(state.strength.dtype)
-    return Split(target, dual, strength, state.round + 1, state.prunes)
+    return Split(target, dual, strength, state.round + 1, state.prunes), found
 
 
 def strength_at(

@@ -41,6 +41,15 @@ class Choices(NamedTuple):
     density_schedule: str = ''
 
 
+def usual_allocation(entry: Method, granularity: str, target: str = 'direct') -> str:
+    """The published allocation, or the nearest one for what is pruned."""
+    if target != 'direct' and entry.allocation != 'global':
+        return 'global'
+    if granularity != 'weight' and entry.allocation not in GROUP_ALLOCATIONS:
+        return 'uniform'
+    return entry.allocation
+
+
 def check_choices(entry: Method, choices: Choices) -> None:
     """Raises PruneError, beginning with the key, for the first rule that a caller breaks."""
     for key, message in broken_rules(entry, choices):

@@ -93,14 +93,15 @@ def unify(
         alive, number = groups.alive(view.masks), state.split.round
         rho = strength_at(asked._replace(events=asked.events[:-1]), number, strength, strength_end)
 
-        def project(weights: Weights) -> Weights:
-            return nearest_unified(groups, weights, *chosen(asked, weights, alive, counts, unified))
-
-        moved = split(state.split, view.weights, rho, project)
-        kept, tied = chosen(asked, view.weights, alive, counts, unified)
-        prunes = sum(count_kept(kept).values()) < sum(count_kept(alive).values())
-        moved = moved._replace(prunes=(prunes | (jnp.asarray(unified) > 0)) & (number < last - 1))
         now, before = number == last - 1, number < last - 1
+
+        def project(point: Weights) -> tuple[Weights, tuple[Masks, Masks]]:
+            blocks = chosen(asked, point, alive, counts, unified)
+            return nearest_unified(groups, point, *blocks), blocks
+
+        moved, (kept, tied) = split(state.split, view.weights, rho, project, ~before)
+        prunes = sum(count_kept(kept).values()) < sum(count_kept(alive).values())
+        moved = moved._replace(prunes=(prunes | (jnp.asarray(unified) > 0)) & before)
         whole, shared = groups.spread(kept), groups.spread(tied)
         masks = {path: m & (whole[path] | ~now) for path, m in view.masks.items()}
         state = Unified(

@@ -141,18 +141,24 @@ def train_once(
     )
     chain = chain_of(optimizer, learning_rate)
     made = in_loop(Job(groups, pruner, chain, plan, prunable, weight_decay))
+    compact = _compact(network, own_state, x, made.stop)
+    return Once(made.init, made.seen, made.update, made.watch, compact, made.stop)
+
+
+def _compact(
+    network: Callable[..., PyTree], own_state: PyTree, x: PyTree, stop: int
+) -> Callable[..., Compact]:
+    """`Once.compact` of a network that was traced with this state, on inputs like these."""
 
     def compact(params: PyTree, state: LoopState, model_state: PyTree = None) -> Compact:
         if jnp.ndim(state.step):
             raise PruneError('compact takes one run at a time: a row of params and of the state')
-        if int(state.step) < made.stop:
-            raise PruneError(
-                f'the method ends after {made.stop} steps, and {state.step} were taken'
-            )
+        if int(state.step) < stop:
+            raise PruneError(f'the method ends after {stop} steps, and {state.step} were taken')
         if model_state is None and jax.tree.leaves(own_state):
             raise PruneError('compact needs model_state=, as it is after training')
         used, run = own_state if model_state is None else model_state, state.run
         more = {'model_state': used, 'opt_state': run.opt_state, 'partial': 'keep'}
         return structure.compact(network, params, run.masks, x, **more)
 
-    return Once(made.init, made.seen, made.update, made.watch, compact, made.stop)
+    return compact

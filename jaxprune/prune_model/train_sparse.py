@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxprune import tree
 from jaxprune.errors import PruneError
-from jaxprune.method import GROUP_ALLOCATIONS, competing, get_pruner, limits, plan_groups
+from jaxprune.method import competing, get_pruner, limits, plan_groups, usual_allocation
 from jaxprune.prune_model.in_loop import (
     InLoop,
     Job,
@@ -83,8 +83,7 @@ def train_sparse(
     shapes = {path: tuple(jnp.shape(leaf)) for path, leaf in tree.pick(params, prunable).items()}
     groups = competing(granularity, shapes)
     if allocation is None:
-        fits = granularity == 'weight' or entry.allocation in GROUP_ALLOCATIONS
-        allocation = entry.allocation if fits else 'uniform'
+        allocation = usual_allocation(entry, granularity)
     events = spread(start, stop, entry.rounds if rounds is None else rounds)
     bounds, cap = limits(groups, floor)
     pruner = get_pruner(

@@ -352,13 +352,7 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
 
 
 def _usual_allocation(spec: MethodSpec) -> str:
-    """The published allocation, or the nearest one for what is pruned."""
-    published = method.method(spec.name).allocation
-    if spec.target != 'direct' and published != 'global':
-        return 'global'
-    if spec.granularity != 'weight' and published not in method.GROUP_ALLOCATIONS:
-        return 'uniform'
-    return published
+    return method.usual_allocation(method.method(spec.name), spec.granularity, spec.target)
 
 
 def _what_else(spec: MethodSpec) -> str:

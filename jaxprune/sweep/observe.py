@@ -89,17 +89,7 @@ def make_observers(
         if stage.flow is not None:
             axes = (None, None, 0, 0, 0)
             flows[hooked] = jitted(stage.flow, axes, strategy.batching, mesh)
-    counting = jitted(
-        lambda masks, trace: (
-            count_kept(masks),
-            count_kept(program.connect(masks)),
-            program.compact().gone(masks),
-            mask_figures(trace, masks) if trace else {},
-        ),
-        (0, 0),
-        event_batching,
-        mesh,
-    )
+    counting = jitted(_counting(program), (0, 0), event_batching, mesh)
 
     def sums(clock: int, rows: Rows, states: Any, hooked: bool) -> list[list]:
         """Sums over the test set, slot by slot, still on the devices."""
@@ -170,6 +160,16 @@ def make_observers(
         counts=counts,
         tests=tests,
         compiled=compiled,
+    )
+
+
+def _counting(program: Program) -> Callable:
+    """`(masks, trace) -> (kept, active, gone, moved)` of a run, see `Engine.counts`."""
+    return lambda masks, trace: (
+        count_kept(masks),
+        count_kept(program.connect(masks)),
+        program.compact().gone(masks),
+        mask_figures(trace, masks) if trace else {},
     )
 
 
