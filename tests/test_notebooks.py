@@ -28,7 +28,7 @@ assert drawn and all(drawn) and not plt.get_fignums(), drawn
 
 
 def test_there_are_notebooks():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f'{i:02}' for i in range(1, 12)]
+    assert [path.name[:2] for path in NOTEBOOKS] == [f'{i:02}' for i in range(1, 13)]
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
