@@ -55,7 +55,7 @@ class Compiled(NamedTuple):
 
     Attributes:
       run: `(before, clock, data, keys, hyper, counts, active, states) -> (states, infos)`, infos
-        `(rows, rounds)`; `before` is the number of rounds before.
+        `(rows, rounds)`; `before` is the number of rounds before. The states are used up.
       once: the compiled function that scores and selects.
     """
 
@@ -103,9 +103,12 @@ def make_prune(
         at, runs = np.asarray(call.at), len(rows.keys)
         for number, slot in enumerate(slots.of(runs)):
             inside, made = np.flatnonzero((at >= slot.start) & (at < slot.stop)), []
-            for chosen, real in in_parts(inside, min(at_once, runs)):
+            # All rows of a slot need no copies; a loop over rows takes no more room for more.
+            whole = len(inside) == len(slot) and (len(slot) <= at_once or batching == 'map')
+            for chosen, real in in_parts(inside, len(slot) if whole else min(at_once, runs)):
                 where = at[chosen]
                 keys, hyper = slots.take(rows, where)
+                before = states[number]
                 method = {name: np.asarray(v)[chosen] for name, v in call.numbers.items()}
                 new, info = events.run(
                     np.int32(call.event.first),
@@ -115,11 +118,11 @@ def make_prune(
                     hyper._replace(method=method),
                     {path: np.asarray(c)[chosen] for path, c in call.counts.items()},
                     np.asarray(call.active)[chosen],
-                    slots.take(states[number], where - slot.start),
+                    before if whole else slots.take(before, where - slot.start),
                 )
                 made.append((where - slot.start, real, new))
                 infos.append(jax.tree.map(lambda leaf, real=real: leaf[:real], on_host(info)))
-            states[number] = _placed(slots, states[number], made)
+            states[number] = made[0][2] if whole else _placed(slots, states[number], made)
         infos = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
         return states, _summary(infos)
 
@@ -165,15 +168,25 @@ def _looped(
     """
     events = program.events(method)
 
-    def rounds(before, clock, data, key, hyper, counts, active, state):
+    def rounds(before, clock, data, key, hyper, counts, active, state, carried):
         rounds = events(clock, data, key, hyper)
+        state = state._replace(method_state=carried)
         state, infos = run_rounds(
             rounds, state, counts, before=before, begin=begin, finish=finish, active=active
         )
         return state._replace(method_state=()) if drop else state, infos
 
-    compiled = jitted(rounds, (None, None, None, 0, 0, 0, 0, 0), batching, mesh)
-    return Compiled(compiled, compiled)
+    # What is dropped cannot be given a new use.
+    donated = (7,) if drop else (7, 8)
+    compiled = jitted(
+        rounds, (None, None, None, 0, 0, 0, 0, 0, 0), batching, mesh, donate_argnums=donated
+    )
+
+    def run(*args):
+        *shared, states = args
+        return compiled(*shared, states._replace(method_state=()), states.method_state)
+
+    return Compiled(run, compiled)
 
 
 def _hosted(
@@ -192,9 +205,9 @@ def _hosted(
     def end(clock, data, key, hyper, active, state):
         return events(clock, data, key, hyper).finish(state, active)
 
-    started = jitted(start, (None, None, 0, 0, 0), batching, mesh)
-    single = jitted(once, (None, None, None, 0, 0, 0, 0), batching, mesh)
-    ended = jitted(end, (None, None, 0, 0, 0, 0), batching, mesh)
+    started = jitted(start, (None, None, 0, 0, 0), batching, mesh, donate_argnums=4)
+    single = jitted(once, (None, None, None, 0, 0, 0, 0), batching, mesh, donate_argnums=6)
+    ended = jitted(end, (None, None, 0, 0, 0, 0), batching, mesh, donate_argnums=5)
 
     def run(before, clock, data, keys, hyper, counts, active, states):
         shared = (clock, data, keys, hyper)
