@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxprune.allocation import Shape, check_density
 from jaxprune.errors import PruneError, check_choice, nearest, quoted, shown
-from jaxprune.select import as_floats, global_top_k, layerwise_top_k, top_k_mask
+from jaxprune.select import as_floats, global_top_k, layerwise_top_k, ordered, top_k_mask
 from jaxprune.types import GLOBAL, Counts, Groups, Masks, Scores, Weights
 
 TIES = ('lowest', 'highest')
@@ -110,9 +110,27 @@ def _ungrouped(groups: jax.Array, shape: Shape, axis: int) -> jax.Array:
     return jax.lax.slice_in_dim(whole, 0, shape[axis], axis=axis)
 
 
+#: Longest groups whose entries are compared with each other.
+_COMPARED = 32
+
+
 def _best_of_columns(columns: jax.Array, n: int, ties: str) -> jax.Array:
     order = slice(None, None, -1 if ties == 'highest' else 1)
-    return jax.vmap(top_k_mask, in_axes=(1, None), out_axes=1)(columns[order], n)[order]
+    columns = columns[order]
+    if len(columns) > _COMPARED:
+        return jax.vmap(top_k_mask, in_axes=(1, None), out_axes=1)(columns, n)[order]
+    # Of few entries each is compared with each: no loop, one pass over all columns.
+    keepable = columns > -jnp.inf
+    places = ordered(columns)
+    above = [
+        sum(
+            (other > own if j > i else other >= own).astype(jnp.int8) * kept
+            for j, (other, kept) in enumerate(zip(places, keepable, strict=True))
+            if j != i
+        )
+        for i, own in enumerate(places)
+    ]
+    return (keepable & (jnp.stack(above) < n) if len(columns) > 1 else keepable)[order]
 
 
 def block_top_k(

@@ -30,7 +30,7 @@ def top_k_mask(scores: jax.Array, k: ArrayLike) -> jax.Array:
       entries are above -inf (NaN and -inf are never kept).
     """
     flat = as_floats(scores).reshape(-1)
-    places = jnp.where(flat > -jnp.inf, _places(flat), _lowest(flat.dtype))  # so NaN is lowest too
+    places = jnp.where(flat > -jnp.inf, ordered(flat), _lowest(flat.dtype))  # so NaN is lowest too
     places = _padded(places, _lowest(flat.dtype))
     k, bracket = _around(places, _count(k, flat.size))
     low, high, above_low, above_high = _narrowed(places, k, bracket)
@@ -64,7 +64,7 @@ def _count(k: ArrayLike, size: int) -> jax.Array:
     return jnp.asarray(k.clip(0, size), jnp.int32)
 
 
-def _places(flat: jax.Array) -> jax.Array:
+def ordered(flat: jax.Array) -> jax.Array:
     """Signed integers in the order of the floats, single or double; -0.0 equals +0.0."""
     signed = jnp.dtype(f'int{flat.dtype.itemsize * 8}')
     bits = jax.lax.bitcast_convert_type(flat, signed)
@@ -82,13 +82,18 @@ _TOGETHER = 16
 
 def _padded(values: jax.Array, value: int) -> jax.Array:
     """Values with more behind them, so that their number is a multiple of `_TOGETHER`."""
-    return jnp.pad(values, (0, -values.size % _TOGETHER), constant_values=value)
+    missing = -values.size % _TOGETHER if values.size > _TOGETHER else 0
+    return jnp.pad(values, (0, missing), constant_values=value)
 
 
 def _count_from(values: jax.Array, threshold: ArrayLike) -> jax.Array:
     """How many of padded integers are at least the threshold."""
-    few = (values.reshape(-1, _TOGETHER) >= threshold).sum(1, dtype=jnp.int8)
-    return few.sum(dtype=jnp.int32)
+    return (_by_few(values) >= threshold).sum(1, dtype=jnp.int8).sum(dtype=jnp.int32)
+
+
+def _by_few(values: jax.Array) -> jax.Array:
+    """Padded values in rows that are counted together."""
+    return values.reshape(-1, min(values.size, _TOGETHER) or 1)
 
 
 class Bracket(NamedTuple):
@@ -112,7 +117,7 @@ def _around(places: jax.Array, k: jax.Array) -> tuple[jax.Array, Bracket]:
     keepable, positive = _count_from(places, lowest + 1), _count_from(places, 0)
     k = jnp.minimum(k, keepable)
     # In two steps, which is faster on a CPU.
-    largest = places.reshape(-1, _TOGETHER).max(1).max(initial=lowest)
+    largest = _by_few(places).max(1).max(initial=lowest)
     rarely = positive < k
     return k, Bracket(
         jnp.where(rarely, lowest + 1, 0).astype(places.dtype),

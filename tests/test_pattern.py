@@ -108,6 +108,7 @@ def compiled_n_of_m(n, m, ties, runs=False):
         (2, 4, 'lowest', False),
         (1, 3, 'highest', True),
         (5, 8, 'lowest', False),
+        (2, 40, 'highest', False),  # too long to compare each entry with each
     ],
 )
 def test_n_of_m_against_loops(n, m, ties, runs):

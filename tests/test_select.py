@@ -146,6 +146,27 @@ def test_large(ties):
     assert mask[order].all()
 
 
+#: Scores whose counts are far from a straight line between the ends.
+DRAWN = {
+    'wide': lambda draw, n: np.exp(20 * draw.standard_normal(n)),
+    'negative': lambda draw, n: -(draw.standard_normal(n) ** 2),
+    'mostly zero': lambda draw, n: (draw.random(n) < 0.01) * draw.standard_cauchy(n),
+    'two scales': lambda draw, n: np.where(draw.random(n) < 0.5, 1e30, 1e-40) * draw.random(n),
+    'one apart': lambda draw, n: np.where(np.arange(n) == n // 2, 3e38, 1e-38 * draw.random(n)),
+}
+
+
+@pytest.mark.parametrize('kind', DRAWN)
+def test_scores_of_all_sizes(kind):
+    """Expectation: a host sort; all counts in one program, so that each waits for the slowest."""
+    n = 4_001
+    scores = DRAWN[kind](np.random.default_rng(3), n).astype(np.float32)
+    counts = [0, 1, 2, 40, 400, 2000, 2001, 3600, 4000, n]
+    masks = jax.jit(jax.vmap(jp.top_k_mask, in_axes=(None, 0)))(scores, jnp.array(counts))
+    for k, mask in zip(counts, masks, strict=True):
+        np.testing.assert_array_equal(mask, by_sorting(scores, k), err_msg=str(k))
+
+
 @pytest.mark.optimised
 def test_many_more_entries_than_float32_counts():
     """Expectation: the first k of 2**24 + 3 equal scores; a float32 sum of ones stops at 2**24.
@@ -170,7 +191,7 @@ def primitives(jaxpr) -> set[str]:
 
 @pytest.mark.parametrize('runs', [None, 2])
 def test_no_sort(runs):
-    """Expectation: the module's promise; bisection needs neither sort nor cumulative sum."""
+    """Expectation: the module's promise; it searches, without a sort or a cumulative sum."""
     fn, scores, k = jp.top_k_mask, jnp.zeros(9), jnp.int32(2)
     if runs:
         fn, scores, k = jax.vmap(fn), jnp.zeros((2, 9)), jnp.zeros(2, jnp.int32)

@@ -676,7 +676,7 @@ METHODS: dict[str, Method] = {
         'Wang, Zhang, Wang & Hu 2018, arXiv:1709.06994',
         rounds=60,
         options={'amount': 0.05, 'bend': 0.25},
-        example='start = 0, every = 0.1, end = 6',
+        example='granularity = "1x512", start = 0, every = 0.1, end = 6',
     ),
     'increg': _pulling(
         increg,
@@ -685,7 +685,7 @@ METHODS: dict[str, Method] = {
         'Wang, Zhang, Wang, Lu & Hu 2018, arXiv:1811.08390',
         rounds=60,
         options={'amount': 0.05, 'bend': 0.25, 'ceiling': 1.0},
-        example='start = 0, every = 0.1, end = 6',
+        example='granularity = "1x512", start = 0, every = 0.1, end = 6',
     ),
     'admm': _pulling(
         admm,
