@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from jaxprune.allocation import Shape, check_density
 from jaxprune.errors import PruneError, check_choice, nearest, quoted, shown
-from jaxprune.select import as_floats, global_top_k, layerwise_top_k, ordered, top_k_mask
+from jaxprune.select import as_floats, global_top_k, layerwise_top_k, top_k_mask
+from jaxprune.threshold import ordered
 from jaxprune.types import GLOBAL, Counts, Groups, Masks, Scores, Weights
 
 TIES = ('lowest', 'highest')

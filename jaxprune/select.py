@@ -1,12 +1,9 @@
 """From scores to masks: exactly k weights, with k a traced integer.
 
-A threshold is found by counting how many scores are above a guess, without a sort: some ten to
-fifteen passes where bisection takes as many as a float has bits. Under `vmap` each pass is one
-reduction over all runs. Ties go to the lowest flat index. NaN and -inf are never kept, so pruned
-entries stay pruned when their score is -inf.
+A threshold is found by counting how many scores are above a guess, without a sort, see
+`threshold`. Ties go to the lowest flat index. NaN and -inf are never kept, so pruned entries stay
+pruned when their score is -inf.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxprune.errors import PruneError
+from jaxprune.threshold import Bracket, Search, around, lowest, narrowed, ordered, padded
 from jaxprune.tree import check_same_paths
 from jaxprune.types import GLOBAL, Counts, Masks, Scores, SelectFn
 
@@ -29,19 +27,32 @@ def top_k_mask(scores: jax.Array, k: ArrayLike) -> jax.Array:
       bool array of the shape of `scores` with exactly k True entries, or fewer if fewer than k
       entries are above -inf (NaN and -inf are never kept).
     """
-    flat = as_floats(scores).reshape(-1)
-    places = jnp.where(flat > -jnp.inf, ordered(flat), _lowest(flat.dtype))  # so NaN is lowest too
-    places = _padded(places, _lowest(flat.dtype))
-    k, bracket = _around(places, _count(k, flat.size))
-    low, high, above_low, above_high = _narrowed(places, k, bracket)
+    return _top_k_masks({'': scores}, {'': k})['']
+
+
+def _top_k_masks(scores: Scores, counts: Counts) -> Masks:
+    """`top_k_mask` of each leaf; the loops are shared, as each turn has a price on a GPU."""
+    flat = {name: as_floats(leaf).reshape(-1) for name, leaf in scores.items()}
+    # NaN becomes the lowest too.
+    places = {name: jnp.where(v > -jnp.inf, ordered(v), lowest(v)) for name, v in flat.items()}
+    places = {name: padded(values, lowest(values)) for name, values in places.items()}
+    searches = {n: around(places[n], _count(counts[n], leaf.size)) for n, leaf in flat.items()}
+    found = narrowed(searches)
     # Of ties that are too many the first ones: search their index as well, a cumulative sum would
     # cost more. Where all ties are in, that search ends before it begins.
-    ties = (places >= low) & (places < high)
-    rank = jnp.where(ties, places.size - jnp.arange(places.size, dtype=jnp.int32), 0)
-    every = Bracket(k - k + 1, k - k + places.size + 1, above_low - above_high, k - k)
-    first = _narrowed(rank, k - above_high, every)
-    mask = (places >= high) | (rank >= first.low)
-    return mask[: flat.size].reshape(scores.shape)
+    ranks = {}
+    for name, values in places.items():
+        low, high, above_low, above_high = found[name]
+        ties, k = (values >= low) & (values < high), searches[name].k
+        rank = jnp.where(ties, values.size - jnp.arange(values.size, dtype=jnp.int32), 0)
+        every = Bracket(k - k + 1, k - k + values.size + 1, above_low - above_high, k - k)
+        ranks[name] = Search(rank, k - above_high, every)
+    first = narrowed(ranks)
+    masks = {
+        name: (values >= found[name].high) | (ranks[name].values >= first[name].low)
+        for name, values in places.items()
+    }
+    return {n: masks[n][: leaf.size].reshape(scores[n].shape) for n, leaf in flat.items()}
 
 
 def as_floats(scores: jax.Array) -> jax.Array:
@@ -62,123 +73,6 @@ def _count(k: ArrayLike, size: int) -> jax.Array:
     if not jnp.issubdtype(k.dtype, jnp.integer):
         raise PruneError(f'a keep count must be an integer, not {k.dtype}')
     return jnp.asarray(k.clip(0, size), jnp.int32)
-
-
-def ordered(flat: jax.Array) -> jax.Array:
-    """Signed integers in the order of the floats, single or double; -0.0 equals +0.0."""
-    signed = jnp.dtype(f'int{flat.dtype.itemsize * 8}')
-    bits = jax.lax.bitcast_convert_type(flat, signed)
-    return jnp.where(bits < 0, -(bits & np.iinfo(signed).max), bits)
-
-
-def _lowest(dtype: jnp.dtype) -> int:
-    """Below the places of all floats of a type."""
-    return int(np.iinfo(f'int{dtype.itemsize * 8}').min)
-
-
-#: Entries that are counted together in one byte: several times as fast on a CPU.
-_TOGETHER = 16
-
-
-def _padded(values: jax.Array, value: int) -> jax.Array:
-    """Values with more behind them, so that their number is a multiple of `_TOGETHER`."""
-    missing = -values.size % _TOGETHER if values.size > _TOGETHER else 0
-    return jnp.pad(values, (0, missing), constant_values=value)
-
-
-def _count_from(values: jax.Array, threshold: ArrayLike) -> jax.Array:
-    """How many of padded integers are at least the threshold."""
-    return (_by_few(values) >= threshold).sum(1, dtype=jnp.int8).sum(dtype=jnp.int32)
-
-
-def _by_few(values: jax.Array) -> jax.Array:
-    """Padded values in rows that are counted together."""
-    return values.reshape(-1, min(values.size, _TOGETHER) or 1)
-
-
-class Bracket(NamedTuple):
-    """Two thresholds with the wanted one between them.
-
-    Attributes:
-      low, high: integers of one type, low < high.
-      above_low: how many entries are at least `low`: as many as wanted, or more.
-      above_high: how many are at least `high`: fewer than wanted, or as many.
-    """
-
-    low: jax.Array
-    high: jax.Array
-    above_low: jax.Array
-    above_high: jax.Array
-
-
-def _around(places: jax.Array, k: jax.Array) -> tuple[jax.Array, Bracket]:
-    """k, but no more than can be kept, and a bracket: from 0, as scores are rarely negative."""
-    lowest = _lowest(places.dtype)
-    keepable, positive = _count_from(places, lowest + 1), _count_from(places, 0)
-    k = jnp.minimum(k, keepable)
-    # In two steps, which is faster on a CPU.
-    largest = _by_few(places).max(1).max(initial=lowest)
-    rarely = positive < k
-    return k, Bracket(
-        jnp.where(rarely, lowest + 1, 0).astype(places.dtype),
-        jnp.where(rarely, 0, jnp.maximum(largest, 0) + 1).astype(places.dtype),
-        jnp.where(rarely, keepable, positive),
-        # 0, made of the arguments: inside `shard_map` a constant carry has another type.
-        jnp.where(rarely, positive, k - k),
-    )
-
-
-#: Guesses by interpolation, before halves that always end: as many passes as bits at most.
-_GUESSES = 24
-
-
-def _narrowed(values: jax.Array, k: jax.Array, bracket: Bracket) -> Bracket:
-    """The bracket whose low end has exactly k entries at or above it; so has then the high end.
-
-    Where ties rule that out: the bracket of length 1 around them, so that its low end has more than
-    k entries at or above it and its high end fewer.
-
-    The Illinois method: a guess where a straight line between both ends says k, and an end that
-    stays twice counts half.
-    """
-    unsigned = jnp.dtype(f'uint{values.dtype.itemsize * 8}')
-
-    def length(b: Bracket) -> jax.Array:
-        return (b.high - b.low).astype(unsigned)  # wraps twice: right where it overflows
-
-    def open_(state):
-        b, *_ = state
-        return (b.above_low != k) & (b.above_high != k) & (length(b) > 1)
-
-    def refine(state):
-        b, over, under, number, side = state
-        way = length(b)
-        guess = (way.astype(jnp.float32) * (over / (over + under))).astype(unsigned)
-        guess = jnp.where(number < _GUESSES, guess, way // 2)
-        guess = b.low + jnp.clip(guess, 1, way - 1).astype(b.low.dtype)
-        count = _count_from(values, guess)
-        more = count >= k
-        off = jnp.abs(count - k).astype(jnp.float32)
-        new = Bracket(
-            jnp.where(more, guess, b.low),
-            jnp.where(more, b.high, guess),
-            jnp.where(more, count, b.above_low),
-            jnp.where(more, b.above_high, count),
-        )
-        over = jnp.where(more, off, jnp.where(side < 0, over / 2, over))
-        under = jnp.where(more, jnp.where(side > 0, under / 2, under), off)
-        return new, over, under, number + 1, jnp.where(more, 1, -1).astype(side.dtype)
-
-    over, under = (bracket.above_low - k).astype(jnp.float32), (k - bracket.above_high)
-    start = bracket, over, under.astype(jnp.float32), k - k, k - k
-    b = jax.lax.while_loop(open_, refine, start)[0]
-    exact_low, exact_high = b.above_low == k, b.above_high == k
-    return Bracket(
-        jnp.where(exact_high & ~exact_low, b.high, b.low),
-        jnp.where(exact_low & ~exact_high, b.low, b.high),
-        jnp.where(exact_high, k, b.above_low),
-        jnp.where(exact_low, k, b.above_high),
-    )
 
 
 def global_top_k(scores: Scores, counts: Counts) -> Masks:
@@ -206,15 +100,11 @@ def within_bounds(scores: Scores, fewest: Counts | None, most: Counts | None) ->
         if bound is not None:
             check_same_paths(f'bounds ({kind})', bound, scores)
     if most is not None:
-        scores = {
-            path: jnp.where(top_k_mask(leaf, most[path]), leaf, -jnp.inf)
-            for path, leaf in scores.items()
-        }
+        best = _top_k_masks(scores, most)
+        scores = {path: jnp.where(best[path], leaf, -jnp.inf) for path, leaf in scores.items()}
     if fewest is not None:
-        scores = {
-            path: jnp.where(top_k_mask(leaf, fewest[path]), jnp.inf, leaf)
-            for path, leaf in scores.items()
-        }
+        best = _top_k_masks(scores, fewest)
+        scores = {path: jnp.where(best[path], jnp.inf, leaf) for path, leaf in scores.items()}
     return scores
 
 
@@ -241,7 +131,7 @@ def layerwise_top_k(scores: Scores, counts: Counts) -> Masks:
       counts: path -> how many to keep there.
     """
     check_same_paths('counts of a layerwise selection', counts, scores)
-    return {path: top_k_mask(leaf, counts[path]) for path, leaf in sorted(scores.items())}
+    return _top_k_masks(dict(sorted(scores.items())), counts)
 
 
 def divisible(kept: jax.Array, multiple: int, size: int) -> jax.Array:

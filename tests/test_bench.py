@@ -25,7 +25,7 @@ def cells(page: str) -> list[list[str]]:
 
 @pytest.mark.script
 def test_scoring_runs_and_all_ways_agree(tmp_path):
-    """Expectation: the script's own checks, that bisection, argsort and top_k give one mask (with
+    """Expectation: the script's own checks, that counting, argsort and top_k give one mask (with
     ties, vmapped) and that all ways of counting paths agree; it exits with 1 where one does not.
     Iter-SNIP's round is SNIP's."""
     out = tmp_path / 'scoring.md'

@@ -7,7 +7,7 @@ with random inputs (times do not depend on their values). No data are needed. Fo
 
   scores     every registered method, one round: seconds, also in gradients of the training loss on
              the same batch, the time to compile, the peak memory
-  selection  bisection over bits (what jaxprune does), argsort and lax.top_k, for one row of SNIP
+  selection  counting above a guess (what jaxprune does), argsort and lax.top_k, for one row of SNIP
              scores and vmapped over four; the masks must be identical, with ties too
   share      how much of a SNIP round the selection takes
   paths      effective compression of 100 random masks: one vmapped call, lax.map, one by one;
@@ -451,7 +451,7 @@ def empty_tables(settings) -> dict[str, Table]:
             f'SNIP scores of all leaves in one row; and {ROWS} such rows vmapped. lax.top_k needs k'
             ' when it is compiled, the others take it as an argument. The masks are identical, for'
             ' these scores and for random ones with ties.',
-            ('net', 'scores', 'rows', 'way', 's', 'turns', 'times bisection', 'compile s',
+            ('net', 'scores', 'rows', 'way', 's', 'turns', 'times counting', 'compile s',
              'MiB planned', 'left out'),
             {},
         ),
@@ -560,7 +560,7 @@ def by_lax_top_k(scores: jax.Array, k: int) -> jax.Array:
     return jnp.zeros(scores.size, bool).at[best].set(True, unique_indices=True)
 
 
-WAYS = {'bisection': top_k_mask, 'lax.top_k': by_lax_top_k, 'argsort': by_argsort}
+WAYS = {'counting': top_k_mask, 'lax.top_k': by_lax_top_k, 'argsort': by_argsort}
 
 
 def selection_table(
@@ -586,7 +586,7 @@ def selection_table(
     def check(kind: str, rows: int, found: jax.Array) -> None:
         found = jax.device_get(found)
         if not np.array_equal(found, masks.setdefault((kind, rows), found)):
-            raise Wrong(f'masks differ from those of bisection, {kind}')
+            raise Wrong(f'masks differ from those of counting, {kind}')
         if rows > 1 and not np.array_equal(found[0], masks[kind, 1]):
             raise Wrong(f'the first of {rows} masks differs from the single one, {kind}')
         if not (found.sum(-1) == k).all():
@@ -624,7 +624,7 @@ def selection_table(
             if isinstance(result, Left):
                 row = (*own, '', '', '', '', '', result.reason)
             else:
-                unit = results.get(name.replace(way, 'bisection'))
+                unit = results.get(name.replace(way, 'counting'))
                 row = (*own, number(result.median), str(result.turns), ratio(result, unit),
                        *facts(result), '')  # fmt: skip
             table.rows[own] = row
