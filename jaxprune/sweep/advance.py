@@ -131,7 +131,7 @@ def make_trainer(
         found = [np.concatenate(parts, axis=1) for parts in on_host(losses)]
         return states, np.concatenate(found)
 
-    return Trainer(advance, order, steps, by_slot)
+    return Trainer(advance, order, steps, latest)
 
 
 def within_epochs(start: int, stop: int, epoch: int) -> list[tuple[int, int]]:

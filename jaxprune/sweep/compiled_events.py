@@ -68,6 +68,7 @@ def make_prune(
     mesh: Mesh,
     data: DeviceData,
     slots: Slots,
+    by_slot: Callable[[Rows], list[Rows]],
     batching: str,
     hosted: bool,
     at_once: int,
@@ -107,7 +108,7 @@ def make_prune(
             whole = len(inside) == len(slot) and (len(slot) <= at_once or batching == 'map')
             for chosen, real in in_parts(inside, len(slot) if whole else min(at_once, runs)):
                 where = at[chosen]
-                keys, hyper = slots.take(rows, where)
+                keys, hyper = by_slot(rows)[number] if whole else slots.take(rows, where)
                 before = states[number]
                 method = {name: np.asarray(v)[chosen] for name, v in call.numbers.items()}
                 new, info = events.run(
