@@ -290,12 +290,24 @@ def test_a_checkpoint_that_cannot_be_written_ends_nothing_but_a_farewell(tmp_pat
         checkpoint(tmp_path, 'a', PIECE, every(0)).save(None)
 
 
-@pytest.mark.script
-def test_a_killed_process_goes_on_within_its_chunk(tmp_path):
-    """SIGKILL while epochs are saved, before a round and between two: the state to rewind to is in
-    the checkpoint. The only chunk is never finished before."""
-    lottery = {'name': 'magnitude', 'start': 20, 'rounds': 2, 'rewind': 'weights', 'rewind_to': 1.5}
-    grid = {'method': [lottery], 'compression': [5], 'seed': [0, 1]}
+TICKET = {'name': 'magnitude', 'start': 20, 'rounds': 2, 'rewind': 'weights', 'rewind_to': 1.5}
+#: Tested with `pytest -m script`; the others are slow.
+KILLED = ('ticket', 'movement')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(n, marks=pytest.mark.script if n in KILLED else pytest.mark.slow)
+        for n in ('ticket', *MOVING)
+    ],
+)
+def test_a_killed_process_goes_on_within_its_chunk(tmp_path, name):
+    """SIGKILL while epochs are saved, before a round and between two: what a method carries is in
+    the checkpoint, as is the state to rewind to. The only chunk is never finished before."""
+    moving = {'name': name, 'granularity': granularity(name), 'start': 0.5, 'end': 18.3}
+    entry = TICKET if name == 'ticket' else {**moving, 'rounds': 6}
+    grid = {'method': [entry], 'compression': [5], 'seed': [0, 1]}
     table = {**TABLE, 'grid': grid, 'engine': {'checkpoint_minutes': ALWAYS}}
     table['train'] = {**TABLE['train'], 'epochs': 20}
     (tmp_path / 'spec.toml').write_text(tomli_w.dumps(table))
@@ -313,7 +325,7 @@ def test_a_killed_process_goes_on_within_its_chunk(tmp_path):
 
     out = tmp_path / 'killed'
     kills = 0
-    for wanted in (30, 250):  # steps, ten an epoch
+    for wanted in (30, 250 if name == 'ticket' else 110):  # steps, ten an epoch
         process = start(out)
         until = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < until:
