@@ -162,7 +162,7 @@ def spec_of(*entries, **train):
         ({'name': 'tpp', 'end': 2}, "granularity: 'tpp' prunes coupled groups"),
         (
             {'name': 'tpp', 'granularity': 'unit'},
-            "name: 'tpp' acts between its first round and its last",
+            "end: 'tpp' acts between its first round and its last",
         ),
     ],
 )
@@ -232,9 +232,15 @@ def test_phases_after_each_round_follow_one_another():
 @pytest.mark.parametrize(
     ('entry', 'message'),
     [
-        ({'start': 1, 'every': 0.01, 'rounds': 2}, 'every: rounds 1 and 2 fall on one step, 10'),
-        ({'start': 1, 'end': 1, 'rounds': 2}, 'end: rounds 1 and 2 fall on one step'),
-        ({'start': 0.01, 'rounds': 2, 'rewind': 'weights'}, 'start: rounds 1 and 2 fall on one'),
+        (
+            {'start': 1, 'every': 0.01, 'rounds': 2},
+            'every: rounds 1 and 2 of 2 fall on one step, 10',
+        ),
+        ({'start': 1, 'end': 1, 'rounds': 2}, 'end: rounds 1 and 2 of 2 fall on one step'),
+        (
+            {'start': 0.01, 'rounds': 2, 'rewind': 'weights'},
+            'start: rounds 1 and 2 of 2 fall on one',
+        ),
         (
             {'name': 'snip', 'start': 4, 'score_on': 'train_batch'},
             'score_on: no training step follows the last round',

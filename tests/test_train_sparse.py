@@ -10,7 +10,7 @@ import pytest
 from test_hooked_methods import granularity
 
 import jaxprune as jp
-from jaxprune import PruneError, method, nn, tree
+from jaxprune import PruneError, method, nn, optim, tree
 from jaxprune.method import get_pruner
 from jaxprune.optim import optimizer
 from jaxprune.prune_model.in_loop import spread
@@ -138,6 +138,7 @@ def test_evaluation_sees_what_it_should():
         ('unify', {'rounds': 2}, "rounds: 'unify' needs three or more, not 2"),
         ('greg2', {'rounds': 2}, "rounds: 'greg2' needs three or more, not 2"),
         ('str', {'density_schedule': 'cubic'}, 'prunes in one round only'),
+        ('rigl', {'learning_rate': 'fast'}, "learning_rate must be a number, not 'fast'"),
     ],
 )
 def test_refusals(name, more, message):
@@ -145,12 +146,20 @@ def test_refusals(name, more, message):
         pair(name, **more)
 
 
-def test_the_pair_wraps_any_optimizer():
-    """Laws: exact counts, and pruned weights at zero."""
+@pytest.mark.parametrize(
+    'tx', [n if n == 'adamw' else pytest.param(n, marks=pytest.mark.slow) for n in optim.names()]
+)
+@pytest.mark.parametrize('name', ['gmp', 'rigl', 'sr_ste'])
+def test_masks_hold_through_every_optimizer(name, tx):
+    """Laws, of every optimizer of a specification: exact counts, and what a method prunes is zero
+    in the network that it shows."""
+    sparse = pair(name, getattr(optax, tx)(1e-2))
+    params, state = trained(sparse)
+    allocation = method.usual_allocation(method.METHODS[name], granularity(name))
     shapes = jp.shapes(tree.pick(PARAMS, tree.kernels))
-    counts = jp.keep_counts(shapes, 0.3, allocation='erk')
-    for tx in (optax.adamw(1e-2, weight_decay=0.1), optax.lion(1e-3), optax.rmsprop(1e-3)):
-        params, state = trained(pair('rigl', tx))
-        assert {path: int(mask.sum()) for path, mask in state.run.masks.items()} == counts
-        for path, leaf in tree.pick(params, tree.kernels).items():
-            assert not np.any(np.asarray(leaf)[~np.asarray(state.run.masks[path])])
+    counts = jp.keep_counts(shapes, 0.3, allocation=allocation)
+    assert sum(int(m.sum()) for m in state.run.masks.values()) == sum(counts.values())
+    seen = tree.pick(sparse.seen(params, state, train=False), tree.kernels)
+    for path, leaf in seen.items():
+        assert not np.any(np.asarray(leaf)[~np.asarray(state.run.masks[path])])
+        assert np.all(np.isfinite(leaf))

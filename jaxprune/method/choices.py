@@ -92,7 +92,11 @@ def broken_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
     if entry.rewind and not choices.apart:
         yield 'name', f"'{choices.name}' trains before each of its rounds: start is missing"
     if entry.hooked and not choices.apart:
-        yield 'name', f"'{choices.name}' acts between its first round and its last, during training"
+        acts = f"'{choices.name}' acts between its first round and its last, during training"
+        if choices.apart is None:
+            yield 'name', f'{acts}: see jp.{"train_once" if entry.coupled else "train_sparse"}'
+        else:
+            yield 'end', f'{acts}: say when the last one happens'
 
 
 def _group_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxprune import tree
-from jaxprune.arguments import least, whole
+from jaxprune.arguments import least, real, whole
 from jaxprune.errors import PruneError, nearest
 from jaxprune.method import METHODS, Method, method, watched, zero_groups
 from jaxprune.method.chosen_anew import straight_through
@@ -187,6 +187,8 @@ def chain_of(
     learning_rate: float | Callable[[ArrayLike], jax.Array],
 ) -> Optimizer:
     """Someone's optimizer, and the rate that is in it."""
+    if not callable(learning_rate):
+        real('learning_rate', learning_rate)
     schedule = learning_rate if callable(learning_rate) else lambda step: learning_rate
     return Optimizer(
         make=lambda hyper, rate: optimizer,

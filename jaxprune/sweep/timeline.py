@@ -109,7 +109,8 @@ def round_steps(method: MethodSpec, epoch: int) -> tuple[int, ...]:
     for number, (before, step) in enumerate(itertools.pairwise(steps), 1):
         if before == step:
             key = 'every' if method.every else 'end' if end else 'start'
-            raise SpecError(f'{key}: rounds {number} and {number + 1} fall on one step, {step}')
+            both = f'rounds {number} and {number + 1} of {rounds}'
+            raise SpecError(f'{key}: {both} fall on one step, {step}')
     return steps
 
 
