@@ -293,7 +293,7 @@ def test_what_a_ranking_leaves(shapley_study):
     assert {k: v.tolist() for k, v in kept.items()} == {'a': [False, True], 'b': [False, True]}
 
 
-@pytest.mark.script
+@pytest.mark.slow
 def test_only_train_once(tmp_path):
     """Expectation: HESSO's groups are zero before anything is cut, so that the compact network is
     the full one; all sections and figures are there; a second call trains nothing."""
