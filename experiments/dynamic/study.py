@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 #: Name -> its file, and what of it is replaced.
 SWEEPS = {
     'lenet300100_fashion': ('lenet300100', []),
-    'lenet300100_mnist': ('lenet300100', ['data.name="mnist"']),
+    'lenet300100_mnist': ('lenet300100', ['data.name="mnist"', 'grid.seed=[0, 1, 2]']),
     'lenet5': ('lenet5', []),
     'resnet20': ('resnet20', []),
 }
