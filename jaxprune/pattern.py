@@ -112,7 +112,7 @@ def _ungrouped(groups: jax.Array, shape: Shape, axis: int) -> jax.Array:
 
 
 #: Longest groups whose entries are compared with each other.
-_COMPARED = 32
+_COMPARED = 8
 
 
 def _best_of_columns(columns: jax.Array, n: int, ties: str) -> jax.Array:

@@ -1,8 +1,8 @@
 """From scores to masks: exactly k weights, with k a traced integer.
 
-A threshold is found by counting how many scores are above a guess, without a sort, see
-`threshold`. Ties go to the lowest flat index. NaN and -inf are never kept, so pruned entries stay
-pruned when their score is -inf.
+A threshold is found by counting the scores at or above a guess, without a sort, see `threshold`.
+Ties go to the lowest flat index. NaN and -inf are never kept, so pruned entries stay pruned when
+their score is -inf.
 """
 
 import jax
@@ -31,15 +31,15 @@ def top_k_mask(scores: jax.Array, k: ArrayLike) -> jax.Array:
 
 
 def _top_k_masks(scores: Scores, counts: Counts) -> Masks:
-    """`top_k_mask` of each leaf; the loops are shared, as each turn has a price on a GPU."""
+    """`top_k_mask` of each leaf. All leaves share one loop: every turn costs a GPU time."""
     flat = {name: as_floats(leaf).reshape(-1) for name, leaf in scores.items()}
-    # NaN becomes the lowest too.
+    # -inf and NaN become the lowest integer.
     places = {name: jnp.where(v > -jnp.inf, ordered(v), lowest(v)) for name, v in flat.items()}
     places = {name: padded(values, lowest(values)) for name, values in places.items()}
     searches = {n: around(places[n], _count(counts[n], leaf.size)) for n, leaf in flat.items()}
     found = narrowed(searches)
-    # Of ties that are too many the first ones: search their index as well, a cumulative sum would
-    # cost more. Where all ties are in, that search ends before it begins.
+    # Where there are too many ties, keep the first ones. A second search finds the last index; a
+    # cumulative sum would cost more. Where all ties are in, it ends before it begins.
     ranks = {}
     for name, values in places.items():
         low, high, above_low, above_high = found[name]
@@ -70,6 +70,8 @@ def _count(k: ArrayLike, size: int) -> jax.Array:
     """k as int32, clipped to [0, size] before it could overflow; a fraction is an error."""
     if not isinstance(k, jax.Array):
         k = np.asarray(k)  # exact, where a device array would wrap a large host integer
+    elif k.dtype.itemsize < 4 and jnp.issubdtype(k.dtype, jnp.integer):
+        k = k.astype(jnp.int32)  # the size may be beyond its type
     if not jnp.issubdtype(k.dtype, jnp.integer):
         raise PruneError(f'a keep count must be an integer, not {k.dtype}')
     return jnp.asarray(k.clip(0, size), jnp.int32)

@@ -1,7 +1,8 @@
-"""Thresholds above which exactly k of some integers lie, by counting: several searches in one loop.
+"""Finds thresholds by counting: exactly k integers lie at or above each. All searches share a loop.
 
-A pass counts how many values are above a guess: some ten to fifteen passes, where bisection takes
-as many as a float has bits. Under `vmap` each pass is one reduction over all runs.
+Each pass counts the values at or above a guess. Sizes of weights take some ten to twenty passes.
+Ties and negative scores can take more, at most `_GUESSES` and the bits of a float. Under `vmap`
+each pass is one reduction over all runs.
 """
 
 from collections.abc import Mapping
@@ -50,7 +51,7 @@ def ordered(floats: jax.Array) -> jax.Array:
 
 
 def lowest(values: jax.Array) -> int:
-    """Below `ordered` of all floats as wide as these values."""
+    """An integer below `ordered` of every float of this width."""
     return int(np.iinfo(f'int{values.dtype.itemsize * 8}').min)
 
 
@@ -59,7 +60,7 @@ _TOGETHER = 16
 
 
 def padded(values: jax.Array, value: int) -> jax.Array:
-    """Values with more behind them, so that they are a multiple of what is counted together."""
+    """Pads the values to a multiple of `_TOGETHER`, unless there are no more than that."""
     missing = -values.size % _TOGETHER if values.size > _TOGETHER else 0
     return jnp.pad(values, (0, missing), constant_values=value)
 
@@ -75,7 +76,9 @@ def _count_from(values: jax.Array, threshold: ArrayLike) -> jax.Array:
 
 
 def around(values: jax.Array, k: jax.Array) -> Search:
-    """A search that begins at 0, as scores are rarely negative; k no more than there is.
+    """A search that begins at 0, as scores are rarely negative.
+
+    k is lowered to the number of values above the lowest of their type.
 
     Args:
       values: padded; the lowest of their type is below every threshold.
@@ -97,8 +100,8 @@ def around(values: jax.Array, k: jax.Array) -> Search:
     return Search(values, k, bracket)
 
 
-#: Passes that interpolate, before halves that always end.
-_GUESSES = 24
+#: Passes that interpolate. Later ones halve the bracket, so that a search always ends.
+_GUESSES = 16
 
 
 class _Way(NamedTuple):
@@ -106,21 +109,24 @@ class _Way(NamedTuple):
 
     Attributes:
       bracket: so far.
-      over, under: how far the ends are from k, float32; an end that stays twice counts half.
+      over, under: how far the ends are from k, float32; an end that stays for a second pass counts
+        half as far.
       side: which end moved last, 1 for the low one, -1 for the high one.
+      passes: so far; each search has its own, as inside `shard_map` they may differ in type.
     """
 
     bracket: Bracket
     over: jax.Array
     under: jax.Array
     side: jax.Array
+    passes: jax.Array
 
 
 def narrowed(searches: Mapping[str, Search]) -> dict[str, Bracket]:
-    """The brackets at the end: exactly k values lie at or above the low end, and the high end.
+    """The brackets at the end: both ends are one threshold with exactly k values at or above it.
 
-    Where ties rule that out: the bracket of length 1 around them, with more than k values at or
-    above its low end and fewer at or above its high end.
+    Where ties rule that out, the bracket has length 1, with more than k values at or above its low
+    end and fewer at or above its high end.
 
     The Illinois method (Dowell & Jarratt 1971): the next guess is where a straight line between
     both ends says k.
@@ -129,38 +135,37 @@ def narrowed(searches: Mapping[str, Search]) -> dict[str, Bracket]:
     def begun(search: Search) -> _Way:
         b, k = search.bracket, search.k
         over, under = (n.astype(jnp.float32) for n in (b.above_low - k, k - b.above_high))
-        return _Way(b, over, under, k - k)
+        return _Way(b, over, under, k - k, k - k)
 
-    def go_on(state: tuple) -> jax.Array:
-        return jnp.stack([_open(searches[n], way.bracket) for n, way in state[1].items()]).any()
+    def go_on(ways: dict[str, _Way]) -> jax.Array:
+        return jnp.stack([_open(searches[n], way.bracket) for n, way in ways.items()]).any()
 
-    def refine(state: tuple) -> tuple:
-        number, ways = state
-        return number + 1, {n: _pass(searches[n], way, number) for n, way in ways.items()}
+    def refine(ways: dict[str, _Way]) -> dict[str, _Way]:
+        return {name: _pass(searches[name], way) for name, way in ways.items()}
 
     if not searches:
         return {}
-    zero = next(search.k - search.k for search in searches.values())
-    start = zero, {name: begun(search) for name, search in searches.items()}
-    ways = jax.lax.while_loop(go_on, refine, start)[1]
+    start = {name: begun(search) for name, search in searches.items()}
+    ways = jax.lax.while_loop(go_on, refine, start)
     return {name: _closed(way.bracket, searches[name].k) for name, way in ways.items()}
 
 
 def _length(bracket: Bracket) -> jax.Array:
     unsigned = f'uint{bracket.low.dtype.itemsize * 8}'
-    return (bracket.high - bracket.low).astype(unsigned)  # wraps twice: right where it overflows
+    # The subtraction may wrap; the cast to unsigned undoes it.
+    return (bracket.high - bracket.low).astype(unsigned)
 
 
 def _open(search: Search, b: Bracket) -> jax.Array:
     return (b.above_low != search.k) & (b.above_high != search.k) & (_length(b) > 1)
 
 
-def _pass(search: Search, way: _Way, number: jax.Array) -> _Way:
+def _pass(search: Search, way: _Way) -> _Way:
     """A search after one more pass; one that has ended stays."""
-    b, over, under, side = way
+    b, over, under, side, passes = way
     length = _length(b)
     guess = (length.astype(jnp.float32) * (over / (over + under))).astype(length.dtype)
-    guess = jnp.where(number < _GUESSES, guess, length // 2)
+    guess = jnp.where(passes < _GUESSES, guess, length // 2)
     guess = b.low + jnp.clip(guess, 1, length - 1).astype(b.low.dtype)
     count = _count_from(search.values, guess)
     more = count >= search.k
@@ -175,12 +180,13 @@ def _pass(search: Search, way: _Way, number: jax.Array) -> _Way:
         jnp.where(more, off, jnp.where(side < 0, over / 2, over)),
         jnp.where(more, jnp.where(side > 0, under / 2, under), off),
         jnp.where(more, 1, -1).astype(side.dtype),
+        passes + 1,
     )
     return jax.tree.map(lambda n, o: jnp.where(_open(search, b), n, o), new, way)
 
 
 def _closed(b: Bracket, k: jax.Array) -> Bracket:
-    """Both ends at the one that has exactly k above it, if one has."""
+    """Both ends at the one that has exactly k at or above it, if one has."""
     at_low, at_high = b.above_low == k, b.above_high == k
     return Bracket(
         jnp.where(at_high & ~at_low, b.high, b.low),

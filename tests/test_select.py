@@ -167,6 +167,30 @@ def test_scores_of_all_sizes(kind):
         np.testing.assert_array_equal(mask, by_sorting(scores, k), err_msg=str(k))
 
 
+def test_leaves_that_differ_from_device_to_device():
+    """Expectation: a host sort; inside `shard_map` one leaf is sharded and one is replicated."""
+    mesh = jax.make_mesh((2,), ('d',), axis_types=(jax.sharding.AxisType.Auto,))
+    along, same = jax.sharding.PartitionSpec('d'), jax.sharding.PartitionSpec()
+    draw = np.random.default_rng(5)
+    a, b = (jnp.asarray(draw.standard_normal(shape)) for shape in ((2, 50), (33,)))
+
+    def masks(a, b):
+        found = jp.layerwise_top_k({'a': a[0], 'b': b}, {'a': 7, 'b': 9})
+        return found['a'][None], found['b']
+
+    both = jax.jit(
+        jax.shard_map(masks, mesh=mesh, in_specs=(along, same), out_specs=(along, same))
+    )(a, b)
+    for row, mask in zip(a, both[0], strict=True):
+        np.testing.assert_array_equal(mask, by_sorting(row, 7))
+    np.testing.assert_array_equal(both[1], by_sorting(b, 9))
+
+
+def test_counts_of_few_bits():
+    """Expectation: 100 of 1000, a size that int8 does not hold."""
+    assert jitted(jnp.arange(1000.0), jnp.int8(100)).sum() == 100
+
+
 @pytest.mark.optimised
 def test_many_more_entries_than_float32_counts():
     """Expectation: the first k of 2**24 + 3 equal scores; a float32 sum of ones stops at 2**24.

@@ -104,7 +104,7 @@ def make_prune(
         at, runs = np.asarray(call.at), len(rows.keys)
         for number, slot in enumerate(slots.of(runs)):
             inside, made = np.flatnonzero((at >= slot.start) & (at < slot.stop)), []
-            # All rows of a slot need no copies; a loop over rows takes no more room for more.
+            # An event on all rows of a slot needs no copies. 'map' takes the same memory for more.
             whole = len(inside) == len(slot) and (len(slot) <= at_once or batching == 'map')
             for chosen, real in in_parts(inside, len(slot) if whole else min(at_once, runs)):
                 where = at[chosen]
@@ -177,7 +177,7 @@ def _looped(
         )
         return state._replace(method_state=()) if drop else state, infos
 
-    # What is dropped cannot be given a new use.
+    # A state that is dropped has no output that could take its memory.
     donated = (7,) if drop else (7, 8)
     compiled = jitted(
         rounds, (None, None, None, 0, 0, 0, 0, 0, 0), batching, mesh, donate_argnums=donated
