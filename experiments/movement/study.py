@@ -2,15 +2,13 @@
 
     python experiments/movement/study.py --out runs/movement
 
-Trains a transformer on Fashion-MNIST, then the sweep of `finetune.toml` on MNIST from its weights,
-and once more from drawn weights. What was trained before is kept. Prints markdown, and writes it
-with a figure into the folder.
+Trains a transformer on Fashion-MNIST, then the sweep of `finetune.toml` on MNIST from its weights.
+What was trained before is kept. Prints markdown, and writes it with a figure into the folder.
 """
 
 import dataclasses
 import sys
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent / 'common'))
@@ -38,7 +36,6 @@ Intervals: Student's, of 95 %, for the mean over seeds; differences are paired b
 "reversed": the interval lies above or below zero; else "open". Networks and their recipe:
 [README](README.md)."""
 MAGNITUDE, RIVALS = 'magnitude', ('movement', 'soft movement')
-STARTS = {'trained': 'from weights trained on Fashion-MNIST', 'drawn': 'from drawn weights'}
 #: Of the training before: images, passes over them, images in a batch, peak rate of Adam.
 EXAMPLES, PASSES, BATCH, RATE = 20_000, 10, 64, 1e-3
 
@@ -56,18 +53,12 @@ def main() -> int:
         if not file.exists():
             out.mkdir(parents=True, exist_ok=True)
             train_before(file, spec, arguments.data_dir, 640 if quick else EXAMPLES)
-        ends = {}
-        for start in STARTS:
-            params = str(file.resolve()) if start == 'trained' else ''
-            model = dataclasses.replace(spec.model, params=params)
-            ends[start] = jp.run_sweep(
-                jp.make_spec(table_of(dataclasses.replace(spec, model=model))),
-                out / start,
-                data_dir=arguments.data_dir,
-            )
+        model = dataclasses.replace(spec.model, params=str(file.resolve()))
+        table = table_of(dataclasses.replace(spec, model=model))
+        results = jp.run_sweep(jp.make_spec(table), out / 'sweep', data_dir=arguments.data_dir)
     except JaxpruneError as error:
         raise SystemExit(str(error)) from None
-    rows = {start: last_rows(results) for start, results in ends.items()}
+    rows = last_rows(results)
     publish(out, written(rows), {'accuracy': style.png(accuracy_figure(rows))})
     return 0
 
@@ -133,59 +124,64 @@ def train_before(file: Path, spec: SweepSpec, data_dir: str | None, examples: in
 # --- tables and the figure ------------------------------------------------------------------------
 
 
-def written(ends: Mapping[str, pl.DataFrame]) -> str:
-    parts = [HEAD]
-    for start, title in STARTS.items():
-        rows = ends[start]
-        every = densities(rows)
-        head = ['method', *(f'{p:g} %' for p in every)]
-        accuracy = [
-            [label, *(markdown.interval(by_seed(rows, label, p), 1) for p in every)]
-            for label in (MAGNITUDE, *RIVALS)
+def written(rows: pl.DataFrame) -> str:
+    """Accuracies, and points above magnitude, as markdown."""
+    every = densities(rows)
+    head = ['method', *(f'{p:g} %' for p in every)]
+    accuracy = [
+        [label, *(markdown.interval(by_seed(rows, label, p), 1) for p in every)]
+        for label in (MAGNITUDE, *RIVALS)
+    ]
+    above = [
+        [
+            label,
+            *(
+                markdown.verdict(by_seed(rows, label, p) - by_seed(rows, MAGNITUDE, p), 1)
+                for p in every
+            ),
         ]
-        above = [
-            [
-                label,
-                *(
-                    markdown.verdict(by_seed(rows, label, p) - by_seed(rows, MAGNITUDE, p), 1)
-                    for p in every
-                ),
-            ]
-            for label in RIVALS
-        ]
-        dense = markdown.interval(by_seed(rows, 'dense'), 1)
-        parts += [
-            f'## {title[0].upper()}{title[1:]}',
-            f'Test accuracy in % by density; dense: {dense}.',
-            markdown.table(head, accuracy),
-            'Points above magnitude. The paper has less than nothing at high densities and a gain '
-            'below 15 %.',
-            markdown.table(head, above),
-        ]
+        for label in RIVALS
+    ]
+    dense = markdown.interval(by_seed(rows, 'dense'), 1)
+    parts = [
+        HEAD,
+        '## Accuracy',
+        f'Test accuracy on MNIST in % by density; dense: {dense}.',
+        markdown.table(head, accuracy),
+        '## Points above magnitude',
+        'The paper has less than nothing at high densities and a gain below 15 %.',
+        markdown.table(head, above),
+    ]
     return '\n\n'.join(parts) + '\n'
 
 
-def accuracy_figure(ends: Mapping[str, pl.DataFrame]) -> Figure:
-    labels = (MAGNITUDE, *RIVALS)
-    styles, shown = style.lines(labels), {}
+def accuracy_figure(rows: pl.DataFrame) -> Figure:
+    labels, every = (MAGNITUDE, *RIVALS), densities(rows)
+    styles = style.lines(labels)
     with style.context():
         drawing = style.figure(style.WIDTH, 3.4)
-        panels = drawing.subplots(1, len(STARTS), sharey=True)
-        for axes, (start, title) in zip(panels, STARTS.items(), strict=True):
-            rows = ends[start]
-            every = densities(rows)
-            axes.axhline(by_seed(rows, 'dense').mean(), color='0.5', linewidth=0.8)
-            for label in labels:
-                means = [by_seed(rows, label, p).mean() for p in every]
-                shown[label] = axes.plot(every, means, **styles[label])[0]
-            axes.set_xscale('log')
-            axes.invert_xaxis()
-            axes.set_xticks(every, labels=[f'{p:g}' for p in every])
-            axes.set_xticks([], minor=True)
-            axes.set_xlabel('density (%)')
-            axes.set_title(title)
-        panels[0].set_ylabel('test accuracy on MNIST (%)')
-        drawing.legend(shown.values(), shown, loc='outside upper center', ncols=3, frameon=False)
+        axes = drawing.subplots()
+        dense = by_seed(rows, 'dense').mean()
+        axes.axhline(dense, color='0.5', linewidth=0.8)
+        axes.annotate('dense', (every[0], dense), (0, 3), textcoords='offset points')
+        for label in labels:
+            values = [by_seed(rows, label, p) for p in every]
+            axes.plot(every, [v.mean() for v in values], **styles[label], label=label)
+            axes.fill_between(
+                every,
+                [v.min() for v in values],
+                [v.max() for v in values],
+                color=styles[label]['color'],
+                alpha=0.2,
+                linewidth=0,
+            )
+        axes.set_xscale('log')
+        axes.invert_xaxis()
+        axes.set_xticks(every, labels=[f'{p:g}' for p in every])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel('density (%); bands: smallest to largest of the seeds')
+        axes.set_ylabel('test accuracy on MNIST (%)')
+        drawing.legend(loc='outside upper center', ncols=3, frameon=False)
         return drawing
 
 
