@@ -305,8 +305,10 @@ KILLED = ('ticket', 'movement')
 def test_a_killed_process_goes_on_within_its_chunk(tmp_path, name):
     """SIGKILL while epochs are saved, before a round and between two: what a method carries is in
     the checkpoint, as is the state to rewind to. The only chunk is never finished before."""
-    moving = {'name': name, 'granularity': granularity(name), 'start': 0.5, 'end': 18.3}
-    entry = TICKET if name == 'ticket' else {**moving, 'rounds': 6}
+    entry = TICKET
+    if name in MOVING:
+        moving = {'name': name, 'granularity': granularity(name), 'rounds': 6}
+        entry = {**moving, 'start': 0.5, 'end': 18.3}
     grid = {'method': [entry], 'compression': [5], 'seed': [0, 1]}
     table = {**TABLE, 'grid': grid, 'engine': {'checkpoint_minutes': ALWAYS}}
     table['train'] = {**TABLE['train'], 'epochs': 20}
