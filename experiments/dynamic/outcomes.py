@@ -19,6 +19,7 @@ NAMES = {
     'lenet300100_fashion': 'LeNet-300-100, Fashion-MNIST',
     'lenet300100_mnist': 'LeNet-300-100, MNIST',
     'lenet5': 'LeNet-5, Fashion-MNIST',
+    'lenet5_mnist': 'LeNet-5, MNIST',
     'resnet20': 'ResNet-20 at a quarter of its width, CIFAR-10',
 }
 STATIC, TICKET = 'random, static', 'lottery ticket'

@@ -26,6 +26,7 @@ SWEEPS = {
     'lenet300100_fashion': ('lenet300100', []),
     'lenet300100_mnist': ('lenet300100', ['data.name="mnist"', 'grid.seed=[0, 1, 2]']),
     'lenet5': ('lenet5', []),
+    'lenet5_mnist': ('lenet5', ['data.name="mnist"', 'grid.density=[1.0, 0.1, 0.02]']),
     'resnet20': ('resnet20', []),
 }
 
