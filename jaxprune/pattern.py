@@ -125,13 +125,16 @@ def _best_of_columns(columns: jax.Array, n: int, ties: str) -> jax.Array:
     places = ordered(columns)
     above = [
         sum(
-            (other > own if j > i else other >= own).astype(jnp.int8) * kept
-            for j, (other, kept) in enumerate(zip(places, keepable, strict=True))
-            if j != i
+            (
+                ((other > own if j > i else other >= own) & kept).astype(jnp.int8)
+                for j, (other, kept) in enumerate(zip(places, keepable, strict=True))
+                if j != i
+            ),
+            jnp.zeros(own.shape, jnp.int8),
         )
         for i, own in enumerate(places)
     ]
-    return (keepable & (jnp.stack(above) < n) if len(columns) > 1 else keepable)[order]
+    return (keepable & (jnp.stack(above) < n))[order]
 
 
 def block_top_k(

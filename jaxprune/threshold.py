@@ -18,7 +18,7 @@ class Bracket(NamedTuple):
     """Two thresholds with the wanted one between them.
 
     Attributes:
-      low, high: integers of one type, low < high.
+      low, high: integers of one type; low < high, or equal where the threshold is found.
       above_low: how many values are at least `low`: as many as wanted, or more.
       above_high: how many are at least `high`: fewer than wanted, or as many.
     """
@@ -163,6 +163,7 @@ def _open(search: Search, b: Bracket) -> jax.Array:
 def _pass(search: Search, way: _Way) -> _Way:
     """A search after one more pass; one that has ended stays."""
     b, over, under, side, passes = way
+    going = _open(search, b)
     length = _length(b)
     guess = (length.astype(jnp.float32) * (over / (over + under))).astype(length.dtype)
     guess = jnp.where(passes < _GUESSES, guess, length // 2)
@@ -182,7 +183,7 @@ def _pass(search: Search, way: _Way) -> _Way:
         jnp.where(more, 1, -1).astype(side.dtype),
         passes + 1,
     )
-    return jax.tree.map(lambda n, o: jnp.where(_open(search, b), n, o), new, way)
+    return jax.tree.map(lambda n, o: jnp.where(going, n, o), new, way)
 
 
 def _closed(b: Bracket, k: jax.Array) -> Bracket:

@@ -163,3 +163,14 @@ def test_masks_hold_through_every_optimizer(name, tx):
     for path, leaf in seen.items():
         assert not np.any(np.asarray(leaf)[~np.asarray(state.run.masks[path])])
         assert np.all(np.isfinite(leaf))
+
+
+def test_the_pair_wraps_any_optimizer():
+    """Laws: exact counts of each layer, and pruned weights at zero in the stored weights too."""
+    shapes = jp.shapes(tree.pick(PARAMS, tree.kernels))
+    counts = jp.keep_counts(shapes, 0.3, allocation='erk')
+    for tx in (optax.adamw(1e-2, weight_decay=0.1), optax.lion(1e-3), optax.rmsprop(1e-3)):
+        params, state = trained(pair('rigl', tx))
+        assert {path: int(mask.sum()) for path, mask in state.run.masks.items()} == counts
+        for path, leaf in tree.pick(params, tree.kernels).items():
+            assert not np.any(np.asarray(leaf)[~np.asarray(state.run.masks[path])])

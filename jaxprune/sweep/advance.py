@@ -98,13 +98,12 @@ def make_trainer(
         for length in lengths
     }
 
-    def by_slot(rows: Rows) -> list[Rows]:
-        return [slots.take(rows, np.array(slot)) for slot in slots.of(len(rows.keys))]
-
-    latest = _last_call(by_slot)
+    by_slot = _last_call(
+        lambda rows: [slots.take(rows, np.array(slot)) for slot in slots.of(len(rows.keys))]
+    )
 
     def batches_of(rows: Rows, number: int) -> list[tuple[Rows, jax.Array]]:
-        return [(part, order(part.keys, np.int32(number))) for part in latest(rows)]
+        return [(part, order(part.keys, np.int32(number))) for part in by_slot(rows)]
 
     orders = _last_call(batches_of)
 
@@ -131,7 +130,7 @@ def make_trainer(
         found = [np.concatenate(parts, axis=1) for parts in on_host(losses)]
         return states, np.concatenate(found)
 
-    return Trainer(advance, order, steps, latest)
+    return Trainer(advance, order, steps, by_slot)
 
 
 def within_epochs(start: int, stop: int, epoch: int) -> list[tuple[int, int]]:

@@ -99,31 +99,39 @@ def make_prune(
             )
         return compiled[name]
 
+    def at_event(call: EventCall, chosen: np.ndarray, rows: Rows, states: Any) -> tuple:
+        """The event on chosen ones of its rows, which are handed in with their states."""
+        method = {name: np.asarray(v)[chosen] for name, v in call.numbers.items()}
+        return of(call).run(
+            np.int32(call.event.first),
+            np.int32(call.event.clock),
+            data,
+            rows.keys,
+            rows.hyper._replace(method=method),
+            {path: np.asarray(c)[chosen] for path, c in call.counts.items()},
+            np.asarray(call.active)[chosen],
+            states,
+        )
+
     def prune(rows, call, states):
-        events, states, infos = of(call), list(states), []
+        states, infos = list(states), []
         at, runs = np.asarray(call.at), len(rows.keys)
         for number, slot in enumerate(slots.of(runs)):
-            inside, made = np.flatnonzero((at >= slot.start) & (at < slot.stop)), []
+            inside = np.flatnonzero((at >= slot.start) & (at < slot.stop))
             # An event on all rows of a slot needs no copies. 'map' takes the same memory for more.
-            whole = len(inside) == len(slot) and (len(slot) <= at_once or batching == 'map')
-            for chosen, real in in_parts(inside, len(slot) if whole else min(at_once, runs)):
+            if len(inside) == len(slot) and (len(slot) <= at_once or batching == 'map'):
+                own = by_slot(rows)[number]
+                states[number], info = at_event(call, inside, own, states[number])
+                infos.append(on_host(info))
+                continue
+            made = []
+            for chosen, real in in_parts(inside, min(at_once, runs)):
                 where = at[chosen]
-                keys, hyper = by_slot(rows)[number] if whole else slots.take(rows, where)
-                before = states[number]
-                method = {name: np.asarray(v)[chosen] for name, v in call.numbers.items()}
-                new, info = events.run(
-                    np.int32(call.event.first),
-                    np.int32(call.event.clock),
-                    data,
-                    keys,
-                    hyper._replace(method=method),
-                    {path: np.asarray(c)[chosen] for path, c in call.counts.items()},
-                    np.asarray(call.active)[chosen],
-                    before if whole else slots.take(before, where - slot.start),
-                )
+                taken = slots.take(states[number], where - slot.start)
+                new, info = at_event(call, chosen, slots.take(rows, where), taken)
                 made.append((where - slot.start, real, new))
                 infos.append(jax.tree.map(lambda leaf, real=real: leaf[:real], on_host(info)))
-            states[number] = made[0][2] if whole else _placed(slots, states[number], made)
+            states[number] = _placed(slots, states[number], made)
         infos = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
         return states, _summary(infos)
 

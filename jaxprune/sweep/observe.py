@@ -143,12 +143,6 @@ def make_observers(
         of_slots = [np.concatenate(of_slot, axis=1) for of_slot in on_host(labels)]
         return np.concatenate(of_slots)[:, : valid.sum()]
 
-    def tests() -> Batch:
-        fetch = jax.jit(program.tests)
-        parts = [on_host(fetch(data, jnp.asarray(at))) for at in indices]
-        whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-        return jax.tree.map(lambda leaf: leaf[: valid.sum()], whole)
-
     compiled = {'counts': counting}
     compiled |= {f'evaluate{" hooked" * hooked}': fn for hooked, fn in evaluations.items()}
     return Observers(
@@ -158,9 +152,17 @@ def make_observers(
         record=record,
         predict=predict,
         counts=counts,
-        tests=tests,
+        tests=lambda: _all_tests(program, data, indices, valid),
         compiled=compiled,
     )
+
+
+def _all_tests(program: Program, data: DeviceData, indices: np.ndarray, valid: np.ndarray) -> Batch:
+    """All test examples as the network sees them, host arrays."""
+    fetch = jax.jit(program.tests)
+    parts = [on_host(fetch(data, jnp.asarray(at))) for at in indices]
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    return jax.tree.map(lambda leaf: leaf[: valid.sum()], whole)
 
 
 def _counting(program: Program) -> Callable:
