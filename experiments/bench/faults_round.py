@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -224,15 +225,21 @@ def _reap(site: Site, codes: Counter, graces: list[float], wrong: list[str]) -> 
         elif code == 1 and 'Traceback' in text:
             word += ', with a traceback'
         codes[word] += 1
-        if not (code in worker.may or (finished and _late(worker, code))):
+        if not (code in worker.may or _late(worker, code, finished, text)):
             lines = [line for line in text.splitlines() if line.strip()]
             last = lines[-1][:300] if lines else ''
             wrong.append(f'{site.out.name}: {worker.log.name} ended with {code}: {last}')
 
 
-def _late(worker: Worker, code: int) -> bool:
-    """Signals after the work is done end a process; who lost a race may say so."""
-    return (worker.asked is not None and code in (-15, -12)) or (worker.racing and code == 1)
+def _late(worker: Worker, code: int, finished: bool, text: str) -> bool:
+    """May a process end so, because its work was over before?
+
+    A signal ends a process that no longer listens: its chunk is finished, or it has failed, as a
+    broken disk allows, and printed why. A process that lost a race may say so.
+    """
+    failed = 1 in worker.may and ': cannot be written (' in text
+    signalled = worker.asked is not None and code in (-signal.SIGTERM, -signal.SIGUSR2)
+    return (signalled and (finished or failed)) or (finished and worker.racing and code == 1)
 
 
 def _read(out: Path, over: threading.Event, looks: list[int], wrong: list[str]) -> None:
