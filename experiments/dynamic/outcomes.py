@@ -151,7 +151,11 @@ def accuracy_figure(sweeps: Mapping[str, pl.DataFrame]) -> Figure:
             styles, shown = style.lines(labels), {}
             for line, name in enumerate(drawn):
                 axes, rows = grid[line, column], sweeps[name]
-                axes.axhline(by_seed(rows, 'dense').mean(), color='0.5', linewidth=0.8)
+                dense = by_seed(rows, 'dense').mean()
+                axes.axhline(dense, color='0.5', linewidth=0.8)
+                axes.annotate('dense', (1, dense), (-2, 2), xycoords=('axes fraction', 'data'),
+                              textcoords='offset points', ha='right', color='0.5',
+                              fontsize='small')  # fmt: skip
                 for label in present(rows, labels):
                     every = densities(rows)
                     means = [by_seed(rows, label, p).mean() for p in every]
@@ -174,8 +178,8 @@ def accuracy_figure(sweeps: Mapping[str, pl.DataFrame]) -> Figure:
                 by_seed(rows, label, p).mean() for label in present(rows) for p in densities(rows)
             ]
             top = by_seed(rows, 'dense').mean()
-            # Methods that fail would flatten all others.
-            grid[line, 0].set_ylim(max(min(every), top - 22) - 1, top + 1)
+            # Methods that fail would flatten all others. Above the dense line is room for its name.
+            grid[line, 0].set_ylim(max(min(every), top - 22) - 1, top + 2)
         return drawing
 
 
