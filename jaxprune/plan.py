@@ -18,7 +18,7 @@ from jaxprune.allocation import (
     sizes,
 )
 from jaxprune.errors import PruneError, check_choice, shown
-from jaxprune.schedule import schedule
+from jaxprune.schedule import RISING, schedule
 from jaxprune.types import GLOBAL
 
 #: Rounds are rows of a table on the host, and events on a run's timeline.
@@ -129,7 +129,8 @@ def plan_rounds(
       what: is counted, for messages.
 
     Returns:
-      The plan. No count rises from one event to the next.
+      The plan. No count rises from one event to the next, but where the schedule rises
+      (`schedule.RISING`).
 
     Raises:
       PruneError: an argument is out of range, a density that keeps nothing, steps that fall or are
@@ -144,7 +145,7 @@ def plan_rounds(
     fewest, most = bounds(shapes, floor, cap)
     per_round = [last]
     for earlier in reversed(schedule(density_schedule)(density, rounds)[:-1]):
-        if allocation not in SHARED:
+        if allocation not in SHARED and density_schedule not in RISING:
             # What a bound takes from one layer others get, and they could end up with more
             # than in the round before; no event brings weights back.
             fewest = per_round[-1]

@@ -314,24 +314,19 @@ def rewind(
 ) -> Callable[[Hyper, RunState, RunState], RunState]:
     """`(hyper, state, anchor) -> state`: back to an earlier state, under today's masks.
 
-    Weights, batch statistics and the optimizer's state are those of the anchor, and exactly zero
-    where the masks prune (Frankle et al., ICML 2020, arXiv:1912.05671).
+    Weights and batch statistics are those of the anchor, weights exactly zero where the masks
+    prune. The optimizer begins anew (Frankle et al., ICML 2020, arXiv:1912.05671, and their code).
 
     Args:
       dense: a method that keeps dense weights is at work: nothing is zeroed.
     """
 
     def rewound(hyper: Hyper, state: RunState, anchor: RunState) -> RunState:
-        if dense:
-            return state._replace(
-                params=anchor.params, model_state=anchor.model_state, opt_state=anchor.opt_state
-            )
-        tx = optimizer.make(hyper, jnp.asarray(hyper.learning_rate))
-        params = tree.apply_masks(anchor.params, state.masks)
+        params = anchor.params if dense else tree.apply_masks(anchor.params, state.masks)
         return state._replace(
             params=params,
             model_state=anchor.model_state,
-            opt_state=mask_opt_state(tx, anchor.opt_state, params, state.masks),
+            opt_state=fresh_optimizer(optimizer, hyper, params),
         )
 
     return rewound

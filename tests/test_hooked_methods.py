@@ -29,6 +29,7 @@ OPTIONS = {
     'proximal': {'penalty': 2.0},
     # Else the optimizer rests where weights are dropped and grown, pruned or not.
     'rigl': {'skip': False},
+    'set': {'skip': False},
     # Without ADMM and ties it is pruning of blocks, which the law of the dense control is about.
     'unify': {'unified': 0.0},
     'greg1': {'interval': 1, 'increment': 0.01},

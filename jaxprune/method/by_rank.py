@@ -33,6 +33,10 @@ from jaxprune.types import (
 )
 
 
+#: Largest exponent of the curve.
+_MOST = 60.0
+
+
 class Fading(NamedTuple):
     """What the method carries from its first round to its last.
 
@@ -127,8 +131,9 @@ def lost(rank: ArrayLike, going: ArrayLike, amount: ArrayLike, bend: ArrayLike) 
     slope = jnp.log(2 / bend) / jnp.maximum(going, 1)
     centre = -jnp.log(bend) / slope
     near = amount * jnp.exp(-slope * rank)
-    # The exponent is held below its value at rank 0, where it would overflow in the branch unused.
-    far = 2 * bend * amount - amount * jnp.exp(-slope * jnp.maximum(2 * centre - rank, -centre))
+    # Shares of life end at 1: a larger exponent would change nothing, and overflow.
+    beyond = jnp.minimum(slope * (rank - 2 * centre), _MOST)
+    far = 2 * bend * amount - amount * jnp.exp(beyond)
     return jnp.where(going > 0, jnp.where(rank < centre, near, far), 0.0)
 
 

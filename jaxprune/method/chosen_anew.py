@@ -46,7 +46,7 @@ class Anew(NamedTuple):
 def chosen_anew(
     asked: Asked,
     hook: StepHook,
-    score: Callable[[Key, View, PyTree], Weights],
+    score: Callable[[Key, View, PyTree], Scores],
     *,
     begin: Callable[[View], PyTree] = lambda view: (),
     learn: Callable[[PyTree, Scores, Masks, Counts], PyTree] | None = None,
@@ -68,7 +68,8 @@ def chosen_anew(
       only_last: earlier rounds leave the masks as they are: the hook has its own.
       remaining: the last round keeps what the hook leaves above zero, and the best of each layer,
         whatever the counts say.
-      learned: scores are all zero in the first round, which leaves the masks as they are.
+      learned: scores are of groups already, and all zero in the first round, which leaves the masks
+        as they are.
 
     Returns:
       A pruner with the state `Anew`.
@@ -82,7 +83,8 @@ def chosen_anew(
         key: Key, state: Anew, view: View, counts: Counts, batches: Any
     ) -> tuple[Anew, Masks, PruneInfo]:
         del batches
-        scores = asked.groups.gather(score(key, view, state.own))
+        scores = score(key, view, state.own)
+        scores = scores if learned else asked.groups.gather(scores)
         alive = asked.groups.alive(state.masks)
         chosen = selected(asked, scores, alive, counts)
         if remaining:

@@ -617,7 +617,7 @@ METHODS: dict[str, Method] = {
         'Mocanu et al. 2018, arXiv:1707.04780',
         allocation='erk',
         density_schedule='constant',
-        options={'drop': 0.3, 'skip': False},
+        options={'drop': 0.3, 'skip': True},
     ),
     'rigl': _sparse_training(
         rigl,

@@ -2,6 +2,8 @@
 
 Each weight has a score S, 0 at first, with an optimizer of its own. It gets the straight-through
 gradient `∂L/∂S = (∂L/∂W') W`, W' the masked weight: so S grows where a weight moves away from 0.
+A block or a unit has one score. Its gradient is the sum over its weights (Lagunas et al., EMNLP
+2021, arXiv:2109.04838).
 """
 
 import functools
@@ -21,18 +23,21 @@ from jaxprune.method.chosen_anew import (
     straight_weights,
 )
 from jaxprune.method.lasting import CUTS, Asked
-from jaxprune.types import Hyper, Key, Masks, Pruner, PyTree, Scores, StepHook, View, Weights
+from jaxprune.select import layerwise_top_k
+from jaxprune.types import Hyper, Key, Masks, Pruner, PyTree, Scores, StepHook, View
 
 #: How scores are trained.
 SCORE_OPTIMIZERS = ('sgd', 'adam')
 _B1, _B2, _EPSILON = 0.9, 0.999, 1e-8
+#: Share of a layer that soft movement always computes with.
+_FEWEST = 0.005
 
 
 class Learned(NamedTuple):
     """Scores, and the state of their optimizer.
 
     Attributes:
-      scores: of each prunable weight.
+      scores: of each group: a weight, a block, a unit.
       first, second: Adam's moments; {} for SGD.
       steps: so far, int32.
     """
@@ -52,7 +57,7 @@ def movement(
     one keeps all. Momentum and weight decay still move pruned weights, as in the authors' code.
 
     Args:
-      asked: what is pruned; the score of a block or a unit is the sum of its weights' scores.
+      asked: what is pruned.
       score_rate: learning rate of the scores.
       score_optimizer: 'adam', as in the authors' recipe, or 'sgd', as in the paper's formula.
 
@@ -65,7 +70,7 @@ def movement(
         state: Anew, grads: PyTree, params: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
     ) -> tuple[Anew, PyTree]:
         del clock, hyper
-        own = _stepped(state.own, _slopes(grads, params, masks), score_rate)
+        own = _stepped(state.own, _slopes(asked, grads, params, masks), score_rate)
         return state._replace(own=own), tree.apply_masks(grads, masks)
 
     return _by_scores(asked, StepHook(weights=straight_weights, gradient=gradient), score_optimizer)
@@ -81,6 +86,9 @@ def soft_movement(
     cut: str = 'target',
 ) -> Pruner:
     """Computes with the weights whose `sigmoid(S)` is above a threshold, in every step.
+
+    Where fewer than 0.5 % of a layer are above it, as many of its best ones stay, as in the authors'
+    code.
 
     The threshold rises from 0 at the first round to `threshold` at the last, as the cubic schedule
     does. The loss gets `penalty` times the mean of sigmoid(S), averaged over the layers: how many
@@ -104,7 +112,9 @@ def soft_movement(
     def above(state: Anew, clock: ArrayLike) -> Masks:
         done = jnp.clip((clock - start) / max(end - start, 1), 0, 1)
         now = jnp.where(state.prunes, threshold * (1 - (1 - done) ** 3), 0)
-        return {path: jax.nn.sigmoid(s) > now for path, s in state.own.scores.items()}
+        scores = state.own.scores
+        soft = {name: jax.nn.sigmoid(s) > now for name, s in scores.items()}
+        return asked.groups.spread(_at_least(_FEWEST, soft, scores))
 
     def weights(state: Anew, params: PyTree, masks: Masks, clock: ArrayLike) -> PyTree:
         soft = above(state, clock)
@@ -114,10 +124,10 @@ def soft_movement(
         state: Anew, grads: PyTree, params: PyTree, masks: Masks, clock: ArrayLike, hyper: Hyper
     ) -> tuple[Anew, PyTree]:
         del hyper
-        slopes, soft = _slopes(grads, params, masks), above(state, clock)
-        for path, score in state.own.scores.items():
+        slopes, soft = _slopes(asked, grads, params, masks), above(state, clock)
+        for name, score in state.own.scores.items():
             share = jax.nn.sigmoid(score)
-            slopes[path] += penalty / len(slopes) / score.size * share * (1 - share)
+            slopes[name] += penalty / len(slopes) / score.size * share * (1 - share)
         own = _stepped(state.own, slopes, score_rate)
         return state._replace(own=own), tree.apply_masks(grads, soft)
 
@@ -128,25 +138,50 @@ def soft_movement(
 def _by_scores(asked: Asked, hook: StepHook, optimizer: str, **rest: bool) -> Pruner:
     """A pruner that goes by learned scores; further arguments as of `chosen_anew`."""
     check_choice('score_optimizer', optimizer, SCORE_OPTIMIZERS)
-    begin = functools.partial(_begun, optimizer=optimizer)
+    begin = functools.partial(_begun, asked=asked, optimizer=optimizer)
     return chosen_anew(asked, hook, _by_score, begin=begin, learned=True, **rest)
 
 
-def _by_score(key: Key, view: View, own: Learned) -> Weights:
+def _by_score(key: Key, view: View, own: Learned) -> Scores:
     del key, view
     return own.scores
 
 
-def _begun(view: View, optimizer: str) -> Learned:
-    zeros = {path: jnp.zeros_like(w) for path, w in view.weights.items()}
+def _at_least(share: float, chosen: Masks, scores: Scores) -> Masks:
+    """What is chosen; in a layer with less than a share of it the best `int(share n) + 1`."""
+    fewest = {name: int(share * leaf.size) + 1 for name, leaf in scores.items()}
+
+    def few(masks: Masks) -> dict[str, jax.Array]:
+        return {name: jnp.sum(mask) < fewest[name] for name, mask in masks.items()}
+
+    def filled(carry: tuple[Masks, jax.Array]) -> tuple[Masks, jax.Array]:
+        masks, _ = carry
+        best, missing = layerwise_top_k(scores, fewest), few(masks)
+        masks = {name: jnp.where(missing[name], best[name], m) for name, m in masks.items()}
+        return masks, jnp.zeros((), bool)
+
+    # A loop of one turn or none: under `vmap` a branch would be computed in every step.
+    missing = jnp.stack(list(few(chosen).values())).any()
+    return jax.lax.while_loop(lambda carry: carry[1], filled, (chosen, missing))[0]
+
+
+def _begun(view: View, asked: Asked, optimizer: str) -> Learned:
+    groups = asked.groups.gather(view.weights)
+    # Not in half precision, where small steps would be lost.
+    zeros = {
+        name: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
+        for name, leaf in groups.items()
+    }
     moments = zeros if optimizer == 'adam' else {}
     return Learned(zeros, moments, moments, jnp.zeros((), jnp.int32))
 
 
-def _slopes(grads: PyTree, params: PyTree, masks: Masks) -> Scores:
-    """`(∂L/∂W') W` for all weights, of pruned ones too."""
+def _slopes(asked: Asked, grads: PyTree, params: PyTree, masks: Masks) -> Scores:
+    """`(∂L/∂W') W`, summed over each group, of pruned ones too."""
     loss, stored = (dict(tree.paths(leaves)) for leaves in (grads, params))
-    return {path: loss[path] * stored[path] for path in masks}
+    wide = {path: jnp.promote_types(stored[path].dtype, jnp.float32) for path in masks}
+    products = {path: loss[path].astype(t) * stored[path].astype(t) for path, t in wide.items()}
+    return asked.groups.gather(products)
 
 
 def _stepped(own: Learned, slopes: Scores, rate: ArrayLike) -> Learned:

@@ -50,7 +50,8 @@ def rigl(asked: Asked, *, drop: ArrayLike = 0.3, skip: bool = True) -> Pruner:
       asked: what is pruned; weights, kernels or blocks.
       drop: share of the kept weights that go in a round, at first; it falls like a cosine over the
         clock to 0 in the last round.
-      skip: after a round but the first the optimizer takes no step, as in the authors' code.
+      skip: after a round, but for the first and the last, the optimizer takes no step, as in the
+        authors' code.
 
     Raises:
       PruneError: fewer than two rounds, coupled groups, n:m.
@@ -63,11 +64,11 @@ def rigl(asked: Asked, *, drop: ArrayLike = 0.3, skip: bool = True) -> Pruner:
     return _regrowing(asked, 'rigl', drop, by_gradient, frozenset({'train_batch'}), still)
 
 
-def set_(asked: Asked, *, drop: ArrayLike = 0.3, skip: bool = False) -> Pruner:
+def set_(asked: Asked, *, drop: ArrayLike = 0.3, skip: bool = True) -> Pruner:
     """SET (Mocanu et al. 2018, arXiv:1707.04780): grows at random.
 
-    The paper drops the same share in every epoch. Here the share falls, as in the code of RigL's
-    authors.
+    The paper drops the same share after every epoch. Here the share falls, and a round takes the
+    place of a step of the optimizer, as in the code of RigL's authors and in JaxPruner.
 
     Args:
       asked, drop, skip: see `rigl`.
@@ -94,7 +95,9 @@ def acdc(asked: Asked) -> Pruner:
 
 def drop_share(drop: ArrayLike, clock: ArrayLike, end: int) -> jax.Array:
     """`drop / 2 (1 + cos(π clock / end))`."""
-    return drop / 2 * (1 + jnp.cos(math.pi * jnp.asarray(clock, jnp.float32) / max(end, 1)))
+    # As a sine, which is exact in the middle: there the cosine of float32 is -4e-8.
+    middle = jnp.asarray(clock, jnp.float32) / max(end, 1) - 0.5
+    return drop * (0.5 - 0.5 * jnp.sin(math.pi * middle))
 
 
 def _regrowing(

@@ -49,8 +49,10 @@ def soft_threshold(asked: Asked, *, initial: ArrayLike = -10.0, cut: str = 'targ
         del clock
         leaves, shrunk = dict(tree.paths(params)), {}
         for path, mask in masks.items():
-            limit = jnp.where(state.prunes, jax.nn.sigmoid(state.own.numbers[path]), 0)
-            shrunk[path] = jnp.where(mask, shrink(leaves[path], limit), 0)
+            stored = leaves[path]
+            less = shrink(stored, jax.nn.sigmoid(state.own.numbers[path]).astype(stored.dtype))
+            # Before it prunes, weights that are zero have a gradient too.
+            shrunk[path] = jnp.where(mask, jnp.where(state.prunes, less, stored), 0)
         return tree.put(params, shrunk)
 
     def gradient(
@@ -63,7 +65,8 @@ def soft_threshold(asked: Asked, *, initial: ArrayLike = -10.0, cut: str = 'targ
         for path, s in state.own.numbers.items():
             share = jax.nn.sigmoid(s)
             # The gradient by w is zero where the threshold made zeros.
-            slope = -share * (1 - share) * jnp.sum(jnp.sign(stored[path]) * loss[path])
+            towards = jnp.sum(jnp.sign(stored[path]) * loss[path], dtype=s.dtype)
+            slope = -share * (1 - share) * towards
             speeds[path] = momentum * state.own.speeds[path] + slope + hyper.weight_decay * s
             numbers[path] = s - hyper.learning_rate * speeds[path]
         return state._replace(own=Thresholds(numbers, speeds)), grads
@@ -84,7 +87,11 @@ def shrink(w: jax.Array, limit: ArrayLike) -> jax.Array:
 
 
 def _begun(view: View, initial: ArrayLike) -> Thresholds:
-    numbers = {path: jnp.asarray(initial, w.dtype) for path, w in view.weights.items()}
+    # Not in half precision, where small steps would be lost.
+    numbers = {
+        path: jnp.asarray(initial, jnp.promote_types(w.dtype, jnp.float32))
+        for path, w in view.weights.items()
+    }
     return Thresholds(numbers, {path: jnp.zeros_like(s) for path, s in numbers.items()})
 
 

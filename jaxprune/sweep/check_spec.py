@@ -379,7 +379,7 @@ def _when(spec: MethodSpec, at: str, fail) -> None:
     if spec.rewind and not spec.start:
         fail(f'{at}.rewind', 'is for rounds during training: expected a start later than rewind_to')
     if spec.rewind == 'weights' and spec.restart:
-        fail(f'{at}.restart', "rewind = 'weights' takes the optimizer back already")
+        fail(f'{at}.restart', "rewind = 'weights' begins the optimizer anew already")
     if spec.rewind_to and not spec.rewind:
         fail(f'{at}.rewind_to', "goes with rewind = 'weights' or 'rate'")
     if spec.rewind and spec.finetune.epochs:
