@@ -80,7 +80,11 @@ def explain(name: str) -> list[Entry]:
 
 def _methods() -> Iterator[Entry]:
     for name, entry in method.METHODS.items():
-        defaults = {'rounds': entry.rounds, 'density_schedule': entry.density_schedule}
+        defaults = {
+            'rounds': entry.rounds,
+            'density_schedule': entry.density_schedule,
+            'allocation': entry.allocation,
+        }
         if 'data' in entry.needs or (entry.needs and entry.batch_norm == 'train'):
             defaults['batch_norm'] = entry.batch_norm
         table = f'{{ name = "{name}"{", " if entry.example else ""}{entry.example} }}'

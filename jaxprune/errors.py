@@ -88,6 +88,8 @@ def nearest(name: object, valid: Iterable[str]) -> str:
       `did you mean 'x'? (valid: ...)`, or only the valid names if none is close.
     """
     valid = sorted(valid)
+    if not valid:
+        return 'there are none'
     close = difflib.get_close_matches(_short(name), valid, n=1, cutoff=0.5)
     listing = f'valid: {", ".join(valid)}'
     return f"did you mean '{close[0]}'? ({listing})" if close else listing

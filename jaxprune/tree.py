@@ -72,8 +72,12 @@ def pick(params: PyTree, rule: Rule = kernels) -> Weights:
     """The prunable leaves of a tree, by path, in sorted order.
 
     Raises:
-      PruneError: nothing matches, or a pattern of `rules` matches no leaf.
+      PruneError: nothing matches, a pattern of `rules` matches no leaf, or it is no function.
     """
+    if not callable(rule):
+        raise PruneError(
+            f'prunable must be a function (path, leaf) -> bool, not a {type(rule).__name__}'
+        )
     leaves = paths(params)
     names = [path for path, _ in leaves]
     for pattern, _ in getattr(rule, 'patterns', ()):

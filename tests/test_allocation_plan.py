@@ -780,3 +780,17 @@ def test_errors_say_how_to_mend():
         PruneError, match=r"unknown schedule 'stairs': .*exponential, harmonic, linear"
     ):
         jp.plan_rounds(LENET, 0.5, density_schedule='stairs')
+
+
+@pytest.mark.parametrize('allocation', ['global', 'uniform', 'erk'])
+def test_counts_go_up_and_down_by_turns(allocation):
+    """By hand: 'alternate' keeps the target and everything by turns, in each layer."""
+    shapes = {'a/kernel': (10, 10), 'b/kernel': (20, 5)}
+    plan = jp.plan_rounds(
+        shapes, 0.2, allocation=allocation, rounds=5, density_schedule='alternate'
+    )
+    few = jp.keep_counts(shapes, 0.2, allocation)
+    every = jp.keep_counts(shapes, 1.0, allocation)
+    assert sum(few.values()) == 40 and sum(every.values()) == 200
+    for name, column in plan.counts.items():
+        assert column.tolist() == [few[name], every[name], few[name], every[name], few[name]]

@@ -166,7 +166,19 @@ def test_the_curve_of_spp():
     assert float(curve[16]) == pytest.approx(2 * 0.25 * 0.05 - 0.05, abs=1e-7)
     np.testing.assert_allclose(lost(jnp.arange(4.0), 0, 0.05, 0.25), 0)
     far = lost(jnp.float32(1e6), 1, 0.05, 0.25)
-    assert not np.isnan(far) and far < 0
+    assert np.isfinite(far) and far < -1
+
+
+def test_high_ranks_win_however_the_curve_bends():
+    """The definition in NumPy, to ranks far beyond its zero at n; with u = 0.8 these are beyond
+    three times the centre."""
+    rank, n, amount, bend = np.arange(20.0), 3, 0.05, 0.8
+    slope = np.log(2 / bend) / n
+    centre = -np.log(bend) / slope
+    far = 2 * bend * amount - amount * np.exp(-slope * (2 * centre - rank))
+    expected = np.where(rank < centre, amount * np.exp(-slope * rank), far)
+    np.testing.assert_allclose(lost(rank, n, amount, bend), expected, rtol=1e-5, atol=1e-8)
+    assert abs(expected[n]) < 1e-12 and (expected[n + 1 :] < 0).all()
 
 
 def test_spp_computes_with_its_probability():

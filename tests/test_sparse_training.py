@@ -133,6 +133,13 @@ def test_the_share_falls_like_a_cosine():
     np.testing.assert_allclose(ours, expected, atol=1e-7)
 
 
+def test_the_share_is_exact_in_the_middle():
+    """By hand: half of 0.3; of 100 weights 15 go."""
+    share = drop_share(0.3, 50, 100)
+    assert share == jnp.float32(0.3) / 2 and jnp.floor(jnp.float32(100) * share) == 15
+    assert drop_share(0.3, 0, 100) == jnp.float32(0.3) and drop_share(0.3, 100, 100) == 0
+
+
 def test_cubic_and_linear_schedules():
     """Zhu & Gupta's formula at five equal times; jaxpruner's polynomial of power 3."""
     np.testing.assert_allclose(
@@ -209,7 +216,8 @@ def one_layer(weights, masks, name, events=(0, 4, 8), **options):
     def gradient(key, view, batches):
         return {'w': jax.random.normal(key, weights.shape)}
 
-    pruner = of_layers(shapes, name, events, gradient, **options)
+    groups = method.competing(options.pop('granularity', 'weight'), shapes)
+    pruner = of_layers(shapes, name, events, gradient, groups=groups, **options)
     seen = jnp.where(masks, weights, 0)
     stored = {'w': weights} if pruner.dense else None
     view = View({'w': seen}, {'w': weights}, {}, {'w': masks}, stored=stored)
@@ -460,6 +468,61 @@ def test_soft_movement_cuts_at_its_threshold():
     _, masks, info = pruner.update(jax.random.key(0), state, view, {'w': jnp.int32(1)}, None)
     np.testing.assert_array_equal(masks['w'], [True, False, True])
     assert int(info.kept['w']) == 2
+
+
+@pytest.mark.parametrize('optimizer', ['sgd', 'adam'])
+@pytest.mark.parametrize('name', ['movement', 'soft_movement'])
+def test_a_block_has_one_score(name, optimizer):
+    """Lagunas et al.: the slope of S_b is the sum of g w over the block; NumPy, float64. Soft
+    movement leaves out whole blocks, and its penalty is a mean over blocks."""
+    with jax.enable_x64(True):
+        start = jax.random.normal(jax.random.key(1), (4, 6), jnp.float64)
+        target = start * jnp.where(jnp.arange(6) < 3, 3.0, 0.0)  # on the left weights grow
+        every, events = jnp.ones((4, 6), bool), (0, 40)
+        options = {'score_optimizer': optimizer, 'score_rate': 0.05, 'granularity': '2x3'}
+        soft = name == 'soft_movement'
+        options |= {'penalty': 2.0, 'threshold': 0.5} if soft else {}
+        _, state, pruner, _ = moved_by(
+            name, 30, 0.01, start, target, every, events=events, **options
+        )
+
+        w, scores, first, second = np.array(start), np.zeros((2, 2)), 0.0, 0.0
+        blocks = lambda leaf: leaf.reshape(2, 2, 2, 3)  # noqa: E731
+        for t in range(1, 31):
+            slope = blocks((w - target) * w).sum(axis=(1, 3))
+            share = 1 / (1 + np.exp(-scores))
+            slope = slope + (2.0 / 4 * share * (1 - share) if soft else 0)
+            first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+            step = (first / (1 - 0.9**t)) / (np.sqrt(second / (1 - 0.999**t)) + 1e-8)
+            scores = scores - 0.05 * (slope if optimizer == 'sgd' else step)
+            w = w - 0.01 * (w - target)
+        np.testing.assert_allclose(state.own.scores['w'], scores, rtol=1e-9)
+        if soft:
+            state = state._replace(prunes=jnp.ones((), bool))
+            seen = pruner.hook.weights(state, {'w': every.astype(float)}, {'w': every}, 40)['w']
+            expected = np.kron(scores > 0, np.ones((2, 3)))
+            np.testing.assert_array_equal(seen, expected)
+            assert expected.sum() == 12
+
+
+def test_soft_movement_never_empties_a_layer():
+    """The authors' code keeps int(0.005 n) + 1 of a layer at least, its best: 2 of 300."""
+    weights, every = jnp.ones(300), jnp.ones(300, bool)
+    pruner, view = one_layer(weights, every, 'soft_movement', (0, 10), threshold=0.9)
+    state = pruner.init(jax.random.key(0), view)
+    scores = jax.random.normal(jax.random.key(0), (300,))  # sigmoid below 0.9 but for a few
+    state = state._replace(prunes=jnp.ones((), bool))
+
+    def seen(scores):
+        now = state._replace(own=state.own._replace(scores={'w': scores}))
+        return pruner.hook.weights(now, {'w': weights}, {'w': every}, 10)['w']
+
+    shifts = jnp.array([0.0, -5.0, 5.0])
+    one, none, many = jax.vmap(lambda shift: seen(scores + shift))(shifts)
+    soft = jax.nn.sigmoid(scores) > 0.9
+    assert soft.sum() >= 2 and many.sum() > 250
+    np.testing.assert_array_equal(one, soft)
+    np.testing.assert_array_equal(np.flatnonzero(none), np.sort(np.argsort(scores)[-2:]))
 
 
 def test_thresholds_are_trained_with_the_weights():

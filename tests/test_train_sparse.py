@@ -1,6 +1,7 @@
 """`jp.train_sparse`: methods in someone's own loop do what they do in a sweep."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -139,11 +140,63 @@ def test_evaluation_sees_what_it_should():
         ('greg2', {'rounds': 2}, "rounds: 'greg2' needs three or more, not 2"),
         ('str', {'density_schedule': 'cubic'}, 'prunes in one round only'),
         ('rigl', {'learning_rate': 'fast'}, "learning_rate must be a number, not 'fast'"),
+        ('rigl', {'learning_rate': -1.0}, 'learning_rate must be 0 or more, not -1'),
+        ('rigl', {'weight_decay': float('nan')}, 'weight_decay must be 0 or more, not nan'),
+        ('rigl', {'start': -1}, 'start must be at least 0, not -1'),
+        ('rigl', {'prunable': 'kernel'}, 'prunable must be a function'),
+        ('rigl', {'granularity': 'unit'}, "'unit' removes coupled groups: see jp.train_once"),
+        ('lottery', {}, 'it is for sweeps'),
+        ('gmp', {'drop': 0.3}, "'drop' is no argument, nor an option .*: there are none"),
     ],
 )
 def test_refusals(name, more, message):
     with pytest.raises(PruneError, match=message):
         pair(name, **more)
+
+
+def test_misuse_of_the_functions():
+    """One line each, not an error from deep inside."""
+    sparse = pair('rigl')
+    state = sparse.init(PARAMS)
+    some = dict(list(PARAMS.items())[:-1])
+    with pytest.raises(PruneError, match='optimizer must be made by optax'):
+        pair('rigl', optax.adamw)
+    with pytest.raises(PruneError, match='key must be a random key'):
+        sparse.init(PARAMS, 0)
+    with pytest.raises(PruneError, match=r'takes \(gradients, state, params\)'):
+        sparse.update(PARAMS, PARAMS, state)
+    with pytest.raises(PruneError, match='gradients must be a tree like params: they differ in'):
+        sparse.update(some, state, PARAMS)
+    with pytest.raises(PruneError, match='only floating-point weights are pruned'):
+        sparse.init(jax.tree.map(lambda leaf: leaf.astype(jnp.int32), PARAMS))
+
+
+@pytest.mark.parametrize('name', ['dpf', 'movement', 'rigl'])
+def test_scores_that_are_no_numbers_are_counted(name):
+    """A gradient of NaN: a count says that masks mean nothing; without it the count is 0."""
+    sparse = pair(name)
+    update = jax.jit(sparse.update)
+    for bad in (0.01, math.nan):
+        params, state = PARAMS, sparse.init(PARAMS)
+        for step in range(STOP + 1):
+            grads = jax.tree.map(lambda w, g=bad if step == 3 else 0.01: w * g, PARAMS)
+            params, state = update(grads, state, params)
+        assert (int(state.nonfinite) > 0) == math.isnan(bad)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('name', ['movement', 'soft_movement', 'str'])
+def test_half_precision(name, dtype):
+    """What is learned beside the weights is in single precision; counts are exact."""
+    sparse = pair(name)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), PARAMS)
+    state, update = sparse.init(params), jax.jit(sparse.update)
+    for _ in range(STOP + 1):
+        params, state = update(params, state, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    shapes = jp.shapes(tree.pick(PARAMS, tree.kernels))
+    counts = jp.keep_counts(shapes, 0.3, method.usual_allocation(method.METHODS[name], 'weight'))
+    assert sum(int(m.sum()) for m in state.run.masks.values()) == sum(counts.values())
 
 
 @pytest.mark.parametrize(

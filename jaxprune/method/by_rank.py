@@ -32,7 +32,6 @@ from jaxprune.types import (
     View,
 )
 
-
 #: Largest exponent of the curve.
 _MOST = 60.0
 

@@ -90,7 +90,9 @@ def broken_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
     if not entry.scheduled and choices.density_schedule not in ('', 'constant'):
         yield 'density_schedule', f"'{choices.name}' prunes in one round only: leave it out"
     if entry.rewind and not choices.apart:
-        yield 'name', f"'{choices.name}' trains before each of its rounds: start is missing"
+        trains = f"'{choices.name}' trains before each of its rounds"
+        sweeps = 'it is for sweeps, see `jaxprune sweep`'
+        yield 'name', f'{trains}: {sweeps if choices.apart is None else "start is missing"}'
     if entry.hooked and not choices.apart:
         acts = f"'{choices.name}' acts between its first round and its last, during training"
         if choices.apart is None:

@@ -87,8 +87,8 @@ def soft_movement(
 ) -> Pruner:
     """Computes with the weights whose `sigmoid(S)` is above a threshold, in every step.
 
-    Where fewer than 0.5 % of a layer are above it, as many of its best ones stay, as in the authors'
-    code.
+    Where fewer than 0.5 % of a layer are above it, as many of its best ones stay, as in the
+    authors' code.
 
     The threshold rises from 0 at the first round to `threshold` at the last, as the cubic schedule
     does. The loss gets `penalty` times the mean of sigmoid(S), averaged over the layers: how many

@@ -124,21 +124,21 @@ def _regrowing(
         clock = jnp.asarray(asked.events, jnp.int32)[state.round]
         share = drop_share(drop, clock, asked.events[-1])
 
-        def first() -> tuple[Masks, Scores]:
+        def first() -> tuple[Masks, jax.Array, jax.Array]:
             scores = groups.gather(score.random()(key, view, None))
-            return selected(asked, scores, may, counts), scores
+            return selected(asked, scores, may, counts), *tallied(scores, may)
 
-        def later() -> tuple[Masks, Scores]:
-            sizes = groups.gather(sizes_of(view))
+        def later() -> tuple[Masks, jax.Array, jax.Array]:
+            sizes, before = groups.gather(sizes_of(view)), groups.alive(view.masks)
             scores = groups.gather(grow(key, view, batches))
-            kept, grown = regrown(
-                asked, sizes, scores, groups.alive(view.masks), may, counts, share
-            )
-            return {n: kept[n] | grown[n] for n in kept}, scores
+            kept, grown = regrown(asked, sizes, scores, before, may, counts, share)
+            nonfinite, nonzero = tallied(scores, may)
+            nonfinite += tallied(sizes, before)[0]
+            return {n: kept[n] | grown[n] for n in kept}, nonfinite, nonzero
 
-        kept, scores = jax.lax.cond(state.round == 0, first, later)
+        kept, nonfinite, nonzero = jax.lax.cond(state.round == 0, first, later)
         masks = {path: m & state.masks[path] for path, m in groups.spread(kept).items()}
-        info = PruneInfo(count_kept(kept), *tallied(scores, may))
+        info = PruneInfo(count_kept(kept), nonfinite, nonzero)
         return state._replace(round=state.round + 1), masks, info
 
     return Pruner(init, update, needs, as_they_are, hook=StepHook(still=still))

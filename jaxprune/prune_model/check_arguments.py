@@ -1,5 +1,6 @@
 """Checks of what someone hands to `jp.prune`; each error is one line."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -7,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import arguments, tree
 from jaxprune import problem as problems
-from jaxprune import tree
 from jaxprune.errors import PruneError, first_line, nearest
 from jaxprune.plan import Plan
 from jaxprune.score.loss import split
 from jaxprune.structure import forward_of
-from jaxprune.types import GLOBAL, Batch, Batches, Problem, PruneInfo, View
+from jaxprune.types import GLOBAL, Batch, Batches, Problem, PruneInfo, PyTree, View
 
 
 def options(given: Iterable[str], known: Iterable[str], keywords: Iterable[str]) -> None:
@@ -24,7 +25,7 @@ def options(given: Iterable[str], known: Iterable[str], keywords: Iterable[str])
             raise PruneError(f"'{option}' is no argument, nor an option of this method: {tail}")
 
 
-def types(params, model, model_state, init, loss, prunable, masks, key) -> None:
+def types(params, model, model_state, init, loss, prunable, masks, random) -> None:
     """Whatever would only fail deep inside, where nobody finds out why."""
     for path, leaf in tree.paths(params):
         if isinstance(leaf, jax.core.Tracer):
@@ -59,8 +60,33 @@ def types(params, model, model_state, init, loss, prunable, masks, key) -> None:
     for path, mask in (masks or {}).items():
         if not hasattr(mask, 'dtype'):
             raise PruneError(f"the mask of '{path}' must be an array, not a {type(mask).__name__}")
-    if key is not None and not _is_key(key):
-        raise PruneError(f'key must be a random key such as jax.random.key(0), not {key!r}')
+    key(random)
+
+
+def key(given: Any) -> None:
+    """A random key, or None."""
+    if given is not None and not _is_key(given):
+        raise PruneError(f'key must be a random key such as jax.random.key(0), not {given!r}')
+
+
+def rate(name: str, value: Any) -> None:
+    """A learning rate or a weight decay; traced ones are not looked at."""
+    number = arguments.real(name, value)
+    if not isinstance(number, jax.core.Tracer) and not 0 <= number < math.inf:
+        raise PruneError(f'{name} must be 0 or more, not {number:g}')
+
+
+def step(grads: PyTree, state: Any, params: PyTree, kind: type) -> None:
+    """What `update` is called with."""
+    if not isinstance(state, kind):
+        raise PruneError(
+            f'update takes (gradients, state, params), and a state made by init, not a '
+            f'{type(state).__name__}'
+        )
+    if jax.tree.structure(grads) != jax.tree.structure(params):
+        have, want = ({path for path, _ in tree.paths(leaves)} for leaves in (grads, params))
+        odd = ', '.join(sorted(have ^ want)[:3])
+        raise PruneError(f'gradients must be a tree like params: they differ in {odd or "type"}')
 
 
 def _is_key(key: Any) -> bool:

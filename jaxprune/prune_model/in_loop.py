@@ -9,7 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxprune import tree
-from jaxprune.arguments import least, real, whole
+from jaxprune.arguments import least, whole
 from jaxprune.errors import PruneError, nearest
 from jaxprune.method import METHODS, Method, method, watched, zero_groups
 from jaxprune.method.chosen_anew import straight_through
@@ -30,6 +30,7 @@ class LoopState(NamedTuple):
       rounds: rounds of the method so far, int32.
       forced: groups that were removed although they were not zero, int32. Their removal changed
         what the network computes.
+      nonfinite: scores that were NaN or infinite, int32. If there are any, masks mean nothing.
       key: data of the key of the method's draws; round i has `fold_in(key, i)`.
       run: masks, and the states of optimizer and method; without parameters.
     """
@@ -37,6 +38,7 @@ class LoopState(NamedTuple):
     step: jax.Array
     rounds: jax.Array
     forced: jax.Array
+    nonfinite: jax.Array
     key: jax.Array
     run: RunState
 
@@ -85,6 +87,7 @@ class Job(NamedTuple):
 
 def in_loop(job: Job) -> InLoop:
     """The functions of a training."""
+    check.rate('weight_decay', job.weight_decay)
     groups, pruner, chain = job.groups, job.pruner, job.chain
     events = tuple(int(step) for step in job.plan.steps)
     problem = Problem(unused, unused, unused, job.prunable)
@@ -104,11 +107,13 @@ def in_loop(job: Job) -> InLoop:
         )
 
     def init(params: PyTree, key: Key | None = None) -> LoopState:
+        check.weights(tree.pick(params, job.prunable))
+        check.key(key)
         key = words(jax.random.key(0) if key is None else key)
         masks = tree.ones(tree.pick(params, job.prunable))
         run = RunState(params, {}, fresh_optimizer(chain, hyper, params), masks, ())
         zero = jnp.zeros((), jnp.int32)
-        state = LoopState(zero, zero, zero, key, run)
+        state = LoopState(zero, zero, zero, zero, key, run)
         state = state._replace(run=rounds_of(state, None).begin(run))
         return once(params, state, None)[1] if first == 0 else _bare(state)
 
@@ -118,14 +123,15 @@ def in_loop(job: Job) -> InLoop:
         rounds = rounds_of(state, tree.pick(grads, job.prunable))
         before, zero = groups.alive(run.masks), zero_groups(groups, params)
         now = {name: column[state.rounds] for name, column in counts.items()}
-        run, _ = rounds.once(state.rounds, now, run)
+        run, info = rounds.once(state.rounds, now, run)
         left = groups.alive(run.masks)
         forced = count_kept({n: before[n] & ~left[n] & ~mask for n, mask in zero.items()})
         if rounds.finish is not None:
             done = state.rounds == len(events) - 1
             run = jax.lax.cond(done, lambda: rounds.finish(run, 0)[0], lambda: run)
         total = state.forced + sum(forced.values())
-        state = state._replace(rounds=state.rounds + 1, forced=total, run=run)
+        odd = state.nonfinite + info.nonfinite
+        state = state._replace(rounds=state.rounds + 1, forced=total, nonfinite=odd, run=run)
         return run.params, _bare(state)
 
     def if_due(params: PyTree, state: LoopState, grads: PyTree, clocks: tuple[int, ...]) -> Any:
@@ -148,6 +154,7 @@ def in_loop(job: Job) -> InLoop:
         return jax.tree.map(lambda a, b: jnp.where(works(state), a, b), hooked, masked)
 
     def update(grads: PyTree, state: LoopState, params: PyTree) -> tuple[PyTree, LoopState]:
+        check.step(grads, state, params, LoopState)
         params, state = if_due(params, state, grads, early)
         masked = params if pruner.dense else tree.apply_masks(params, state.run.masks)
         run = state.run._replace(params=masked)
@@ -165,11 +172,17 @@ def in_loop(job: Job) -> InLoop:
     return InLoop(jax.jit(init), seen, update, watch, last)
 
 
-def entry_of(name: str, options: dict[str, Any]) -> Method:
-    """The entry of a method that changes training, which knows these options."""
+def entry_of(name: str, options: dict[str, Any], *, coupled: bool) -> Method:
+    """The entry of a method that changes training, which knows these options.
+
+    Args:
+      coupled: may it be one of coupled groups only?
+    """
     entry = method(name)
     if not entry.hooked:
-        valid = [other for other, known in METHODS.items() if known.hooked]
+        if entry.rewind:
+            raise PruneError(f"'{name}' trains again and again: it is for sweeps, `jaxprune sweep`")
+        valid = [o for o, known in METHODS.items() if known.hooked and coupled >= known.coupled]
         raise PruneError(f"'{name}' does not change training, see jp.prune: {nearest(name, valid)}")
     check.options(options, entry.options, ())
     return entry
@@ -187,8 +200,11 @@ def chain_of(
     learning_rate: float | Callable[[ArrayLike], jax.Array],
 ) -> Optimizer:
     """Someone's optimizer, and the rate that is in it."""
+    if not (hasattr(optimizer, 'init') and hasattr(optimizer, 'update')):
+        kind = type(optimizer).__name__
+        raise PruneError(f'optimizer must be made by optax, such as optax.sgd(0.1), not a {kind}')
     if not callable(learning_rate):
-        real('learning_rate', learning_rate)
+        check.rate('learning_rate', learning_rate)
     schedule = learning_rate if callable(learning_rate) else lambda step: learning_rate
     return Optimizer(
         make=lambda hyper, rate: optimizer,
@@ -201,7 +217,8 @@ def spread(start: int, stop: int, rounds: int) -> tuple[int, ...]:
     """Where the rounds of a method happen."""
     least(2, rounds=whole('rounds', rounds))
     start, stop = whole('start', start), whole('stop', stop)
-    if start < 0 or stop - start < rounds - 1:
+    least(0, start=start)
+    if stop - start < rounds - 1:
         raise PruneError(
             f'{rounds} rounds need a stop at least {rounds - 1} steps after start, not '
             f'start={start} and stop={stop}'

@@ -108,7 +108,7 @@ def train_once(
       PruneError: an unknown name, a method that does not change training, too few steps for its
         rounds, a density that cannot be, groups that cannot go.
     """
-    entry = entry_of(method_name, options)
+    entry = entry_of(method_name, options, coupled=True)
     check_choice('target', target, ('direct', *structure.COSTS))
     network, own_state = function_of(apply, model_state)
     coupled = structure.groups(network, params, x, own_state)

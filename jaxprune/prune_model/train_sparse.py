@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxprune import tree
 from jaxprune.errors import PruneError
-from jaxprune.method import competing, get_pruner, limits, plan_groups, usual_allocation
+from jaxprune.method import COUPLED, competing, get_pruner, limits, plan_groups, usual_allocation
 from jaxprune.prune_model.in_loop import (
     InLoop,
     Job,
@@ -77,9 +77,10 @@ def train_sparse(
       PruneError: an unknown name, a method that does not change training, too few steps for its
         rounds, a density that cannot be.
     """
-    entry = entry_of(method_name, options)
-    if entry.coupled:
-        raise PruneError(f"'{method_name}' removes coupled groups: see jp.train_once")
+    entry = entry_of(method_name, options, coupled=False)
+    if entry.coupled or granularity in COUPLED:
+        what = f"'{method_name}'" if entry.coupled else f"granularity '{granularity}'"
+        raise PruneError(f'{what} removes coupled groups: see jp.train_once')
     shapes = {path: tuple(jnp.shape(leaf)) for path, leaf in tree.pick(params, prunable).items()}
     groups = competing(granularity, shapes)
     if allocation is None:

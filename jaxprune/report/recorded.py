@@ -97,11 +97,13 @@ def quantities(frame: pl.DataFrame, styles: dict[str, dict]) -> Figure:
         drawing = style.figure(style.WIDTH, 2.1 * len(names) + 0.6)
         grid = drawing.add_gridspec(len(names), len(columns))
         shown: dict = {}
+        tops: dict = {}  # one time axis for all rows of a column
         for row, name in enumerate(names):
             first = None
             for column, compression in enumerate(columns):
-                axes = drawing.add_subplot(grid[row, column], sharey=first)
+                axes = drawing.add_subplot(grid[row, column], sharey=first, sharex=tops.get(column))
                 first = first or axes
+                tops.setdefault(column, axes)
                 here = pruned.filter(
                     (pl.col('quantity') == name) & (pl.col('target_compression') == compression)
                 )

@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxprune import data, method
 from jaxprune.allocation import SHARED
-from jaxprune.errors import JaxpruneError, SpecError
+from jaxprune.errors import JaxpruneError, PruneError, SpecError
 from jaxprune.sweep.counts import active_of, counts_of
 from jaxprune.sweep.device_data import DeviceData, scores_need_data
 from jaxprune.sweep.grid import DENSE, event_program, one_of_each_method
@@ -71,7 +71,10 @@ def _check_event(program: Program, run, on_device: DeviceData, state: RunState) 
         return rounds.finish(state, clock) if rounds.finish else (state, info)
 
     indices_ = jnp.zeros(indices.shape, indices.dtype)
-    jax.eval_shape(once, np.int32(0), on_device, jax.random.key(0), hyper, counts, state)
+    try:
+        jax.eval_shape(once, np.int32(0), on_device, jax.random.key(0), hyper, counts, state)
+    except PruneError as error:
+        raise SpecError(f'grid.method ({run.method.label}): {error}') from None
 
 
 def _check_numbers(program: Program, spec) -> None:

@@ -333,6 +333,8 @@ def _method(spec: MethodSpec, at: str, fail) -> MethodSpec:
     for key, message in method.broken_rules(entry, choices):
         fail(f'{at}.{key}', message)
     _when(spec, at, fail)
+    if spec.end and spec.end < spec.start:
+        fail(f'{at}.end', f'{spec.end:g} is before start, {spec.start:g}')
     rounds = spec.rounds or (rounds_until(spec) if spec.every and spec.end else entry.rounds)
     if rounds > MOST_ROUNDS:
         fail(f'{at}.every', f'makes {rounds:,} rounds up to end, more than {MOST_ROUNDS:,}')

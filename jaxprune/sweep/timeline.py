@@ -143,8 +143,9 @@ def timeline_of(train: TrainSpec, method: MethodSpec | None, epoch: int) -> Time
         count, taken = len(list(together)), at - step
         if clock + taken > limit:
             over = (step + limit - clock) / epoch
+            key = 'start' if not done else 'every' if method.every or not method.end else 'end'
             raise SpecError(
-                f'{"every" if done else "start"}: round {done + 1} happens after epoch '
+                f'{key}: round {done + 1} happens after epoch '
                 f'{at / epoch:g}, but training is over after {over:g}'
             )
         if taken:
