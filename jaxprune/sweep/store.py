@@ -231,7 +231,8 @@ def read_json(path: Path, keys: Set[str] = frozenset()) -> dict:
     except (OSError, *refusals(path)) as error:
         raise ReadError(f'{path}: cannot be read ({first_line(error)})') from error
     if not isinstance(value, dict) or not keys <= value.keys():
-        raise StoreError(f'{path}: not what jaxprune wrote, a table with {", ".join(sorted(keys))}')
+        keys_of = f' with {", ".join(sorted(keys))}' if keys else ''
+        raise StoreError(f'{path}: not what jaxprune wrote, a table{keys_of}')
     return value
 
 
@@ -259,7 +260,12 @@ def write_session(out: Path, record: dict[str, Any]) -> None:
 def read_provenance(out: Path) -> dict[str, Any]:
     """The record of the last session, with 'sessions', what differs between all of them."""
     paths = sorted(listed(out / 'sessions', '.json'), key=lambda path: path.name)
-    records = [read_json(path, {'session'}) for path in paths]
+    try:
+        records = [read_json(path, {'session'}) for path in paths]
+    except ReadError:
+        raise
+    except StoreError as error:
+        raise StoreError(f'{error}; it holds no results: remove it to go on') from None
     if not records:
         raise StoreError(f'{out} is not a sweep directory: it has no sessions')
     return {**records[-1], 'sessions': [record['session'] for record in records]}
