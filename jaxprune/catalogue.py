@@ -135,7 +135,7 @@ def _quantities() -> Iterator[Entry]:
             'granularity = "unit", start = 1, end = 4 }]'
         )
         where = 'by layer, of methods that change training'
-        yield Entry('quantity', name, f'{_capital(text)}; {where}.', snippet=snippet)
+        yield Entry('quantity', name, _capital(f'{text}; {where}'), snippet=snippet)
 
 
 def _allocations() -> Iterator[Entry]:

@@ -90,7 +90,7 @@ class DataSpec:
     """[data]"""
 
     name: str = _key(
-        'mnist_small (shipped), mnist, fashion_mnist, cifar10, cifar100',
+        "which: 'mnist_small' (shipped), 'mnist', 'fashion_mnist', 'cifar10', 'cifar100'",
         example='name = "mnist_small"',
     )
     augment: tuple[str, ...] = _key(
@@ -107,7 +107,9 @@ class TrainSpec:
     optimizer: str = _key('an optax optimizer by name', default='sgd')
     learning_rate: float = _key('peak learning rate', default=0.1, above=0)
     schedule: str = _key(
-        'constant, cosine or step', default='cosine', choices=tuple(RATE_SCHEDULES)
+        "how the rate falls: 'constant', 'cosine' or 'step'",
+        default='cosine',
+        choices=tuple(RATE_SCHEDULES),
     )
     milestones: tuple[float, ...] = _key(
         'epochs at which step multiplies the rate',
@@ -150,7 +152,9 @@ class FinetuneSpec:
         'peak learning rate', default=0.0, low=0, example='epochs = 4, learning_rate = 0.01'
     )
     schedule: str = _key(
-        'constant, cosine or step', default='cosine', choices=tuple(RATE_SCHEDULES)
+        "how the rate falls: 'constant', 'cosine' or 'step'",
+        default='cosine',
+        choices=tuple(RATE_SCHEDULES),
     )
     milestones: tuple[float, ...] = _key(
         'epochs of the phase at which step multiplies the rate',
