@@ -525,6 +525,22 @@ def test_soft_movement_never_empties_a_layer():
     np.testing.assert_array_equal(np.flatnonzero(none), np.sort(np.argsort(scores)[-2:]))
 
 
+def test_what_was_pruned_before_is_not_the_best_of_a_layer():
+    """Half of a layer is pruned before soft movement begins, with the best scores: the floor of the
+    step, and the one weight that the published cut keeps at least, are of the other half."""
+    scores, alive = jnp.arange(10.0) - 20, jnp.arange(10) < 5
+    given = {'threshold': 0.9, 'cut': 'zero'}
+    pruner, view = one_layer(jnp.ones(10), alive, 'soft_movement', (0, 10), **given)
+    state = pruner.init(jax.random.key(0), view)
+    own = state.own._replace(scores={'w': scores})
+    state = state._replace(own=own, prunes=jnp.ones((), bool), round=jnp.int32(1))
+    seen = pruner.hook.weights(state, {'w': jnp.ones(10)}, view.masks, 10)
+    np.testing.assert_array_equal(np.flatnonzero(seen['w']), [4])
+    none = view._replace(weights={'w': jnp.zeros(10)})
+    _, masks, _ = pruner.update(jax.random.key(0), state, none, {'w': jnp.int32(2)}, None)
+    np.testing.assert_array_equal(np.flatnonzero(masks['w']), [4])
+
+
 def test_thresholds_are_trained_with_the_weights():
     """By hand: w' = sign(w) max(|w| - t, 0), t = sigmoid(s); the slope by s is that of the loss
     through w', by differences; weight decay acts on s, momentum too; the published cut."""

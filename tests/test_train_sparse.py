@@ -161,7 +161,9 @@ def test_misuse_of_the_functions():
     some = dict(list(PARAMS.items())[:-1])
     with pytest.raises(PruneError, match='optimizer must be made by optax'):
         pair('rigl', optax.adamw)
-    with pytest.raises(PruneError, match='key must be a random key'):
+    with pytest.raises(
+        PruneError, match=r'key must be a random key such as jax.random.key\(0\), not 0'
+    ):
         sparse.init(PARAMS, 0)
     with pytest.raises(PruneError, match=r'takes \(gradients, state, params\)'):
         sparse.update(PARAMS, PARAMS, state)
@@ -197,6 +199,17 @@ def test_half_precision(name, dtype):
     shapes = jp.shapes(tree.pick(PARAMS, tree.kernels))
     counts = jp.keep_counts(shapes, 0.3, method.usual_allocation(method.METHODS[name], 'weight'))
     assert sum(int(m.sum()) for m in state.run.masks.values()) == sum(counts.values())
+
+
+@pytest.mark.parametrize('name', ['movement', 'str', 'rigl', 'spp'])
+def test_single_precision_beside_double(name):
+    """Where double precision is allowed, states of float32 weights keep their types."""
+    sparse = pair(name)
+    with jax.enable_x64(True):
+        state = jax.eval_shape(sparse.init, PARAMS)
+        params, after = jax.eval_shape(sparse.update, PARAMS, state, PARAMS)
+    types = jax.tree.map(lambda leaf: leaf.dtype, (PARAMS, state))
+    assert jax.tree.map(lambda leaf: leaf.dtype, (params, after)) == types
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The frame of methods that choose their masks anew in each round, by a score of all weights."""
+"""The frame of methods that choose their masks anew in each round, by a score of everything."""
 
 import math
 from collections.abc import Callable
@@ -60,8 +60,8 @@ def chosen_anew(
     Args:
       asked: see `Asked`.
       hook: of the step; its `weights` makes the masked network.
-      score: `(key, view, state of its own) -> a score of each prunable weight`, high = keep. The
-        scores of a group are added up.
+      score: `(key, view, state of its own) -> a score of each prunable weight`, high = keep; those
+        of a group are added up. With `learned` a score of each group.
       begin: makes the state of its own.
       learn: `(state of its own, scores, what may be kept, counts) -> state` after each round.
       dense: stored weights stay dense, see `Pruner`; else weights that come back are zero.
@@ -88,7 +88,8 @@ def chosen_anew(
         alive = asked.groups.alive(state.masks)
         chosen = selected(asked, scores, alive, counts)
         if remaining:
-            best = layerwise_top_k(scores, dict.fromkeys(scores, 1))
+            ranked = {name: jnp.where(alive[name], s, -jnp.inf) for name, s in scores.items()}
+            best = layerwise_top_k(ranked, dict.fromkeys(scores, 1))
             left = asked.groups.alive({path: w != 0 for path, w in view.weights.items()})
             chosen = {name: alive[name] & (left[name] | best[name]) for name in chosen}
         masks = {path: m & state.masks[path] for path, m in asked.groups.spread(chosen).items()}

@@ -1,9 +1,9 @@
 """Movement pruning (Sanh, Wolf & Rush, NeurIPS 2020, arXiv:2005.07683): learned scores.
 
-Each weight has a score S, 0 at first, with an optimizer of its own. It gets the straight-through
-gradient `∂L/∂S = (∂L/∂W') W`, W' the masked weight: so S grows where a weight moves away from 0.
-A block or a unit has one score. Its gradient is the sum over its weights (Lagunas et al., EMNLP
-2021, arXiv:2109.04838).
+Each weight, block or unit has a score S, 0 at first, with an optimizer of its own. It gets the
+straight-through gradient `∂L/∂S = (∂L/∂W') W`, W' the masked weight: so S grows where a weight
+moves away from 0. The gradient of a group is the sum over its weights (Lagunas et al., EMNLP 2021,
+arXiv:2109.04838).
 """
 
 import functools
@@ -29,7 +29,7 @@ from jaxprune.types import Hyper, Key, Masks, Pruner, PyTree, Scores, StepHook, 
 #: How scores are trained.
 SCORE_OPTIMIZERS = ('sgd', 'adam')
 _B1, _B2, _EPSILON = 0.9, 0.999, 1e-8
-#: Share of a layer that soft movement always computes with.
+#: Soft movement computes with `int(_FEWEST n) + 1` of a layer of n at least.
 _FEWEST = 0.005
 
 
@@ -51,7 +51,7 @@ class Learned(NamedTuple):
 def movement(
     asked: Asked, *, score_rate: ArrayLike = 0.01, score_optimizer: str = 'adam'
 ) -> Pruner:
-    """Keeps the weights with the largest scores. A pruned weight gets no gradient, its score does.
+    """Keeps the groups with the largest scores. A pruned weight gets no gradient, its score does.
 
     The published mask follows the scores in every step; here it changes in rounds, and the first
     one keeps all. Momentum and weight decay still move pruned weights, as in the authors' code.
@@ -85,10 +85,9 @@ def soft_movement(
     penalty: ArrayLike = 1.0,
     cut: str = 'target',
 ) -> Pruner:
-    """Computes with the weights whose `sigmoid(S)` is above a threshold, in every step.
+    """Computes with the groups whose `sigmoid(S)` is above a threshold, in every step.
 
-    Where fewer than 0.5 % of a layer are above it, as many of its best ones stay, as in the
-    authors' code.
+    Of a layer of n at least the best `int(0.005 n) + 1` stay, as in the authors' code.
 
     The threshold rises from 0 at the first round to `threshold` at the last, as the cubic schedule
     does. The loss gets `penalty` times the mean of sigmoid(S), averaged over the layers: how many
@@ -112,9 +111,10 @@ def soft_movement(
     def above(state: Anew, clock: ArrayLike) -> Masks:
         done = jnp.clip((clock - start) / max(end - start, 1), 0, 1)
         now = jnp.where(state.prunes, threshold * (1 - (1 - done) ** 3), 0)
-        scores = state.own.scores
-        soft = {name: jax.nn.sigmoid(s) > now for name, s in scores.items()}
-        return asked.groups.spread(_at_least(_FEWEST, soft, scores))
+        alive, scores = asked.groups.alive(state.masks), state.own.scores
+        soft = {name: alive[name] & (jax.nn.sigmoid(s) > now) for name, s in scores.items()}
+        ranked = {name: jnp.where(alive[name], s, -jnp.inf) for name, s in scores.items()}
+        return asked.groups.spread(_at_least(_FEWEST, soft, ranked))
 
     def weights(state: Anew, params: PyTree, masks: Masks, clock: ArrayLike) -> PyTree:
         soft = above(state, clock)
@@ -192,11 +192,9 @@ def _stepped(own: Learned, slopes: Scores, rate: ArrayLike) -> Learned:
         return own._replace(scores=scores, steps=steps)
     first = {path: _B1 * m + (1 - _B1) * slopes[path] for path, m in own.first.items()}
     second = {path: _B2 * v + (1 - _B2) * slopes[path] ** 2 for path, v in own.second.items()}
-    scores = {
-        path: s
-        - rate
-        * (first[path] / (1 - _B1**steps))
-        / (jnp.sqrt(second[path] / (1 - _B2**steps)) + _EPSILON)
-        for path, s in own.scores.items()
-    }
+    scores = {}
+    for path, s in own.scores.items():
+        taken = steps.astype(s.dtype)
+        mean, square = first[path] / (1 - _B1**taken), second[path] / (1 - _B2**taken)
+        scores[path] = s - rate * mean / (jnp.sqrt(square) + _EPSILON)
     return Learned(scores, first, second, steps)

@@ -93,7 +93,7 @@ OPTIONS: dict[str, Option] = {
     'scales': Option('a regular expression of the paths of scales of norms'),
     'by': Option("'magnitude', or 'random' for a new draw in each round", STRAIGHT),
     'pull': Option('how strongly pruned weights are pulled to zero', low=0),
-    'drop': Option('share of the kept weights that go in a round, at first', low=0, high=1),
+    'drop': Option('share of the kept weights that go in a round, at step 0', low=0, high=1),
     'score_rate': Option('learning rate of the scores', above=0),
     'score_optimizer': Option('how scores are trained', SCORE_OPTIMIZERS),
     'initial': Option('s of every layer at first; its sigmoid is the threshold'),

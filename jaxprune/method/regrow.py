@@ -48,8 +48,8 @@ def rigl(asked: Asked, *, drop: ArrayLike = 0.3, skip: bool = True) -> Pruner:
 
     Args:
       asked: what is pruned; weights, kernels or blocks.
-      drop: share of the kept weights that go in a round, at first; it falls like a cosine over the
-        clock to 0 in the last round.
+      drop: share of the kept weights that go in a round, at step 0; it falls like a cosine over
+        the clock to 0 in the last round.
       skip: after a round, but for the first and the last, the optimizer takes no step, as in the
         authors' code.
 

@@ -107,8 +107,6 @@ def in_loop(job: Job) -> InLoop:
         )
 
     def init(params: PyTree, key: Key | None = None) -> LoopState:
-        check.weights(tree.pick(params, job.prunable))
-        check.key(key)
         key = words(jax.random.key(0) if key is None else key)
         masks = tree.ones(tree.pick(params, job.prunable))
         run = RunState(params, {}, fresh_optimizer(chain, hyper, params), masks, ())
@@ -116,6 +114,13 @@ def in_loop(job: Job) -> InLoop:
         state = LoopState(zero, zero, zero, zero, key, run)
         state = state._replace(run=rounds_of(state, None).begin(run))
         return once(params, state, None)[1] if first == 0 else _bare(state)
+
+    compiled = jax.jit(init)
+
+    def checked_init(params: PyTree, key: Key | None = None) -> LoopState:
+        check.weights(tree.pick(params, job.prunable))
+        check.key(key)
+        return compiled(params, key)
 
     def once(params: PyTree, state: LoopState, grads: PyTree) -> tuple[PyTree, LoopState]:
         run = state.run._replace(params=params)
@@ -169,7 +174,7 @@ def in_loop(job: Job) -> InLoop:
     def watch(state: LoopState, params: PyTree) -> dict[str, dict[str, jax.Array]]:
         return watched(groups, pruner, state.run._replace(params=params))
 
-    return InLoop(jax.jit(init), seen, update, watch, last)
+    return InLoop(checked_init, seen, update, watch, last)
 
 
 def entry_of(name: str, options: dict[str, Any], *, coupled: bool) -> Method:

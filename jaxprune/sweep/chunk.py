@@ -221,7 +221,7 @@ def _reach(context: Context, walk: Walk, border: Border, stretch: Stretch | None
         walk = _recorded(context, walk, clock, hooked, after_round=False)
     if border.keep:
         packed = context.engine.pack(walk.states)
-        walk = walk._replace(anchor=packed._replace(masks=(), method_state=(), trace=()))
+        walk = walk._replace(anchor=_anchor(packed))
     if border.epoch_end:
         walk = _summed_up(context, walk)
     if border.evaluate and not (last and border.event is not None):
@@ -397,13 +397,18 @@ def _saved(context: Context, walk: Walk) -> Saved:
     )
 
 
+def _anchor(states: RunState) -> RunState:
+    """What rewinding needs."""
+    return states._replace(opt_state=(), masks=(), method_state=(), trace=())
+
+
 def _abstract_states(
     program: Program, members: Sequence[Run], step: int
 ) -> tuple[RunState, RunState | None]:
     """Shapes of the members' states after a step, and of the anchor, stacked."""
     run, rounds = members[0], program.timeline.events
     one = jax.eval_shape(program.init, jax.random.key(0), hyper_of(run))
-    anchor = one._replace(masks=(), method_state=(), trace=())
+    anchor = _anchor(one)
     if has_lasting_state(run.method) and rounds[0].step <= step < rounds[-1].step:
         one = one._replace(method_state=method_facts(program, run.method).state)
     kept = program.timeline.anchor is not None and program.timeline.anchor <= step

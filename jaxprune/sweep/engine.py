@@ -41,8 +41,8 @@ class Engine(NamedTuple):
       init: `rows -> states`.
       advance: trains from one border to the next, see `AdvanceFn`.
       prune: rounds of a method for some rows, see `PruneFn`.
-      rewind: `(rows, states, anchor, hooked=False) -> states`: weights, batch statistics and
-        optimizer states of a packed anchor, under today's masks.
+      rewind: `(rows, states, anchor, hooked=False) -> states`: weights and batch
+        statistics of a packed anchor, under today's masks, and fresh optimizers.
       evaluate: `(clock, rows, states, hooked=False) -> (test losses (runs,), accuracies (runs,))`.
       record: `(clock, rows, states, hooked=False) -> () -> Recorded`, see `observe`.
       tests: `() -> Batch` of all test examples as the network sees them, host arrays.

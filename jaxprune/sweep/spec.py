@@ -265,8 +265,8 @@ class MethodSpec:
         example='start = 500, time_unit = "steps"',
     )
     rewind: str = _key(
-        "after each round: 'weights' takes weights, batch statistics, optimizer and learning rate "
-        "back to rewind_to, 'rate' keeps them and takes the learning rate back; '' for neither",
+        "after each round: 'weights' takes weights, batch statistics and learning rate back to "
+        "rewind_to and begins the optimizer anew, 'rate' takes only the learning rate back",
         default='',
         choices=('', *REWINDS),
         example='start = 4, every = 2, rounds = 3, rewind = "weights"',
