@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxprune import tree
 from jaxprune.errors import PruneError
 from jaxprune.method.lasting import Asked, kept_groups
-from jaxprune.method.pruner import tallied
+from jaxprune.method.pruner import among, tallied
 from jaxprune.select import count_kept, global_top_k, layerwise_top_k, within_bounds
 from jaxprune.types import (
     Counts,
@@ -88,8 +88,7 @@ def chosen_anew(
         alive = asked.groups.alive(state.masks)
         chosen = selected(asked, scores, alive, counts)
         if remaining:
-            ranked = {name: jnp.where(alive[name], s, -jnp.inf) for name, s in scores.items()}
-            best = layerwise_top_k(ranked, dict.fromkeys(scores, 1))
+            best = layerwise_top_k(among(scores, alive), dict.fromkeys(scores, 1))
             left = asked.groups.alive({path: w != 0 for path, w in view.weights.items()})
             chosen = {name: alive[name] & (left[name] | best[name]) for name in chosen}
         masks = {path: m & state.masks[path] for path, m in asked.groups.spread(chosen).items()}
@@ -132,7 +131,7 @@ def leave_out(asked: Asked, counts: Counts) -> jax.Array:
 def selected(asked: Asked, scores: Scores, alive: Masks, counts: Counts) -> Masks:
     """The groups with the best scores, as many as the counts say."""
     groups = asked.groups
-    ranked = {name: jnp.where(alive[name], leaf, -jnp.inf) for name, leaf in scores.items()}
+    ranked = among(scores, alive)
     if groups.own:
         return kept_groups(asked, ranked, counts)
     if groups.eligible is not None:

@@ -17,7 +17,7 @@ from jaxprune.arguments import least
 from jaxprune.errors import PruneError, check_choice
 from jaxprune.method.budget import within_share
 from jaxprune.method.own_slices import PerGroup, Vectors, vectors
-from jaxprune.method.pruner import tallied
+from jaxprune.method.pruner import among, tallied
 from jaxprune.select import (
     count_kept,
     global_top_k,
@@ -140,7 +140,7 @@ def lasting(
         del key, batches
         scores = score(state.own, tree.put(view.params, view.weights))
         alive, last = groups.alive(view.masks), state.round == len(events) - 1
-        ranked = {name: jnp.where(alive[name], leaf, -jnp.inf) for name, leaf in scores.items()}
+        ranked = among(scores, alive)
         kept = kept_groups(asked, ranked, counts)
         if cut == 'zero':
             best = layerwise_top_k(ranked, fewest_of(asked))

@@ -23,6 +23,7 @@ from jaxprune.method.chosen_anew import (
     straight_weights,
 )
 from jaxprune.method.lasting import CUTS, Asked
+from jaxprune.method.pruner import among
 from jaxprune.select import layerwise_top_k
 from jaxprune.types import Hyper, Key, Masks, Pruner, PyTree, Scores, StepHook, View
 
@@ -113,8 +114,7 @@ def soft_movement(
         now = jnp.where(state.prunes, threshold * (1 - (1 - done) ** 3), 0)
         alive, scores = asked.groups.alive(state.masks), state.own.scores
         soft = {name: alive[name] & (jax.nn.sigmoid(s) > now) for name, s in scores.items()}
-        ranked = {name: jnp.where(alive[name], s, -jnp.inf) for name, s in scores.items()}
-        return asked.groups.spread(_at_least(_FEWEST, soft, ranked))
+        return asked.groups.spread(_at_least(_FEWEST, soft, among(scores, alive)))
 
     def weights(state: Anew, params: PyTree, masks: Masks, clock: ArrayLike) -> PyTree:
         soft = above(state, clock)

@@ -113,7 +113,7 @@ def pruner(
         if momentum is not None:
             scores = _averaged(state, scores, in_play, momentum)
             state = state._replace(average=scores)
-        scores = {path: jnp.where(in_play[path], leaf, -jnp.inf) for path, leaf in scores.items()}
+        scores = among(scores, in_play)
         if groups is not None and groups.eligible is not None:
             scores = groups.eligible(scores)
         scores = within_bounds(scores, fewest, most)
@@ -178,6 +178,11 @@ def _averaged(state: Memory, scores: Scores, in_play: Masks, momentum: ArrayLike
         return jnp.where(in_play[layer], share * before + (1 - share) * score, 0)
 
     return {layer: one(layer, score) for layer, score in scores.items()}
+
+
+def among(scores: Scores, in_play: Masks) -> Scores:
+    """Scores of what is still in play; -inf elsewhere, which no selection keeps."""
+    return {path: jnp.where(in_play[path], leaf, -jnp.inf) for path, leaf in scores.items()}
 
 
 def tallied(scores: Scores, in_play: Masks) -> tuple[jax.Array, jax.Array]:

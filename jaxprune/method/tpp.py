@@ -15,7 +15,7 @@ from jaxprune.arguments import least, positive
 from jaxprune.flow.orthogonal import tpp_gradients, tpp_strength
 from jaxprune.method.any_groups import mean_sizes
 from jaxprune.method.lasting import Asked, kept_groups
-from jaxprune.method.pruner import tallied
+from jaxprune.method.pruner import among, tallied
 from jaxprune.select import count_kept
 from jaxprune.types import (
     Batches,
@@ -87,7 +87,7 @@ def tpp(
         del key, batches
         scores = mean_sizes(groups, view.weights)
         alive, first = groups.alive(view.masks), state.round == 0
-        ranked = {name: jnp.where(alive[name], leaf, -jnp.inf) for name, leaf in scores.items()}
+        ranked = among(scores, alive)
         found = kept_groups(asked, ranked, counts)
         kept = {name: jnp.where(first, found[name], m) for name, m in state.kept.items()}
         whole = groups.spread(kept)

@@ -226,7 +226,6 @@ def _checked(
         given.model_state,
         given.init,
         given.loss,
-        given.prunable,
         given.masks,
         given.key,
     )

@@ -25,7 +25,7 @@ def options(given: Iterable[str], known: Iterable[str], keywords: Iterable[str])
             raise PruneError(f"'{option}' is no argument, nor an option of this method: {tail}")
 
 
-def types(params, model, model_state, init, loss, prunable, masks, random) -> None:
+def types(params, model, model_state, init, loss, masks, random) -> None:
     """Whatever would only fail deep inside, where nobody finds out why."""
     for path, leaf in tree.paths(params):
         if isinstance(leaf, jax.core.Tracer):
@@ -46,10 +46,10 @@ def types(params, model, model_state, init, loss, prunable, masks, random) -> No
             f'model must be a function (params, x) -> logits or a Problem, not {model!r}'
         )
     forms = {'init': 'key -> params', 'loss': '(logits, y) -> loss'}
-    for name, function in (('init', init), ('loss', loss), ('prunable', prunable)):
+    for name, function in (('init', init), ('loss', loss)):
         if function is not None and not callable(function):
-            form = forms.get(name, '(path, leaf) -> bool')
-            raise PruneError(f'{name} must be a function {form}, not a {type(function).__name__}')
+            kind = type(function).__name__
+            raise PruneError(f'{name} must be a function {forms[name]}, not a {kind}')
     if init is not None:
         fresh = tried('init=', jax.eval_shape, init, jax.random.key(0))
         given = jax.tree.map(lambda leaf: leaf.shape, (fresh, params), is_leaf=None)

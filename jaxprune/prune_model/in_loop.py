@@ -115,13 +115,6 @@ def in_loop(job: Job) -> InLoop:
         state = state._replace(run=rounds_of(state, None).begin(run))
         return once(params, state, None)[1] if first == 0 else _bare(state)
 
-    compiled = jax.jit(init)
-
-    def checked_init(params: PyTree, key: Key | None = None) -> LoopState:
-        check.weights(tree.pick(params, job.prunable))
-        check.key(key)
-        return compiled(params, key)
-
     def once(params: PyTree, state: LoopState, grads: PyTree) -> tuple[PyTree, LoopState]:
         run = state.run._replace(params=params)
         grads = jax.tree.map(jnp.zeros_like, params) if grads is None else grads
@@ -173,6 +166,13 @@ def in_loop(job: Job) -> InLoop:
 
     def watch(state: LoopState, params: PyTree) -> dict[str, dict[str, jax.Array]]:
         return watched(groups, pruner, state.run._replace(params=params))
+
+    compiled = jax.jit(init)
+
+    def checked_init(params: PyTree, key: Key | None = None) -> LoopState:
+        check.weights(tree.pick(params, job.prunable))
+        check.key(key)
+        return compiled(params, key)
 
     return InLoop(checked_init, seen, update, watch, last)
 

@@ -87,8 +87,6 @@ def round_steps(method: MethodSpec, epoch: int) -> tuple[int, ...]:
     """
     unit = epoch if method.time_unit == 'epochs' else 1
     start, every, end, rounds = method.start, method.every, method.end, method.rounds
-    if end and end < start:
-        raise SpecError(f'end: {end:g} is before start, {start:g}')
     if end and not every and rounds > 1:
         every = (end - start) / (rounds - 1)
     last = start + (rounds - 1) * every
