@@ -49,7 +49,7 @@ def make_fake_engine(strategy, program, data, devices, steps_per_call=0):
     def advance(start, stop, rows, states, *, hooked=False, on_steps=lambda steps: None):
         on_steps((stop - start) * len(rows.keys))
         losses = [drawn(rows, clock, states) for clock in range(start, stop)]
-        return states, np.stack(losses, axis=1).astype(np.float32)
+        return states, lambda: np.stack(losses, axis=1).astype(np.float32)
 
     def prune(rows, call, states):
         kept = {path: leaf.copy() for path, leaf in states.kept.items()}
@@ -62,7 +62,7 @@ def make_fake_engine(strategy, program, data, devices, steps_per_call=0):
         rows_pruned = len(call.at)
         info = {path: leaf[np.asarray(call.at)] for path, leaf in kept.items()}
         nothing, something = np.zeros(rows_pruned, int), np.ones(rows_pruned, int)
-        return Fake(kept), PruneInfo(info, nothing, something)
+        return Fake(kept), lambda: PruneInfo(info, nothing, something)
 
     def evaluate(clock, rows, states, hooked=False):
         return drawn(rows, clock + 0.5, states), drawn(rows, clock + 0.25, states)

@@ -5,9 +5,10 @@ import jax
 from jaxprune import data
 from jaxprune.sweep import make_plan, make_spec, store, timeline
 from jaxprune.sweep.attempts import attempts_of
-from jaxprune.sweep.chunk import event_call, rows_of
+from jaxprune.sweep.chunk import rows_of
 from jaxprune.sweep.device_data import device_data
 from jaxprune.sweep.engine import make_engine
+from jaxprune.sweep.event_calls import event_calls
 from jaxprune.sweep.grid import DENSE
 from jaxprune.sweep.program import make_program
 from jaxprune.sweep.sweep_plan import checked_groups
@@ -56,6 +57,6 @@ def pruned(engine, program, rows, members):
     if members[0].method == DENSE:
         return states, None, None
     event = timeline.Event(0, 0, 0, members[0].method.rounds, True, True, '')
-    call = event_call(program, members, range(len(members)), event)
+    (call,) = event_calls(program, members)(event)
     states, info = engine.prune(rows, call, states)
-    return states, info, call.counts
+    return states, info(), call.counts

@@ -19,8 +19,9 @@ import jaxprune as jp
 from jaxprune import data, flow, tree
 from jaxprune.errors import StoreError
 from jaxprune.sweep import make_spec, store
-from jaxprune.sweep.chunk import event_call, rows_of, run_chunk
+from jaxprune.sweep.chunk import rows_of, run_chunk
 from jaxprune.sweep.device_data import device_data, examples_of
+from jaxprune.sweep.event_calls import event_calls
 from jaxprune.sweep.program import hyper_of, make_program, method_numbers
 from jaxprune.sweep.strategy import Strategy
 
@@ -331,9 +332,8 @@ def test_numbers_of_a_method_are_traced():
     engine, program = engine_of(spec, group, ONE)
     rows = rows_of(group.runs, 4, engine)[0]
     event = program.timeline.events[0]
-    states, _ = engine.prune(
-        rows, event_call(program, group.runs, range(4), event), engine.init(rows)
-    )
+    (call,) = event_calls(program, group.runs)(event)
+    states, _ = engine.prune(rows, call, engine.init(rows))
     traces = [name for name in engine.traces() if name.startswith('prune')]
     assert len(traces) == 1 and engine.traces()[traces[0]] == 1
     masks = engine.pack(states).masks
@@ -400,6 +400,43 @@ def test_recording_along_training_changes_no_result(start):
         assert set(curves['step']) == (steps | {int(10 * start)} if rounds else steps)
 
 
+def test_training_goes_on_while_rounds_are_at_work():
+    """Expectation: between a method's first round and its last, the next steps are handed to the
+    devices before anything of a round is fetched, and the next ones but one after their losses;
+    what is left is counted for evaluations alone."""
+    entry = {'name': 'gmp', 'start': 0, 'end': 1, 'rounds': 6}
+    grid = {'method': [entry], 'compression': [4], 'seed': [0]}
+    spec, group = group_of({**TABLE, 'train': {**TABLE['train'], 'epochs': 1}, 'grid': grid})
+    engine, program = engine_of(spec, group, ONE)
+    called = []
+
+    def spy(name):
+        def call(*args, **kwargs):
+            called.append(name)
+            number = called.count(name)
+            states, fetch = getattr(engine, name)(*args, **kwargs)
+
+            def fetched():
+                called.append(f'{name} {number}')
+                return fetch()
+
+            return states, functools.cache(fetched)
+
+        return call
+
+    def counts(states):
+        called.append('counts')
+        return engine.counts(states)
+
+    watched = engine._replace(advance=spy('advance'), prune=spy('prune'), counts=counts)
+    run_chunk(spec, program, watched, group.runs, 1)
+    assert [step.step for step in program.timeline.events] == [0, 2, 4, 6, 8, 10]
+    first = ['prune', 'prune 1', 'advance', 'prune', 'advance', 'advance 1']
+    middle = ['prune', 'advance', 'advance 2', 'prune', 'advance', 'advance 3', 'prune', 'advance']
+    rest = ['advance 4', 'prune 2', 'prune 3', 'prune 4', 'prune 5', 'advance 5']
+    assert called == [*first, *middle, *rest, 'prune', 'prune 6', 'counts']
+
+
 def test_train_loss_is_the_mean_over_steps():
     """Expectation: the mean of the losses that training returned, also where the last epoch is a
     part of one."""
@@ -412,7 +449,7 @@ def test_train_loss_is_the_mean_over_steps():
 
     def advance(*args, **kwargs):
         states, found = engine.advance(*args, **kwargs)
-        losses.append(found[0])
+        losses.append(found()[0])
         return states, found
 
     chunk = run_chunk(spec, program, engine._replace(advance=advance), group.runs, 1)

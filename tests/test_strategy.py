@@ -56,6 +56,7 @@ def trained(strategy, steps_per_call=0):
     states, info, _ = pruned(engine, program, rows, runs(make_spec(TABLE)))
     taken = []
     states, losses = engine.advance(0, program.steps, rows, states, on_steps=taken.append)
+    losses = losses()
     assert losses.shape == (4, program.steps)
     assert sum(taken) == 4 * program.steps
     kept = engine.counts(states)[0]

@@ -48,13 +48,11 @@ from jaxprune.sweep import make_spec
 from jaxprune.sweep.advance import Rows
 from jaxprune.sweep.chunk import rows_of
 from jaxprune.sweep.chunk_tables import Moment, curves_rows, flow_rows
-from jaxprune.sweep.compiled_events import EventCall
 from jaxprune.sweep.costs import costs as costs_of
-from jaxprune.sweep.counts import counts_of
 from jaxprune.sweep.device_data import DeviceData
 from jaxprune.sweep.devices import cores, use_all_cores
 from jaxprune.sweep.engine import Engine, make_engine
-from jaxprune.sweep.grid import Run
+from jaxprune.sweep.event_calls import event_calls
 from jaxprune.sweep.grid import runs as all_runs
 from jaxprune.sweep.probe import possible, probe, trial_line
 from jaxprune.sweep.program import Program, make_program
@@ -271,7 +269,8 @@ def started(settings, case: Case, runs: int) -> tuple[Start, dict[str, Any]]:
     program = make_program(spec, members[0], strategy.convolution)
     engine = make_engine(strategy, program, case.data, devices)
     rows, _ = rows_of(members, runs, engine)
-    states, _ = engine.prune(rows, pruning(program, members), engine.init(rows))
+    (call,) = event_calls(program, members)(program.timeline.events[0])
+    states, _ = engine.prune(rows, call, engine.init(rows))
     host = engine.pack(states)
     each = [jax.tree.map(lambda a, i=i: a[i], host) for i in range(min(runs, FEW))]
     with stopwatch() as watch:
@@ -288,19 +287,6 @@ def started(settings, case: Case, runs: int) -> tuple[Start, dict[str, Any]]:
     return Start(engine, rows, states, each), facts
 
 
-def pruning(program: Program, members: list[Run]) -> EventCall:
-    """The one round of all runs, before training."""
-    tables = [counts_of(program, run).counts for run in members]
-    return EventCall(
-        method=members[0].method,
-        event=program.timeline.events[0],
-        at=range(len(members)),
-        counts={path: np.stack([t[path] for t in tables]) for path in tables[0]},
-        active=np.zeros(len(members), np.int32),
-        numbers={},
-    )
-
-
 def sweep(case: Case, start: Start) -> Callable[[int], np.ndarray]:
     """An epoch by the engine; returns the mean losses of the first few runs."""
     states, steps = start.states, case.program.steps
@@ -310,7 +296,7 @@ def sweep(case: Case, start: Start) -> Callable[[int], np.ndarray]:
         states, losses = start.engine.advance(
             number * steps, (number + 1) * steps, start.rows, states
         )
-        return losses[: len(start.each)].mean(axis=1)
+        return losses()[: len(start.each)].mean(axis=1)
 
     return epoch
 
@@ -631,7 +617,7 @@ def recorded_epoch(case: Case, spec: Any) -> Callable[[int], list]:
             if border.record:
                 waiting.append((border.step, engine.record(stretch.stop, rows, states)))
         moments = [Moment(step, False, fetch()) for step, fetch in waiting]
-        losses = np.concatenate(losses, axis=1)
+        losses = np.concatenate([fetch() for fetch in losses], axis=1)
         curves = curves_rows(program, members, errors, before, losses, moments)
         return curves + flow_rows(program, members, errors, moments)
 

@@ -8,9 +8,10 @@ import jax
 from jaxprune import data
 from jaxprune.sweep import make_spec
 from jaxprune.sweep.advance import Rows
-from jaxprune.sweep.chunk import event_call, rows_of
+from jaxprune.sweep.chunk import rows_of
 from jaxprune.sweep.device_data import device_data
 from jaxprune.sweep.engine import Engine, make_engine
+from jaxprune.sweep.event_calls import event_calls
 from jaxprune.sweep.grid import DENSE, Run
 from jaxprune.sweep.program import Program
 from jaxprune.sweep.strategy import Strategy, usual
@@ -74,7 +75,7 @@ def begun(case: Case, runs: list[Run], rows: Rows) -> Any:
     """The states after the first round."""
     event = case.program.timeline.events[0]
     states = case.engine.init(rows)
-    call = event_call(case.program, runs, range(len(runs)), event)
+    (call,) = event_calls(case.program, runs)(event)
     return case.engine.prune(rows, call, states)[0]
 
 
@@ -87,7 +88,7 @@ def timed(case: Case, rounds: int) -> tuple[list[float], list[float]]:
             states = begun(case, case.runs, case.rows)
             jax.block_until_ready(jax.tree.leaves(states))
             began = time.perf_counter()
-            case.engine.advance(0, length, case.rows, states, hooked=hooked)
+            case.engine.advance(0, length, case.rows, states, hooked=hooked)[1]()
             if turn:
                 times.append(1e3 * (time.perf_counter() - began) / (length * count))
     return found

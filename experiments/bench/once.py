@@ -147,7 +147,8 @@ def trained(case: Case, runs: list[Run], rows: Rows) -> tuple[float, Any]:
     states = begun(case, runs, rows)
     jax.block_until_ready(jax.tree.leaves(states))
     began = time.perf_counter()
-    states, _ = case.engine.advance(0, stop, rows, states, hooked=True)
+    states, losses = case.engine.advance(0, stop, rows, states, hooked=True)
+    losses()
     return 1e3 * (time.perf_counter() - began) / stop, case.engine.pack(states)
 
 

@@ -1,5 +1,6 @@
 """Training from one border to the next: many steps of many runs in few compiled calls."""
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -43,13 +44,17 @@ class AdvanceFn(Protocol):
         *,
         hooked: bool = False,
         on_steps: Callable[[int], None] = ...,
-    ) -> tuple[Any, np.ndarray]:
-        """Trains from `start` to `stop` on the clock: `(states, losses (runs, steps))`.
+    ) -> tuple[Any, Callable[[], np.ndarray]]:
+        """Trains from `start` to `stop` on the clock.
 
         Args:
           states: of the engine; they are used up.
           hooked: a method's step hook is at work.
           on_steps: called now and then with the steps x runs taken since.
+
+        Returns:
+          The states, and what fetches the losses `(runs, steps)` and remembers them. It waits for
+          the devices; they may be given more to do before it is called.
         """
 
 
@@ -127,8 +132,12 @@ def make_trainer(
                         reported, before = time.perf_counter(), at
                     at += length
                 on_steps((last - before) * len(keys))
-        found = [np.concatenate(parts, axis=1) for parts in on_host(losses)]
-        return states, np.concatenate(found)
+
+        @functools.cache
+        def fetched() -> np.ndarray:
+            return np.concatenate([np.concatenate(parts, axis=1) for parts in on_host(losses)])
+
+        return states, fetched
 
     return Trainer(advance, order, steps, by_slot)
 

@@ -24,12 +24,11 @@ from jaxprune.sweep.chunk_tables import (
 )
 from jaxprune.sweep.compact_costs import unknown
 from jaxprune.sweep.compact_nets import compact_outcome
-from jaxprune.sweep.compiled_events import EventCall
-from jaxprune.sweep.counts import active_of, counts_of
 from jaxprune.sweep.engine import Engine, stacked
-from jaxprune.sweep.grid import DENSE, Run, event_program, has_lasting_state, keeps_exactly
+from jaxprune.sweep.event_calls import EventCall, event_calls
+from jaxprune.sweep.grid import DENSE, Run, has_lasting_state, keeps_exactly
 from jaxprune.sweep.processes import agreed, anybody
-from jaxprune.sweep.program import Program, hyper_of, method_facts, method_numbers
+from jaxprune.sweep.program import Program, hyper_of, method_facts
 from jaxprune.sweep.progress import Shown, ignored
 from jaxprune.sweep.spec import SweepSpec
 from jaxprune.sweep.store import Chunk
@@ -53,9 +52,10 @@ class Walk(NamedTuple):
       states: of the engine, padding included.
       anchor: host arrays of the state to rewind to, or None.
       errors: what is wrong with each row's scores, None if nothing.
-      counted: what is left of the network of each run.
+      pruned: events whose scores are not looked at yet, and what fetches their infos.
+      counted: what is left of the network of each run; None where it is not counted yet.
       epoch_start: the step at which the epoch began.
-      losses: training losses since then, arrays `(rows, steps)`.
+      losses: what fetches the training losses since then, arrays `(rows, steps)`.
       moments: what was recorded since then, still on the devices.
       latest: what was recorded last.
       means: of the epochs since the last evaluation, steps and each run's mean training loss.
@@ -68,9 +68,10 @@ class Walk(NamedTuple):
     states: Any
     anchor: PyTree | None
     errors: list[str | None]
-    counted: list[Counted]
+    pruned: list[tuple[EventCall, Callable[[], PruneInfo]]]
+    counted: list[Counted] | None
     epoch_start: int
-    losses: list[np.ndarray]
+    losses: list[Callable[[], np.ndarray]]
     moments: list[Callable[[], Moment]]
     latest: Moment | None
     means: list[tuple[int, np.ndarray]]
@@ -87,6 +88,7 @@ class Context(NamedTuple):
     engine: Engine
     rows: Rows
     padded: list[Run]
+    calls: Callable[[timeline.Event], list[EventCall]]
     members: list[Run]
     shown: Shown
     watch: Stopwatch
@@ -128,6 +130,7 @@ def run_chunk(
             engine,
             rows,
             padded,
+            event_calls(program, padded),
             list(members),
             shown or ignored(),
             watch,
@@ -153,6 +156,7 @@ def _walked(context: Context, saved: Checkpoint) -> Chunk:
                 _save(context, walk, saved, asked)
             if asked:
                 raise Interrupted(f'interrupted and saved after {walk.step:,} steps')
+    walk = _counted(context, walk)
     run_steps = (program.timeline.steps - begun) * count
     place = {run.run_id: i for i, run in enumerate(context.members)}
     # The rows of each run together: a chunk looks the same in whatever pieces it was trained.
@@ -177,19 +181,18 @@ def _begun(context: Context, saved: Checkpoint) -> Walk:
         if before is None:
             states = engine.init(context.rows)
             errors: list[str | None] = [None] * len(context.padded)
-            counted = [] if _prunes_first(program) else _counted(context, states)
-            return Walk(0, states, None, errors, counted, 0, [], [], None, [], [], [], [])
+            return Walk(0, states, None, errors, [], None, 0, [], [], None, [], [], [], [])
         repeat = np.arange(len(context.padded)).clip(max=count - 1)
         states, anchor = jax.tree.map(lambda leaf: leaf[repeat], (before.states, before.anchor))
         states = engine.unpack(states)
         context.shown.resume(before.step * count)
-        counted = _counted(context, states)
     return Walk(
         step=before.step,
         states=states,
         anchor=anchor,
         errors=[before.errors[i] for i in repeat],
-        counted=counted,
+        pruned=[],
+        counted=None,
         epoch_start=before.step,
         losses=[],
         moments=[],
@@ -199,10 +202,6 @@ def _begun(context: Context, saved: Checkpoint) -> Walk:
         curves=before.curves,
         flow=before.flow,
     )
-
-
-def _prunes_first(program: Program) -> bool:
-    return bool(program.timeline.events) and not program.timeline.events[0].step
 
 
 def _reach(context: Context, walk: Walk, border: Border, stretch: Stretch | None) -> Walk:
@@ -235,6 +234,7 @@ def _reach(context: Context, walk: Walk, border: Border, stretch: Stretch | None
         going_on = True in context.program.stages and not border.event.finish
         walk = _recorded(context, walk, border.event.clock, going_on, after_round=True)
         if border.epoch_end:  # or a checkpoint would lose it
+            walk = _settled(context, walk)
             walk = _filed(context, walk, [moment() for moment in walk.moments])
     return _evaluated(context, walk, clock, False, full) if border.evaluate and last else walk
 
@@ -256,8 +256,11 @@ def _trained(context: Context, walk: Walk, stretch: Stretch) -> Walk:
             hooked=_own_stage(context.program, stretch),
             on_steps=on_steps,
         )
+        if walk.losses:
+            # Waits for the stretch before this one: the devices have work while we wait.
+            walk.losses[-1]()
     step = walk.step + stretch.stop - stretch.start
-    return walk._replace(step=step, states=states, losses=[*walk.losses, losses[:count]])
+    return walk._replace(step=step, states=states, losses=[*walk.losses, losses])
 
 
 def _own_stage(program: Program, stretch: Stretch) -> bool:
@@ -280,6 +283,7 @@ def _evaluated(
     context: Context, walk: Walk, clock: int, hooked: bool, full: PyTree | None = None
 ) -> Walk:
     """Rows of results; test values are those that were recorded at this step if there are any."""
+    walk = _counted(context, _settled(context, walk))
     test, latest = None, walk.latest
     if latest is not None and latest.step == walk.step and not latest.after_round:
         test = latest.recorded.test
@@ -341,8 +345,11 @@ def _mean_loss(means: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
 
 def _summed_up(context: Context, walk: Walk) -> Walk:
     """The walk at an epoch's end: its losses and what was recorded become rows."""
-    moments = [moment() for moment in walk.moments]
-    losses = np.concatenate(walk.losses, axis=1)
+    walk = _settled(context, walk)
+    with context.watch.phase('train'):
+        parts = [losses()[: len(context.members)] for losses in walk.losses]
+        moments = [moment() for moment in walk.moments]
+    losses = np.concatenate(parts, axis=1)
     curves = curves_rows(
         context.program, context.members, walk.errors, walk.epoch_start, losses, moments
     )
@@ -382,7 +389,7 @@ def _save(context: Context, walk: Walk, saved: Checkpoint, asked: bool) -> None:
 
 def _saved(context: Context, walk: Walk) -> Saved:
     """The walk without padding."""
-    count = len(context.members)
+    walk, count = _settled(context, walk), len(context.members)
     packed = context.engine.pack(walk.states), walk.anchor
     states, anchor = jax.tree.map(lambda leaf: leaf[:count], packed)
     return Saved(
@@ -418,72 +425,52 @@ def _abstract_states(
     )
 
 
-def _counted(context: Context, states: Any) -> list[Counted]:
-    """What is left of the network of each run."""
-    kept, active, gone, moved = context.engine.counts(states)
-    columns = context.program.compact().columns if gone else unknown().columns
-    return [
-        Counted(
-            *({path: int(k[i]) for path, k in counts.items()} for counts in (kept, active)),
-            columns({name: np.asarray(lost)[i] for name, lost in gone.items()}),
-            {name: float(values[i]) for name, values in moved.items()},
-        )
-        for i in range(len(context.members))
-    ]
+def _counted(context: Context, walk: Walk) -> Walk:
+    """The walk with what is left of the network of each run."""
+    if walk.counted is not None:
+        return walk
+    with context.watch.phase('prune'):
+        kept, active, gone, moved = context.engine.counts(walk.states)
+        columns = context.program.compact().columns if gone else unknown().columns
+        counted = [
+            Counted(
+                *({path: int(k[i]) for path, k in counts.items()} for counts in (kept, active)),
+                columns({name: np.asarray(lost)[i] for name, lost in gone.items()}),
+                {name: float(values[i]) for name, values in moved.items()},
+            )
+            for i in range(len(context.members))
+        ]
+    return walk._replace(counted=counted)
 
 
 def _after_event(context: Context, walk: Walk, event: timeline.Event) -> Walk:
-    """The rounds that happen at a step, then rewinding."""
-    program, engine, padded = context.program, context.engine, context.padded
-    states, errors = walk.states, list(walk.errors)
-    with context.watch.phase('prune'):
-        for at, now in _by_event(padded, event):
-            call = event_call(program, [padded[i] for i in at], at, now)
-            states, info = engine.prune(context.rows, call, states)
-            before = [errors[i] for i in at]
-            found = _score_errors([padded[i] for i in at], call.counts, info, before)
-            for i, error in zip(at, found, strict=True):
-                errors[i] = error
-        if event.rewind == 'weights':
-            hooked = True in program.stages and not event.finish
-            states = engine.rewind(context.rows, states, walk.anchor, hooked)
-        counted = _counted(context, states)
-    return walk._replace(states=states, errors=errors, counted=counted, latest=None)
+    """The rounds that happen at a step, then rewinding.
 
-
-def _by_event(
-    padded: Sequence[Run], event: timeline.Event
-) -> list[tuple[list[int], timeline.Event]]:
-    """Rows that one call of an event program prunes, and which of its rounds.
-
-    Runs of one timeline have their rounds at the same steps; before training, where all rounds
-    happen at once, methods differ in how many they have.
+    In the middle of a method's life nothing here waits for the devices: training goes on, and the
+    scores are looked at when the epoch is summed up.
     """
-    by_event: dict[tuple, list[int]] = {}
-    for i, run in enumerate(padded):
-        if run.method != DENSE:
-            by_event.setdefault((event_program(run.method), run.method.rounds), []).append(i)
-    found = []
-    for (_, rounds), at in by_event.items():
-        whole = event.begin and event.finish
-        found.append((at, event._replace(count=rounds) if whole else event))
-    return found
+    engine, states, pruned = context.engine, walk.states, list(walk.pruned)
+    with context.watch.phase('prune'):
+        for call in context.calls(event):
+            states, info = engine.prune(context.rows, call, states)
+            pruned.append((call, info))
+        if event.rewind == 'weights':
+            hooked = True in context.program.stages and not event.finish
+            states = engine.rewind(context.rows, states, walk.anchor, hooked)
+    walk = walk._replace(states=states, pruned=pruned, counted=None, latest=None)
+    return _settled(context, walk) if event.begin or event.finish else walk
 
 
-def event_call(
-    program: Program, runs: Sequence[Run], at: Sequence[int], event: timeline.Event
-) -> EventCall:
-    plans = [counts_of(program, run).counts for run in runs]
-    now = slice(event.first, event.first + event.count)
-    numbers = [method_numbers(run) for run in runs]
-    return EventCall(
-        method=runs[0].method,
-        event=event,
-        at=at,
-        counts={path: np.stack([plan[path][now] for plan in plans]) for path in plans[0]},
-        active=np.array([active_of(program, run) for run in runs], np.int32),
-        numbers={name: np.stack([n[name] for n in numbers]) for name in numbers[0]},
-    )
+def _settled(context: Context, walk: Walk) -> Walk:
+    """The walk with what is wrong with the scores of its events so far."""
+    errors = list(walk.errors)
+    with context.watch.phase('prune'):
+        for call, info in walk.pruned:
+            runs, before = ([of[i] for i in call.at] for of in (context.padded, errors))
+            found = _score_errors(runs, call.counts, info(), before)
+            for i, error in zip(call.at, found, strict=True):
+                errors[i] = error
+    return walk._replace(errors=errors, pruned=[])
 
 
 def _score_errors(

@@ -1,6 +1,7 @@
 """The rounds of a method for a few rows of a chunk: one compiled loop, or calls from the host."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -9,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxprune.method import Rounds, host_loop, run_rounds
-from jaxprune.sweep import timeline
 from jaxprune.sweep.advance import Rows
 from jaxprune.sweep.device_data import DeviceData
+from jaxprune.sweep.event_calls import EventCall
 from jaxprune.sweep.grid import event_program
 from jaxprune.sweep.layout import jitted, on_host
 from jaxprune.sweep.program import MethodFacts, Program, method_facts
@@ -20,33 +21,16 @@ from jaxprune.sweep.spec import MethodSpec
 from jaxprune.types import PruneInfo, RunState
 
 
-class EventCall(NamedTuple):
-    """What an event hands to the rows of one method.
-
-    Attributes:
-      method: the method.
-      event: which of its rounds, and when.
-      at: numbers of the rows, rising.
-      counts: path -> keep counts `(len(at), rounds)`.
-      active: `(len(at),)`, how many active weights are wanted, for methods that target them.
-      numbers: the method's traced options, name -> `(len(at),)`.
-    """
-
-    method: MethodSpec
-    event: timeline.Event
-    at: Sequence[int]
-    counts: Mapping[str, np.ndarray]
-    active: np.ndarray
-    numbers: Mapping[str, np.ndarray]
-
-
 class PruneFn(Protocol):
-    def __call__(self, rows: Rows, call: EventCall, states: Any) -> tuple[Any, PruneInfo]:
-        """Prunes some rows: `(states, info)`; the states handed in are used up.
+    def __call__(
+        self, rows: Rows, call: EventCall, states: Any
+    ) -> tuple[Any, Callable[[], PruneInfo]]:
+        """Prunes some rows; the states handed in are used up.
 
         Returns:
-          The info of the last round but `nonfinite` of all rounds and `nonzero` of the first, host
-          arrays `(len(at), ...)`.
+          The states, and what fetches the info: of the last round, but `nonfinite` of all rounds
+          and `nonzero` of the first, host arrays `(len(at), ...)`. It waits for the devices; they
+          may be given more to do before it is called.
         """
 
 
@@ -122,7 +106,7 @@ def make_prune(
             if len(inside) == len(slot) and (len(slot) <= at_once or batching == 'map'):
                 own = by_slot(rows)[number]
                 states[number], info = at_event(call, inside, own, states[number])
-                infos.append(on_host(info))
+                infos.append((info, len(inside)))
                 continue
             made = []
             for chosen, real in in_parts(inside, min(at_once, runs)):
@@ -130,10 +114,9 @@ def make_prune(
                 taken = slots.take(states[number], where - slot.start)
                 new, info = at_event(call, chosen, slots.take(rows, where), taken)
                 made.append((where - slot.start, real, new))
-                infos.append(jax.tree.map(lambda leaf, real=real: leaf[:real], on_host(info)))
+                infos.append((info, real))
             states[number] = _placed(slots, states[number], made)
-        infos = jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
-        return states, _summary(infos)
+        return states, functools.partial(_summary, infos)
 
     return prune, compiled
 
@@ -158,8 +141,18 @@ def _placed(slots: Slots, states: RunState, made: Sequence[tuple]) -> RunState:
     return states if before == after else states._replace(method_state=carried)
 
 
-def _summary(infos: PruneInfo) -> PruneInfo:
-    """Of all rounds `(rows, rounds)`: see `PruneFn`."""
+def _summary(parts: Sequence[tuple[PruneInfo, int]]) -> PruneInfo:
+    """What `PruneFn` fetches.
+
+    Args:
+      parts: of some rows each, infos `(rows, rounds)` on the devices and how many rows are real.
+    """
+    fetched = on_host([info for info, _ in parts])
+    real = [
+        jax.tree.map(lambda leaf, count=count: leaf[:count], info)
+        for info, (_, count) in zip(fetched, parts, strict=True)
+    ]
+    infos = jax.tree.map(lambda *leaves: np.concatenate(leaves), *real)
     last = jax.tree.map(lambda leaf: leaf[:, -1], infos)
     return last._replace(nonfinite=infos.nonfinite.sum(1), nonzero=infos.nonzero[:, 0])
 
