@@ -108,7 +108,7 @@ def test_isometry(tmp_path):
     assert done.returncode == 1 and 'finish the sweep' in done.stderr
 
 
-@pytest.mark.script
+@pytest.mark.slow
 def test_shapley_and_taylor(tmp_path):
     """Expectation: every curve of a layer begins at the dense loss and ends at that without the
     layer, whatever ranks it; half of all 226 units are left at 50 %; areas are sums over a layer's
@@ -166,7 +166,7 @@ def test_shapley_and_taylor(tmp_path):
         np.testing.assert_allclose(values['oracle'], exact, atol=1e-6)
 
 
-@pytest.mark.script
+@pytest.mark.slow
 def test_lean_study(tmp_path):
     """Expectation: all methods of a seed begin at the same dense network; no round leaves more than
     its target or brings anything back, and the control keeps all; tables have the means of the
@@ -345,7 +345,7 @@ def test_movement(tmp_path):
     assert 'trained.safetensors' in (out / 'sweep' / 'spec.toml').read_text()
 
 
-@pytest.mark.script
+@pytest.mark.slow
 def test_tpu_alignment(tmp_path):
     """Expectation: rounding up keeps more operations; all sections and the figure are there."""
     folder, out = EXPERIMENTS / 'tpu_alignment', tmp_path / 'tpu'

@@ -41,21 +41,22 @@ def case_of(
     seeds: int,
     rows: int = 0,
     examples: int = 1280,
+    epochs: int = 1,
 ) -> Case:
-    """A case of one epoch in batches of 128 digits.
+    """A case in batches of 128 digits.
 
     Args:
       entry: of `grid.method`.
       rows: to compile for, all runs by default.
-      examples: of the epoch.
+      examples: of an epoch.
     """
     spec = make_spec({
         'name': 'steps',
         'model': model,
         'data': {'name': 'mnist_small', 'train_examples': examples, 'test_examples': 100},
-        'train': {'epochs': 1, 'batch_size': 128, 'momentum': 0.9},
+        'train': {'epochs': epochs, 'batch_size': 128, 'momentum': 0.9},
         'grid': {
-            'method': [{'end': 1, **entry}],
+            'method': [{'end': epochs, **entry}],
             'density': list(densities),
             'seed': list(range(seeds)),
         },
