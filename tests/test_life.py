@@ -433,7 +433,7 @@ def test_training_goes_on_while_rounds_are_at_work():
     assert [step.step for step in program.timeline.events] == [0, 2, 4, 6, 8, 10]
     first = ['prune', 'prune 1', 'advance', 'prune', 'advance', 'advance 1']
     middle = ['prune', 'advance', 'advance 2', 'prune', 'advance', 'advance 3', 'prune', 'advance']
-    rest = ['advance 4', 'prune 2', 'prune 3', 'prune 4', 'prune 5', 'advance 5']
+    rest = ['advance 4', 'advance 5', 'prune 2', 'prune 3', 'prune 4', 'prune 5']
     assert called == [*first, *middle, *rest, 'prune', 'prune 6', 'counts']
 
 

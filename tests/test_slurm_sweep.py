@@ -49,6 +49,7 @@ def test_a_node_is_killed(sweep, cluster, expected):
     same(sweep.out, expected)
 
 
+@pytest.mark.slow  # test_ray_sweep freezes a node
 def test_a_chunk_is_frozen_and_thawed(sweep, expected):
     """A successor trains the chunk of a frozen process, which is thawed and trains on."""
     coordinator = sweep.start()
@@ -68,5 +69,6 @@ def test_a_coordinator_is_killed_and_run_again(sweep, expected):
     assert len(sweep.records()) == CHUNKS
 
 
+@pytest.mark.slow  # as in test_ray_sweep
 def test_two_coordinators_at_once(sweep, expected):
     run_two_at_once(sweep, expected)

@@ -124,21 +124,18 @@ def _regrowing(
         clock = jnp.asarray(asked.events, jnp.int32)[state.round]
         share = drop_share(drop, clock, asked.events[-1])
 
-        def first() -> tuple[Masks, jax.Array, jax.Array]:
-            scores = groups.gather(score.random()(key, view, None))
-            return selected(asked, scores, may, counts), *tallied(scores, may)
-
-        def later() -> tuple[Masks, jax.Array, jax.Array]:
-            sizes, before = groups.gather(sizes_of(view)), groups.alive(view.masks)
-            scores = groups.gather(grow(key, view, batches))
-            kept, grown = regrown(asked, sizes, scores, before, may, counts, share)
-            nonfinite, nonzero = tallied(scores, may)
-            nonfinite += tallied(sizes, before)[0]
-            return {n: kept[n] | grown[n] for n in kept}, nonfinite, nonzero
-
-        kept, nonfinite, nonzero = jax.lax.cond(state.round == 0, first, later)
+        # In the first round nothing stays, and everything grows, at random. Under `vmap` a branch
+        # of its own would be computed in all rounds.
+        first, drawn = state.round == 0, score.random()(key, view, None)
+        best = grow(key, view, batches)
+        scores = groups.gather({p: jnp.where(first, w, best[p]) for p, w in drawn.items()})
+        before = {name: m & ~first for name, m in groups.alive(view.masks).items()}
+        sizes = groups.gather(sizes_of(view))
+        stay, grown = regrown(asked, sizes, scores, before, may, counts, share)
+        kept = {name: stay[name] | grown[name] for name in stay}
         masks = {path: m & state.masks[path] for path, m in groups.spread(kept).items()}
-        info = PruneInfo(count_kept(kept), nonfinite, nonzero)
+        nonfinite, nonzero = tallied(scores, may)
+        info = PruneInfo(count_kept(kept), nonfinite + tallied(sizes, before)[0], nonzero)
         return state._replace(round=state.round + 1), masks, info
 
     return Pruner(init, update, needs, as_they_are, hook=StepHook(still=still))

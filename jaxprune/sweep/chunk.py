@@ -345,10 +345,10 @@ def _mean_loss(means: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
 
 def _summed_up(context: Context, walk: Walk) -> Walk:
     """The walk at an epoch's end: its losses and what was recorded become rows."""
-    walk = _settled(context, walk)
     with context.watch.phase('train'):
         parts = [losses()[: len(context.members)] for losses in walk.losses]
         moments = [moment() for moment in walk.moments]
+    walk = _settled(context, walk)
     losses = np.concatenate(parts, axis=1)
     curves = curves_rows(
         context.program, context.members, walk.errors, walk.epoch_start, losses, moments
@@ -447,9 +447,14 @@ def _after_event(context: Context, walk: Walk, event: timeline.Event) -> Walk:
     """The rounds that happen at a step, then rewinding.
 
     In the middle of a method's life nothing here waits for the devices: training goes on, and the
-    scores are looked at when the epoch is summed up.
+    scores are looked at when the epoch is summed up. Its first and its last round are waited for,
+    so that what pruning once takes does not count as training.
     """
     engine, states, pruned = context.engine, walk.states, list(walk.pruned)
+    waits = event.begin or event.finish
+    if waits and walk.losses:
+        with context.watch.phase('train'):
+            walk.losses[-1]()
     with context.watch.phase('prune'):
         for call in context.calls(event):
             states, info = engine.prune(context.rows, call, states)
@@ -458,7 +463,7 @@ def _after_event(context: Context, walk: Walk, event: timeline.Event) -> Walk:
             hooked = True in context.program.stages and not event.finish
             states = engine.rewind(context.rows, states, walk.anchor, hooked)
     walk = walk._replace(states=states, pruned=pruned, counted=None, latest=None)
-    return _settled(context, walk) if event.begin or event.finish else walk
+    return _settled(context, walk) if waits else walk
 
 
 def _settled(context: Context, walk: Walk) -> Walk:

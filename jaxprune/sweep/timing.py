@@ -9,7 +9,7 @@ from typing import NamedTuple
 from jaxprune.sweep.progress import clock
 
 #: What a chunk's time is spent on, in the order of reports; 'train' includes what [record]
-#: asks for along the way.
+#: asks for along the way, and rounds between a method's first and its last.
 PHASES = ('compile', 'prune', 'train', 'evaluate')
 #: JAX reports tracing, lowering and compiling under names that begin so.
 _COMPILING = '/jax/core/compile/'
