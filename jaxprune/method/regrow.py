@@ -125,10 +125,13 @@ def _regrowing(
         share = drop_share(drop, clock, asked.events[-1])
 
         # In the first round nothing stays, and everything grows, at random. Under `vmap` a branch
-        # of its own would be computed in all rounds.
-        first, drawn = state.round == 0, score.random()(key, view, None)
-        best = grow(key, view, batches)
-        scores = groups.gather({p: jnp.where(first, w, best[p]) for p, w in drawn.items()})
+        # with a selection of its own would be computed in all rounds.
+        first = state.round == 0
+        scores = jax.lax.cond(
+            first,
+            lambda: groups.gather(score.random()(key, view, None)),
+            lambda: groups.gather(grow(key, view, batches)),
+        )
         before = {name: m & ~first for name, m in groups.alive(view.masks).items()}
         sizes = groups.gather(sizes_of(view))
         stay, grown = regrown(asked, sizes, scores, before, may, counts, share)
