@@ -125,8 +125,9 @@ def _regrowing(
         share = drop_share(drop, clock, asked.events[-1])
 
         # In the first round nothing stays, and everything grows, at random. Under `vmap` a branch
-        # with a selection of its own would be computed in all rounds.
-        first = state.round == 0
+        # with a selection of its own would be computed in all rounds. Without the barrier XLA
+        # would spend seconds of compiling on a selection from nothing.
+        first = jax.lax.optimization_barrier(state.round == 0)
         scores = jax.lax.cond(
             first,
             lambda: groups.gather(score.random()(key, view, None)),
