@@ -109,7 +109,8 @@ class RunState(NamedTuple):
     Attributes:
       params: all parameters; pruned weights are exactly zero, unless the method keeps dense ones.
       model_state: batch statistics and the like.
-      opt_state: the optimizer's state; moments of pruned weights are exactly zero, likewise.
+      opt_state: the optimizer's state; moments of pruned weights are exactly zero, with the same
+        exception.
       masks: the masks in force.
       method_state: what the method carries from its first event to its last; () before and after.
       trace: what masks have been, see `method.mask_trace`; () where nobody asks.

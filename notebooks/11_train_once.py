@@ -125,7 +125,7 @@ plt.show()
 # %% [markdown]
 # Now cut. The compact network has 30 % of the neurons and computes the same logits, since nothing
 # that was cut was heard. `forced` counts the neurons that were not zero yet at the dashed line, and
-# were removed all the same: with them the accuracy may fall there, and the last steps repair it.
+# were removed nevertheless: with them the accuracy may fall there, and the last steps repair it.
 
 
 # %%

@@ -338,7 +338,7 @@ def test_breaking_points():
         'first disconnected run at 10\N{MULTIPLICATION SIGN}, first run with an empty layer at '
         '20\N{MULTIPLICATION SIGN}.'
     )
-    assert sentences['B'].startswith('at no compression tested within 1 point of dense;')
+    assert sentences['B'].startswith('within 1 point of dense at no compression tested;')
     assert 'the largest tested' in sentences['C']
 
 

@@ -161,7 +161,7 @@ def terminate(site: Site) -> bool:
 
 
 def user_signal(site: Site) -> bool:
-    """SIGUSR2, which SLURM sends, likewise."""
+    """SIGUSR2, which SLURM sends: the worker does the same."""
     return _ask(site, signal.SIGUSR2)
 
 

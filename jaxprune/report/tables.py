@@ -288,7 +288,7 @@ def sizes(results: pl.DataFrame) -> pl.DataFrame:
         disconnected            whether no path from input to output is left in these runs
         runs, seeds             how many runs these are, and of how many
         params_ratio            parameters, dense / compact, geometric mean; null if disconnected
-        speedup                 operations, dense / compact, likewise
+        speedup                 operations, dense / compact, geometric mean; null if disconnected
         accuracy, _low, _high   mean test accuracy after training and its 95 % Student interval
         diverged                runs whose loss or accuracy is not finite
 

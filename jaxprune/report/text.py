@@ -83,7 +83,7 @@ def _within(row: dict, limit: int) -> str:
     points = plural(limit, 'point')
     best = row[f'within_{limit}']
     if best is None:
-        return f'at no compression tested within {points} of dense'
+        return f'within {points} of dense at no compression tested'
     missed = [times(value) for value in row[f'missed_{limit}']]
     caveat = f' (though not at {", ".join(missed)})' if missed else ''
     end = ', the largest tested' if best == row['tested'] else ''

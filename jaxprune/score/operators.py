@@ -104,7 +104,7 @@ def slice_norms(
       kernel: `(*sides, in, out)`: (height, width, in, out), or with any other number of sides, also
         none.
       side: of the image, one for all of its axes or one for each.
-      stride: likewise; must divide the side.
+      stride: one for all axes or one for each; must divide the side.
       norm: 'spectral', 'nuclear' or 'frobenius'.
 
     Returns:

@@ -54,7 +54,7 @@ def latency_ratio(
 
     Args:
       dense: `(apply, params)`, or `(apply, params, model_state)`.
-      small: the other network, likewise.
+      small: the other network, of the same form.
       x: inputs of both, arrays.
       repeats: timed calls of each; three more come first.
 

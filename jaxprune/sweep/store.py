@@ -8,7 +8,7 @@
     DIR/results/<chunk>.parquet one row per run and evaluation
     DIR/layers/<chunk>.parquet  one row per run and prunable leaf
     DIR/curves/<chunk>.parquet  one row per run and step recorded, if [record] asks for any
-    DIR/flow/<chunk>.parquet    one row per run, step, leaf and quantity, likewise
+    DIR/flow/<chunk>.parquet    one row per run, step, leaf and quantity that [record] asks for
     DIR/timing/<chunk>.json     where its time went
 
 A chunk is finished when its results and layers exist; results are written last, and never again.
@@ -128,7 +128,7 @@ class Chunk(NamedTuple):
       results: columns `RESULTS_FILE`.
       layers: columns `LAYERS`.
       curves: columns `CURVES`; no row if nothing was recorded along training.
-      flow: columns `FLOW`, likewise.
+      flow: columns `FLOW`; no row if no quantity was recorded.
       timing: seconds of `timing.PHASES`, and 'run_steps', the runs times steps they paid for.
     """
 
