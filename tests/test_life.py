@@ -400,15 +400,23 @@ def test_recording_along_training_changes_no_result(start):
         assert set(curves['step']) == (steps | {int(10 * start)} if rounds else steps)
 
 
-def test_training_goes_on_while_rounds_are_at_work():
-    """Expectation: between a method's first round and its last, the next steps are handed to the
-    devices before anything of a round is fetched, and the next ones but one after their losses;
-    what is left is counted for evaluations alone."""
+@pytest.mark.parametrize('strategy', [ONE, Strategy('unroll', 'host', 'native', 1)])
+def test_training_goes_on_while_rounds_are_at_work(strategy, monkeypatch):
+    """Expectation: between a method's first round and its last, the next steps are queued before
+    anything of a round is fetched, and only then losses, those of the steps before; a round itself
+    fetches nothing; what is left is counted for evaluations alone."""
     entry = {'name': 'gmp', 'start': 0, 'end': 1, 'rounds': 6}
     grid = {'method': [entry], 'compression': [4], 'seed': [0]}
     spec, group = group_of({**TABLE, 'train': {**TABLE['train'], 'epochs': 1}, 'grid': grid})
-    engine, program = engine_of(spec, group, ONE)
+    engine, program = engine_of(spec, group, strategy)
     called = []
+
+    def on_host(tree):
+        called.append('host')
+        return jax.device_get(tree)
+
+    for module in ('advance', 'compiled_events'):
+        monkeypatch.setattr(f'jaxprune.sweep.{module}.on_host', on_host)
 
     def spy(name):
         def call(*args, **kwargs):
@@ -418,7 +426,9 @@ def test_training_goes_on_while_rounds_are_at_work():
 
             def fetched():
                 called.append(f'{name} {number}')
-                return fetch()
+                found = fetch()
+                assert called.pop() == 'host'
+                return found
 
             return states, functools.cache(fetched)
 

@@ -613,6 +613,8 @@ def recorded_epoch(case: Case, spec: Any) -> Callable[[int], list]:
             if not before < border.step <= before + program.steps:
                 continue
             states, loss = engine.advance(stretch.start, stretch.stop, rows, states)
+            if losses:
+                losses[-1]()  # as a sweep waits: for the stretch before this one
             losses.append(loss)
             if border.record:
                 waiting.append((border.step, engine.record(stretch.stop, rows, states)))

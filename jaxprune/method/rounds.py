@@ -67,7 +67,8 @@ def run_rounds(
       begin: the first of these rounds is the method's first.
       finish: the last of these rounds is the method's last.
       active: see `Rounds.finish`.
-      loop: `jax.lax.scan`, or `host_loop` to call each round from the host.
+      loop: `jax.lax.scan`, or `host_loop` to call each round from the host. With `calls` infos are
+        a list, and nothing may come after the last round.
 
     Returns:
       What is carried after the last round, and the info of every round, stacked.
@@ -89,12 +90,22 @@ def run_rounds(
     return carried, infos
 
 
-def host_loop(body: Callable, carried: Carried, xs: PyTree) -> tuple[Carried, PyTree]:
-    """`jax.lax.scan` as a loop of calls: for bodies that are compiled on their own."""
+def calls(body: Callable, carried: Carried, xs: PyTree) -> tuple[Carried, list[PyTree]]:
+    """A loop of calls for bodies that are compiled on their own; it waits for none of them.
+
+    Returns:
+      What is carried after the last call, and the output of each.
+    """
     outputs = []
     for i in range(len(jax.tree.leaves(xs)[0])):
         carried, output = body(carried, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
         outputs.append(output)
+    return carried, outputs
+
+
+def host_loop(body: Callable, carried: Carried, xs: PyTree) -> tuple[Carried, PyTree]:
+    """`jax.lax.scan` as a loop of `calls`; the outputs are host arrays."""
+    carried, outputs = calls(body, carried, xs)
     return carried, jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(outputs))
 
 

@@ -53,8 +53,9 @@ class AdvanceFn(Protocol):
           on_steps: called now and then with the steps x runs taken since.
 
         Returns:
-          The states, and what fetches the losses `(runs, steps)` and remembers them. It waits for
-          the devices; they may be given more to do before it is called.
+          The states, and a function that fetches the losses `(runs, steps)` and remembers them.
+          The function waits for the devices. Until it is called, nothing does, and more work may be
+          queued for them.
         """
 
 

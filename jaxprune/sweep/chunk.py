@@ -121,6 +121,7 @@ def run_chunk(
 
     Raises:
       Interrupted: it was asked to leave, and saved the chunk if there was time.
+      PruneError: keep counts that cannot be met, or a mask that keeps another number.
     """
     rows, padded = rows_of(members, size, engine)
     with stopwatch() as watch:
@@ -153,6 +154,7 @@ def _walked(context: Context, saved: Checkpoint) -> Chunk:
         if border.epoch_end and border.step < program.timeline.steps:
             asked = anybody(context.stop.asked())
             if asked or agreed(saved.due()):
+                walk = _settled(context, walk)
                 _save(context, walk, saved, asked)
             if asked:
                 raise Interrupted(f'interrupted and saved after {walk.step:,} steps')
@@ -389,7 +391,7 @@ def _save(context: Context, walk: Walk, saved: Checkpoint, asked: bool) -> None:
 
 def _saved(context: Context, walk: Walk) -> Saved:
     """The walk without padding."""
-    walk, count = _settled(context, walk), len(context.members)
+    count = len(context.members)
     packed = context.engine.pack(walk.states), walk.anchor
     states, anchor = jax.tree.map(lambda leaf: leaf[:count], packed)
     return Saved(
@@ -446,9 +448,9 @@ def _counted(context: Context, walk: Walk) -> Walk:
 def _after_event(context: Context, walk: Walk, event: timeline.Event) -> Walk:
     """The rounds that happen at a step, then rewinding.
 
-    In the middle of a method's life nothing here waits for the devices: training goes on, and the
-    scores are looked at when the epoch is summed up. Its first and its last round are waited for,
-    so that what pruning once takes does not count as training.
+    In the middle of a method's life nothing here waits for the devices: training goes on, and
+    `_settled` looks at the scores when the errors are asked for. The first and the last round are
+    waited for, so that what pruning once takes does not count as training.
     """
     engine, states, pruned = context.engine, walk.states, list(walk.pruned)
     waits = event.begin or event.finish
@@ -467,7 +469,7 @@ def _after_event(context: Context, walk: Walk, event: timeline.Event) -> Walk:
 
 
 def _settled(context: Context, walk: Walk) -> Walk:
-    """The walk with what is wrong with the scores of its events so far."""
+    """The walk with what is wrong with the scores of its events so far; waits for them."""
     errors = list(walk.errors)
     with context.watch.phase('prune'):
         for call, info in walk.pruned:

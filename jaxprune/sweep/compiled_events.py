@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxprune.method import Rounds, host_loop, run_rounds
+from jaxprune.method import Rounds, calls, run_rounds
 from jaxprune.sweep.advance import Rows
 from jaxprune.sweep.device_data import DeviceData
 from jaxprune.sweep.event_calls import EventCall
@@ -28,9 +28,9 @@ class PruneFn(Protocol):
         """Prunes some rows; the states handed in are used up.
 
         Returns:
-          The states, and what fetches the info: of the last round, but `nonfinite` of all rounds
-          and `nonzero` of the first, host arrays `(len(at), ...)`. It waits for the devices; they
-          may be given more to do before it is called.
+          The states, and a function that fetches the info: of the last round, but `nonfinite` of
+          all rounds and `nonzero` of the first, host arrays `(len(at), ...)`. The function waits
+          for the devices. Until it is called, nothing does, and more work may be queued for them.
         """
 
 
@@ -38,8 +38,9 @@ class Compiled(NamedTuple):
     """Some rounds of a method for a few rows, compiled.
 
     Attributes:
-      run: `(before, clock, data, keys, hyper, counts, active, states) -> (states, infos)`, infos
-        `(rows, rounds)`; `before` is the number of rounds before. The states are used up.
+      run: `(before, clock, data, keys, hyper, counts, active, states) -> (states, fetch)`, where
+        `fetch()` gives the infos, host arrays `(rows, rounds)`; `before` is the number of rounds
+        before. The states are used up.
       once: the compiled function that scores and selects.
     """
 
@@ -98,25 +99,25 @@ def make_prune(
         )
 
     def prune(rows, call, states):
-        states, infos = list(states), []
+        states, fetches = list(states), []
         at, runs = np.asarray(call.at), len(rows.keys)
         for number, slot in enumerate(slots.of(runs)):
             inside = np.flatnonzero((at >= slot.start) & (at < slot.stop))
             # An event on all rows of a slot needs no copies. 'map' takes the same memory for more.
             if len(inside) == len(slot) and (len(slot) <= at_once or batching == 'map'):
                 own = by_slot(rows)[number]
-                states[number], info = at_event(call, inside, own, states[number])
-                infos.append((info, len(inside)))
+                states[number], fetch = at_event(call, inside, own, states[number])
+                fetches.append((fetch, len(inside)))
                 continue
             made = []
             for chosen, real in in_parts(inside, min(at_once, runs)):
                 where = at[chosen]
                 taken = slots.take(states[number], where - slot.start)
-                new, info = at_event(call, chosen, slots.take(rows, where), taken)
+                new, fetch = at_event(call, chosen, slots.take(rows, where), taken)
                 made.append((where - slot.start, real, new))
-                infos.append((info, real))
+                fetches.append((fetch, real))
             states[number] = _placed(slots, states[number], made)
-        return states, functools.partial(_summary, infos)
+        return states, functools.partial(_summary, fetches)
 
     return prune, compiled
 
@@ -141,16 +142,14 @@ def _placed(slots: Slots, states: RunState, made: Sequence[tuple]) -> RunState:
     return states if before == after else states._replace(method_state=carried)
 
 
-def _summary(parts: Sequence[tuple[PruneInfo, int]]) -> PruneInfo:
+def _summary(fetches: Sequence[tuple[Callable[[], PruneInfo], int]]) -> PruneInfo:
     """What `PruneFn` fetches.
 
     Args:
-      parts: of some rows each, infos `(rows, rounds)` on the devices and how many rows are real.
+      fetches: for some rows each, what fetches their infos, and how many rows are no padding.
     """
-    fetched = on_host([info for info, _ in parts])
     real = [
-        jax.tree.map(lambda leaf, count=count: leaf[:count], info)
-        for info, (_, count) in zip(fetched, parts, strict=True)
+        jax.tree.map(lambda leaf, count=count: leaf[:count], fetch()) for fetch, count in fetches
     ]
     infos = jax.tree.map(lambda *leaves: np.concatenate(leaves), *real)
     last = jax.tree.map(lambda leaf: leaf[:, -1], infos)
@@ -186,7 +185,8 @@ def _looped(
 
     def run(*args):
         *shared, states = args
-        return compiled(*shared, states._replace(method_state=()), states.method_state)
+        states, infos = compiled(*shared, states._replace(method_state=()), states.method_state)
+        return states, functools.partial(on_host, infos)
 
     return Compiled(run, compiled)
 
@@ -216,19 +216,17 @@ def _hosted(
         rounds = Rounds(
             lambda states: started(*shared, states),
             lambda number, now, states: single(number, *shared, now, states),
-            lambda states, active: ended(*shared, active, states),
         )
-        states, infos = run_rounds(
-            rounds,
-            states,
-            {path: np.swapaxes(column, 0, 1) for path, column in counts.items()},
-            before=before,
-            begin=begin,
-            finish=finish,
-            active=active,
-            loop=host_loop,
-        )
-        infos = jax.tree.map(lambda leaf: np.swapaxes(leaf, 0, 1), on_host(infos))
-        return states._replace(method_state=()) if drop else states, infos
+        by_round = {path: np.swapaxes(column, 0, 1) for path, column in counts.items()}
+        states, infos = run_rounds(rounds, states, by_round, before=before, begin=begin, loop=calls)
+        if finish:
+            states, kept = ended(*shared, active, states)
+            infos[-1] = infos[-1]._replace(kept={**infos[-1].kept, **kept})
+        return states._replace(method_state=()) if drop else states, lambda: _stacked(infos)
 
     return Compiled(run, single)
+
+
+def _stacked(infos: Sequence[PruneInfo]) -> PruneInfo:
+    """The infos of rounds, leaves `(rows,)` on the devices, as host arrays `(rows, rounds)`."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *on_host(list(infos)))

@@ -33,7 +33,8 @@ class EventCall(NamedTuple):
 
 
 def event_calls(program: Program, runs: Sequence[Run]) -> Callable[[Event], list[EventCall]]:
-    """The calls of each event, one per event program.
+    """What each event hands out: a call for all runs of one method or, where one compiled program
+    prunes by several, of those with as many rounds.
 
     Counts of all rounds are planned here, once: an event only takes its own from them, so that
     training need not wait for plans.
@@ -44,38 +45,32 @@ def event_calls(program: Program, runs: Sequence[Run]) -> Callable[[Event], list
     Raises:
       PruneError: a run would keep nothing, or cannot keep to its bounds.
     """
-    by_program: dict[tuple[str, int], list[int]] = {}
+    alike: dict[tuple[str, int], list[int]] = {}
     for i, run in enumerate(runs):
         if run.method != DENSE:
-            by_program.setdefault((event_program(run.method), run.method.rounds), []).append(i)
-    whole = [_all_rounds(program, [runs[i] for i in at], at) for at in by_program.values()]
-    return lambda event: [_part(call, event) for call in whole]
+            alike.setdefault((event_program(run.method), run.method.rounds), []).append(i)
+    makers = [_maker(program, [runs[i] for i in at], at) for at in alike.values()]
+    return lambda event: [make(event) for make in makers]
 
 
-def _all_rounds(program: Program, runs: Sequence[Run], at: Sequence[int]) -> EventCall:
-    """All rounds of runs of one event program, as one event."""
-    plans = [counts_of(program, run).counts for run in runs]
-    numbers = [method_numbers(run) for run in runs]
+def _maker(
+    program: Program, runs: Sequence[Run], at: Sequence[int]
+) -> Callable[[Event], EventCall]:
+    """The calls of runs of one event program and with one number of rounds."""
     method = runs[0].method
-    return EventCall(
-        method=method,
-        event=Event(0, 0, 0, method.rounds, True, True, ''),
-        at=at,
-        counts={path: np.stack([plan[path] for plan in plans]) for path in plans[0]},
-        active=np.array([active_of(program, run) for run in runs], np.int32),
-        numbers={name: np.stack([n[name] for n in numbers]) for name in numbers[0]},
-    )
+    plans = [counts_of(program, run).counts for run in runs]
+    counts = {path: np.stack([plan[path] for plan in plans]) for path in plans[0]}
+    active = np.array([active_of(program, run) for run in runs], np.int32)
+    options = [method_numbers(run) for run in runs]
+    numbers = {name: np.stack([of[name] for of in options]) for name in options[0]}
 
+    def call(event: Event) -> EventCall:
+        # Runs of one timeline have their rounds at the same steps. But where all rounds happen at
+        # once, methods differ in how many they have.
+        if event.begin and event.finish:
+            event = event._replace(count=method.rounds)
+        now = slice(event.first, event.first + event.count)
+        of_event = {path: column[:, now] for path, column in counts.items()}
+        return EventCall(method, event, at, of_event, active, numbers)
 
-def _part(whole: EventCall, event: Event) -> EventCall:
-    """The rounds of an event.
-
-    Runs of one timeline have their rounds at the same steps. But where all rounds happen at once,
-    methods differ in how many they have.
-    """
-    if event.begin and event.finish:
-        event = event._replace(count=whole.event.count)
-    now = slice(event.first, event.first + event.count)
-    return whole._replace(
-        event=event, counts={path: column[:, now] for path, column in whole.counts.items()}
-    )
+    return call
