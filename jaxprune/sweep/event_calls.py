@@ -33,11 +33,10 @@ class EventCall(NamedTuple):
 
 
 def event_calls(program: Program, runs: Sequence[Run]) -> Callable[[Event], list[EventCall]]:
-    """What each event hands out: a call for all runs of one method or, where one compiled program
-    prunes by several, of those with as many rounds.
+    """The calls of each event: one for all runs that share an event program and a number of rounds.
 
-    Counts of all rounds are planned here, once: an event only takes its own from them, so that
-    training need not wait for plans.
+    Counts of all rounds are planned here, once. An event takes its own from them, and training
+    never waits for a plan.
 
     Args:
       runs: rows of a chunk, padding included. Those of the dense control are left alone.
