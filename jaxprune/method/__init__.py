@@ -25,7 +25,7 @@ from jaxprune.method.methods import METHODS, Method, method
 from jaxprune.method.options import OPTIONS
 from jaxprune.method.pruner import pruner
 from jaxprune.method.repair import REPAIRS
-from jaxprune.method.rounds import OnView, Rounds, calls, host_loop, prune_rounds, run_rounds
+from jaxprune.method.rounds import OnView, Rounds, host_calls, host_loop, prune_rounds, run_rounds
 
 __all__ = [
     'COUPLED',
@@ -43,13 +43,13 @@ __all__ = [
     'OnView',
     'Rounds',
     'broken_rules',
-    'calls',
     'check_choices',
     'check_granularity',
     'competing',
     'cost_of',
     'counted_as',
     'get_pruner',
+    'host_calls',
     'host_loop',
     'limits',
     'mask_figures',

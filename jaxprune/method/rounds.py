@@ -67,8 +67,8 @@ def run_rounds(
       begin: the first of these rounds is the method's first.
       finish: the last of these rounds is the method's last.
       active: see `Rounds.finish`.
-      loop: `jax.lax.scan`, or `host_loop` to call each round from the host. With `calls` infos are
-        a list, and nothing may come after the last round.
+      loop: `jax.lax.scan`, or `host_loop` to call each round from the host. With `host_calls`
+        infos are a list, and nothing may come after the last round.
 
     Returns:
       What is carried after the last round, and the info of every round, stacked.
@@ -90,7 +90,7 @@ def run_rounds(
     return carried, infos
 
 
-def calls(body: Callable, carried: Carried, xs: PyTree) -> tuple[Carried, list[PyTree]]:
+def host_calls(body: Callable, carried: Carried, xs: PyTree) -> tuple[Carried, list[PyTree]]:
     """A loop of calls for bodies that are compiled on their own; it waits for none of them.
 
     Returns:
@@ -104,8 +104,8 @@ def calls(body: Callable, carried: Carried, xs: PyTree) -> tuple[Carried, list[P
 
 
 def host_loop(body: Callable, carried: Carried, xs: PyTree) -> tuple[Carried, PyTree]:
-    """`jax.lax.scan` as a loop of `calls`; the outputs are host arrays."""
-    carried, outputs = calls(body, carried, xs)
+    """`jax.lax.scan` as a loop of calls; the outputs are host arrays."""
+    carried, outputs = host_calls(body, carried, xs)
     return carried, jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(outputs))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxprune import data, method
 from jaxprune.allocation import SHARED
 from jaxprune.errors import JaxpruneError, PruneError, SpecError
-from jaxprune.sweep.counts import active_of, counts_of
+from jaxprune.sweep.counts import active_of, counts_of, kind_of_counts
 from jaxprune.sweep.device_data import DeviceData, scores_need_data
 from jaxprune.sweep.grid import DENSE, event_program, one_of_each_method
 from jaxprune.sweep.groups import Group, library_errors
@@ -113,8 +113,7 @@ def abstract_data(spec: SweepSpec) -> DeviceData:
 
 def _check_counts(group: Group, source: str) -> None:
     """Raises SpecError where a run would keep nothing, or more or less than there can be."""
-    # Counts do not depend on the seed.
-    different = {(id(r.method), id(r.train), r.compression): r for r in group.runs}
+    different = {kind_of_counts(run): run for run in group.runs}
     for run in different.values():
         if run.method == DENSE:
             continue

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxprune.method import Rounds, calls, run_rounds
+from jaxprune.method import Rounds, host_calls, run_rounds
 from jaxprune.sweep.advance import Rows
 from jaxprune.sweep.device_data import DeviceData
 from jaxprune.sweep.event_calls import EventCall
@@ -218,15 +218,18 @@ def _hosted(
             lambda number, now, states: single(number, *shared, now, states),
         )
         by_round = {path: np.swapaxes(column, 0, 1) for path, column in counts.items()}
-        states, infos = run_rounds(rounds, states, by_round, before=before, begin=begin, loop=calls)
+        states, infos = run_rounds(
+            rounds, states, by_round, before=before, begin=begin, loop=host_calls
+        )
         if finish:
             states, kept = ended(*shared, active, states)
             infos[-1] = infos[-1]._replace(kept={**infos[-1].kept, **kept})
-        return states._replace(method_state=()) if drop else states, lambda: _stacked(infos)
+        states = states._replace(method_state=()) if drop else states
+        return states, functools.partial(_stacked, infos)
 
     return Compiled(run, single)
 
 
 def _stacked(infos: Sequence[PruneInfo]) -> PruneInfo:
     """The infos of rounds, leaves `(rows,)` on the devices, as host arrays `(rows, rounds)`."""
-    return jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *on_host(list(infos)))
+    return jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *on_host(infos))

@@ -31,6 +31,11 @@ def counts_of(program: Program, run: Run) -> plan.Plan:
     return plan_groups(groups, density, cost=cost, multiple=spec.multiple, **shared)
 
 
+def kind_of_counts(run: Run) -> tuple[int, float]:
+    """Runs of one kind keep the same counts: they differ in their seed at most."""
+    return id(run.method), run.compression
+
+
 def active_of(program: Program, run: Run) -> int:
     """How many active weights a run that targets effective compression must have at least."""
     return structure.active_wanted(program.size, run.compression)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.sweep.counts import active_of, counts_of
+from jaxprune.sweep.counts import active_of, counts_of, kind_of_counts
 from jaxprune.sweep.grid import DENSE, Run, event_program
 from jaxprune.sweep.program import Program, method_numbers
 from jaxprune.sweep.spec import MethodSpec
@@ -57,7 +57,9 @@ def _maker(
 ) -> Callable[[Event], EventCall]:
     """The calls of runs of one event program and with one number of rounds."""
     method = runs[0].method
-    plans = [counts_of(program, run).counts for run in runs]
+    different = {kind_of_counts(run): run for run in runs}
+    planned = {kind: counts_of(program, run).counts for kind, run in different.items()}
+    plans = [planned[kind_of_counts(run)] for run in runs]
     counts = {path: np.stack([plan[path] for plan in plans]) for path in plans[0]}
     active = np.array([active_of(program, run) for run in runs], np.int32)
     options = [method_numbers(run) for run in runs]
