@@ -217,7 +217,8 @@ def test_many_runs_equal_single_runs(benches, net, name):
             lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf,
             bench.program.init(key, hyper),
         )
-        rounds = events(0, bench.data, key, hyper._replace(method=numbers))
+        order = bench.program.order(key, 0)
+        rounds = events(0, bench.data, key, hyper._replace(method=numbers), order)
         state, _ = method.run_rounds(rounds, state, counts, loop=loop)
         return state._replace(method_state=())
 

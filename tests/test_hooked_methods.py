@@ -177,7 +177,7 @@ def test_many_runs_equal_single_runs(name):
         state = init(key, hyper)
         order, clocks = program.order(key, 0), program.timeline.events
         for number, event in enumerate(clocks):
-            rounds = events(event.clock, on_device, key, hyper)
+            rounds = events(event.clock, on_device, key, hyper, order)
             begin = {'begin': not number, 'before': number, 'finish': event.finish}
             state, _ = run_rounds(rounds, state, {'*': kept[None]}, **begin)
             if not event.finish:

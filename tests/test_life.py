@@ -174,9 +174,9 @@ def test_a_life_is_what_its_parts_make(entry):
     ]
     step = jax.jit(program.stages[False].step)
     once = jax.jit(
-        lambda number, clock, counts, state: events(clock, on_device, key, numbers).once(
-            number, counts, state
-        )
+        lambda number, clock, counts, state: events(
+            clock, on_device, key, numbers, program.order(key, clock // EPOCH)
+        ).once(number, counts, state)
     )
     clocks = list(range(3 * EPOCH))
     if 'finetune' in entry:  # the phase begins where training ends on the clock
@@ -205,10 +205,16 @@ def test_a_life_is_what_its_parts_make(entry):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5, err_msg=path)
 
 
-def test_the_training_batch_is_that_of_the_next_step():
-    """Expectation: |w g| by jax.grad on the very batch that step 13 trains on."""
+def test_the_training_batch_is_that_of_the_next_step(monkeypatch):
+    """Expectation: |w g| by jax.grad on the very batch that step 13 trains on.
+
+    Only the trainer draws the order of an epoch, a sort of all its examples.
+    """
     entry = {'name': 'snip', 'start': 13, 'time_unit': 'steps', 'score_on': 'train_batch'}
+    traces, draw = [], data.epoch_order
+    monkeypatch.setattr(data, 'epoch_order', lambda *args: traces.append(args) or draw(*args))
     _, program, runs, seen = spied(entry)
+    assert len(traces) == 2  # the check of the plan, and the trainer
     spec = make_spec({**TABLE, 'grid': {**TABLE['grid'], 'method': [entry]}})
     on_device = device_data(spec, data.load('mnist_small'))
     trained, pruned = (

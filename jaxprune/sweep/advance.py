@@ -65,12 +65,15 @@ class Trainer(NamedTuple):
     Attributes:
       advance: see `AdvanceFn`.
       order: the compiled function that draws the batches of an epoch.
+      orders: `(rows, number of an epoch) -> ` its batches, an array per slot. The last ones are
+        remembered.
       steps: (hooked, length) -> the compiled function that takes so many steps.
       by_slot: `rows -> rows per slot`.
     """
 
     advance: AdvanceFn
     order: Callable
+    orders: Callable[[Rows, int], list[jax.Array]]
     steps: dict[tuple[bool, int], Callable]
     by_slot: Callable[[Rows], list[Rows]]
 
@@ -108,10 +111,9 @@ def make_trainer(
         lambda rows: [slots.take(rows, np.array(slot)) for slot in slots.of(len(rows.keys))]
     )
 
-    def batches_of(rows: Rows, number: int) -> list[tuple[Rows, jax.Array]]:
-        return [(part, order(part.keys, np.int32(number))) for part in by_slot(rows)]
-
-    orders = _last_call(batches_of)
+    orders = _last_call(
+        lambda rows, number: [order(part.keys, np.int32(number)) for part in by_slot(rows)]
+    )
 
     def advance(start, stop, rows, states, *, hooked=False, on_steps=lambda steps: None):
         states, losses = list(states), [[] for _ in states]
@@ -119,7 +121,8 @@ def make_trainer(
         for first, last in within_epochs(start, stop, epoch):
             number = first // epoch
             clock = np.int32(number * epoch)
-            for slot, ((keys, hyper), batches) in enumerate(orders(rows, number)):
+            parts = zip(by_slot(rows), orders(rows, number), strict=True)
+            for slot, ((keys, hyper), batches) in enumerate(parts):
                 at, before = first, first
                 for length in calls_of(last - first, lengths):
                     states[slot], loss = steps[hooked, length](
@@ -140,7 +143,7 @@ def make_trainer(
 
         return states, fetched
 
-    return Trainer(advance, order, steps, by_slot)
+    return Trainer(advance, order, orders, steps, by_slot)
 
 
 def within_epochs(start: int, stop: int, epoch: int) -> list[tuple[int, int]]:

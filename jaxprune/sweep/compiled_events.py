@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxprune.method import Rounds, host_calls, run_rounds
-from jaxprune.sweep.advance import Rows
+from jaxprune.sweep.advance import Rows, Trainer
 from jaxprune.sweep.device_data import DeviceData
 from jaxprune.sweep.event_calls import EventCall
 from jaxprune.sweep.grid import event_program
@@ -38,9 +38,9 @@ class Compiled(NamedTuple):
     """Some rounds of a method for a few rows, compiled.
 
     Attributes:
-      run: `(before, clock, data, keys, hyper, counts, active, states) -> (states, fetch)`, where
-        `fetch()` gives the infos, host arrays `(rows, rounds)`; `before` is the number of rounds
-        before. The states are used up.
+      run: `(before, clock, data, keys, hyper, order, counts, active, states) -> (states, fetch)`,
+        where `fetch()` gives the infos, host arrays `(rows, rounds)`; `before` is the number of
+        rounds before. The states are used up.
       once: the compiled function that scores and selects.
     """
 
@@ -53,7 +53,7 @@ def make_prune(
     mesh: Mesh,
     data: DeviceData,
     slots: Slots,
-    by_slot: Callable[[Rows], list[Rows]],
+    trainer: Trainer,
     batching: str,
     hosted: bool,
     at_once: int,
@@ -62,11 +62,14 @@ def make_prune(
     compiled: dict[str, Compiled] = {}
     facts: dict[str, MethodFacts] = {}
 
-    def of(call: EventCall) -> Compiled:
-        event, kind = call.event, event_program(call.method)
+    def known_of(call: EventCall) -> MethodFacts:
+        kind = event_program(call.method)
         if kind not in facts:
             facts[kind] = method_facts(program, call.method)
-        known = facts[kind]
+        return facts[kind]
+
+    def of(call: EventCall) -> Compiled:
+        event, kind, known = call.event, event_program(call.method), known_of(call)
         # A method that carries nothing from round to round begins anew in each of them.
         carries = bool(jax.tree.leaves(known.state))
         begin, finish = event.begin or not carries, event.finish
@@ -84,7 +87,15 @@ def make_prune(
             )
         return compiled[name]
 
-    def at_event(call: EventCall, chosen: np.ndarray, rows: Rows, states: Any) -> tuple:
+    def orders(call: EventCall, rows: Rows) -> Sequence[jax.Array | None]:
+        """The batches of the epoch per slot, if a round needs them. Training draws them as well."""
+        if known_of(call).looks_ahead:
+            return trainer.orders(rows, call.event.clock // program.steps)
+        return [None] * len(slots.of(len(rows.keys)))
+
+    def at_event(
+        call: EventCall, chosen: np.ndarray, rows: Rows, order: jax.Array | None, states: Any
+    ) -> tuple:
         """The event on chosen ones of its rows, which are handed in with their states."""
         method = {name: np.asarray(v)[chosen] for name, v in call.numbers.items()}
         return of(call).run(
@@ -93,6 +104,7 @@ def make_prune(
             data,
             rows.keys,
             rows.hyper._replace(method=method),
+            order,
             {path: np.asarray(c)[chosen] for path, c in call.counts.items()},
             np.asarray(call.active)[chosen],
             states,
@@ -101,19 +113,20 @@ def make_prune(
     def prune(rows, call, states):
         states, fetches = list(states), []
         at, runs = np.asarray(call.at), len(rows.keys)
-        for number, slot in enumerate(slots.of(runs)):
+        parts = zip(slots.of(runs), orders(call, rows), strict=True)
+        for number, (slot, order) in enumerate(parts):
             inside = np.flatnonzero((at >= slot.start) & (at < slot.stop))
             # An event on all rows of a slot needs no copies. 'map' takes the same memory for more.
             if len(inside) == len(slot) and (len(slot) <= at_once or batching == 'map'):
-                own = by_slot(rows)[number]
-                states[number], fetch = at_event(call, inside, own, states[number])
+                own = trainer.by_slot(rows)[number]
+                states[number], fetch = at_event(call, inside, own, order, states[number])
                 fetches.append((fetch, len(inside)))
                 continue
             made = []
             for chosen, real in in_parts(inside, min(at_once, runs)):
                 where = at[chosen]
-                taken = slots.take(states[number], where - slot.start)
-                new, fetch = at_event(call, chosen, slots.take(rows, where), taken)
+                own, taken = slots.take((order, states[number]), where - slot.start)
+                new, fetch = at_event(call, chosen, slots.take(rows, where), own, taken)
                 made.append((where - slot.start, real, new))
                 fetches.append((fetch, real))
             states[number] = _placed(slots, states[number], made)
@@ -169,8 +182,8 @@ def _looped(
     """
     events = program.events(method)
 
-    def rounds(before, clock, data, key, hyper, counts, active, state, carried):
-        rounds = events(clock, data, key, hyper)
+    def rounds(before, clock, data, key, hyper, order, counts, active, state, carried):
+        rounds = events(clock, data, key, hyper, order)
         state = state._replace(method_state=carried)
         state, infos = run_rounds(
             rounds, state, counts, before=before, begin=begin, finish=finish, active=active
@@ -178,9 +191,9 @@ def _looped(
         return state._replace(method_state=()) if drop else state, infos
 
     # A state that is dropped has no output that could take its memory.
-    donated = (7,) if drop else (7, 8)
+    donated = (8,) if drop else (8, 9)
     compiled = jitted(
-        rounds, (None, None, None, 0, 0, 0, 0, 0, 0), batching, mesh, donate_argnums=donated
+        rounds, (None, None, None, 0, 0, 0, 0, 0, 0, 0), batching, mesh, donate_argnums=donated
     )
 
     def run(*args):
@@ -201,21 +214,21 @@ def _hosted(
     def start(clock, data, key, hyper, state):
         return events(clock, data, key, hyper).begin(state)
 
-    def once(number, clock, data, key, hyper, counts, state):
-        return events(clock, data, key, hyper).once(number, counts, state)
+    def once(number, clock, data, key, hyper, order, counts, state):
+        return events(clock, data, key, hyper, order).once(number, counts, state)
 
     def end(clock, data, key, hyper, active, state):
         return events(clock, data, key, hyper).finish(state, active)
 
     started = jitted(start, (None, None, 0, 0, 0), batching, mesh, donate_argnums=4)
-    single = jitted(once, (None, None, None, 0, 0, 0, 0), batching, mesh, donate_argnums=6)
+    single = jitted(once, (None, None, None, 0, 0, 0, 0, 0), batching, mesh, donate_argnums=7)
     ended = jitted(end, (None, None, 0, 0, 0, 0), batching, mesh, donate_argnums=5)
 
-    def run(before, clock, data, keys, hyper, counts, active, states):
+    def run(before, clock, data, keys, hyper, order, counts, active, states):
         shared = (clock, data, keys, hyper)
         rounds = Rounds(
             lambda states: started(*shared, states),
-            lambda number, now, states: single(number, *shared, now, states),
+            lambda number, now, states: single(number, *shared, order, now, states),
         )
         by_round = {path: np.swapaxes(column, 0, 1) for path, column in counts.items()}
         states, infos = run_rounds(

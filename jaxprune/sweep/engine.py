@@ -99,9 +99,7 @@ def make_engine(
         strategy, program, mesh, data, slots, trainer, event_batching, at_once
     )
     hosted = apart or strategy.stepping == 'host'
-    prune, events = make_prune(
-        program, mesh, data, slots, trainer.by_slot, event_batching, hosted, at_once
-    )
+    prune, events = make_prune(program, mesh, data, slots, trainer, event_batching, hosted, at_once)
     init = jitted(program.init, (0, 0), strategy.batching, mesh)
     rewinds = {
         hooked: jitted(stage.rewind, (0, 0, 0), strategy.batching, mesh)

@@ -45,12 +45,21 @@ EVAL_BATCH = 500
 
 
 class EventsFn(Protocol):
-    def __call__(self, clock: jax.Array, data: DeviceData, key: Key, hyper: Hyper) -> method.Rounds:
+    def __call__(
+        self,
+        clock: jax.Array,
+        data: DeviceData,
+        key: Key,
+        hyper: Hyper,
+        order: jax.Array | None = None,
+    ) -> method.Rounds:
         """The rounds of a method on a run at a time, for `method.run_rounds` over a `RunState`.
 
         Args:
           clock: where the run's clock stands.
           key: of the run.
+          order: the indices of the epoch that the clock stands in, `Program.order`; methods that
+            look at the next batch need it, see `MethodFacts`.
         """
 
 
@@ -125,7 +134,8 @@ class _Parts(NamedTuple):
       input_shape: of one example.
       augmented: fetches training batches.
       plain: fetches the same without augmentation.
-      batch_of: `(data, key, clock) -> Batch` of the next training step, `(1, batch, ...)`.
+      batch_of: `(data, key, clock, order) -> Batch` of the next training step, `(1, batch, ...)`;
+        `order` is that of the clock's epoch.
       initial: `key -> initial weights`, drawn again rather than carried along.
       clocks: where the clock stands in each round of a method that changes training.
     """
@@ -178,8 +188,8 @@ def make_program(
     def order(key: Key, number: jax.Array) -> jax.Array:
         return data.epoch_order(stream(key, 'data'), number, examples, run.train.batch_size)
 
-    def batch_of(data_: DeviceData, key: Key, clock: jax.Array) -> Batch:
-        indices = order(key, clock // epoch)[clock % epoch]
+    def batch_of(data_: DeviceData, key: Key, clock: jax.Array, batches: jax.Array) -> Batch:
+        indices = jax.lax.dynamic_index_in_dim(batches, clock % epoch, keepdims=False)
         augment = jax.random.fold_in(stream(key, 'augment'), clock)
         return jax.tree.map(lambda leaf: leaf[None], fetch(data_.train, augment, indices))
 
@@ -277,14 +287,14 @@ def _pruner(parts: _Parts, spec: MethodSpec, hyper: Hyper) -> Pruner:
 def _events(parts: _Parts, spec: MethodSpec) -> EventsFn:
     """The rounds of a method on a run."""
 
-    def events(clock, data_: DeviceData, key: Key, hyper: Hyper) -> method.Rounds:
+    def events(clock, data_: DeviceData, key: Key, hyper: Hyper, order=None) -> method.Rounds:
         pruner = _pruner(parts, spec, hyper)
 
         def batches_of(number: jax.Array) -> Batches | None:
             if 'data' in pruner.needs:
                 return parts.examples.drawn(data_, key, number)
             if 'train_batch' in pruner.needs:
-                return parts.batch_of(data_, key, clock)
+                return parts.batch_of(data_, key, clock, order)
             if 'shape' in pruner.needs:
                 shape = jax.numpy.zeros((1, 1, *parts.input_shape))
                 return Batch(shape, jax.numpy.zeros((1, 1), jax.numpy.int32))
@@ -383,10 +393,12 @@ class MethodFacts(NamedTuple):
     Attributes:
       state: the abstract state that it carries from its first round to its last.
       finishes: does something happen after its last round?
+      looks_ahead: does a round look at the batch of the next step?
     """
 
     state: PyTree
     finishes: bool
+    looks_ahead: bool
 
 
 def method_facts(program: Program, spec: MethodSpec) -> MethodFacts:
@@ -400,7 +412,9 @@ def method_facts(program: Program, spec: MethodSpec) -> MethodFacts:
         return rounds.begin(program.init(key, hyper)).method_state
 
     state = jax.eval_shape(begun, jax.random.key(0), program.hyper._replace(method=numbers))
-    return MethodFacts(state, finishes[0])
+    needs = method.method(spec.name).needs
+    looks_ahead = 'train_batch' in needs or spec.score_on == 'train_batch'
+    return MethodFacts(state, finishes[0], looks_ahead)
 
 
 def _competing(
