@@ -19,6 +19,7 @@ from jaxprune.method.lasting import Asked
 from jaxprune.method.pruner import tallied
 from jaxprune.select import count_kept
 from jaxprune.types import (
+    GLOBAL,
     Batches,
     Counts,
     Hyper,
@@ -161,7 +162,7 @@ def _fading(
             for layer, new in _ranks(asked, sizes, alive).items()
         }
         order = _ranks(asked, rank, alive)
-        left, goal = _left(asked, alive), _left(asked, selected(asked, order, alive, counts))
+        left, goal = _left(asked, alive), _goal(asked, order, alive, counts)
         life = {}
         for layer, old in state.life.items():
             change = lost(order[layer], left[layer] - goal[layer], amount, bend)
@@ -189,6 +190,15 @@ def _left(asked: Asked, alive: Masks) -> dict[str, jax.Array]:
     """Layer -> how many groups are left in its ranking: its own, or that of all layers."""
     kept = count_kept(alive)
     return dict.fromkeys(kept, sum(kept.values())) if asked.shared else kept
+
+
+def _goal(asked: Asked, scores: Scores, alive: Masks, counts: Counts) -> dict[str, jax.Array]:
+    """Layer -> how many groups its ranking is to keep, of those alive."""
+    if asked.groups.own or asked.groups.eligible is not None:
+        return _left(asked, selected(asked, scores, alive, counts))
+    # A selection would keep as many as the counts say.
+    left = _left(asked, alive)
+    return {n: jnp.minimum(counts[GLOBAL if asked.shared else n], k) for n, k in left.items()}
 
 
 def _ranks(asked: Asked, scores: Scores, alive: Masks) -> Scores:
