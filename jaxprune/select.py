@@ -1,8 +1,8 @@
 """From scores to masks: exactly k weights, with k a traced integer.
 
-A threshold is found by counting the scores at or above a guess, without a sort, see `threshold`.
-Ties go to the lowest flat index. NaN and -inf are never kept, so pruned entries stay pruned when
-their score is -inf.
+A threshold is found by counting the scores at or above a guess, without a sort, see `threshold`
+and `threshold_on_gpu`. Ties go to the lowest flat index. NaN and -inf are never kept, so pruned
+entries stay pruned when their score is -inf.
 """
 
 import jax
@@ -11,7 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxprune.errors import PruneError
-from jaxprune.threshold import Bracket, Search, around, lowest, narrowed, ordered, padded
+from jaxprune.threshold import Bracket, Search, around, lowest, ordered, padded
+from jaxprune.threshold_on_gpu import low_ends, thresholds
 from jaxprune.tree import check_same_paths
 from jaxprune.types import GLOBAL, Counts, Masks, Scores, SelectFn
 
@@ -37,7 +38,7 @@ def _top_k_masks(scores: Scores, counts: Counts) -> Masks:
     places = {name: jnp.where(v > -jnp.inf, ordered(v), lowest(v)) for name, v in flat.items()}
     places = {name: padded(values, lowest(values)) for name, values in places.items()}
     searches = {n: around(places[n], _count(counts[n], leaf.size)) for n, leaf in flat.items()}
-    found = narrowed(searches)
+    found = thresholds(searches)
     # Where there are too many ties, keep the first ones. A second search finds the last index; a
     # cumulative sum would cost more. Where all ties are in, it ends before it begins.
     ranks = {}
@@ -47,9 +48,9 @@ def _top_k_masks(scores: Scores, counts: Counts) -> Masks:
         rank = jnp.where(ties, values.size - jnp.arange(values.size, dtype=jnp.int32), 0)
         every = Bracket(k - k + 1, k - k + values.size + 1, above_low - above_high, k - k)
         ranks[name] = Search(rank, k - above_high, every)
-    first = narrowed(ranks)
+    first = low_ends(ranks)
     masks = {
-        name: (values >= found[name].high) | (ranks[name].values >= first[name].low)
+        name: (values >= found[name].high) | (ranks[name].values >= first[name])
         for name, values in places.items()
     }
     return {n: masks[n][: leaf.size].reshape(scores[n].shape) for n, leaf in flat.items()}

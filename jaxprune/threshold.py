@@ -2,7 +2,7 @@
 
 Each pass counts the values at or above a guess. Sizes of weights take some ten to twenty passes.
 Ties and negative scores can take more, at most `_GUESSES` and the bits of a float. Under `vmap`
-each pass is one reduction over all runs.
+each pass is one reduction over all runs. A GPU has another way, see `threshold_on_gpu`.
 """
 
 from collections.abc import Mapping
@@ -138,16 +138,14 @@ def narrowed(searches: Mapping[str, Search]) -> dict[str, Bracket]:
         return _Way(b, over, under, k - k, k - k)
 
     def go_on(ways: dict[str, _Way]) -> jax.Array:
-        return jnp.stack([_open(searches[n], way.bracket) for n, way in ways.items()]).any()
+        return jnp.stack([is_open(searches[n], way.bracket) for n, way in ways.items()]).any()
 
     def refine(ways: dict[str, _Way]) -> dict[str, _Way]:
         return {name: _pass(searches[name], way) for name, way in ways.items()}
 
-    if not searches:
-        return {}
     start = {name: begun(search) for name, search in searches.items()}
     ways = jax.lax.while_loop(go_on, refine, start)
-    return {name: _closed(way.bracket, searches[name].k) for name, way in ways.items()}
+    return {name: closed(way.bracket, searches[name].k) for name, way in ways.items()}
 
 
 def _length(bracket: Bracket) -> jax.Array:
@@ -156,14 +154,14 @@ def _length(bracket: Bracket) -> jax.Array:
     return (bracket.high - bracket.low).astype(unsigned)
 
 
-def _open(search: Search, b: Bracket) -> jax.Array:
+def is_open(search: Search, b: Bracket) -> jax.Array:
     return (b.above_low != search.k) & (b.above_high != search.k) & (_length(b) > 1)
 
 
 def _pass(search: Search, way: _Way) -> _Way:
     """A search after one more pass; one that has ended stays."""
     b, over, under, side, passes = way
-    going = _open(search, b)
+    going = is_open(search, b)
     length = _length(b)
     guess = (length.astype(jnp.float32) * (over / (over + under))).astype(length.dtype)
     guess = jnp.where(passes < _GUESSES, guess, length // 2)
@@ -186,7 +184,7 @@ def _pass(search: Search, way: _Way) -> _Way:
     return jax.tree.map(lambda n, o: jnp.where(going, n, o), new, way)
 
 
-def _closed(b: Bracket, k: jax.Array) -> Bracket:
+def closed(b: Bracket, k: jax.Array) -> Bracket:
     """Both ends at the one that has exactly k at or above it, if one has."""
     at_low, at_high = b.above_low == k, b.above_high == k
     return Bracket(

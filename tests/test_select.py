@@ -10,6 +10,7 @@ from hypothesis.extra.numpy import arrays
 from jax.extend.core import jaxprs_in_params
 
 import jaxprune as jp
+from jaxprune import threshold_on_gpu
 from jaxprune.errors import PruneError
 
 SIZE = 33
@@ -24,13 +25,34 @@ DTYPES = {
 batched = jax.jit(jax.vmap(jp.top_k_mask))
 
 
+def of_three(scores, k):
+    """The run in the middle of three; the others have other scores and counts."""
+    return jnp.stack([scores[::-1], scores, scores * 0]), jnp.stack([k + 1, k, k * 0])
+
+
 def by_vmap(scores, k):
-    """One of three runs, in the middle; the others have other scores and counts."""
-    return batched(jnp.stack([scores[::-1], scores, scores * 0]), jnp.stack([k + 1, k, k * 0]))[1]
+    return batched(*of_three(scores, k))[1]
+
+
+def as_on_a_gpu(fn, elsewhere, searches):
+    del elsewhere
+    return fn(dict(searches)) if searches else {}
+
+
+@jax.jit
+def batched_as_on_a_gpu(scores, k):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threshold_on_gpu, '_on_gpu', as_on_a_gpu)
+        return jax.vmap(jp.top_k_mask)(scores, k)
+
+
+def by_digits(scores, k):
+    """As a GPU does it, see `by_vmap`."""
+    return batched_as_on_a_gpu(*of_three(scores, k))[1]
 
 
 jitted = jax.jit(jp.top_k_mask)
-HOW = {'plain': jp.top_k_mask, 'jit': jitted, 'vmap': by_vmap}
+HOW = {'plain': jp.top_k_mask, 'jit': jitted, 'vmap': by_vmap, 'digits': by_digits}
 
 
 def by_sorting(scores: np.ndarray, k: int) -> np.ndarray:
@@ -56,7 +78,7 @@ lists = st.one_of(
 @pytest.mark.parametrize(
     ('how', 'dtype'),
     [
-        pytest.param(how, dtype, marks=() if how == 'vmap' else pytest.mark.more)
+        pytest.param(how, dtype, marks=() if how in ('vmap', 'digits') else pytest.mark.more)
         for how in HOW
         for dtype in DTYPES
     ],
@@ -157,14 +179,37 @@ DRAWN = {
 
 
 @pytest.mark.parametrize('kind', DRAWN)
-def test_scores_of_all_sizes(kind):
+def test_scores_of_all_sizes(kind, monkeypatch):
     """Expectation: a host sort; all counts in one program, so that each waits for the slowest."""
     n = 4_001
     scores = DRAWN[kind](np.random.default_rng(3), n).astype(np.float32)
     counts = [0, 1, 2, 40, 400, 2000, 2001, 3600, 4000, n]
-    masks = jax.jit(jax.vmap(jp.top_k_mask, in_axes=(None, 0)))(scores, jnp.array(counts))
-    for k, mask in zip(counts, masks, strict=True):
-        np.testing.assert_array_equal(mask, by_sorting(scores, k), err_msg=str(k))
+    for gpu in (False, True):
+        if gpu:
+            monkeypatch.setattr(threshold_on_gpu, '_on_gpu', as_on_a_gpu)
+        masks = jax.jit(jax.vmap(lambda k: jp.top_k_mask(scores, k)))(jnp.array(counts))
+        for k, mask in zip(counts, masks, strict=True):
+            np.testing.assert_array_equal(mask, by_sorting(scores, k), err_msg=f'{k} {gpu}')
+
+
+def test_leaves_of_two_widths_as_on_a_gpu(monkeypatch):
+    """Expectation: a host sort of each; the thresholds of doubles take twice the passes."""
+    monkeypatch.setattr(threshold_on_gpu, '_on_gpu', as_on_a_gpu)
+    draw = np.random.default_rng(6)
+    leaves = {'a': draw.standard_normal(50), 'b': draw.integers(-2, 3, 60).astype(np.float32)}
+    with jax.enable_x64(True):
+        scores = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
+        masks = jp.layerwise_top_k(scores, {'a': 7, 'b': 23})
+    for (path, leaf), k in zip(leaves.items(), (7, 23), strict=True):
+        np.testing.assert_array_equal(masks[path], by_sorting(leaf, k))
+
+
+def test_a_gpu_searches_by_digits_and_a_cpu_does_not():
+    """Expectation: lowered for a GPU, the program shifts bits; for this machine it does not."""
+    traced = jax.jit(jp.top_k_mask).trace(jnp.zeros(9), jnp.int32(2))
+    for platform, shifts in (('cuda', True), ('rocm', True), ('cpu', False)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ('shift_left' in text) == shifts, platform
 
 
 def test_leaves_that_differ_from_device_to_device():
