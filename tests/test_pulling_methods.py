@@ -16,9 +16,11 @@ import jaxprune as jp
 from jaxprune import flow, method
 from jaxprune.method import greg
 from jaxprune.method.admm import nearest_sparse
-from jaxprune.method.by_rank import lost
+from jaxprune.method.by_rank import lost, to_keep
+from jaxprune.method.chosen_anew import selected
 from jaxprune.method.lasting import Asked
 from jaxprune.method.unify import chosen, nearest_unified, shared_sizes, unification_loss
+from jaxprune.select import count_kept
 from jaxprune.types import Problem, View
 
 
@@ -179,6 +181,31 @@ def test_high_ranks_win_however_the_curve_bends():
     expected = np.where(rank < centre, amount * np.exp(-slope * rank), far)
     np.testing.assert_allclose(lost(rank, n, amount, bend), expected, rtol=1e-5, atol=1e-8)
     assert abs(expected[n]) < 1e-12 and (expected[n + 1 :] < 0).all()
+
+
+@pytest.mark.parametrize('most', [None, {'a': 3, 'b': 9, 'c': 2}])
+def test_what_spp_is_to_keep_is_what_a_selection_keeps(most):
+    """Expectation: the selection, counted; with groups that are gone, and layers with a cap."""
+    shapes = {'a': (12,), 'b': (9,), 'c': (4,)}
+    groups, draw = method.competing('weight', shapes), np.random.default_rng(4)
+    scores = {path: jnp.asarray(draw.random(shape)) for path, shape in shapes.items()}
+    shared, apart = Asked(groups, None, (), most=most), Asked(groups, None, (), shared=False)
+
+    @jax.jit
+    def both(alive, k):
+        own, found = {'a': k // 2, 'b': 0, 'c': k}, []
+        for asked, counts in ((shared, {'*': k}), (apart, own)):
+            kept = count_kept(selected(asked, scores, alive, counts))
+            if asked.shared:
+                kept = dict.fromkeys(kept, sum(kept.values()))
+            found.append((kept, to_keep(asked, scores, alive, counts)))
+        return found
+
+    for share in (0.2, 0.6, 1.0):
+        alive = {path: jnp.asarray(draw.random(shape) < share) for path, shape in shapes.items()}
+        for k in range(0, 15 if most else 26, 2):
+            for kept, found in both(alive, k):
+                assert found == kept
 
 
 def test_spp_computes_with_its_probability():

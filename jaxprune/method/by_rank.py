@@ -162,7 +162,7 @@ def _fading(
             for layer, new in _ranks(asked, sizes, alive).items()
         }
         order = _ranks(asked, rank, alive)
-        left, goal = _left(asked, alive), _goal(asked, order, alive, counts)
+        left, goal = _left(asked, alive), to_keep(asked, order, alive, counts)
         life = {}
         for layer, old in state.life.items():
             change = lost(order[layer], left[layer] - goal[layer], amount, bend)
@@ -192,13 +192,17 @@ def _left(asked: Asked, alive: Masks) -> dict[str, jax.Array]:
     return dict.fromkeys(kept, sum(kept.values())) if asked.shared else kept
 
 
-def _goal(asked: Asked, scores: Scores, alive: Masks, counts: Counts) -> dict[str, jax.Array]:
+def to_keep(asked: Asked, scores: Scores, alive: Masks, counts: Counts) -> dict[str, jax.Array]:
     """Layer -> how many groups its ranking is to keep, of those alive."""
     if asked.groups.own or asked.groups.eligible is not None:
         return _left(asked, selected(asked, scores, alive, counts))
-    # A selection would keep as many as the counts say.
-    left = _left(asked, alive)
-    return {n: jnp.minimum(counts[GLOBAL if asked.shared else n], k) for n, k in left.items()}
+    # What a selection would count: it keeps as many as it may.
+    left = count_kept(alive)
+    if not asked.shared:
+        return {name: jnp.minimum(counts[name], k) for name, k in left.items()}
+    if asked.most is not None:
+        left = {name: jnp.minimum(asked.most[name], k) for name, k in left.items()}
+    return dict.fromkeys(left, jnp.minimum(counts[GLOBAL], sum(left.values())))
 
 
 def _ranks(asked: Asked, scores: Scores, alive: Masks) -> Scores:
