@@ -37,7 +37,7 @@ def _top_k_masks(scores: Scores, counts: Counts) -> Masks:
     # -inf and NaN become the lowest integer.
     places = {name: jnp.where(v > -jnp.inf, ordered(v), lowest(v)) for name, v in flat.items()}
     places = {name: padded(values, lowest(values)) for name, values in places.items()}
-    searches = {n: around(places[n], _count(counts[n], leaf.size)) for n, leaf in flat.items()}
+    searches = {n: around(places[n], as_count(counts[n], leaf.size)) for n, leaf in flat.items()}
     found = thresholds(searches)
     # Where there are too many ties, keep the first ones. A second search finds the last index; a
     # cumulative sum would cost more. Where all ties are in, it ends before it begins.
@@ -67,7 +67,7 @@ def as_floats(scores: jax.Array) -> jax.Array:
     return scores.astype(jnp.float32) if scores.dtype.itemsize < 4 else scores
 
 
-def _count(k: ArrayLike, size: int) -> jax.Array:
+def as_count(k: ArrayLike, size: int) -> jax.Array:
     """k as int32, clipped to [0, size] before it could overflow; a fraction is an error."""
     if not isinstance(k, jax.Array):
         k = np.asarray(k)  # exact, where a device array would wrap a large host integer

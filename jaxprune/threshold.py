@@ -155,6 +155,7 @@ def _length(bracket: Bracket) -> jax.Array:
 
 
 def is_open(search: Search, b: Bracket) -> jax.Array:
+    """Has the search not ended?"""
     return (b.above_low != search.k) & (b.above_high != search.k) & (_length(b) > 1)
 
 

@@ -1,8 +1,9 @@
 """Finds the thresholds of `threshold` on a GPU, four bits in a pass; elsewhere as described there.
 
-On a GPU a pass takes the time of its launches, whatever it counts. And the host waits in each pass
-of a loop whose end only the device knows. So each pass counts at fifteen guesses, and the number of
-passes is fixed: eight for single precision, sixteen for double.
+On a GPU, a pass over a small network takes the time of its launches, however many guesses it counts
+at. And the host waits in each pass of a loop whose end only the device knows. So each pass counts
+at fifteen guesses, and the number of passes is fixed: eight for single precision, sixteen for
+double.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +56,7 @@ def _on_gpu(fn: Callable, elsewhere: Callable, searches: Mapping[str, Search]) -
 
 
 def _digits(searches: Mapping[str, Search], rare: bool = False) -> dict[str, jax.Array]:
-    """The largest integer of each search with k values, or one value, at or above it.
+    """The largest integer of each search that has k values at or above it, or one where k is 0.
 
     Args:
       rare: no pass is made where no bracket is open; the integers then say nothing.
@@ -93,5 +94,6 @@ def _digits_of_a_type(searches: Sequence[Search], start: jax.Array, rare: bool) 
 
 
 def _counts_from(values: jax.Array, guesses: jax.Array) -> jax.Array:
-    """How many of the values are at least each guess. A GPU reads each value once."""
+    """How many of the values are at least each guess."""
+    # XLA fuses this on a GPU: it reads each value once, and stores no comparisons.
     return (values[:, None] >= guesses).sum(0, dtype=jnp.int32)

@@ -14,6 +14,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune import flow, method
+from jaxprune.errors import PruneError
 from jaxprune.method import greg
 from jaxprune.method.admm import nearest_sparse
 from jaxprune.method.by_rank import lost, to_keep
@@ -201,6 +202,11 @@ def test_what_spp_is_to_keep_is_what_a_selection_keeps(most):
             found.append((kept, to_keep(asked, scores, alive, counts)))
         return found
 
+    everything = {path: jnp.ones(shape, bool) for path, shape in shapes.items()}
+    all_of_it = to_keep(shared, scores, everything, {'*': 2**40})
+    assert set(map(int, all_of_it.values())) == {sum(most.values()) if most else 25}
+    with pytest.raises(PruneError, match='lack'):
+        to_keep(shared, scores, everything, {'a': 3})
     for share in (0.2, 0.6, 1.0):
         alive = {path: jnp.asarray(draw.random(shape) < share) for path, shape in shapes.items()}
         for k in range(0, 15 if most else 26, 2):

@@ -2,7 +2,8 @@
 
 Most tests need root and Debian's packages slurm-wlm and munge, and the extra `slurm`. Run them with
 `pytest -m fleet -n0 tests/test_slurm.py`. A stub with the exit codes of `jaxprune chunk` does the
-work: each of its steps takes a fifth of a second. One that goes on takes five more.
+work: each of its steps takes a fifth of a second. A stub that starts from a saved state takes five
+more steps.
 """
 
 import contextlib

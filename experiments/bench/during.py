@@ -34,7 +34,7 @@ NETS: dict[str, dict[str, Any]] = {
 METHODS = [n for n, entry in method.METHODS.items() if entry.hooked and not entry.coupled]
 #: Steps from one refresh to the next, and the largest share of their time that a refresh may take.
 EVERY, SHARE = 100, 0.1
-#: Steps of an epoch where a refresh is timed; it comes inside of one.
+#: Steps of an epoch where a refresh is timed. It comes inside of one: EVERY is no multiple.
 EPOCH = 75
 #: A refresh is timed in the middle of training where `EVERY` steps of all runs take fewer seconds.
 LONGEST = 3.0

@@ -17,7 +17,8 @@ from jaxprune.method.any_groups import mean_sizes, pulled
 from jaxprune.method.chosen_anew import selected
 from jaxprune.method.lasting import Asked
 from jaxprune.method.pruner import tallied
-from jaxprune.select import count_kept
+from jaxprune.select import as_count, count_kept
+from jaxprune.tree import check_same_paths
 from jaxprune.types import (
     GLOBAL,
     Batches,
@@ -196,13 +197,16 @@ def to_keep(asked: Asked, scores: Scores, alive: Masks, counts: Counts) -> dict[
     """Layer -> how many groups its ranking is to keep, of those alive."""
     if asked.groups.own or asked.groups.eligible is not None:
         return _left(asked, selected(asked, scores, alive, counts))
-    # What a selection would count: it keeps as many as it may.
+    # A selection keeps as many as the counts say, if so many are alive and caps let them stay.
+    check_same_paths('counts of a selection', counts, {GLOBAL} if asked.shared else alive)
+    sizes = {name: mask.size for name, mask in alive.items()}
     left = count_kept(alive)
     if not asked.shared:
-        return {name: jnp.minimum(counts[name], k) for name, k in left.items()}
+        return {n: jnp.minimum(as_count(counts[n], sizes[n]), k) for n, k in left.items()}
     if asked.most is not None:
-        left = {name: jnp.minimum(asked.most[name], k) for name, k in left.items()}
-    return dict.fromkeys(left, jnp.minimum(counts[GLOBAL], sum(left.values())))
+        left = {n: jnp.minimum(as_count(asked.most[n], sizes[n]), k) for n, k in left.items()}
+    wanted = as_count(counts[GLOBAL], sum(sizes.values()))
+    return dict.fromkeys(left, jnp.minimum(wanted, sum(left.values())))
 
 
 def _ranks(asked: Asked, scores: Scores, alive: Masks) -> Scores:

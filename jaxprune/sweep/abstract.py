@@ -61,7 +61,9 @@ def _check_event(program: Program, run, on_device: DeviceData, state: RunState) 
     indices = jax.ShapeDtypeStruct((run.train.batch_size,), jnp.int32)
 
     def once(clock, data, key, hyper, counts, state):
-        rounds = program.events(run.method)(clock, data, key, hyper, program.order(key, clock))
+        rounds = program.events(run.method)(
+            clock, data, key, hyper, program.order(key, clock // program.steps)
+        )
         state, info = rounds.once(clock, counts, rounds.begin(state))
         if True in program.stages:
             own = program.stages[True]

@@ -88,7 +88,7 @@ def make_prune(
         return compiled[name]
 
     def orders(call: EventCall, rows: Rows) -> Sequence[jax.Array | None]:
-        """The batches of the epoch per slot, if a round needs them. Training draws them as well."""
+        """The batches of the epoch per slot, as in training; None if no round looks at one."""
         if known_of(call).looks_ahead:
             return trainer.orders(rows, call.event.clock // program.steps)
         return [None] * len(slots.of(len(rows.keys)))
@@ -125,8 +125,8 @@ def make_prune(
             made = []
             for chosen, real in in_parts(inside, min(at_once, runs)):
                 where = at[chosen]
-                own, taken = slots.take((order, states[number]), where - slot.start)
-                new, fetch = at_event(call, chosen, slots.take(rows, where), own, taken)
+                batches, taken = slots.take((order, states[number]), where - slot.start)
+                new, fetch = at_event(call, chosen, slots.take(rows, where), batches, taken)
                 made.append((where - slot.start, real, new))
                 fetches.append((fetch, real))
             states[number] = _placed(slots, states[number], made)
