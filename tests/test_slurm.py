@@ -273,6 +273,39 @@ def test_cluster_that_does_not_requeue_is_reported(cluster, sweep, monkeypatch, 
     assert 'interrupted by SIGUSR2; not requeued: ' in end.reason
 
 
+@pytest.mark.parametrize(
+    ('states', 'ends', 'said'),
+    [
+        # SLURM's own signal may end scontrol after its request was heard, or before, or squeue.
+        (['RUNNING', 'COMPLETING'], ['kill -TERM $$'], ''),
+        (['RUNNING', 'RUNNING'], ['kill -TERM $$', 'exit 0'], ''),
+        (['', 'RUNNING'], ['exit 0'], ''),
+        (['CANCELLED'], [], ''),
+        (['RUNNING'], ['echo denied >&2; exit 1'], 'not requeued: denied'),
+        (['', '', ''], [], 'not requeued: SLURM does not answer'),
+    ],
+)
+def test_signals_may_end_the_commands_of_slurm(tmp_path, monkeypatch, states, ends, said):
+    """Stand-ins of squeue and scontrol answer from lists; an empty state is a killed squeue."""
+    answers = [f'echo {state}' if state else 'kill -TERM $$' for state in states]
+    for name, lines in (('squeue', answers), ('scontrol', ends)):
+        (tmp_path / f'{name}.list').write_text(''.join(f'{line}\n' for line in lines))
+        command = tmp_path / name
+        command.write_text(
+            f'#!/bin/bash\ncd {tmp_path}\nline=$(head -n 1 {name}.list)\n'
+            f'sed -i 1d {name}.list\necho "$@" >> {name}.calls\neval "${{line:?none is left}}"\n'
+        )
+        command.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    for name, value in {'ARRAY_JOB_ID': '7', 'ARRAY_TASK_ID': '2', 'RESTART_COUNT': '1'}.items():
+        monkeypatch.setenv(f'SLURM_{name}', value)
+    assert slurm._requeue() == said
+    assert (tmp_path / 'squeue.list').read_text() == (tmp_path / 'scontrol.list').read_text() == ''
+    if ends:
+        calls = (tmp_path / 'scontrol.calls').read_text().splitlines()
+        assert calls == ['requeue 7_2'] * len(ends)
+
+
 @pytest.mark.fleet
 def test_devices_are_those_that_slurm_gave(cluster, sweep, monkeypatch):
     monkeypatch.delenv('XLA_FLAGS', raising=False)

@@ -52,6 +52,7 @@ _OURS = (
 )
 #: A job puts itself back into the queue at most so often; then the coordinator decides.
 _MOST_RESTARTS = 20
+_MOST_LOOKS = 3  # at a job's own state, where a signal ends the commands of SLURM
 _WAIT = 60.0  # seconds for an answer of SLURM
 
 
@@ -387,8 +388,16 @@ def _requeue() -> str:
     number = f'{array}_{index}' if array else os.environ['SLURM_JOB_ID']
     if int(os.environ.get('SLURM_RESTART_COUNT') or 0) >= _MOST_RESTARTS:
         return f'not requeued: it was, {_MOST_RESTARTS} times'
-    # Running means: a time limit or a grace time. Else SLURM has cancelled or requeued it already.
-    if (_answer('squeue', '-h', '-j', number, '-o', '%T') or '').strip() != 'RUNNING':
-        return ''
-    done = subprocess.run(['scontrol', 'requeue', number], capture_output=True, text=True)
-    return f'not requeued: {" ".join(done.stderr.split())}' if done.returncode else ''
+    for _ in range(_MOST_LOOKS):
+        state = _answer('squeue', '-h', '-j', number, '-o', '%T')
+        if state is None:
+            continue
+        # Running: a time limit or a grace time. Else SLURM has cancelled or requeued it already.
+        if state.strip() != 'RUNNING':
+            return ''
+        done = subprocess.run(['scontrol', 'requeue', number], capture_output=True, text=True)
+        if done.returncode >= 0:
+            return f'not requeued: {" ".join(done.stderr.split())}' if done.returncode else ''
+        # SLURM sends SIGTERM to all processes of a job that it requeues, also to this command. The
+        # state says whether SLURM took the request first.
+    return 'not requeued: SLURM does not answer'
