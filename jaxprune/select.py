@@ -84,8 +84,13 @@ def global_top_k(scores: Scores, counts: Counts) -> Masks:
     Args:
       scores: path -> scores; `within_bounds` puts floors and caps on leaves.
       counts: `{'*': k}`.
+
+    Raises:
+      PruneError: there is nothing to rank, or `counts` has other keys.
     """
     check_same_paths('counts of a global selection', counts, {GLOBAL})
+    if not scores:
+        raise PruneError('a global selection needs the scores of at least one leaf')
     return unflatten(top_k_mask(flatten(scores), counts[GLOBAL]), scores)
 
 

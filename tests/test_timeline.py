@@ -158,6 +158,10 @@ def spec_of(*entries, **train):
         ({'stat': 1}, "stat: unknown key or option of 'magnitude', did you mean 'start'"),
         ({'over': 'linear'}, 'over: is no key any more: write density_schedule'),
         ({'score_on': 'train_batch'}, "score_on: 'magnitude' uses no data"),
+        (
+            {'name': 'rigl', 'score_on': 'train_batch'},
+            "score_on: 'rigl' always takes the training batch: leave it out",
+        ),
         ({'repair': 'orthp'}, "repair: 'orthp' goes with granularity unit"),
         ({'name': 'tpp', 'end': 2}, "granularity: 'tpp' prunes coupled groups"),
         (

@@ -78,7 +78,9 @@ def broken_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
     if choices.batch_norm and not reads_data and not (entry.needs and entry.batch_norm == 'train'):
         yield 'batch_norm', f"'{choices.name}' uses no data: there is no mode to choose"
     if choices.score_on == 'train_batch':
-        if not reads_data:
+        if 'train_batch' in entry.needs:
+            yield 'score_on', f"'{choices.name}' always takes the training batch: leave it out"
+        elif not reads_data:
             yield 'score_on', f"'{choices.name}' uses no data"
         elif choices.apart is None:
             yield 'score_on', 'there is no training batch here: pass the examples to score on'
