@@ -86,7 +86,7 @@ def global_top_k(scores: Scores, counts: Counts) -> Masks:
       counts: `{'*': k}`.
 
     Raises:
-      PruneError: there is nothing to rank, or `counts` has other keys.
+      PruneError: `scores` has no leaf, or `counts` has other keys than '*'.
     """
     check_same_paths('counts of a global selection', counts, {GLOBAL})
     if not scores:

@@ -335,11 +335,14 @@ def test_counts_batched_over_runs():
                 np.testing.assert_array_equal(together[path][run], mask)
 
 
+def test_a_global_selection_needs_a_leaf():
+    with pytest.raises(PruneError, match='a global selection needs the scores of at least one'):
+        jp.global_top_k({}, {'*': 0})
+
+
 def test_counts_with_the_wrong_paths():
     """Expectation: errors that name the paths."""
     scores = leaves()
-    with pytest.raises(PruneError, match='a global selection needs the scores of at least one'):
-        jp.global_top_k({}, {'*': 0})
     with pytest.raises(PruneError, match=r'global.*lack \*.*unknown a/kernel'):
         jp.global_top_k(scores, {'a/kernel': 1})
     with pytest.raises(PruneError, match=r'layerwise.*lack a/kernel, b/kernel, c/0/w.*unknown \*'):

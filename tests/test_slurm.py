@@ -273,26 +273,38 @@ def test_cluster_that_does_not_requeue_is_reported(cluster, sweep, monkeypatch, 
     assert 'interrupted by SIGUSR2; not requeued: ' in end.reason
 
 
+KILLED = 'kill -TERM $$'
+
+
 @pytest.mark.parametrize(
     ('states', 'ends', 'said'),
     [
-        # SLURM's own signal may end scontrol after its request was heard, or before, or squeue.
-        (['RUNNING', 'COMPLETING'], ['kill -TERM $$'], ''),
-        (['RUNNING', 'RUNNING'], ['kill -TERM $$', 'exit 0'], ''),
-        (['', 'RUNNING'], ['exit 0'], ''),
+        # The signal ends scontrol after SLURM took the request.
+        (['RUNNING', 'COMPLETING'], [KILLED], ''),
+        # The signal ends scontrol before SLURM took it.
+        (['RUNNING', 'RUNNING'], [KILLED, 'exit 0'], ''),
+        # The signal ends squeue; then scontrol.
+        ([KILLED, 'RUNNING'], ['exit 0'], ''),
+        ([KILLED, KILLED, 'RUNNING', 'COMPLETING'], [KILLED], ''),
+        # SLURM requeues the job by itself between the two commands.
+        (['RUNNING', 'COMPLETING'], ['echo pending >&2; exit 1'], ''),
+        # The user has cancelled the job, or it has left the queue.
         (['CANCELLED'], [], ''),
-        (['RUNNING'], ['echo denied >&2; exit 1'], 'not requeued: denied'),
-        (['', '', ''], [], 'not requeued: SLURM does not answer'),
+        ([''], [], ''),
+        # Nothing helps.
+        (['RUNNING'] * 4, ['echo denied >&2; exit 1'] * 3, 'not requeued: denied'),
+        (['RUNNING'] * 4, ['exit 143'] * 3, 'not requeued: scontrol ended with 143'),
+        ([KILLED] * 4, [], 'not requeued: SLURM does not answer'),
     ],
 )
 def test_signals_may_end_the_commands_of_slurm(tmp_path, monkeypatch, states, ends, said):
-    """Stand-ins of squeue and scontrol answer from lists; an empty state is a killed squeue."""
-    answers = [f'echo {state}' if state else 'kill -TERM $$' for state in states]
+    """Scripts stand in for squeue and scontrol: each call does the next line of a list."""
+    answers = [state if state == KILLED else f'echo {state}' for state in states]
     for name, lines in (('squeue', answers), ('scontrol', ends)):
         (tmp_path / f'{name}.list').write_text(''.join(f'{line}\n' for line in lines))
         command = tmp_path / name
         command.write_text(
-            f'#!/bin/bash\ncd {tmp_path}\nline=$(head -n 1 {name}.list)\n'
+            f'#!/bin/bash\ncd "$(dirname "$0")"\nline=$(head -n 1 {name}.list)\n'
             f'sed -i 1d {name}.list\necho "$@" >> {name}.calls\neval "${{line:?none is left}}"\n'
         )
         command.chmod(0o755)
@@ -301,9 +313,12 @@ def test_signals_may_end_the_commands_of_slurm(tmp_path, monkeypatch, states, en
         monkeypatch.setenv(f'SLURM_{name}', value)
     assert slurm._requeue() == said
     assert (tmp_path / 'squeue.list').read_text() == (tmp_path / 'scontrol.list').read_text() == ''
-    if ends:
-        calls = (tmp_path / 'scontrol.calls').read_text().splitlines()
-        assert calls == ['requeue 7_2'] * len(ends)
+    for name, call, count in (
+        ('squeue', '-h -j 7_2 -o %T', len(states)),
+        ('scontrol', 'requeue 7_2', len(ends)),
+    ):
+        calls = tmp_path / f'{name}.calls'
+        assert (calls.read_text().splitlines() if calls.exists() else []) == [call] * count
 
 
 @pytest.mark.fleet

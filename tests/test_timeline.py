@@ -160,7 +160,7 @@ def spec_of(*entries, **train):
         ({'score_on': 'train_batch'}, "score_on: 'magnitude' uses no data"),
         (
             {'name': 'rigl', 'score_on': 'train_batch'},
-            "score_on: 'rigl' always takes the training batch: leave it out",
+            "score_on: 'rigl' always uses the training batch: leave score_on out",
         ),
         ({'repair': 'orthp'}, "repair: 'orthp' goes with granularity unit"),
         ({'name': 'tpp', 'end': 2}, "granularity: 'tpp' prunes coupled groups"),

@@ -52,7 +52,8 @@ _OURS = (
 )
 #: A job puts itself back into the queue at most so often; then the coordinator decides.
 _MOST_RESTARTS = 20
-_MOST_LOOKS = 3  # at a job's own state, where a signal ends the commands of SLURM
+#: A job asks for its own state at most so often: a signal may end the command that asks.
+_MOST_LOOKS = 4
 _WAIT = 60.0  # seconds for an answer of SLURM
 
 
@@ -388,16 +389,21 @@ def _requeue() -> str:
     number = f'{array}_{index}' if array else os.environ['SLURM_JOB_ID']
     if int(os.environ.get('SLURM_RESTART_COUNT') or 0) >= _MOST_RESTARTS:
         return f'not requeued: it was, {_MOST_RESTARTS} times'
-    for _ in range(_MOST_LOOKS):
+    refused = 'SLURM does not answer'
+    for look in range(_MOST_LOOKS):
         state = _answer('squeue', '-h', '-j', number, '-o', '%T')
         if state is None:
             continue
-        # Running: a time limit or a grace time. Else SLURM has cancelled or requeued it already.
+        # A job that still runs has come near its time limit, or has a grace time. SLURM has
+        # cancelled or requeued any other.
         if state.strip() != 'RUNNING':
             return ''
+        if look == _MOST_LOOKS - 1:
+            break
+        # SLURM sends SIGTERM to every process of a job that it requeues, and so to scontrol. The
+        # next look tells whether SLURM took the request.
         done = subprocess.run(['scontrol', 'requeue', number], capture_output=True, text=True)
-        if done.returncode >= 0:
-            return f'not requeued: {" ".join(done.stderr.split())}' if done.returncode else ''
-        # SLURM sends SIGTERM to all processes of a job that it requeues, also to this command. The
-        # state says whether SLURM took the request first.
-    return 'not requeued: SLURM does not answer'
+        if not done.returncode:
+            return ''
+        refused = ' '.join(done.stderr.split()) or f'scontrol ended with {done.returncode}'
+    return f'not requeued: {refused}'

@@ -79,7 +79,7 @@ def broken_rules(entry: Method, choices: Choices) -> Iterator[tuple[str, str]]:
         yield 'batch_norm', f"'{choices.name}' uses no data: there is no mode to choose"
     if choices.score_on == 'train_batch':
         if 'train_batch' in entry.needs:
-            yield 'score_on', f"'{choices.name}' always takes the training batch: leave it out"
+            yield 'score_on', f"'{choices.name}' always uses the training batch: leave score_on out"
         elif not reads_data:
             yield 'score_on', f"'{choices.name}' uses no data"
         elif choices.apart is None:
